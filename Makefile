@@ -1,0 +1,55 @@
+# make demo         a video question through the compressed model, on a tiny model built on the spot
+# make test         ruff, mypy and the tests
+# make test-matrix  the tests once more with the oldest tried transformers, in an environment of its own
+# make clean        remove the environments and every cache
+#
+# Each target makes the environment it needs and installs into it once. `pip install` is left as it is, so PyPI
+# decides which torch arrives (on Linux: with CUDA). On a machine without a GPU the smaller torch will do:
+#     make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Processes that run tests, one thread each: with more, processes and OpenMP threads would fight for the cores.
+TEST_JOBS ?= $(shell test $(CORES) -gt 4 && echo 4 || echo $(CORES))
+PYTEST := -m pytest -n $(TEST_JOBS)
+
+# Python would put the repository root on sys.path, where transformers' probe for a package named `kernels`
+# finds the folder of that name.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-matrix clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.installed
+	.venv/bin/earlytom demo
+
+test: export OMP_NUM_THREADS := 1
+test: .venv/.installed-test
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m mypy
+	.venv/bin/python $(PYTEST)
+
+test-matrix: export OMP_NUM_THREADS := 1
+test-matrix: .venv-t517/.installed-test
+	.venv-t517/bin/python $(PYTEST)
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/.installed-test: pyproject.toml | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch .venv/.installed $@
+
+.venv-t517/.installed-test: pyproject.toml | .venv-t517/bin/python
+	.venv-t517/bin/python -m pip install --quiet --editable '.[test]' 'transformers==5.17.0'
+	touch $@
+
+%/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python of version 3.11 or newer found: name one, as in 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'." >&2; exit 1; }
+	$(PYTHON) -m venv $*
+
+clean:
+	rm -rf .venv .venv-t517 build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

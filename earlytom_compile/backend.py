@@ -1,0 +1,104 @@
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="earlytom", options={"retain_ratio": 0.1})``.
+
+Either the graph that Dynamo hands over is rewritten completely, or it is compiled unchanged by Inductor with an
+:class:`EarlyTomFallbackWarning` that names the reason and the cure. Loaded by torch through the entry point, which
+is also the moment when transformers' modules are made traceable.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .config import EarlyTomConfig
+from .errors import EarlyTomConfigError, EarlyTomError
+from .integrations.tracing import make_traceable
+from .passes.manager import Rewrite, run_passes
+from .passes.reasons import NotApplicable
+from .reporting import GraphRecord, add_record
+from .stages import fall_back, lower, lower_compressed
+
+Compiled = Callable[..., Sequence[Any]]
+
+
+def earlytom(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Backend for ``torch.compile``; ``options`` are those of :class:`EarlyTomConfig`, ``mode`` is Inductor's."""
+    try:
+        config = EarlyTomConfig.from_options(options)
+    except EarlyTomConfigError as error:
+        return _raising(error)
+    return compile_graph(graph_module, example_inputs, config, mode=mode)
+
+
+def compile_graph(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    config: EarlyTomConfig,
+    *,
+    mode: str | None = None,
+    features_only: bool = False,
+) -> Compiled:
+    """Compress and lower one Dynamo graph.
+
+    With ``features_only`` the caller knows that it gets compressed video features and places them itself.
+    """
+    record = add_record(_new_record(config), example_inputs)
+    original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    state = Rewrite(graph_module, config, features_only)
+    try:
+        run_passes(state)
+        _describe(state, record)
+        return lower_compressed(state, original, example_inputs, mode, record)
+    except NotApplicable as found:
+        if _has_attention(original):
+            try:
+                fall_back(found.reason, found.cure, config, record)
+            except EarlyTomError as error:
+                return _raising(error)
+        return lower(original, example_inputs, config.lowering, mode)
+    except EarlyTomConfigError as error:
+        return _raising(error)
+
+
+def _raising(error: EarlyTomError) -> Compiled:
+    """A graph that raises ``error`` when it is called; raised here, Dynamo would wrap it in an error of its own."""
+
+    def raise_error(*args: Any) -> Sequence[Any]:
+        raise error
+
+    return raise_error
+
+
+def _new_record(config: EarlyTomConfig) -> GraphRecord:
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    recompile = bool(getattr(compile_id, "frame_compile_id", 0))
+    return GraphRecord(str(compile_id), recompile, lowering=config.lowering)
+
+
+def _describe(state: Rewrite, record: GraphRecord) -> None:
+    boundary = state.boundary
+    assert boundary is not None and state.selected is not None
+    record.encoder = boundary.encoder.name
+    record.layers = len(boundary.encoder.blocks)
+    record.merge_layers = state.config.resolve_merge_layers(record.layers)
+    record.frames = boundary.frames
+    record.tokens_before = boundary.frames * boundary.tokens
+    record.budget = state.selected.budget
+    record.inserted = state.inserted
+    record.seconds.update(state.seconds)
+
+
+def _has_attention(graph_module: GraphModule) -> bool:
+    """Graphs without attention (the pieces around a graph break) have nothing to compress and no news to tell."""
+    return any("attention" in str(node.target) or "softmax" in str(node.target) for node in graph_module.graph.nodes)
+
+
+make_traceable()

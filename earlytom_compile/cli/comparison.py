@@ -1,0 +1,176 @@
+"""The full and the compressed model on the same inputs: two answers, two times to the first token, one table.
+
+                          full model     compressed
+    frames                32             32 -> 24 -> 18 -> 14
+    video tokens          1568           157
+    time to first token   1012 ms        203 ms (5.0x faster)
+
+The time to the first token is that of ``generate(max_new_tokens=1)``: vision encoder, prefill and one greedy
+token, from inputs already on the device. Both models are warm and run in turn, and the median counts. They share
+their weights, Inductor compiles the vision encoder of both, and the language model of neither is compiled: what
+differs is the compression.
+"""
+
+import copy
+import itertools
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+import earlytom_compile
+
+from ..errors import EarlyTomConfigError
+from .loading import Inputs, Loaded
+
+_WARM_UP = 2
+_TEXT_WIDTH = 200
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the two models: its answer, and how long the first answer and later first tokens took."""
+
+    answer: list[int]
+    text: str
+    first_seconds: float
+    ttft_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both models, and what the compressed one reports (a dictionary, and the text of it)."""
+
+    full: Arm
+    compressed: Arm
+    report: dict[str, Any]
+    explanation: str
+
+    @property
+    def common_tokens(self) -> int:
+        """Tokens the two answers share before they first differ."""
+        pairs = zip(self.full.answer, self.compressed.answer, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    @property
+    def agree(self) -> bool:
+        """Whether both answers are the same, token by token."""
+        return self.full.answer == self.compressed.answer
+
+
+def compare(
+    loaded: Loaded,
+    inputs: Inputs,
+    options: dict[str, Any],
+    *,
+    max_new_tokens: int,
+    repeats: int,
+    progress_on: Console,
+) -> Comparison:
+    """Answer with both models and time them; ``options`` are those of ``earlytom_compile.compile``."""
+    if repeats < 1:
+        raise EarlyTomConfigError(f"repeats={repeats}: must be at least 1.")
+    full = full_model(loaded.model, compiled=options.get("lowering") != "eager")
+    models = {"compressed": earlytom_compile.compile(loaded.model, **options), "full": full}
+    answers, seconds = {}, {}
+    with Progress(console=progress_on, transient=True) as progress:
+        for name, model in models.items():
+            task = progress.add_task(f"{name} model: compile and answer", total=None)
+            answers[name], seconds[name] = timed_answer(model, inputs, max_new_tokens)
+            progress.update(task, total=1, completed=1)
+            if name == "compressed":
+                # Read now: Dynamo counts graph breaks for the whole process, the other model's included.
+                report = earlytom_compile.report(model)
+                content, explanation = report.to_dict(), str(report)
+        first_token = _first_token_seconds(models, inputs, repeats, progress)
+    full_arm, compressed_arm = (
+        Arm(answers[name], decode(loaded, answers[name]), seconds[name], first_token[name])
+        for name in ("full", "compressed")
+    )
+    return Comparison(full_arm, compressed_arm, content, explanation)
+
+
+def full_model(model: Any, *, compiled: bool) -> Any:
+    """A second model that shares the weights, and whose vision encoder plain Inductor compiles."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    if compiled:
+        twin.model.vision_tower.compile()
+    return twin
+
+
+def timed_answer(model: Any, inputs: Inputs, max_new_tokens: int) -> tuple[list[int], float]:
+    """Greedy answer to the only prompt of ``inputs``: its new tokens, and the seconds they took."""
+    if max_new_tokens < 1:
+        raise EarlyTomConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1.")
+    start = time.perf_counter()
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
+    return new, time.perf_counter() - start
+
+
+def decode(loaded: Loaded, tokens: list[int]) -> str:
+    """The answer as text."""
+    return loaded.processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+def _first_token_seconds(
+    models: dict[str, Any], inputs: Inputs, repeats: int, progress: Progress
+) -> dict[str, float]:
+    """Median over ``repeats`` runs in turn, so that what else the machine does meets both models alike."""
+    task = progress.add_task("timing the first token", total=(_WARM_UP + repeats) * len(models))
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for run in range(_WARM_UP + repeats):
+        for name, model in models.items():
+            _, elapsed = timed_answer(model, inputs, 1)
+            if run >= _WARM_UP:
+                seconds[name].append(elapsed)
+            progress.advance(task)
+    return {name: statistics.median(runs) for name, runs in seconds.items()}
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """The table that ``earlytom demo`` and ``earlytom run --compare`` end in."""
+    full, compressed, report = comparison.full, comparison.compressed, comparison.report
+    table = Table(title="Full and compressed", title_justify="left")
+    for heading in ("", "full model", "compressed"):
+        table.add_column(heading, overflow="fold")
+    videos = report["videos"]
+    for index, video in enumerate(videos):
+        which = f" of video {index + 1}" if len(videos) > 1 else ""
+        frames, (before, after) = video["frames"], video["tokens"]
+        table.add_row(f"frames{which}", str(frames[0]), " -> ".join(map(str, frames)))
+        table.add_row(f"video tokens{which}", str(before), f"{after} ({after / before:.1%})")
+    if videos:
+        before, after = report["prompt"]
+        table.add_row("prompt length", f"{before} tokens", f"{after} tokens")
+    else:
+        table.add_row("video tokens", "all", "[bold red]all: this call ran uncompressed[/]")
+    table.add_row("time to first token", *_times(full.ttft_seconds, compressed.ttft_seconds))
+    first = (f"{arm.first_seconds:.1f} s" for arm in (full, compressed))
+    table.add_row("first answer, with compilation", *first)
+    table.add_row("answer", *(_quoted(arm.text) for arm in (full, compressed)))
+    length = max(len(full.answer), len(compressed.answer))
+    apart = f"no, the first {comparison.common_tokens} of {length} tokens do"
+    table.add_row("answers agree", "", "yes" if comparison.agree else apart)
+    layers = ", ".join(map(str, report["merge_layers"]))
+    if layers:
+        table.caption = f"Frames merge after vision encoder layers {layers}."
+        table.caption_justify = "left"
+    return table
+
+
+def _times(full: float, compressed: float) -> tuple[str, str]:
+    ratio = full / compressed
+    change = f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+    return f"{1000 * full:.0f} ms", f"{1000 * compressed:.0f} ms ({change})"
+
+
+def _quoted(text: str) -> str:
+    shown = text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 3] + "..."
+    return escape(repr(shown))

@@ -1,0 +1,39 @@
+"""``earlytom explain``: one compressed call, then what the compiler matched, inserted and left alone."""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+import earlytom_compile
+
+from .clip import write_clip
+from .comparison import timed_answer
+from .demo import QUESTION
+from .loading import load_checkpoint, prepare_inputs
+from .tiny_checkpoint import write_checkpoint
+from .toolchain import require_toolchain
+
+
+def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Call once, print the report."""
+    progress_on = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="earlytom-explain-") as folder:
+        loaded = load_checkpoint(
+            arguments.model or str(write_checkpoint(Path(folder) / "checkpoint")),
+            device=arguments.device,
+            dtype=arguments.dtype,
+        )
+        require_toolchain(loaded.device, options)
+        clip = arguments.video or Path(folder) / "clip.mp4"
+        if not arguments.video:
+            write_clip(clip)
+        inputs = prepare_inputs(loaded, clip, QUESTION, frames=arguments.frames, progress_on=progress_on)
+    model = earlytom_compile.compile(loaded.model, **options)
+    with Progress(console=progress_on, transient=True) as progress:
+        progress.add_task("compile and answer", total=None)
+        timed_answer(model, inputs, max_new_tokens=1)
+    Console(highlight=False).print(str(earlytom_compile.report(model)), markup=False, soft_wrap=True)

@@ -1,0 +1,116 @@
+"""The ``earlytom`` command: ``demo``, ``run`` and ``explain``.
+
+Only the parser lives here. What a command needs (torch, transformers) is imported when it runs, so that
+``earlytom --help`` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ..errors import EarlyTomError
+from .options import add_config_flags, given_options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, 2 for a mistake in what was asked, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        options = given_options(arguments)
+        command = importlib.import_module(f".{arguments.command}", __package__)
+        command.execute(arguments, options)
+    except EarlyTomError as error:
+        print(f"earlytom {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="earlytom", description="Video-LLMs that compress their video tokens inside the vision encoder."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(
+        commands.add_parser("demo", help="compare full and compressed on a tiny model built on the spot")
+    )
+    _add_run(commands.add_parser("run", help="ask a LLaVA-OneVision checkpoint about a video"))
+    _add_explain(commands.add_parser("explain", help="show what the compiler does to a checkpoint"))
+    return parser
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Builds a tiny LLaVA-OneVision with random weights and a short video, asks a question with the full "
+        "and with the compressed model, and shows the difference. Everything but the weights is real."
+    )
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="keep checkpoint and video there (default: thrown away)"
+    )
+    _add_frames(parser)
+    _add_max_new_tokens(parser, 16)
+    _add_repeats(parser)
+    add_config_flags(parser, retain_ratio=0.1)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Asks a LLaVA-OneVision checkpoint about a video, with compressed video tokens."
+    _add_model(parser, required=True)
+    parser.add_argument("--video", required=True, metavar="FILE", help="any video FFmpeg can read")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    _add_frames(parser)
+    _add_max_new_tokens(parser, 64)
+    parser.add_argument("--compare", action="store_true", help="answer with the full model too, and compare")
+    _add_repeats(parser)
+    add_config_flags(parser)
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Makes one compressed call and prints what matched, what was inserted, what was left alone and why."
+    )
+    _add_model(parser, required=False)
+    parser.add_argument("--video", metavar="FILE", help="default: a short clip made on the spot")
+    _add_frames(parser)
+    add_config_flags(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    fallback = "" if required else " (default: the demo's tiny model)"
+    parser.add_argument(
+        "--model",
+        required=required,
+        metavar="PATH_OR_HUB_ID",
+        help=f"a LLaVA-OneVision checkpoint: a folder, or a name on the Hugging Face Hub{fallback}",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ..."
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="of the weights; auto = the checkpoint's own on a GPU, float32 on a CPU",
+    )
+
+
+def _add_frames(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames", type=int, default=32, help="frames taken evenly from the video (%(default)s)"
+    )
+
+
+def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
+    text = "length limit of the answer (%(default)s)"
+    parser.add_argument("--max-new-tokens", type=int, default=default, help=text)
+
+
+def _add_repeats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each model (%(default)s)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The fields of EarlyTomConfig as command line flags, made from the dataclass so that the two cannot differ.
+
+    merge_layers: tuple[int, ...] | None = None   ->   --merge-layers 6,21,23
+    strict: bool = False                          ->   --strict / --no-strict
+
+Values are only read here; whether they make sense is EarlyTomConfig's to say. A flag that is not given is not
+passed on, so that ``--preset`` fills in what was left open.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from ..config import EarlyTomConfig
+
+
+def add_config_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """One flag for each field of :class:`EarlyTomConfig`; ``defaults`` replace those of its fields."""
+    group = parser.add_argument_group(
+        "compression", "The options of earlytom_compile.compile(), by the same names."
+    )
+    hints, meanings = typing.get_type_hints(EarlyTomConfig), _field_docstrings()
+    for field in dataclasses.fields(EarlyTomConfig):
+        name, hint = field.name, hints[field.name]
+        text = f"{meanings[name]} (default: {defaults.get(name, field.default)})".replace("%", "%%")
+        flag = "--" + name.replace("_", "-")
+        common: dict[str, Any] = {
+            "dest": name,
+            "default": defaults.get(name, argparse.SUPPRESS),
+            "help": text,
+        }
+        if hint is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        else:
+            group.add_argument(flag, type=_reader(hint), metavar=_metavar(hint), **common)
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that were on the command line, checked; raises :class:`EarlyTomConfigError`."""
+    names = [field.name for field in dataclasses.fields(EarlyTomConfig)]
+    options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    EarlyTomConfig.from_options(options)
+    return options
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _reader(hint: Any) -> Callable[[str], Any]:
+    """Text -> the first member of ``hint`` that can be read from it; else the text itself."""
+
+    def read(text: str) -> Any:
+        for member in _members(hint):
+            try:
+                if member is type(None) and text.lower() == "none":
+                    return None
+                if member in (int, float):
+                    return member(text)
+                if typing.get_origin(member) is tuple:
+                    return tuple(int(part) for part in text.split(","))
+            except ValueError:
+                continue
+        return text
+
+    return read
+
+
+def _metavar(hint: Any) -> str:
+    """What may stand there: ``{paper,released}``, ``FLOAT|segment``, ``INT,INT,...|none``."""
+    words = []
+    for member in _members(hint):
+        if typing.get_origin(member) is typing.Literal:
+            choices = typing.get_args(member)
+            words.append("{" + ",".join(choices) + "}" if len(choices) > 1 else choices[0])
+        elif typing.get_origin(member) is tuple:
+            words.append("INT,INT,...")
+        else:
+            words.append(
+                {type(None): "none", str: "NAME"}.get(member, getattr(member, "__name__", "").upper())
+            )
+    return "|".join(words)
+
+
+def _field_docstrings() -> dict[str, str]:
+    """The string under each field of the dataclass, which Python itself throws away."""
+    source = textwrap.dedent(inspect.getsource(EarlyTomConfig))
+    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
+    found = {}
+    for field, string in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(string, ast.Expr):
+            name, value = (
+                typing.cast(ast.Name, field.target).id,
+                typing.cast(ast.Constant, string.value).value,
+            )
+            found[name] = " ".join(str(value).split()).replace("`", "").replace(":class:", "")
+    return found

@@ -1,0 +1,182 @@
+"""Every option in one frozen dataclass, checked the moment it is built.
+
+>>> EarlyTomConfig.from_options({"retain_ratio": 0.1, "variant": "paper"})
+EarlyTomConfig(retain_ratio=0.1, variant='paper', ...)
+>>> EarlyTomConfig.from_options({"retain": 0.1})
+EarlyTomConfigError: unknown option 'retain'; did you mean 'retain_ratio'? Valid options: ...
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import EarlyTomConfigError
+
+RELEASED_MAX_WINDOW = 8
+"""Window of the released code where ``max_window`` is left None (algorithm.md, stage 1)."""
+
+# Table 8 of the paper: tau_seg and merge layers for a retain ratio; every row has alpha = 0.9.
+_RATIOS = (0.25, 0.20, 0.15, 0.10)
+_TABLE_8: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
+    "mvbench": ((0.8, (6, 14, 20)), (0.8, (6, 14, 20)), (0.8, (6, 14, 20)), (0.65, (8, 14, 20))),
+    "egoschema": ((0.7, (10, 21, 23)), (0.6, (10, 21, 23)), (0.5, (10, 21, 23)), (0.3, (10, 21, 23))),
+    "longvideobench": ((0.8, (6, 21, 23)), (0.6, (10, 21, 23)), (0.5, (10, 21, 23)), (0.3, (10, 21, 23))),
+    "videomme": ((0.6, (10, 21, 23)), (0.5, (8, 21, 23)), (0.4, (8, 21, 23)), (0.3, (10, 21, 23))),
+    "mvbench-0.5b": ((0.8, (8, 21, 23)), (0.8, (8, 21, 23)), (0.8, (8, 21, 23)), (0.65, (8, 21, 23))),
+    "egoschema-0.5b": ((0.7, (10, 21, 23)), (0.6, (10, 21, 23)), (0.5, (10, 21, 23)), (0.3, (10, 21, 23))),
+    "longvideobench-0.5b": ((0.8, (6, 21, 23)), (0.6, (10, 21, 23)), (0.5, (10, 21, 23)), (0.3, (10, 21, 23))),
+    "videomme-0.5b": ((0.6, (8, 21, 23)), (0.5, (8, 21, 23)), (0.4, (8, 21, 23)), (0.3, (8, 21, 23))),
+}
+PRESETS = tuple(_TABLE_8)
+
+
+@dataclass(frozen=True)
+class EarlyTomConfig:
+    """The options of ``compile()``, of ``torch.compile(..., options=...)`` and of the command line.
+
+    Symbols as in the paper: r = ``retain_ratio``, F frames a video, P tokens a frame after pooling.
+    Raises :class:`EarlyTomConfigError` for a value outside its range.
+    """
+
+    retain_ratio: float = 0.2
+    """r in (0, 1]: share of the video tokens that reach the language model (Eq. 5)."""
+    variant: Literal["paper", "released"] = "paper"
+    """``"paper"``: Eq. 1-7, exactly K tokens a video. ``"released"``: what the authors' code computes."""
+    merge_layers: tuple[int, ...] | None = None
+    """0-based encoder layers after which frames merge; None = (6, 21, 23) of 26, scaled to the depth."""
+    tau_seg: float = 0.6
+    """A segment ends where the smoothed frame similarity falls below this (Eq. 1)."""
+    alpha: float = 0.9
+    """Weight of the newest similarity in its moving average, in (0, 1] (Eq. 1)."""
+    max_window: int | None = None
+    """Longest segment in frames, at least 2; None = no limit (``released``: 8)."""
+    tau_merge: float | Literal["segment"] = "segment"
+    """Similarity needed to merge (Eq. 2): a number, or that of the segment's own head and tail."""
+    lowering: Literal["whole", "eager"] = "whole"
+    """``"whole"``: one Inductor graph; ``"eager"``: the rewritten graph as it is, nothing compiled."""
+    static_selection: Literal["auto", "device", "host"] = "auto"
+    """Where static frames' tokens are selected. On the CPU all three are the same."""
+    inner_layer: int | None = None
+    """Merging inside the language model (algorithm.md, stage 3): not available yet, leave None."""
+    inner_drop_ratio: float = 0.5
+    """Share of the image tokens dropped by stage 3."""
+    strict: bool = False
+    """Raise :class:`EarlyTomCompileError` where a call would otherwise run uncompressed with a warning."""
+    preset: str | None = None
+    """A row of Table 8, such as ``"videomme"`` or ``"videomme-0.5b"``; explicit options win over it."""
+
+    def __post_init__(self) -> None:
+        _require_number("retain_ratio", self.retain_ratio, 0 < _float(self.retain_ratio) <= 1, "in (0, 1]")
+        _require_choice("variant", self.variant, ("paper", "released"))
+        _require_number("tau_seg", self.tau_seg, not math.isnan(_float(self.tau_seg)), "a number such as 0.6")
+        _require_number("alpha", self.alpha, 0 < _float(self.alpha) <= 1, "in (0, 1]")
+        if self.tau_merge != "segment":
+            finite = math.isfinite(_float(self.tau_merge))
+            _require_number("tau_merge", self.tau_merge, finite, '"segment" or a number such as 0.8')
+        if self.max_window is not None and not (_is_int(self.max_window) and self.max_window >= 2):
+            raise _bad("max_window", self.max_window, "None or a whole number of frames, at least 2")
+        _require_choice("lowering", self.lowering, ("whole", "eager"))
+        _require_choice("static_selection", self.static_selection, ("auto", "device", "host"))
+        if self.inner_layer is not None:
+            raise _bad("inner_layer", self.inner_layer, "None: merging inside the language model is not available")
+        drop = _float(self.inner_drop_ratio)
+        _require_number("inner_drop_ratio", self.inner_drop_ratio, 0 <= drop < 1, "in [0, 1)")
+        if not isinstance(self.strict, bool):
+            raise _bad("strict", self.strict, "True or False")
+        if self.preset is not None:
+            _require_choice("preset", self.preset, PRESETS)
+        if self.merge_layers is not None:
+            object.__setattr__(self, "merge_layers", _layers(self.merge_layers))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> "EarlyTomConfig":
+        """Build a config from ``options=``; unknown keys and bad values raise :class:`EarlyTomConfigError`."""
+        options = dict(options or {})
+        valid = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in valid:
+                near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise EarlyTomConfigError(f"unknown option {key!r}{hint} Valid options: {', '.join(valid)}.")
+        if options.get("preset") is not None:
+            options = {**_preset(options["preset"], options), **options}
+        return cls(**options)
+
+    def resolve_merge_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The merge layers of an encoder of ``num_layers`` layers; raises if one does not exist."""
+        if self.merge_layers is not None:
+            missing = [layer for layer in self.merge_layers if layer >= num_layers]
+            if missing:
+                raise EarlyTomConfigError(
+                    f"merge_layers={self.merge_layers}: layer {missing[0]} does not exist; the vision encoder "
+                    f"has layers 0 to {num_layers - 1}. Choose from those, or leave merge_layers=None."
+                )
+            return self.merge_layers
+        if num_layers in (26, 27):
+            return (6, 21, 23)
+        # The same shares of the depth: 7, 22 and 24 of 26 layers are done when frames merge.
+        scaled = {round(done * num_layers / 26) - 1 for done in (7, 22, 24)}
+        return tuple(sorted({min(max(layer, 0), num_layers - 2) for layer in scaled if num_layers > 1}))
+
+    def token_budget(self, frames: int, tokens: int) -> int:
+        """K = max(1, round(r·F·P)): tokens a video keeps under ``variant="paper"`` (Eq. 5, made exact)."""
+        return max(1, round(self.retain_ratio * frames * tokens))
+
+    def min_frames(self, frames: int) -> int:
+        """Frames stage 1 leaves at least, so that stage 2 can fill its budget; ``released`` has no floor."""
+        return math.ceil(self.retain_ratio * frames) if self.variant == "paper" else 1
+
+    def window(self) -> int:
+        """``max_window`` as the operators take it: 0 = no limit."""
+        default = RELEASED_MAX_WINDOW if self.variant == "released" else 0
+        return default if self.max_window is None else self.max_window
+
+    def similarity_band(self, frames: int) -> int:
+        """How many frames back similarities are needed: no segment is longer than its window."""
+        return max(1, (min(self.window(), frames) if self.window() else frames) - 1)
+
+
+def _preset(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    _require_choice("preset", name, PRESETS)
+    ratio = options.get("retain_ratio", EarlyTomConfig.retain_ratio)
+    if ratio not in _RATIOS:
+        raise EarlyTomConfigError(
+            f"preset={name!r} with retain_ratio={ratio!r}: Table 8 has rows for {', '.join(map(str, _RATIOS))}. "
+            "Take one of those, or give tau_seg and merge_layers yourself without a preset."
+        )
+    tau_seg, merge_layers = _TABLE_8[name][_RATIOS.index(ratio)]
+    return {"tau_seg": tau_seg, "merge_layers": merge_layers, "alpha": 0.9}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _float(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _bad(name: str, value: Any, allowed: str) -> EarlyTomConfigError:
+    return EarlyTomConfigError(f"{name}={value!r}: must be {allowed}.")
+
+
+def _require_number(name: str, value: Any, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise _bad(name, value, allowed)
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise _bad(name, value, "one of " + ", ".join(map(repr, choices)))
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise _bad("merge_layers", value, "None or a sequence of layer numbers such as (6, 21, 23)")
+    layers = tuple(value)
+    if not all(_is_int(layer) and layer >= 0 for layer in layers) or len(set(layers)) < len(layers):
+        raise _bad("merge_layers", value, "distinct 0-based layer numbers such as (6, 21, 23)")
+    return tuple(sorted(layers))

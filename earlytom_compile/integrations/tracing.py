@@ -1,0 +1,115 @@
+"""Make transformers' LLaVA-OneVision trace to one graph in a fresh process.
+
+Three places in it break the graph, for reasons that have nothing to do with the model:
+
+    maybe_install_capturing_hooks(model)      # installs forward hooks under a lock, once
+    torch_compilable_check(n_tokens == ...)   # reads a tensor's value on the host
+    signature.bind(self, *args, **kwargs)     # reads a mappingproxy, which Dynamo refuses (transformers 5.23)
+
+Each is replaced by one that behaves as before in eager mode. While Dynamo traces, the first installs the hooks as
+a constant-folded side effect; the second does nothing, since the backend compares placeholders with features
+itself, on every call, before any compressed graph runs; the third reads a plain dict.
+"""
+
+import gc
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+_CHECK = "torch_compilable_check"
+_INSTALL = "maybe_install_capturing_hooks"
+_MODELING = "transformers.models.llava_onevision.modeling_llava_onevision"
+_CAPTURING = "transformers.utils.output_capturing"
+
+
+def make_traceable() -> None:
+    """Prepare transformers for tracing; may be called again at any time.
+
+    Must run before Dynamo first traces a model, and imports what it prepares: a module imported later would come
+    unprepared.
+    """
+    try:
+        modeling = importlib.import_module(_MODELING)
+    except ImportError as error:
+        log.warning("LLaVA-OneVision of transformers cannot be imported and will not trace: %s", error)
+        return
+    _replace(modeling, _CHECK, _check_unless_tracing)
+    for cell in _signature_cells(modeling.LlavaOnevisionModel):
+        if type(cell.cell_contents) is inspect.Signature:
+            cell.cell_contents = _PlainSignature(cell.cell_contents)
+    if _CAPTURING in sys.modules:
+        _replace(sys.modules[_CAPTURING], _INSTALL, _install_while_tracing)
+
+
+def _replace(module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(module, name, None)
+    if original is not None and not hasattr(original, "earlytom_original"):
+        replacement = make(original)
+        replacement.earlytom_original = original  # type: ignore[attr-defined]
+        setattr(module, name, replacement)
+
+
+def _check_unless_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def torch_compilable_check(cond: Any, msg: Any, error_type: type[Exception] = ValueError) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            return
+        original(cond, msg, error_type)
+
+    return torch_compilable_check
+
+
+def _install_while_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def maybe_install_capturing_hooks(model: Any) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            install_hooks_of_live_models()
+            return
+        original(model)
+
+    return maybe_install_capturing_hooks
+
+
+class _PlainSignature(inspect.Signature):
+    """A signature whose parameters are a plain dict instead of a mappingproxy."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        super().__init__(list(signature.parameters.values()), return_annotation=signature.return_annotation)
+        self._plain = dict(signature.parameters)
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:  # type: ignore[override]
+        return self._plain
+
+
+def _signature_cells(model_class: type) -> Iterator[Any]:
+    """The closure cells called ``signature`` in the decorators of the class' methods."""
+    for function in vars(model_class).values():
+        while inspect.isfunction(function):
+            names = function.__code__.co_freevars
+            if "signature" in names and function.__closure__ is not None:
+                yield function.__closure__[names.index("signature")]
+            function = getattr(function, "__wrapped__", None)
+
+
+@torch._dynamo.assume_constant_result
+def install_hooks_of_live_models() -> bool:
+    """Install the output-capturing hooks of every live model that lacks them; returns True.
+
+    Takes no argument because Dynamo on torch 2.11 cannot fold a call that gets a module. ``type(obj)`` is asked
+    instead of ``isinstance``, which raises on dead weak proxies.
+    """
+    from transformers import PreTrainedModel
+
+    capturing = sys.modules[_CAPTURING]
+    original = getattr(capturing, _INSTALL).earlytom_original
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), PreTrainedModel) and "_modules" in candidate.__dict__:
+            original(candidate)
+    return True

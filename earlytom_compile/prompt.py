@@ -1,0 +1,114 @@
+"""Placeholders of a prompt: do they match the videos, and which of them go when a video shrinks?
+
+    [5, 5, <video> x 73, 7, <video> x 73]   two videos of 73 rows that keep 8 each
+ -> [5, 5, <video> x  8, 7, <video> x  8]
+
+A prompt that does not match its videos is an error. One that matches but cannot be cut (text inside a video) gives
+a reason to run the call uncompressed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import EarlyTomConfigError
+
+
+class UncuttablePrompt(Exception):
+    """The prompt matches its videos but its placeholders cannot be cut; the message is the reason."""
+
+
+def locate_videos(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> list[list[int]]:
+    """Where each video's placeholders begin, row by row.
+
+    ``input_ids`` int64 [R, S]; ``sizes[v]`` is the number of placeholders ``token`` of video v, in reading order.
+    Raises :class:`EarlyTomConfigError` if they do not match, :class:`UncuttablePrompt` if a video is not in one
+    piece.
+    """
+    rows = input_ids.tolist()
+    places = [[i for i, token_id in enumerate(row) if token_id == token] for row in rows]
+    if sum(map(len, places)) != sum(sizes):
+        raise EarlyTomConfigError(
+            f"the prompt has {sum(map(len, places))} video placeholder tokens (id {token}), but its {len(sizes)} "
+            f"videos need {sum(sizes)} ({', '.join(map(str, sizes))}). Build the prompt with the model's processor, "
+            "from the same videos."
+        )
+    remaining, starts = list(sizes), []
+    for place in places:
+        starts.append(row_starts := [])
+        while place:
+            size = remaining.pop(0)
+            if len(place) < size or place[size - 1] - place[0] != size - 1:
+                raise UncuttablePrompt(
+                    f"the {size} placeholders of a video are not next to each other in one row of the prompt"
+                )
+            row_starts.append(place[0])
+            place = place[size:]
+    return starts
+
+
+@dataclass(frozen=True)
+class ExpectedPlaceholders:
+    """What a compiled graph needs of a prompt: ``videos`` runs of ``per_video`` placeholders ``token``."""
+
+    token: int
+    videos: int
+    per_video: int
+    even_rows: bool
+    """Every row must have the same number of videos."""
+
+    def reason_not_to_cut(self, input_ids: torch.Tensor) -> str | None:
+        """None if the prompt int64 [R, S] can be cut, else why not; raises where it does not match at all."""
+        try:
+            starts = locate_videos(input_ids, self.token, [self.per_video] * self.videos)
+        except UncuttablePrompt as reason:
+            return str(reason)
+        counts = [len(row) for row in starts]
+        if self.even_rows and len(set(counts)) > 1:
+            return f"the rows of the batch have different numbers of videos ({', '.join(map(str, counts))})"
+        return None
+
+
+@dataclass(frozen=True)
+class PromptCut:
+    """Which positions of each row stay; shorter rows are padded on the left. R rows, S -> S' positions."""
+
+    positions: torch.Tensor  # int64 [R, S'], -1 = padding
+    length: int  # S
+
+    @classmethod
+    def plan(cls, input_ids: torch.Tensor, token: int, before: Sequence[int], after: Sequence[int]) -> "PromptCut":
+        """Keep the first ``after[v]`` of the ``before[v]`` placeholders of each video v in reading order."""
+        starts = locate_videos(input_ids, token, before)
+        rows, video = [], 0
+        for row_starts in starts:
+            kept = torch.ones(input_ids.shape[1], dtype=torch.bool)
+            for start in row_starts:
+                kept[start + after[video] : start + before[video]] = False
+                video += 1
+            rows.append(kept.nonzero().flatten())
+        width = max(len(row) for row in rows)
+        padded = [torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows]
+        return cls(torch.stack(padded).to(input_ids.device), input_ids.shape[1])
+
+    @property
+    def padded(self) -> bool:
+        """True if some row had to be padded."""
+        return bool((self.positions < 0).any())
+
+    @property
+    def dropped(self) -> int:
+        """S - S'."""
+        return self.length - self.positions.shape[1]
+
+    def take(self, x: torch.Tensor, fill: float) -> torch.Tensor:
+        """Cut ``x`` [R, S], with ``fill`` where a row is padded."""
+        return x.gather(1, self.positions.clamp_min(0)).masked_fill(self.positions < 0, fill)
+
+    def renumber(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Cut position ids [R or 1, S] and close the gaps, as if the prompt had been written with smaller videos."""
+        taken = self.take(position_ids.expand(self.positions.shape[0], -1), 0)
+        pads = (self.positions < 0).sum(1, keepdim=True)
+        index = torch.arange(self.positions.shape[1], device=taken.device) - pads
+        return (taken - (self.positions - index)).clamp_min(0).masked_fill(self.positions < 0, 0)

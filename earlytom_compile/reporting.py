@@ -1,0 +1,139 @@
+"""What the compiler did to a model: what matched, what was inserted, what was left alone and why.
+
+>>> print(earlytom_compile.report(model))
+vision encoder  model.vision_tower.encoder.layers (26 layers), merges after 6, 21, 23
+last call       frames 32 -> 27 -> 22 -> 19, video tokens 6272 -> 627, prompt 6310 -> 665
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class GraphRecord:
+    """One compiled graph; what a call did is kept as device tensors and read only when somebody asks."""
+
+    compile_id: str
+    recompile: bool
+    encoder: str = ""
+    layers: int = 0
+    merge_layers: tuple[int, ...] = ()
+    frames: int = 0
+    tokens_before: int = 0
+    budget: int | None = None
+    inserted: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    lowering: str = ""
+    last_call: float = 0.0  # time.monotonic(), 0 = never
+    frame_counts: list[torch.Tensor] = field(default_factory=list)  # int64 [V] each
+    token_counts: torch.Tensor | None = None  # int64 [V], where it depends on the content
+    prompt: tuple[int, int] | None = None
+    parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def compressed(self) -> bool:
+        """True if this graph compresses a video."""
+        return bool(self.encoder) and bool(self.inserted)
+
+    def videos(self) -> list[dict[str, list[int]]]:
+        """Frames and tokens of each video of the last call."""
+        if not self.compressed or not self.last_call:
+            return []
+        frames = torch.stack(self.frame_counts, dim=1).tolist()
+        kept = self.token_counts.tolist() if self.token_counts is not None else [self.budget] * len(frames)
+        return [
+            {"frames": per_layer, "tokens": [self.tokens_before, tokens]}
+            for per_layer, tokens in zip(frames, kept, strict=True)
+        ]
+
+
+_RECORDS: list[GraphRecord] = []
+
+
+def add_record(record: GraphRecord, example_inputs: Iterable[Any]) -> GraphRecord:
+    """Remember ``record`` for the models that own the parameters among ``example_inputs``."""
+    record.parameters = [weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)]
+    _RECORDS[:] = [kept for kept in _RECORDS if any(ref() is not None for ref in kept.parameters)]
+    _RECORDS.append(record)
+    return record
+
+
+def records_of(model: torch.nn.Module) -> list[GraphRecord]:
+    """Records of the graphs that use a parameter of ``model``, oldest first."""
+    owned = {id(parameter) for parameter in model.parameters()}
+    return [record for record in _RECORDS if any(id(ref()) in owned for ref in record.parameters)]
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Drop the records of ``model``."""
+    dropped = {id(record) for record in records_of(model)}
+    _RECORDS[:] = [record for record in _RECORDS if id(record) not in dropped]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known about one model; ``str()`` for people, ``to_dict()`` for programs."""
+
+    records: tuple[GraphRecord, ...]
+    prompt: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of the report as plain values."""
+        compressed = [record for record in self.records if record.compressed]
+        last = max(compressed, key=lambda record: record.last_call, default=None)
+        reasons = [*self.notes, *(reason for record in self.records for reason in record.reasons)]
+        prompt = self.prompt or (last.prompt if last else None)
+        return {
+            "encoder": {"layers": last.layers, "module": last.encoder} if last else None,
+            "merge_layers": list(last.merge_layers) if last else [],
+            "inserted": dict(last.inserted) if last else {},
+            "lowering": last.lowering if last else None,
+            "videos": last.videos() if last else [],
+            "prompt": list(prompt) if prompt else None,
+            "reasons": list(dict.fromkeys(reasons)),
+            "compile_seconds": round(sum(sum(record.seconds.values()) for record in self.records), 3),
+            "graphs": len(self.records),
+            "recompiles": sum(record.recompile for record in self.records),
+            "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+        }
+
+    def __str__(self) -> str:
+        content = self.to_dict()
+        encoder = content["encoder"]
+        if encoder is None:
+            lines = ["nothing compressed so far"]
+        else:
+            layers = ", ".join(map(str, content["merge_layers"])) or "none"
+            operators = ", ".join(f"{count} {name}" for name, count in content["inserted"].items())
+            lines = [
+                f"vision encoder   {encoder['module']} ({encoder['layers']} layers), merges after {layers}",
+                f"inserted         {operators}",
+                f"lowering         {content['lowering']}",
+            ]
+        for index, video in enumerate(content["videos"]):
+            frames = " -> ".join(map(str, video["frames"]))
+            before, after = video["tokens"]
+            lines.append(f"video {index}          frames {frames}, tokens {before} -> {after}")
+        if content["prompt"]:
+            lines.append("prompt           {} -> {} tokens".format(*content["prompt"]))
+        lines.append(
+            f"compiled         {content['graphs']} graphs in {content['compile_seconds']} s, "
+            f"{content['recompiles']} recompiles, {content['graph_breaks']} graph breaks in this process"
+        )
+        lines += [f"left alone       {reason}" for reason in content["reasons"]]
+        return "\n".join(lines)
+
+
+def report(model: torch.nn.Module) -> Report:
+    """The report of a model compiled by :func:`earlytom_compile.compile` or with ``backend="earlytom"``.
+
+    Frame and token counts are those of the last call. ``graph_breaks`` counts every backend of this process.
+    """
+    handle = model.__dict__.get("_earlytom")
+    return Report(tuple(records_of(model)), getattr(handle, "prompt", None), tuple(getattr(handle, "notes", ())))

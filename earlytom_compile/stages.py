@@ -1,0 +1,127 @@
+"""From a rewritten graph to something that runs: lowering, and the checks around every call.
+
+    whole:  one Inductor graph; frame counts are unbacked sizes, so new videos never recompile
+    eager:  the rewritten graph as it is
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .config import EarlyTomConfig
+from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
+from .passes.manager import Rewrite, data_dependent_sizes
+from .prompt import ExpectedPlaceholders
+from .reporting import GraphRecord
+
+log = logging.getLogger(__name__)
+Runnable = Callable[..., Sequence[Any]]
+
+
+def lower(graph_module: GraphModule, example_inputs: Sequence[Any], lowering: str, mode: str | None) -> Runnable:
+    """Compile a Dynamo graph with Inductor, or leave it to the interpreter of Python (``"eager"``)."""
+    if lowering == "eager":
+        return graph_module.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    options = torch._inductor.list_mode_options(mode) if mode else {}
+    return compile_fx(graph_module, list(example_inputs), config_patches=options or None)
+
+
+def lower_compressed(
+    state: Rewrite, original: GraphModule, example_inputs: Sequence[Any], mode: str | None, record: GraphRecord
+) -> "CompressedGraph":
+    """Lower a rewritten graph whose counts are handed out beside its own outputs."""
+    outputs = _append_counts(state)
+    start = time.perf_counter()
+    with data_dependent_sizes():
+        compiled = lower(state.graph_module, example_inputs, state.config.lowering, mode)
+    record.seconds["lowering"] = time.perf_counter() - start
+    return CompressedGraph(compiled, original, outputs, _expected(state), state, record)
+
+
+class CompressedGraph:
+    """A compressed graph as Dynamo calls it: checks the prompt, runs, and notes what happened."""
+
+    def __init__(
+        self,
+        compiled: Runnable,
+        original: GraphModule,
+        num_outputs: int,
+        expected: tuple[int, ExpectedPlaceholders] | None,
+        state: Rewrite,
+        record: GraphRecord,
+    ) -> None:
+        self._compiled = compiled
+        self._original = original
+        self._num_outputs = num_outputs
+        self._expected = expected
+        self._config = state.config
+        self._num_counts = len(state.video.counts) if state.video else 0
+        self.record = record
+        self.rows_per_video = state.boundary.rows_per_video if state.boundary else 0
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        if self._expected is not None:
+            index, expected = self._expected
+            reason = expected.reason_not_to_cut(args[index])
+            if reason is not None:
+                fall_back(
+                    reason,
+                    "Use earlytom_compile.compile(model) and generate(), or split the batch",
+                    self._config,
+                    self.record,
+                )
+                return self._original(*args)
+        outputs = self._compiled(*args)
+        self._note(outputs[self._num_outputs :], args)
+        return outputs[: self._num_outputs]
+
+    def _note(self, counts: Sequence[Any], args: tuple[Any, ...]) -> None:
+        record = self.record
+        record.last_call = time.monotonic()
+        record.frame_counts = list(counts[: self._num_counts])
+        rest = list(counts[self._num_counts :])
+        if self._expected is not None:
+            record.prompt = (args[self._expected[0]].shape[1], rest.pop(0).shape[1])
+        record.token_counts = rest.pop(0) if rest else None
+
+
+def fall_back(reason: str, cure: str, config: EarlyTomConfig, record: GraphRecord) -> None:
+    """Say that something runs uncompressed: a warning, or an error under ``strict=True``."""
+    record.reasons.append(reason)
+    if config.strict:
+        raise EarlyTomCompileError(f"not compressed: {reason}. {cure}. (strict=True makes this an error.)")
+    log.info("not compressed: %s", reason)
+    warnings.warn(f"running without compression: {reason}. {cure}.", EarlyTomFallbackWarning, stacklevel=2)
+
+
+def _append_counts(state: Rewrite) -> int:
+    """Add frame counts, the cut and the token counts to the graph's outputs; returns how many there were."""
+    assert state.video is not None and state.selected is not None
+    (output,) = (node for node in state.graph_module.graph.nodes if node.op == "output")
+    own = tuple(output.args[0])  # type: ignore[arg-type]
+    cut = (state.keep,) if state.keep is not None else ()
+    kept = (state.selected.kept_counts,) if state.selected.kept_counts is not None else ()
+    output.args = ((*own, *state.video.counts, *cut, *kept),)
+    state.graph_module.recompile()
+    return len(own)
+
+
+def _expected(state: Rewrite) -> tuple[int, ExpectedPlaceholders] | None:
+    boundary = state.boundary
+    if boundary is None or boundary.placeholders is None:
+        return None
+    inputs = [node for node in state.graph_module.graph.nodes if node.op == "placeholder"]
+    expected = ExpectedPlaceholders(
+        boundary.placeholders.token,
+        boundary.videos,
+        boundary.rows_per_video,
+        even_rows=state.config.variant == "paper",
+    )
+    return inputs.index(boundary.placeholders.input_ids), expected

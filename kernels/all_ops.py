@@ -1,0 +1,26 @@
+"""Import this and every operator exists: ``torch.ops.earlytom.frame_similarity`` and its siblings.
+
+::
+
+    import earlytom_compile.kernels.all_ops   ->   torch.ops.earlytom.<name> for every file of this folder
+"""
+
+from . import (
+    append_separators,
+    attention_received,
+    frame_similarity,
+    merge_frames,
+    plan_merge,
+    select_tokens,
+    sequence,
+)
+
+__all__ = [
+    "append_separators",
+    "attention_received",
+    "frame_similarity",
+    "merge_frames",
+    "plan_merge",
+    "select_tokens",
+    "sequence",
+]

@@ -1,0 +1,85 @@
+"""Blend frames by a merge plan: hidden states, importance, timestamps, whatever rides along.
+
+::
+
+    x [5, ...], plan of plan_merge, n = 4   ->   x[0], w0*x[1] + w1*x[2], x[3], x[4]
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("earlytom::merge_frames", mutates_args=())
+def merge_frames(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
+    """Rows of ``x`` merged as ``plan_merge`` says (Eq. 3).
+
+    Args:
+        x: [T, ...], any float dtype and strides.
+        source: int64 [T, 2]; weight: float32 [T, 2]; both from ``plan_merge``.
+        n: merged frames, ``int(merged_counts.sum())``.
+
+    Returns:
+        [n, ...], dtype of ``x``; blended in float32 (float64 stays float64). Untouched frames are exact
+        copies.
+
+    Raises:
+        ValueError: shapes that do not match, ``n`` that is not the plan's, sources outside ``x``, or weights
+            that are not finite.
+    """
+    _check(x, source, weight)
+    merged = _merged_rows(x.shape[0], source, weight, n)
+    out = x.index_select(0, source[:n, 0])
+    if merged:
+        rows = torch.tensor(merged, device=x.device)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        first, second = source[rows].unbind(1)
+        weights = weight[rows].to(wide).reshape(-1, 2, *[1] * (x.dim() - 1))
+        blend = x.index_select(0, first).to(wide) * weights[:, 0]
+        blend.addcmul_(x.index_select(0, second).to(wide), weights[:, 1])
+        out.index_copy_(0, rows, blend.to(x.dtype))
+    return out
+
+
+@merge_frames.register_fake
+def _(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
+    _check(x, source, weight)
+    return x.new_empty((n, *x.shape[1:]))
+
+
+def _check(x: Tensor, source: Tensor, weight: Tensor) -> None:
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ValueError(
+            f"earlytom::merge_frames: x must be a float tensor [frames, ...], got {x.dtype} with {x.dim()} "
+            f"axes"
+        )
+    if source.dtype != torch.int64 or weight.dtype != torch.float32 or source.dim() != 2 or weight.dim() != 2:
+        raise ValueError(
+            f"earlytom::merge_frames: source must be int64 [frames, 2] and weight float32 [frames, 2] as "
+            f"plan_merge returns them, got {source.dtype} with {source.dim()} axes and {weight.dtype} with "
+            f"{weight.dim()}"
+        )
+
+
+def _merged_rows(frames: int, source: Tensor, weight: Tensor, n: int) -> list[int]:
+    """Rows of the plan that blend two frames, after checking the whole plan; one small copy to the host."""
+    if source.shape != (frames, 2) or weight.shape != (frames, 2):
+        raise ValueError(
+            f"earlytom::merge_frames: a plan over {source.shape[0]} frames cannot merge x with {frames} "
+            f"frames; pass the source and weight planned for these frames"
+        )
+    plan = torch.cat([source.double(), weight.double()], dim=1).tolist()
+    planned = sum(1 for row in plan if row[2] != 0.0 or row[3] != 0.0)
+    if planned != n:
+        raise ValueError(
+            f"earlytom::merge_frames: n={n}, but the plan has {planned} merged frames; pass "
+            f"int(merged_counts.sum())"
+        )
+    for row, (first, second, *weights) in enumerate(plan):
+        if not (0 <= first < frames and 0 <= second < frames and all(map(math.isfinite, weights))):
+            raise ValueError(
+                f"earlytom::merge_frames: row {row} of the plan is source ({first:.0f}, {second:.0f}), "
+                f"weight {tuple(weights)}; sources must be in [0, {frames}) and weights finite"
+            )
+    return [row for row, (first, second, *_) in enumerate(plan[:n]) if first != second]

@@ -1,0 +1,154 @@
+"""Cut the prompt to the tokens that are left (``masked_scatter`` over S positions -> S' positions).
+
+Before: ``embeds = embedding(input_ids)  # [R, S, C]`` ... ``masked_scatter(embeds, input_ids == video, rows)``
+After:  ``keep = keep_positions(input_ids, video, before, after, S')  # [R, S']``
+        ``ids = take_positions(input_ids, keep); mask = take_positions(attention_mask, keep)`` ... all else follows
+
+Each video keeps the first of its placeholders, as many as it has tokens left. Every graph input that carries the
+sequence axis (found by data flow) is cut at the start of the graph; given position ids close the gaps, so that
+kept tokens are numbered as if the prompt had been written with the smaller video.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .axes import AxisMap
+from .find_video_boundary import Boundary
+from .insert_token_selection import SelectedTokens
+from .patterns import MOVES, insert, op_name, shape_of, value_of
+from .reasons import NotApplicable
+from .retarget_axes import ResizedAxis
+
+
+@dataclass(frozen=True)
+class SequenceInputs:
+    """Graph inputs with one position a prompt token; R rows, S positions."""
+
+    input_ids: Node  # [R, S]
+    masks: tuple[Node, ...]  # [R, S]
+    positions: tuple[Node, ...]  # [R or 1, S]
+    others: tuple[Node, ...]  # [R, S, ...], such as embeddings
+
+
+def find_sequence_inputs(graph_module: torch.fx.GraphModule, input_ids: Node) -> SequenceInputs:
+    """All graph inputs on the sequence axis of ``input_ids``; raises NotApplicable where one cannot be cut."""
+    axes = AxisMap.infer(graph_module)
+    masks, positions, others = [], [], []
+    for node, dim in axes.members(input_ids, 1):
+        if node.op != "placeholder" or node is input_ids:
+            continue
+        value = value_of(node)
+        rows, expected = shape_of(node)[0], shape_of(input_ids)[0]  # type: ignore[index]
+        if dim != 1 or not (axes.same((node, 0), (input_ids, 0)) or int(rows) in (1, int(expected))):
+            raise NotApplicable(
+                f"the graph input {node.target} of shape {tuple(map(str, shape_of(node) or ()))} has the prompt on "
+                f"axis {dim}",
+                "Give masks and positions as [rows, prompt length]",
+            )
+        if value.is_floating_point() or value.dim() > 2:  # type: ignore[union-attr]
+            others.append(node)
+        elif value.dtype == torch.bool or _is_used_as_truth(node):  # type: ignore[union-attr]
+            masks.append(node)
+        else:
+            positions.append(node)
+    return SequenceInputs(input_ids, tuple(masks), tuple(positions), tuple(others))
+
+
+def compact_sequence(
+    graph: Graph, boundary: Boundary, selected: SelectedTokens, inputs: SequenceInputs
+) -> tuple[Node, list[ResizedAxis]]:
+    """Insert the cut; returns the positions that stay, [R, S'], and the sequence axes of the graph inputs."""
+    carriers = (inputs.input_ids, *inputs.masks, *inputs.others, *inputs.positions)
+    consumers = {node: list(node.users) for node in carriers}
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    with graph.inserting_before(first):
+        if selected.budget is not None:
+            keep, length = _keep_exactly(graph, boundary, selected.budget)
+        else:
+            keep, length = _keep_ragged(graph, boundary, selected, inputs)
+        axes = []
+        for node in carriers:
+            cut = _cut_positions(graph, node, keep) if node in inputs.positions else _cut(graph, node, keep)
+            cut.meta["example_value"] = value_of(node)
+            axes.append(ResizedAxis(cut, 1, "prompt", length))
+            for consumer in consumers[node]:
+                consumer.replace_input_with(node, cut)
+    return keep, axes
+
+
+def _keep_exactly(graph: Graph, boundary: Boundary, budget: int) -> tuple[Node, Node | int]:
+    ids = boundary.placeholders.input_ids  # type: ignore[union-attr]
+    rows, positions = shape_of(ids)  # type: ignore[misc]
+    if boundary.videos % int(rows):
+        raise NotApplicable(
+            f"{boundary.videos} videos do not spread evenly over {int(rows)} prompts",
+            "Give every row the same number of videos, or use earlytom_compile.compile(model) and generate()",
+        )
+    before = boundary.rows_per_video
+    after = before - boundary.frames * boundary.tokens + budget
+    dropped = boundary.videos // int(rows) * (before - after)
+    length: Node | int
+    if isinstance(positions, int):
+        length = positions - dropped
+    else:
+        length = insert(graph, operator.sub, insert(graph, torch.ops.aten.sym_size.int, ids, 1), dropped)
+    token = boundary.placeholders.token  # type: ignore[union-attr]
+    keep = insert(graph, torch.ops.earlytom.keep_positions.default, ids, token, before, after, length)
+    return keep, length
+
+
+def _keep_ragged(
+    graph: Graph, boundary: Boundary, selected: SelectedTokens, inputs: SequenceInputs
+) -> tuple[Node, Node]:
+    rows = int(shape_of(inputs.input_ids)[0])  # type: ignore[index]
+    if rows > 1 and not inputs.masks:
+        raise NotApplicable(
+            'variant="released" keeps a different number of tokens in each prompt of a batch, and without an '
+            "attention_mask the shorter ones cannot be padded",
+            'Pass the attention_mask of the processor, or use variant="paper"',
+        )
+    kept: Node = selected.kept_counts  # type: ignore[assignment]
+    if boundary.separator is not None:
+        kept = insert(graph, operator.add, kept, 1)
+    token = boundary.placeholders.token  # type: ignore[union-attr]
+    keep = insert(
+        graph,
+        torch.ops.earlytom.keep_positions_ragged.default,
+        inputs.input_ids,
+        kept,
+        token,
+        boundary.rows_per_video,
+    )
+    return keep, insert(graph, torch.ops.aten.sym_size.int, keep, 1)
+
+
+def _cut(graph: Graph, node: Node, keep: Node) -> Node:
+    return insert(graph, torch.ops.earlytom.take_positions.default, node, keep, 0.0)
+
+
+def _cut_positions(graph: Graph, node: Node, keep: Node) -> Node:
+    """A kept token moves up by the number of tokens dropped before it; padding stays at 0 or above."""
+    sizes = (insert(graph, torch.ops.aten.sym_size.int, keep, dim) for dim in (0, 1))
+    rows, length = sizes
+    taken = _cut(graph, insert(graph, "expand", node, rows, -1), keep)
+    index = insert(graph, torch.arange, length, device=value_of(node).device)  # type: ignore[union-attr]
+    dropped = insert(graph, operator.sub, keep, index)
+    return insert(graph, "clamp_min", insert(graph, operator.sub, taken, dropped), 0)
+
+
+def _is_used_as_truth(node: Node) -> bool:
+    """True if every use of the integer input asks whether it is zero, as masks are used."""
+    pending, truths = list(node.users), 0
+    while pending:
+        user = pending.pop()
+        target = user.kwargs.get("dtype") or next((arg for arg in user.args if isinstance(arg, torch.dtype)), None)
+        if op_name(user) in ("bool", "ne", "eq", "logical_not") or target is torch.bool:
+            truths += 1
+        elif op_name(user) in MOVES:
+            pending.extend(user.users)
+        else:
+            return False
+    return truths > 0

@@ -1,0 +1,127 @@
+"""Merge redundant frames after the chosen encoder layers (algorithm.md, stage 1).
+
+Before: ``h7 = layer7(h6)``  # [T, S, D]
+After:  ``sim = frame_similarity(h6); source, weight, counts = plan_merge(sim, counts)``
+        ``n = counts.sum().item()                    # the only value the host waits for``
+        ``h7 = layer7(merge_frames(h6, source, weight, n))  # [n, S, D], n unknown until run time``
+
+The last merge layer also yields what token selection needs: the importance of every token (the attention it
+receives in that layer, merged like its frame) and which frames begin or end a segment. Frame counts differ
+between videos, so they travel as a tensor; videos stay consecutive and never mix.
+"""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from ..config import EarlyTomConfig
+from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
+from .find_video_boundary import Boundary
+from .find_vision_encoder import Block
+from .patterns import insert, shape_of, value_of
+from .retarget_axes import ResizedAxis
+
+_FEWEST_MERGEABLE = 4
+"""A segment's head and tail never merge, and a merge needs two frames between them."""
+
+
+@dataclass(frozen=True)
+class MergedVideo:
+    """What stage 1 leaves behind, as graph nodes; N frames in all, S tokens each."""
+
+    importance: Node  # float32 [N, S]
+    dynamic: Node  # bool [N]
+    counts: tuple[Node, ...]  # int64 [V], frames of each video: at first, then after each merge layer
+    axes: tuple[ResizedAxis, ...]  # the frame axes that changed
+
+
+def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig) -> MergedVideo:
+    """Insert the merge ops of every merge layer; literals that mean the frame axis still have their old size."""
+    blocks = boundary.encoder.blocks
+    layers = config.resolve_merge_layers(len(blocks))
+    scored = blocks[layers[-1]] if layers else blocks[-1]
+    with graph.inserting_before(scored.attention):
+        importance = _attention_received(graph, scored)
+    with graph.inserting_before(boundary.encoder.blocks[0].attention):
+        counts = [_frame_counts(graph, boundary)]
+    features, axes = scored.output, []
+    for layer in layers if boundary.frames >= _FEWEST_MERGEABLE else ():
+        merge = _Merge(graph, blocks[layer], counts[-1], boundary, config)
+        counts.append(merge.counts)
+        axes.append(ResizedAxis(merge.hidden, 0, f"frames after layer {layer}", merge.size))
+        if blocks[layer] is scored:
+            features, importance = merge.hidden, merge.carry(importance)
+    with graph.inserting_before(_behind(features, importance)):
+        band = config.similarity_band(boundary.frames)
+        similarity = insert(graph, torch.ops.earlytom.frame_similarity.default, features, band)
+        dynamic = insert(
+            graph, torch.ops.earlytom.dynamic_frames.default, similarity, counts[-1], **_segmentation(config)
+        )
+    return MergedVideo(importance, dynamic, tuple(counts), tuple(axes))
+
+
+class _Merge:
+    """The ops of one merge layer, inserted right behind its block."""
+
+    def __init__(
+        self, graph: Graph, block: Block, counts: Node, boundary: Boundary, config: EarlyTomConfig
+    ) -> None:
+        self.graph = graph
+        ops = torch.ops.earlytom
+        before = block.output
+        consumers = list(before.users)
+        options = {
+            **_segmentation(config),
+            "tau_merge": math.nan if config.tau_merge == "segment" else float(config.tau_merge),
+            "min_frames": config.min_frames(boundary.frames),
+        }
+        with graph.inserting_before(before.next):
+            band = config.similarity_band(boundary.frames)
+            similarity = insert(graph, ops.frame_similarity.default, before, band)
+            plan = insert(graph, ops.plan_merge.default, similarity, counts, **options)
+            self.source, self.weight, self.counts = (insert(graph, operator.getitem, plan, i) for i in range(3))
+            self.size = insert(graph, "item", insert(graph, torch.sum, self.counts))
+            # The range of the unbacked size: at least a frame a video, at most what there was.
+            insert(graph, torch._check, insert(graph, operator.ge, self.size, boundary.videos))
+            insert(graph, torch._check, insert(graph, operator.le, self.size, boundary.videos * boundary.frames))
+            self.hidden = self._merge_frames(before)
+            self.hidden.meta["example_value"] = value_of(before)
+        for consumer in consumers:
+            consumer.replace_input_with(before, self.hidden)
+
+    def _merge_frames(self, x: Node) -> Node:
+        return insert(self.graph, torch.ops.earlytom.merge_frames.default, x, self.source, self.weight, self.size)
+
+    def carry(self, x: Node) -> Node:
+        """Merge ``x`` [T, ...], which rides along with the frames, by the same weights."""
+        with self.graph.inserting_before(self.hidden.next):
+            return self._merge_frames(x)
+
+
+def _frame_counts(graph: Graph, boundary: Boundary) -> Node:
+    device = value_of(boundary.pixels).device  # type: ignore[union-attr]
+    return insert(graph, torch.full, (boundary.videos,), boundary.frames, dtype=torch.int64, device=device)
+
+
+def _attention_received(graph: Graph, block: Block) -> Node:
+    head_dim = int(shape_of(block.query)[-1])  # type: ignore[index]
+    scale = block.scale if block.scale is not None else 1 / math.sqrt(head_dim)
+    return insert(graph, torch.ops.earlytom.attention_received.default, block.query, block.key, scale)
+
+
+def _segmentation(config: EarlyTomConfig) -> dict[str, Any]:
+    return {
+        "variant": config.variant,
+        "tau_seg": float(config.tau_seg),
+        "alpha": float(config.alpha),
+        "max_window": config.window(),
+    }
+
+
+def _behind(*nodes: Node) -> Node:
+    """The first place in the graph where all ``nodes`` are known."""
+    return max(nodes).next

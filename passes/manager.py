@@ -1,0 +1,208 @@
+"""The ordered list of passes, and the state they hand on.
+
+    Dynamo graph -> canonicalize -> find encoder -> find boundary        (analysis; nothing of ours in the graph yet)
+                 -> merge frames -> select tokens -> cut the prompt      (inserts torch.ops.earlytom.*)
+                 -> retarget literals -> check on fake tensors           (all or nothing)
+
+A pass raises :class:`NotApplicable` with a reason and a cure where it meets something it does not understand; the
+caller then throws the half-rewritten copy away.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._logging import trace_structured
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from ..config import EarlyTomConfig
+from .canonicalize_attention import canonicalize_attention
+from .compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
+from .find_video_boundary import Boundary, find_video_boundary
+from .find_vision_encoder import Encoder, find_vision_encoder
+from .insert_frame_merge import MergedVideo, insert_frame_merge
+from .insert_token_selection import SelectedTokens, insert_token_selection
+from .reasons import NotApplicable
+from .retarget_axes import ResizedAxis, retarget_axes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Rewrite:
+    """A graph on its way; fields are filled by the passes in order."""
+
+    graph_module: GraphModule
+    config: EarlyTomConfig
+    features_only: bool
+    """The caller takes the video features themselves, so a graph that ends at them is complete."""
+    encoders: list[Encoder] = field(default_factory=list)
+    boundary: Boundary | None = None
+    sequence: SequenceInputs | None = None
+    video: MergedVideo | None = None
+    selected: SelectedTokens | None = None
+    keep: Node | None = None  # int64 [R, S'], positions of the prompt that stay
+    axes: list[ResizedAxis] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def inserted(self) -> dict[str, int]:
+        """How often each operator of ours stands in the graph."""
+        names = (str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_function")
+        return dict(Counter(n.split(".")[1] for n in names if n.startswith("earlytom.")))
+
+
+def _canonicalize(state: Rewrite) -> None:
+    canonicalize_attention(state.graph_module.graph)
+
+
+def _find_encoder(state: Rewrite) -> None:
+    # Dead branches (an unused pooling head, a norm nobody reads) would look like other readers of the features.
+    state.graph_module.graph.eliminate_dead_code()
+    state.encoders = find_vision_encoder(state.graph_module.graph)
+    if not state.encoders:
+        raise NotApplicable(
+            "this graph has no vision encoder: a text-only call, or a model without one",
+            "Pass a video (pixel_values_videos), or leave this model to another backend",
+        )
+
+
+def _find_boundary(state: Rewrite) -> None:
+    state.boundary = find_video_boundary(state.encoders)
+    if state.boundary is None:
+        names = ", ".join(encoder.name for encoder in state.encoders)
+        raise NotApplicable(
+            f"no video passes through the vision encoder {names}: an image-only call, or one whose video path is "
+            "not projector, 2-D pooling, flatten",
+            "Images are never compressed; pass the video as pixel_values_videos [V, F, C, H, W]",
+        )
+    if state.boundary.placeholders is None and not state.features_only:
+        raise NotApplicable(
+            "the graph ends before the video reaches the prompt (a graph break lies between the vision encoder "
+            "and the language model)",
+            'Remove the graph break (TORCH_LOGS="graph_breaks" shows it), or use earlytom_compile.compile(model)',
+        )
+
+
+def _require_inference(state: Rewrite) -> None:
+    inputs = (node.meta.get("example_value") for node in state.graph_module.graph.nodes if node.op == "placeholder")
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        raise NotApplicable(
+            "gradients are enabled and the model's parameters require them; compression is for inference only",
+            "Wrap the call in torch.inference_mode() or torch.no_grad()",
+        )
+
+
+def _find_sequence(state: Rewrite) -> None:
+    # Before anything is inserted: our own operators say nothing about which axes are the same.
+    if (boundary := state.boundary) and boundary.placeholders:
+        state.sequence = find_sequence_inputs(state.graph_module, boundary.placeholders.input_ids)
+
+
+def _merge_frames(state: Rewrite) -> None:
+    assert state.boundary is not None
+    state.video = insert_frame_merge(state.graph_module.graph, state.boundary, state.config)
+    state.axes += state.video.axes
+
+
+def _select_tokens(state: Rewrite) -> None:
+    assert state.boundary is not None and state.video is not None
+    graph = state.graph_module.graph
+    state.selected = insert_token_selection(graph, state.boundary, state.video, state.config)
+    state.axes += state.selected.axes
+
+
+def _compact(state: Rewrite) -> None:
+    if state.sequence is not None:
+        assert state.boundary is not None and state.selected is not None
+        graph = state.graph_module.graph
+        state.keep, axes = compact_sequence(graph, state.boundary, state.selected, state.sequence)
+        state.axes += axes
+
+
+def _retarget(state: Rewrite) -> None:
+    retarget_axes(state.graph_module, state.axes)
+
+
+def _check(state: Rewrite) -> None:
+    state.graph_module.graph.eliminate_dead_code()
+    state.graph_module.graph.lint()
+    state.graph_module.recompile()
+    _run_on_fake_tensors(state.graph_module)
+
+
+PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
+    ("canonicalize_attention", _canonicalize),  # first: the finders know one spelling of attention
+    ("find_vision_encoder", _find_encoder),
+    ("find_video_boundary", _find_boundary),
+    ("require_inference", _require_inference),
+    ("find_sequence_inputs", _find_sequence),  # the last analysis: needs the graph as Dynamo left it
+    ("insert_frame_merge", _merge_frames),
+    ("insert_token_selection", _select_tokens),  # reads the importance and segments the merges leave
+    ("compact_sequence", _compact),  # needs K
+    ("retarget_axes", _retarget),  # every new size is known now
+    ("check", _check),
+)
+
+
+def run_passes(state: Rewrite) -> Rewrite:
+    """Run all passes on ``state.graph_module``, which is edited in place; raises NotApplicable."""
+    for index, (name, run) in enumerate(PASSES):
+        start = time.perf_counter()
+        run(state)
+        state.seconds[name] = time.perf_counter() - start
+        log.debug("pass %d %s: %.1f ms", index, name, 1e3 * state.seconds[name])
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda name=name, index=index: {"name": f"earlytom_{index}_{name}", "encoding": "string"},
+            payload_fn=lambda: str(state.graph_module.graph),
+        )
+    return state
+
+
+@contextmanager
+def data_dependent_sizes() -> Iterator[None]:
+    """Allow sizes that depend on the data while the current graph is checked and lowered.
+
+    Without it, torch raises inside the backend and Dynamo turns that into a silent graph break.
+    """
+    fake_mode = torch._guards.TracingContext.get().fake_mode
+    assert fake_mode is not None and fake_mode.shape_env is not None
+    shape_env, before = fake_mode.shape_env, fake_mode.shape_env.settings
+    shape_env.settings = replace(before, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    try:
+        yield
+    finally:
+        shape_env.settings = before
+
+
+def _run_on_fake_tensors(graph_module: GraphModule) -> None:
+    """Run the rewritten graph on fake tensors; records the new shapes, raises NotApplicable if they clash."""
+
+    class Recorder(Interpreter):
+        def run_node(self, n: Node) -> object:
+            result = super().run_node(n)
+            if n.op not in ("placeholder", "output"):
+                n.meta["example_value"] = result
+            return result
+
+    inputs = [node.meta["example_value"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    # Dynamo's own fake mode, not the one it made for the backend: the recorded inputs belong to it.
+    fake_mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
+    assert fake_mode.shape_env is not None
+    # Some shape functions in C++ cannot take a size that is known only at run time; the Python ones can.
+    python_shapes = enable_python_dispatcher()
+    with data_dependent_sizes(), fake_mode, python_shapes, fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+        try:
+            Recorder(graph_module).run(*inputs)
+        except Exception as error:
+            raise NotApplicable(
+                f"the rewritten graph does not fit together: {type(error).__name__}: {error}",
+                "This model does something with frame or token counts that is not understood; please report it",
+            ) from error

@@ -1,0 +1,86 @@
+"""Reading a Dynamo graph: what an op is called, and how to look past ops that only move data.
+
+    q = linear.view(8, 36, -1, 8).transpose(1, 2)      # peel(q) is `linear`
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+MOVES = frozenset(
+    "view reshape transpose permute contiguous flatten unflatten to float type_as clone detach dropout "
+    "unsqueeze squeeze expand expand_as repeat swapaxes".split()
+)
+"""Ops that return the same numbers in another shape, layout or dtype."""
+
+CASTS = frozenset("to float half bfloat16 type_as contiguous clone detach dropout".split())
+
+ACTIVATIONS = frozenset("gelu relu silu sigmoid tanh quick_gelu mish hardswish".split())
+
+_SHAPE_READERS = frozenset("size sym_size sym_size.int dim numel stride".split())
+
+
+def op_name(node: Any) -> str:
+    """``"linear"`` for every spelling of linear: ``F.linear``, ``torch._C._nn.linear``, a method; else ``""``."""
+    if not isinstance(node, Node):
+        return ""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        return getattr(node.target, "__name__", "").removesuffix(".default")
+    return ""
+
+
+def value_of(node: Node) -> Any:
+    """The fake tensor (or symint) Dynamo recorded for ``node``."""
+    return node.meta.get("example_value")
+
+
+def shape_of(node: Any) -> tuple[Any, ...] | None:
+    """The recorded shape, ints or SymInts; None if ``node`` is no tensor."""
+    value = value_of(node) if isinstance(node, Node) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def peel(node: Any, through: frozenset[str] = MOVES) -> Any:
+    """Follow ``node`` up past ops in ``through`` to the op that made the numbers."""
+    while op_name(node) in through:
+        node = node.args[0]
+    return node
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def other_operand(node: Node, operand: Node) -> Any:
+    """The other argument of a two-argument op, or None if ``operand`` is not exactly one of them."""
+    if len(node.args) < 2 or (node.args[0] is operand) == (node.args[1] is operand):
+        return None
+    return node.args[1] if node.args[0] is operand else node.args[0]
+
+
+def readers(node: Node, *names: str) -> list[Node]:
+    """Ops that compute with the numbers of ``node`` (not those that ask for its shape, not the graph's output);
+    only those called one of ``names`` if any are given."""
+    computing = (user for user in node.users if user.op != "output" and op_name(user) not in _SHAPE_READERS)
+    return [user for user in computing if not names or op_name(user) in names]
+
+
+def module_path(node: Node) -> str:
+    """Name of the innermost module that ran ``node``, for messages only: ``model.vision_tower.layers.3``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(list(stack.values())), ("", None))[0] if stack else ""
+    return path.removeprefix("L['self'].").replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")
+
+
+def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, like: Any = None, **kwargs: Any) -> Node:
+    """Add a call at the graph's insertion point; ``like`` is recorded as its example value."""
+    create = graph.call_method if isinstance(target, str) else graph.call_function
+    node = create(target, args, kwargs)
+    if like is not None:
+        node.meta["example_value"] = like
+    return node

@@ -1,0 +1,46 @@
+"""Why a graph cannot be rewritten, said once for all passes.
+
+A pass that cannot do its job completely changes nothing and raises; the backend turns that into a warning
+(or, with ``strict=True``, into an error)::
+
+    raise NotApplicable("torch.roll (roll_3) shifts the frame axis", "Remove the shift, or ...")
+    # EarlyTomFallbackWarning: torch.roll (roll_3) shifts the frame axis. Remove the shift, or ...
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from .patterns import module_path
+
+
+class NotApplicable(Exception):
+    """A pass leaves the graph as it was.
+
+    Args:
+        reason: what stands in the way, with the names of the nodes and modules it is about.
+        cure: what the reader can do about it.
+    """
+
+    def __init__(self, reason: str, cure: str) -> None:
+        self.reason = reason.strip().rstrip(".")
+        self.cure = cure.strip().rstrip(".")
+        super().__init__(f"{self.reason}. {self.cure}.")
+
+
+def describe(node: Node) -> str:
+    """Names a node for a reader: ``torch.nn.functional.softmax (attn_weights_3) in model.layers.3.self_attn``."""
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    place = module_path(node) or (lines[-1].strip() if lines else "")
+    return f"{_target_name(node)} ({node.name})" + (f" in {place}" if place else "")
+
+
+def _target_name(node: Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return {"call_method": f"Tensor.{target}", "placeholder": "graph input"}.get(node.op, target)
+    if hasattr(target, "_schema"):  # OpOverload
+        return str(target._schema.name)
+    module = (getattr(target, "__module__", None) or "").lstrip("_")
+    name = getattr(target, "__name__", str(target))
+    return f"{module}.{name}" if module else name

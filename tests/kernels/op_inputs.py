@@ -1,0 +1,76 @@
+"""Inputs for the operator tests: videos whose frames resemble each other, and plans, from a seed.
+
+video(seed, 8, 5, 6)   ->   [8, 5, 6], scenes that drift and cut, similarities from about 0 to 1
+"""
+
+import math
+
+import earlytom_compile.kernels.all_ops  # noqa: F401  registers torch.ops.earlytom
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+ops = torch.ops.earlytom
+operator_settings = settings(deadline=None, max_examples=40)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SEGMENT = math.nan
+"""``tau_merge="segment"``, as the operators take it."""
+
+seeds = st.integers(0, 2**32 - 1)
+dtypes = st.sampled_from(DTYPES)
+variants = st.sampled_from(["paper", "released"])
+layouts = st.sampled_from(["contiguous", "transposed", "strided"])
+counts_lists = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+def video(seed: int, frames: int, tokens: int, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[frames, tokens, channels]: a walk inside each scene, some frames repeated, some cuts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    base, scene, now = noise(tokens, channels), noise(tokens, channels), noise(tokens, channels)
+    out = []
+    for step in torch.rand(frames, generator=generator).tolist():
+        if step > 0.85:
+            scene, now = noise(tokens, channels), noise(tokens, channels)
+        elif step > 0.15:
+            now = now + 0.7 * step * noise(tokens, channels)
+        out.append(base + 2 * scene + now)
+    return torch.stack(out).to(dtype)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides."""
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=torch.float64).to(x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    return x.contiguous()
+
+
+def per_video(counts: list[int]) -> list[slice]:
+    ends = [sum(counts[: video + 1]) for video in range(len(counts))]
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def symmetric(similarity: Tensor) -> Tensor:
+    """[T, T] similarities of every pair of frames from the band [T, T - 1 or more] of one video."""
+    frames = similarity.shape[0]
+    out = torch.eye(frames, dtype=similarity.dtype)
+    for t in range(frames):
+        for j in range(t):
+            out[t, t - 1 - j] = out[t - 1 - j, t] = similarity[t, j]
+    return out
+
+
+def plan_rows(source: Tensor, weight: Tensor, first: int) -> list[dict[int, float]]:
+    """Rows of a plan as {frame within the video: weight}."""
+    rows = []
+    for (a, b), (wa, wb) in zip(source.tolist(), weight.tolist(), strict=True):
+        rows.append({a - first: wa} if a == b else {a - first: wa, b - first: wb})
+    return rows

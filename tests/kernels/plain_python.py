@@ -1,0 +1,160 @@
+"""What the operators must compute, one number at a time in Python and numpy: slow, short, and nothing shared.
+
+    plan_merge(...)   ->   [{frame: weight}, ...] of one video, by the rules of the algorithm read literally
+
+Each function sees one video, one frame or one row. Thresholds and the moving average are float32.
+"""
+
+import math
+
+import numpy as np
+
+Segments = list[tuple[int, int]]
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / lengths if lengths > 0 else 0.0
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    return sum(cosine(x, y) for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True)) / len(a)
+
+
+def banded(hidden: np.ndarray, band: int) -> np.ndarray:
+    out = np.zeros((len(hidden), band))
+    for t in range(len(hidden)):
+        for j in range(min(band, t)):
+            out[t, j] = similarity(hidden[t], hidden[t - 1 - j])
+    return out
+
+
+def segments(s: np.ndarray, variant: str, tau_seg: float, alpha: float, max_window: int) -> Segments:
+    """``s[a, b]`` is the similarity of frames a and b."""
+    found: list[list[int]] = [[0]]
+    average = np.float32(1)
+    for t in range(1, len(s)):
+        head = found[-1][0]
+        other = t - 1 if variant == "paper" else head
+        average = np.float32(alpha) * np.float32(s[t, other]) + np.float32(1 - alpha) * average
+        size = len(found[-1])
+        if variant == "paper":
+            full = max_window > 0 and size == max_window
+        else:
+            full = max_window > 0 and t - head + 1 >= max_window
+        if average < np.float32(tau_seg) or full:
+            found.append([t])
+            average = np.float32(1)
+        else:
+            found[-1].append(t)
+    return [(frames[0], frames[-1]) for frames in found]
+
+
+def plan_merge(
+    s: np.ndarray,
+    variant: str,
+    tau_seg: float,
+    alpha: float,
+    max_window: int,
+    tau_merge: float,
+    min_frames: int,
+) -> list[dict[int, float]]:
+    """One {frame: weight} for each frame that is left."""
+    cut = segments(s, variant, tau_seg, alpha, max_window)
+    merges: list[tuple[int, float, float]] = []
+    dropped: set[int] = set()
+    for head, tail in cut:
+        threshold = s[head, tail] if math.isnan(tau_merge) else np.float32(tau_merge)
+        middle = list(range(head + 1, tail))
+        while len(middle) >= 2:
+            i = middle[0]
+            alike, following = s[i, i + 1], s[i + 1, i + 2]
+            if variant == "released":
+                following = following if len(middle) > 2 else 0.0
+                good = alike > threshold and alike > following
+            else:
+                good = alike >= threshold and alike >= following
+            if good:
+                merges.append((i, float(alike), float(following)))
+            middle = middle[2 if good else 1 :]
+        if variant == "released" and tail - head > 2 and middle:
+            dropped.add(middle[0])
+    if variant == "paper":
+        while merges and len(s) - len(merges) < min_frames:
+            lowest = min(alike for _, alike, _ in merges)
+            merges.remove([merge for merge in merges if merge[1] == lowest][-1])
+    merged = {i: weights(alike, following, variant) for i, alike, following in merges}
+    rows: list[dict[int, float]] = []
+    for t in range(len(s)):
+        if t in merged:
+            rows.append({t: merged[t][0], t + 1: merged[t][1]})
+        elif t - 1 not in merged and t not in dropped:
+            rows.append({t: 1.0})
+    return rows
+
+
+def weights(alike: float, following: float, variant: str) -> tuple[float, float]:
+    if variant == "paper":
+        if alike <= 0 and following <= 0:
+            return 0.5, 0.5
+        alike, following = max(alike, 0.0), max(following, 0.0)
+    elif alike + following == 0:
+        return 0.5, 0.5
+    return alike / (alike + following), following / (alike + following)
+
+
+def merge(x: np.ndarray, plan: list[dict[int, float]]) -> np.ndarray:
+    return np.stack([sum(weight * x[t] for t, weight in row.items()) for row in plan])
+
+
+def attention_received(query: np.ndarray, key: np.ndarray, scale: float) -> np.ndarray:
+    """One frame: [H, S, d] twice -> [S]."""
+    heads, tokens, _ = query.shape
+    received = np.zeros(tokens)
+    for head in range(heads):
+        for i in range(tokens):
+            scores = np.array([scale * float(query[head, i] @ key[head, j]) for j in range(tokens)])
+            exponentials = np.exp(scores - scores.max())
+            received += exponentials / exponentials.sum()
+    return received / (heads * tokens)
+
+
+def paper_quotas(dynamic: list[bool], budget: int) -> list[int]:
+    quotas = [budget // len(dynamic)] * len(dynamic)
+    favoured = [t for t, flag in enumerate(dynamic) if flag] + [
+        t for t, flag in enumerate(dynamic) if not flag
+    ]
+    for t in favoured[: budget - sum(quotas)]:
+        quotas[t] += 1
+    return quotas
+
+
+def released_quotas(dynamic: list[bool], tokens: int, frames: int, retain_ratio: float) -> list[int]:
+    ratio = min(retain_ratio / (len(dynamic) / frames), 1.0)
+    return [math.ceil(tokens * ratio) if flag else max(1, round(tokens * ratio)) for flag in dynamic]
+
+
+def select(importance: np.ndarray, dynamic: list[bool], quotas: list[int]) -> list[list[int]]:
+    """[frame, token] of every kept token of one video."""
+    kept = []
+    for frame, (scores, flag, quota) in enumerate(zip(importance.tolist(), dynamic, quotas, strict=True)):
+        if flag:
+            tokens = sorted(range(len(scores)), key=lambda p: (-scores[p], p))[:quota]
+        else:
+            runs = np.array_split(np.arange(len(scores)), quota) if quota else []
+            tokens = [min(run.tolist(), key=lambda p: (-scores[p], p)) for run in runs]
+        kept += [[frame, token] for token in sorted(tokens)]
+    return kept
+
+
+def keep_row(row: list[int], video_token: int, before: int, quotas: list[int]) -> list[int]:
+    """Positions of one row that stay; its videos keep ``quotas``."""
+    positions, seen = [], 0
+    for position, token in enumerate(row):
+        if token != video_token:
+            positions.append(position)
+            continue
+        if seen % before < quotas[seen // before]:
+            positions.append(position)
+        seen += 1
+    return positions

@@ -1,0 +1,92 @@
+import numpy as np
+import plain_python
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_inputs import DTYPES, dtypes, laid_out, layouts, operator_settings, ops, plan_rows, seeds
+
+
+@st.composite
+def merge_plans(draw):
+    """source, weight, n over up to 12 frames: rows in order, a few of them pairs."""
+    frames = draw(st.integers(1, 12))
+    rows, t = [], 0
+    while t < frames:
+        if t + 1 < frames and draw(st.booleans()):
+            share = draw(st.integers(0, 8)) / 8
+            rows.append((t, t + 1, share, 1 - share))
+            t += 2
+        else:
+            rows.append((t, t, 1.0, 0.0))
+            t += 1
+    padded = rows + [(0, 0, 0.0, 0.0)] * (frames - len(rows))
+    table = torch.tensor(padded)
+    return table[:, :2].long(), table[:, 2:].clone(), len(rows)
+
+
+@operator_settings
+@given(
+    seed=seeds,
+    plan=merge_plans(),
+    rest=st.lists(st.integers(1, 4), max_size=3),
+    dtype=dtypes,
+    layout=layouts,
+)
+def test_is_the_weighted_sum_of_the_sources(seed, plan, rest, dtype, layout):
+    source, weight, n = plan
+    x = torch.randn(len(source), *rest, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    actual = ops.merge_frames(laid_out(x, layout), source, weight, n)
+    rows = plan_rows(source[:n], weight[:n], 0)
+    expected = torch.from_numpy(np.asarray(plain_python.merge(x.double().numpy(), rows))).to(dtype)
+    assert actual.dtype == dtype and actual.shape == (n, *rest) and actual.is_contiguous()
+    torch.testing.assert_close(actual, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_untouched_frames_are_exact_copies_whatever_they_hold(dtype):
+    x = torch.randn(4, 5).to(dtype)
+    x[0, 0], x[0, 1], x[0, 2] = float("inf"), float("nan"), -0.0
+    source, weight = (
+        torch.tensor([[0, 0], [1, 2], [3, 3], [0, 0]]),
+        torch.tensor([[1, 0], [0.5, 0.5], [1, 0], [0, 0.0]]),
+    )
+    out = ops.merge_frames(x, source, weight, 3)
+    bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    assert torch.equal(out[[0, 2]].view(bits), x[[0, 3]].view(bits))
+    assert out.data_ptr() != x.data_ptr()
+
+
+def test_halves_are_blended_in_float32():
+    x = torch.tensor([[60000.0], [60000.0]], dtype=torch.float16)
+    source, weight = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[1.5, -0.5], [0, 0]])
+    assert ops.merge_frames(x, source, weight, 1).tolist() == [[60000.0]]
+
+
+def plan(**changes):
+    parts = {
+        "x": torch.ones(3, 2),
+        "source": torch.tensor([[0, 0], [1, 2], [0, 0]]),
+        "weight": torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]]),
+        "n": 2,
+    } | changes
+    return parts["x"], parts["source"], parts["weight"], parts["n"]
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"n": 3}, "n=3, but the plan has 2"),
+        ({"n": 1}, "n=1, but the plan has 2"),
+        ({"n": 0}, "n=0, but the plan has 2"),
+        ({"x": torch.ones(4, 2)}, "over 3 frames cannot merge x with 4"),
+        ({"x": torch.ones(3, 2, dtype=torch.int64)}, "int64"),
+        ({"source": torch.tensor([[0, 0], [1, 3], [0, 0]])}, r"source \(1, 3\)"),
+        ({"source": torch.tensor([[0, 0], [-1, 1], [0, 0]])}, r"source \(-1, 1\)"),
+        ({"source": torch.zeros(3, 2)}, "float32 with 2 axes"),
+        ({"weight": torch.tensor([[1.0, 0.0], [float("nan"), 0.5], [0.0, 0.0]])}, "weights? .*finite"),
+    ],
+)
+def test_refuses_what_means_nothing(changes, says):
+    with pytest.raises(ValueError, match=f"merge_frames.*{says}"):
+        ops.merge_frames(*plan(**changes))

@@ -1,0 +1,161 @@
+"""All operators in the order the compressed model calls them, against ``reference.py`` video by video."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_inputs import SEGMENT, dtypes, operator_settings, ops, per_video, plan_rows, seeds, variants, video
+
+from earlytom_compile.reference import plan_frame_merge, segment_frames, select_tokens
+
+chain_options = st.fixed_dictionaries(
+    {
+        "variant": variants,
+        "tau_seg": st.sampled_from([-1.0, 0.3, 0.6, 0.8]),
+        "alpha": st.sampled_from([0.9, 0.5, 1.0]),
+        "max_window": st.sampled_from([0, 2, 4, 8]),
+    }
+)
+# Repeated frames tie exactly; frames of noise hardly ever come near a tie.
+LEAST_MARGIN = 1e-5
+
+
+def similarities_are_apart(hidden):
+    """No two different similarities so close that float32 could order them either way."""
+    similarity = ops.frame_similarity(hidden, max(1, len(hidden) - 1)).flatten().unique()
+    gaps = similarity.diff()
+    return not bool((gaps < LEAST_MARGIN).any())
+
+
+def reference_options(options):
+    """0 means no limit to the operators; to the reference that is None, or wide for ``released``."""
+    unlimited = 10**6 if options["variant"] == "released" else None
+    return options | {"max_window": options["max_window"] or unlimited}
+
+
+def merge_once(hidden, counts, options, tau_merge, min_frames):
+    similarity = ops.frame_similarity(hidden, max(1, max(counts) - 1))
+    return ops.plan_merge(
+        similarity, torch.tensor(counts), **options, tau_merge=tau_merge, min_frames=min_frames
+    )
+
+
+@operator_settings
+@given(
+    seed=seeds,
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    size=st.tuples(st.integers(2, 5), st.integers(6, 12)),
+    dtype=dtypes,
+    options=chain_options,
+    tau_merge=st.sampled_from([SEGMENT, 0.2, 0.77]),
+    min_frames=st.integers(1, 6),
+)
+def test_a_plan_is_the_references_for_each_video(seed, counts, size, dtype, options, tau_merge, min_frames):
+    hidden = video(seed, sum(counts), *size, dtype)
+    if not all(similarities_are_apart(hidden[rows]) for rows in per_video(counts)):
+        return
+    source, weight, merged = merge_once(hidden, counts, options, tau_merge, min_frames)
+    out = ops.merge_frames(hidden, source, weight, int(merged.sum()))
+    for rows, kept in zip(per_video(counts), per_video(merged.tolist()), strict=True):
+        plan = plan_frame_merge(
+            hidden[rows],
+            **reference_options(options),
+            tau_merge="segment" if math.isnan(tau_merge) else tau_merge,
+            min_frames=min_frames,
+        )
+        actual = torch.zeros(kept.stop - kept.start, rows.stop - rows.start)
+        for o, row in enumerate(plan_rows(source[kept], weight[kept], rows.start)):
+            for frame, share in row.items():
+                actual[o, frame] = share
+        torch.testing.assert_close(actual, plan.weights, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out[kept], plan.apply(hidden[rows]))
+
+
+@settings(operator_settings, max_examples=60)
+@given(
+    seed=seeds,
+    videos=st.integers(1, 3),
+    frames=st.integers(1, 12),
+    tokens=st.integers(1, 9),
+    options=chain_options,
+    retain_ratio=st.sampled_from([0.05, 0.1, 0.25, 0.5, 1.0]),
+    layers=st.integers(1, 3),
+)
+def test_merges_and_selection_are_the_references_for_each_video(
+    seed, videos, frames, tokens, options, retain_ratio, layers
+):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.cat([video(seed + v, frames, tokens, 8) for v in range(videos)])
+    importance = torch.rand(len(hidden), tokens, generator=generator)
+    expected = [(hidden[rows], importance[rows]) for rows in per_video([frames] * videos)]
+    counts, min_frames = [frames] * videos, math.ceil(retain_ratio * frames)
+
+    for _ in range(layers):
+        if not all(similarities_are_apart(one) for one, _ in expected):
+            return
+        source, weight, merged = merge_once(hidden, counts, options, SEGMENT, min_frames)
+        n, counts = int(merged.sum()), merged.tolist()
+        hidden = ops.merge_frames(hidden, source, weight, n)
+        importance = ops.merge_frames(importance, source, weight, n)
+        plans = [
+            plan_frame_merge(one, **reference_options(options), min_frames=min_frames) for one, _ in expected
+        ]
+        expected = [(plan.apply(a), plan.apply(b)) for plan, (a, b) in zip(plans, expected, strict=True)]
+
+    if not all(similarities_are_apart(one) for one, _ in expected):
+        return
+    assert counts == [len(one) for one, _ in expected]
+    torch.testing.assert_close(hidden, torch.cat([one for one, _ in expected]), atol=1e-5, rtol=1e-5)
+    similarity = ops.frame_similarity(hidden, max(1, max(counts) - 1))
+    dynamic = ops.dynamic_frames(similarity, torch.tensor(counts), **options)
+    kept = select(hidden, importance, dynamic, counts, options["variant"], frames, retain_ratio)
+    for (one, scores), actual in zip(expected, kept, strict=True):
+        segments = segment_frames(one, **reference_options(options))
+        wanted = select_tokens(
+            scores, segments, frames_in=frames, retain_ratio=retain_ratio, variant=options["variant"]
+        )
+        assert torch.equal(actual, wanted)
+
+
+def select(hidden, importance, dynamic, counts, variant, frames, retain_ratio):
+    """(frame, token) of each video's kept tokens."""
+    given_counts = torch.tensor(counts)
+    if variant == "paper":
+        budget = max(1, round(retain_ratio * frames * hidden.shape[1]))
+        tokens, kept = ops.select_tokens(hidden, importance, dynamic, given_counts, budget)
+        return list(kept)
+    tokens, kept, kept_counts = ops.select_tokens_released(
+        hidden, importance, dynamic, given_counts, frames, retain_ratio
+    )
+    return [kept[rows, 1:] for rows in per_video(kept_counts.tolist())]
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 8, 16])
+def test_a_still_video_is_planned_as_the_reference_plans_it(frames, variant):
+    hidden = video(0, 1, 7, 12).repeat(frames, 1, 1)
+    options = {"variant": variant, "tau_seg": 0.6, "alpha": 0.9, "max_window": 8}
+    _, _, merged = merge_once(hidden, [frames], options, SEGMENT, 1)
+    assert merged.item() == len(plan_frame_merge(hidden, **options).weights)
+
+
+def test_the_chain_gives_the_same_bits_every_time():
+    hidden = video(4, 14, 9, 8)
+    importance = torch.rand(14, 9)
+    options = {"variant": "paper", "tau_seg": 0.3, "alpha": 0.9, "max_window": 0}
+
+    def run():
+        source, weight, merged = merge_once(hidden, [8, 6], options, SEGMENT, 2)
+        n = int(merged.sum())
+        out, scores = (
+            ops.merge_frames(hidden, source, weight, n),
+            ops.merge_frames(importance, source, weight, n),
+        )
+        dynamic = ops.dynamic_frames(ops.frame_similarity(out, 7), merged, **options)
+        return source, weight, merged, out, *ops.select_tokens(out, scores, dynamic, merged, 11)
+
+    first = run()
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))

@@ -1,0 +1,182 @@
+"""Each operator is a good citizen of the compiler: schema, fake, no aliasing, and sizes nobody knows beforehand."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from op_inputs import DTYPES, SEGMENT, laid_out, ops, video
+from torch.library import opcheck
+
+SEGMENTATION = {"variant": "paper", "tau_seg": 0.3, "alpha": 0.9, "max_window": 0}
+VIDEO = 7
+SCHEMAS = [
+    "frame_similarity(Tensor hidden, SymInt band) -> Tensor",
+    "plan_merge(Tensor similarity, Tensor counts, *, str variant, float tau_seg, float alpha, "
+    "SymInt max_window, float tau_merge, SymInt min_frames) -> (Tensor, Tensor, Tensor)",
+    "merge_frames(Tensor x, Tensor source, Tensor weight, SymInt n) -> Tensor",
+    "dynamic_frames(Tensor similarity, Tensor counts, *, str variant, float tau_seg, float alpha, "
+    "SymInt max_window) -> Tensor",
+    "attention_received(Tensor query, Tensor key, float scale) -> Tensor",
+    "select_tokens(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, SymInt budget) "
+    "-> (Tensor, Tensor)",
+    "select_tokens_released(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, "
+    "SymInt frames, float retain_ratio) -> (Tensor, Tensor, Tensor)",
+    "append_separators(Tensor tokens, Tensor kept_counts, Tensor separator) -> Tensor",
+    "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) -> Tensor",
+    "keep_positions_ragged(Tensor input_ids, Tensor kept, SymInt video_token, SymInt before) -> Tensor",
+    "take_positions(Tensor x, Tensor positions, float fill) -> Tensor",
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.split("(")[0])
+def test_has_the_agreed_schema(schema):
+    op = getattr(ops, schema.split("(")[0]).default
+    assert str(op._schema) == f"earlytom::{schema}"
+
+
+def test_one_import_registers_every_operator_and_nothing_of_the_package():
+    code = (
+        "import sys, torch, earlytom_compile\n"
+        "before = {m for m in sys.modules if m.startswith('earlytom_compile')}\n"
+        "import earlytom_compile.kernels.all_ops\n"
+        "new = {m for m in sys.modules if m.startswith('earlytom_compile')} - before\n"
+        "assert all(m.startswith('earlytom_compile.kernels') for m in new), new\n"
+        f"names = {[schema.split('(')[0] for schema in SCHEMAS]}\n"
+        "assert all(hasattr(torch.ops.earlytom, name) for name in names)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def calls(dtype, layout):
+    """(operator, args, kwargs): one call of each, over two videos of 5 and 4 frames."""
+    hidden = laid_out(video(2, 9, 4, 6, dtype), layout)
+    counts = torch.tensor([5, 4])
+    similarity = ops.frame_similarity(hidden, 4)
+    source, weight, merged = ops.plan_merge(
+        similarity, counts, **SEGMENTATION, tau_merge=SEGMENT, min_frames=1
+    )
+    importance = laid_out(torch.rand(9, 4).to(dtype), layout)
+    dynamic = ops.dynamic_frames(similarity, counts, **SEGMENTATION)
+    query, key = laid_out(torch.randn(2, 3, 2, 5, 8).to(dtype), layout)
+    ids = torch.tensor([[1, VIDEO, VIDEO, VIDEO, 2], [VIDEO, VIDEO, VIDEO, 3, 4]])
+    kept = torch.tensor([1, 2])
+    return [
+        (ops.frame_similarity, (hidden, 4), {}),
+        (ops.plan_merge, (similarity, counts), SEGMENTATION | {"tau_merge": SEGMENT, "min_frames": 1}),
+        (ops.merge_frames, (hidden, source, weight, int(merged.sum())), {}),
+        (ops.dynamic_frames, (similarity, counts), SEGMENTATION),
+        (ops.attention_received, (query, key, 0.5), {}),
+        (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {}),
+        (ops.select_tokens_released, (hidden, importance, dynamic, counts, 6, 0.4), {}),
+        (ops.append_separators, (hidden[:, 0], counts, hidden[0, 0]), {}),
+        (ops.keep_positions, (ids, VIDEO, 3, 2, 4), {}),
+        (ops.keep_positions_ragged, (ids, kept, VIDEO, 3), {}),
+        (ops.take_positions, (hidden[:2], torch.tensor([[-1, 0], [2, 3]]), 0.0), {}),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", range(len(SCHEMAS)), ids=[schema.split("(")[0] for schema in SCHEMAS])
+def test_opcheck(index, dtype, layout):
+    op, args, kwargs = calls(dtype, layout)[index]
+    opcheck(op.default, args, kwargs)
+
+
+def merge_layer(hidden, counts, importance):
+    similarity = ops.frame_similarity(hidden, 15)
+    source, weight, merged = ops.plan_merge(
+        similarity, counts, **SEGMENTATION, tau_merge=SEGMENT, min_frames=1
+    )
+    n = merged.sum().item()
+    torch._check(n >= 1)
+    return (
+        ops.merge_frames(hidden, source, weight, n),
+        merged,
+        ops.merge_frames(importance, source, weight, n),
+    )
+
+
+def compressed_encoder(hidden, counts, query, key):
+    """Two merge layers with compute between, selection, separators: the shape of the real graph."""
+    importance = ops.attention_received(query, key, 0.5)
+    hidden, counts, importance = merge_layer(hidden * 1.5, counts, importance)
+    hidden = torch.nn.functional.gelu(hidden).flatten(1).view(hidden.shape) + hidden
+    hidden, counts, importance = merge_layer(hidden, counts, importance)
+    dynamic = ops.dynamic_frames(ops.frame_similarity(hidden, 15), counts, **SEGMENTATION)
+    features = torch.nn.functional.relu(hidden) + 1
+    tokens, kept = ops.select_tokens(features, importance, dynamic, counts, 6)
+    ragged, places, kept_counts = ops.select_tokens_released(features, importance, dynamic, counts, 10, 0.3)
+    ragged = ops.append_separators(2 * ragged, kept_counts, features[0, 0])
+    return tokens * 2, kept, ragged + 1, places, counts
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile that counts graphs and lets sizes depend on content, as the backend does."""
+    torch._dynamo.reset()
+    count = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        yield lambda function: torch.compile(function, backend=count, fullgraph=True), count
+    torch._dynamo.reset()
+
+
+def test_compiles_once_for_videos_that_merge_differently(compiled):
+    compile_it, count = compiled
+    fast, frames_left = compile_it(compressed_encoder), set()
+    for seed in range(6):
+        hidden = torch.cat([video(seed + 10 * v, 10, 5, 16) for v in range(2)])
+        query, key = torch.randn(2, 20, 2, 5, 8, generator=torch.Generator().manual_seed(seed))
+        expected = compressed_encoder(hidden, torch.tensor([10, 10]), query, key)
+        actual = fast(hidden, torch.tensor([10, 10]), query, key)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        frames_left.add(tuple(expected[-1].tolist()))
+    assert count.frame_count == 1 and len(frames_left) > 1
+
+
+def test_the_sequence_operators_compile_with_lengths_nobody_knows(compiled):
+    compile_it, count = compiled
+
+    def compact(ids, embeddings, kept):
+        static = ops.take_positions(embeddings, ops.keep_positions(ids, VIDEO, 3, 1, 3), 0.0) * 2
+        positions = ops.keep_positions_ragged(ids, kept, VIDEO, 3)
+        mask = ops.take_positions(torch.ones_like(ids), positions, 0.0)
+        return static, (ops.take_positions(embeddings, positions, 0.0) * mask[..., None]).sum(-1), positions
+
+    fast = compile_it(compact)
+    ids = torch.tensor([[1, VIDEO, VIDEO, VIDEO, 2], [VIDEO, VIDEO, VIDEO, 3, 4]])
+    embeddings = torch.randn(2, 5, 4)
+    for kept in ([1, 2], [3, 0], [0, 0], [3, 3]):
+        arguments = ids, embeddings, torch.tensor(kept)
+        for a, b in zip(fast(*arguments), compact(*arguments), strict=True):
+            torch.testing.assert_close(a, b)
+    assert count.frame_count == 1
+
+
+def test_fakes_put_no_guard_on_sizes_that_depend_on_content():
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
+
+    environment = ShapeEnv()
+    n = environment.create_unbacked_symint()
+    torch._check(n >= 1)
+    with FakeTensorMode(shape_env=environment):
+        hidden, importance = torch.empty(n, 4, 6), torch.empty(n, 4)
+        counts = torch.empty(2, dtype=torch.int64)
+        similarity = ops.frame_similarity(hidden, n)
+        source, weight, merged = ops.plan_merge(
+            similarity, counts, **SEGMENTATION, tau_merge=math.nan, min_frames=n
+        )
+        assert free_unbacked_symbols(ops.merge_frames(hidden, source, weight, n).shape)
+        dynamic = ops.dynamic_frames(similarity, counts, **SEGMENTATION)
+        tokens, kept = ops.select_tokens(hidden, importance, dynamic, counts, 5)
+        assert tokens.shape == (2, 5, 6) and kept.shape == (2, 5, 2)
+        tokens, kept, per_video = ops.select_tokens_released(hidden, importance, dynamic, counts, n, 0.5)
+        assert tokens.shape[0] is not None and free_unbacked_symbols(tokens.shape)
+        out = ops.append_separators(tokens, per_video, torch.empty(6))
+        positions = ops.keep_positions_ragged(torch.empty(1, n, dtype=torch.int64), per_video, VIDEO, n)
+        ops.take_positions(out[None], positions, 0.0)
+        ops.attention_received(torch.empty(n, 2, 4, 3), torch.empty(n, 2, 4, 3), 0.5)

@@ -1,0 +1,309 @@
+"""``torch.compile(model, backend="earlytom")`` against the eager oracle, which shares no code with it."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from oracle import compressed_forward
+from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
+
+import earlytom_compile
+from earlytom_compile import (
+    EarlyTomCompileError,
+    EarlyTomConfigError,
+    EarlyTomFallbackWarning,
+    report,
+)
+
+MERGE = {"merge_layers": (1, 3, 4), "tau_seg": 0.3}
+
+
+def compress(model, **options):
+    return torch.compile(model, backend="earlytom", options={"lowering": "eager", **MERGE, **options})
+
+
+def assert_equals_oracle(model, compiled, inputs, **options):
+    """Runs both and compares; returns (output, oracle result)."""
+    options = {"retain_ratio": 0.2, "variant": "paper", **MERGE, **options}
+    options.pop("lowering", None)
+    with torch.no_grad():
+        output = compiled(**inputs)
+        expected = compressed_forward(model, inputs, **options)
+    mask = expected.cut_attention_mask.bool()
+    assert output.logits.shape == expected.logits.shape
+    torch.testing.assert_close(output.logits[mask], expected.logits[mask], atol=1e-4, rtol=1e-4)
+    videos = report(compiled).to_dict()["videos"]
+    assert [v["frames"][1:] for v in videos] == expected.frames_after
+    assert [v["tokens"][1] for v in videos] == [len(kept) for kept in expected.kept]
+    return output, expected
+
+
+def graphs_and_breaks(model):
+    content = report(model).to_dict()
+    return content["graphs"], content["recompiles"], sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava_onevision(vision_layers=6)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "whole"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_equals_the_oracle_in_one_graph(model, variant, lowering):
+    options = {"variant": variant, "lowering": lowering, "retain_ratio": 0.2}
+    compiled = compress(model, **options)
+    output, expected = assert_equals_oracle(model, compiled, video_inputs(model, 16), **options)
+    assert expected.frames_after[0][-1] < 16, "nothing merged, the test would compare too little"
+    assert graphs_and_breaks(compiled) == (1, 0, 0)
+    before = 16 * tokens_per_frame(model)
+    assert output.past_key_values.get_seq_length() == expected.logits.shape[1]
+    if variant == "paper":
+        assert len(expected.kept[0]) == round(0.2 * before)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_new_videos_do_not_recompile(model, variant):
+    compiled = compress(model, variant=variant, retain_ratio=0.2)
+    counts = set()
+    for seed in range(12):
+        inputs = video_inputs(model, 16, seed=seed, scenes=1 + seed % 4, static=seed == 5)
+        _, expected = assert_equals_oracle(model, compiled, inputs, variant=variant)
+        counts.add(tuple(expected.frames_after[0]))
+    assert len(counts) > 4, "the videos are too alike to show anything"
+    assert graphs_and_breaks(compiled) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"videos_per_row": (1, 1)},
+        {"videos_per_row": (2,)},
+        {"videos_per_row": (2, 2)},
+        {"videos_per_row": (1, 1, 1), "before": (1, 3, 2)},
+        {"videos_per_row": (1, 1), "left_padding": 5},
+    ],
+)
+def test_several_videos(model, variant, layout):
+    compiled = compress(model, variant=variant)
+    assert_equals_oracle(model, compiled, video_inputs(model, 12, **layout), variant=variant)
+
+
+@pytest.mark.parametrize("place", [{"before": 0}, {"after": 0}, {"before": 0, "after": 0}, {"before": 9, "after": 1}])
+def test_the_video_may_stand_anywhere_in_the_prompt(model, place):
+    assert_equals_oracle(model, compress(model), video_inputs(model, 8, **place))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 7, 64])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_any_number_of_frames(frames, variant):
+    model = tiny_llava_onevision(vision_layers=3, text_layers=1)
+    options = {"variant": variant, "merge_layers": (0, 1)}
+    assert_equals_oracle(model, compress(model, **options), video_inputs(model, frames, scenes=1), **options)
+
+
+@pytest.mark.parametrize("retain_ratio", [0.01, 0.1, 0.5, 1.0])
+def test_any_retain_ratio(model, retain_ratio):
+    compiled = compress(model, retain_ratio=retain_ratio)
+    assert_equals_oracle(model, compiled, video_inputs(model, 8), retain_ratio=retain_ratio)
+
+
+def test_default_options_and_merge_layers(model):
+    compiled = torch.compile(model, backend="earlytom", options={"lowering": "eager"})
+    layers = earlytom_compile.EarlyTomConfig().resolve_merge_layers(6)
+    assert_equals_oracle(model, compiled, video_inputs(model, 16), merge_layers=layers, tau_seg=0.6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tau_merge": 0.5}, {"max_window": 4}, {"alpha": 0.5, "tau_seg": 0.8}, {"merge_layers": (2,)}]
+)
+def test_segmentation_options(model, options):
+    assert_equals_oracle(model, compress(model, **options), video_inputs(model, 16), **options)
+
+
+def test_dynamic_shapes(model):
+    compiled = torch.compile(
+        model, backend="earlytom", dynamic=True, options={"lowering": "eager", "retain_ratio": 0.2, **MERGE}
+    )
+    for after in (4, 9, 30):
+        assert_equals_oracle(model, compiled, video_inputs(model, 12, after=after, seed=after))
+    assert graphs_and_breaks(compiled) == (1, 0, 0)
+
+
+def test_longer_prompts_become_dynamic_not_wrong(model):
+    compiled = compress(model)
+    for after in (4, 9, 30):
+        assert_equals_oracle(model, compiled, video_inputs(model, 12, after=after, seed=after))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations(implementation):
+    model = tiny_llava_onevision(attn_implementation=implementation)
+    assert_equals_oracle(model, compress(model), video_inputs(model, 12))
+
+
+def test_layer_before_the_last_as_features():
+    model = tiny_llava_onevision(vision_layers=6, vision_feature_layer=-2)
+    assert_equals_oracle(model, compress(model), video_inputs(model, 12))
+
+
+def test_position_ids_close_the_gap(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 1), left_padding=(0, 3))
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    assert_equals_oracle(model, compress(model), inputs)
+
+
+def test_without_an_attention_mask(model):
+    inputs = video_inputs(model, 12)
+    masked, _ = assert_equals_oracle(model, compress(model), inputs)
+    del inputs["attention_mask"]
+    with torch.no_grad():
+        torch.testing.assert_close(compress(model)(**inputs).logits, masked.logits)
+
+
+def test_images_in_the_same_graph_are_untouched(model):
+    inputs = video_inputs(model, 12, images_per_row=(1,))
+    inputs["image_sizes"] = inputs["image_sizes"].tolist()  # as a tensor, transformers reads it on the host
+    compiled = compress(model)
+    output, _ = assert_equals_oracle(model, compiled, inputs)
+    with torch.no_grad():
+        plain = model(**inputs)
+    assert torch.equal(output.image_hidden_states, plain.image_hidden_states)
+    assert graphs_and_breaks(compiled) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs(dtype):
+    model = tiny_llava_onevision(dtype=dtype)
+    with torch.no_grad():
+        output = compress(model)(**video_inputs(model, 12))
+    assert output.logits.dtype == dtype and output.logits.isfinite().all()
+
+
+# --- Errors and fallbacks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retain": 0.1}, "did you mean 'retain_ratio'"),
+        ({"retain_ratio": 0}, r"retain_ratio=0: must be in \(0, 1\]"),
+        ({"retain_ratio": 1.5}, r"\(0, 1\]"),
+        ({"merge_layers": (1, 6)}, "layer 6 does not exist; the vision encoder has layers 0 to 5"),
+    ],
+)
+def test_bad_options_raise_our_own_error(model, options, message):
+    compiled = torch.compile(model, backend="earlytom", options=options)
+    with torch.no_grad(), pytest.raises(EarlyTomConfigError, match=message):
+        compiled(**video_inputs(model, 8))
+
+
+def falls_back(model, compiled, inputs, reason):
+    """The call warns with ``reason`` and equals the plain model."""
+    with pytest.warns(EarlyTomFallbackWarning, match=reason):
+        output = compiled(**inputs)
+    expected = model(**inputs)
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert any(reason in known for known in report(compiled).to_dict()["reasons"])
+
+
+def test_text_only_call(model):
+    inputs = video_inputs(model, 8, videos_per_row=(0,))
+    with torch.no_grad():
+        falls_back(model, compress(model), inputs, "no vision encoder")
+
+
+def test_image_only_call(model):
+    inputs = video_inputs(model, 8, videos_per_row=(0,), images_per_row=(1,))
+    inputs["image_sizes"] = inputs["image_sizes"].tolist()
+    with torch.no_grad():
+        falls_back(model, compress(model), inputs, "no video passes through the vision encoder")
+
+
+def test_grad_mode(model):
+    falls_back(model, compress(model), video_inputs(model, 8), "gradients are enabled")
+
+
+def test_rows_with_different_numbers_of_videos(model):
+    inputs = video_inputs(model, 8, videos_per_row=(2, 1, 0))
+    with torch.no_grad():
+        falls_back(model, compress(model), inputs, "do not spread evenly|different numbers")
+
+
+def test_uneven_rows_found_at_run_time(model):
+    inputs = video_inputs(model, 8, videos_per_row=(3, 1))
+    with torch.no_grad():
+        falls_back(model, compress(model), inputs, "different numbers of videos (3, 1)".replace("(3, 1)", ""))
+
+
+def test_text_inside_a_video(model):
+    inputs = video_inputs(model, 8, before=3, after=4)
+    ids = inputs["input_ids"]
+    ids[0, [0, 30]] = ids[0, [30, 0]]
+    with torch.no_grad():
+        falls_back(model, compress(model), inputs, "not next to each other")
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_placeholders_that_do_not_match(model, change):
+    inputs = video_inputs(model, 8)
+    ids = inputs["input_ids"]
+    ids[0, 3 if change < 0 else 0] = 5 if change < 0 else model.config.video_token_id
+    with torch.no_grad(), pytest.raises(EarlyTomConfigError, match="video placeholder tokens"):
+        compress(model)(**inputs)
+
+
+def test_labels_fall_back_with_a_reason(model):
+    inputs = video_inputs(model, 8)
+    inputs["labels"] = inputs["input_ids"].clone()
+    with torch.no_grad():
+        falls_back(model, compress(model), inputs, "cross_entropy")
+
+
+def test_a_graph_break_behind_the_encoder(model):
+    inputs = video_inputs(model, 8, images_per_row=(1,))  # image_sizes as a tensor breaks the graph
+    with torch.no_grad():
+        falls_back(model, compress(model), inputs, "before the video reaches the prompt")
+
+
+def test_strict_turns_a_reason_into_an_error(model):
+    with torch.no_grad(), pytest.raises(EarlyTomCompileError, match="no vision encoder"):
+        compress(model, strict=True)(**video_inputs(model, 8, videos_per_row=(0,)))
+
+
+def test_model_without_a_vision_encoder():
+    layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    compiled = torch.compile(layer, backend="earlytom")
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="no vision encoder|no video"):
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_fresh_process_with_nothing_imported(tmp_path):
+    model = tiny_llava_onevision()
+    inputs = video_inputs(model, 12)
+    with torch.no_grad():
+        expected = compressed_forward(model, inputs, retain_ratio=0.2, variant="paper")
+    model.save_pretrained(tmp_path)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    torch.save(expected.logits, tmp_path / "logits.pt")
+    script = textwrap.dedent(
+        """
+        import sys, torch, transformers
+        assert not any(name.startswith("earlytom") for name in sys.modules)
+        folder = sys.argv[1]
+        model = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
+        fast = torch.compile(model, backend="earlytom")
+        with torch.inference_mode():
+            logits = fast(**torch.load(folder + "/inputs.pt")).logits
+        torch.testing.assert_close(logits, torch.load(folder + "/logits.pt"), atol=1e-4, rtol=1e-4)
+        counters = torch._dynamo.utils.counters
+        assert not counters["graph_break"], counters
+        assert counters["stats"]["unique_graphs"] == 1, counters
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -1,0 +1,206 @@
+"""A LLaVA-OneVision small enough to run in milliseconds, and videos it can tell apart.
+
+The weights are random but scaled so that what is in the video reaches the logits: with transformers' own tiny
+initialisation every video gives nearly the same ones, and a test comparing logits would compare nothing.
+
+    model = tiny_llava_onevision(vision_layers=6)
+    logits = model(**video_inputs(model, frames=16)).logits
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+PAD = 0
+FIRST_TEXT_TOKEN = 3  # smaller ids are left for padding and the like; the last two are the placeholders
+
+
+def tiny_llava_onevision(
+    vision_layers: int = 6,
+    vision_hidden: int = 32,
+    vision_heads: int = 4,
+    image_size: int = 24,
+    patch_size: int = 4,
+    text_layers: int = 2,
+    text_hidden: int = 48,
+    text_heads: int = 4,
+    text_kv_heads: int = 2,
+    vocab: int = 120,
+    seed: int = 0,
+    attn_implementation: str = "sdpa",
+    vision_feature_layer: int = -1,
+    vision_intermediate: int | None = None,
+    text_intermediate: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LlavaOnevisionForConditionalGeneration:
+    """A fresh model in eval mode; the same seed gives the same weights. Global generators stay put."""
+    vision = SiglipVisionConfig(
+        hidden_size=vision_hidden,
+        intermediate_size=vision_intermediate or 2 * vision_hidden,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=vision_heads,
+        image_size=image_size,
+        patch_size=patch_size,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=text_hidden,
+        intermediate_size=text_intermediate or 2 * text_hidden,
+        num_hidden_layers=text_layers,
+        num_attention_heads=text_heads,
+        num_key_value_heads=text_kv_heads,
+        max_position_embeddings=8192,
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=vocab - 2,
+        video_token_index=vocab - 1,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=[
+            [image_size, image_size],
+            [image_size, 2 * image_size],
+            [2 * image_size, image_size],
+        ],
+        attn_implementation=attn_implementation,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaOnevisionForConditionalGeneration(config).eval()
+        _spread(model)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def _spread(model: nn.Module) -> None:
+    """Variance-preserving weights, small biases, and positions that weigh little beside what is in them."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        elif "position_embedding" in name:
+            nn.init.normal_(parameter, std=0.2)
+        elif "embed_tokens" in name:
+            nn.init.normal_(parameter, std=1.0)
+        else:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    nn.init.normal_(model.model.image_newline, std=1.0)
+    model.lm_head.weight.mul_(3.0)
+
+
+def tokens_per_frame(model: LlavaOnevisionForConditionalGeneration) -> int:
+    """Tokens of one frame after the model's 2-D pooling."""
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    return (-(-side // 2)) ** 2
+
+
+def video(
+    frames: int,
+    image_size: int,
+    *,
+    scenes: int | None = None,
+    drift: float = 0.25,
+    static: bool = False,
+    generator: torch.Generator,
+) -> Tensor:
+    """``[F, 3, H, W]``: scenes of nearly equal length, each a picture that drifts a bit every frame.
+
+    ``scenes=None``: one for every 8 frames. ``static``: one scene without drift, frames equal bit for bit.
+    """
+
+    def picture() -> Tensor:
+        return torch.randn(3, image_size, image_size, generator=generator)
+
+    scenes = 1 if static else max(1, frames // 8) if scenes is None else min(scenes, frames)
+    result = []
+    for scene in range(scenes):
+        current = picture()
+        for _ in range(frames // scenes + (scene < frames % scenes)):
+            result.append(current)
+            # The speed changes from frame to frame, so that neighbouring similarities go up and down.
+            speed = 0.0 if static else drift * (0.2 + torch.rand((), generator=generator).item())
+            current = ((1 - speed**2) ** 0.5) * current + speed * picture() if speed else current
+    return torch.stack(result)
+
+
+def video_inputs(
+    model: LlavaOnevisionForConditionalGeneration,
+    frames: int,
+    *,
+    videos_per_row: Sequence[int] = (1,),
+    before: int | Sequence[int] = 3,
+    between: int = 1,
+    after: int | Sequence[int] = 4,
+    left_padding: int | Sequence[int] = 0,
+    images_per_row: Sequence[int] | None = None,
+    scenes: int | None = None,
+    drift: float = 0.25,
+    static: bool = False,
+    seed: int = 1,
+) -> dict[str, Tensor]:
+    """What a processor would give: ``input_ids``, ``attention_mask``, ``pixel_values_videos [V,F,3,H,W]``.
+
+    A row is ``before`` text tokens, its images, its videos with ``between`` text tokens between two of them,
+    and ``after`` text tokens. Shorter rows are padded on the left; ``left_padding`` adds more. ``before``,
+    ``after`` and ``left_padding`` are one number, or one a row. With ``images_per_row`` come ``pixel_values``
+    and ``image_sizes``. Rows may be without videos; without any video there are no ``pixel_values_videos``.
+    """
+    config, rows = model.config, len(videos_per_row)
+    size = config.vision_config.image_size
+    generator = torch.Generator().manual_seed(seed)
+    before, after, left_padding = (_per_row(n, rows) for n in (before, after, left_padding))
+    images = _images(model, images_per_row or [0] * rows, generator)
+    image_lengths = iter(images.pop("lengths", []))
+    placeholders = [config.video_token_id] * (frames * tokens_per_frame(model) + 1)
+
+    def text(count: int) -> list[int]:
+        high = config.text_config.vocab_size - 2
+        return torch.randint(FIRST_TEXT_TOKEN, high, (count,), generator=generator).tolist()
+
+    sequences = []
+    for row in range(rows):
+        ids = text(before[row])
+        for _ in range((images_per_row or [0] * rows)[row]):
+            ids += [config.image_token_id] * next(image_lengths)
+        for nth in range(videos_per_row[row]):
+            ids += (text(between) if nth else []) + placeholders
+        sequences.append(ids + text(after[row]))
+    length = max(pad + len(ids) for pad, ids in zip(left_padding, sequences, strict=True))
+    inputs = {
+        "input_ids": torch.tensor([[PAD] * (length - len(ids)) + ids for ids in sequences]),
+        "attention_mask": torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in sequences]),
+        **images,
+    }
+    if sum(videos_per_row):
+        kinds = {"scenes": scenes, "drift": drift, "static": static, "generator": generator}
+        videos = [video(frames, size, **kinds) for _ in range(sum(videos_per_row))]
+        inputs["pixel_values_videos"] = torch.stack(videos).to(model.dtype)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _per_row(count: int | Sequence[int], rows: int) -> list[int]:
+    return [count] * rows if isinstance(count, int) else list(count)
+
+
+def _images(model, images_per_row: Sequence[int], generator: torch.Generator) -> dict:
+    """Square pictures of one tile (and its overview), and how many placeholders the model wants for each."""
+    count, size = sum(images_per_row), model.config.vision_config.image_size
+    if not count:
+        return {}
+    pixels = torch.randn(count, 2, 3, size, size, generator=generator).to(model.dtype)
+    sizes = torch.tensor([[size, size]] * count)
+    with torch.no_grad():
+        features = model.model.get_image_features(
+            pixels.to(model.device), sizes.to(model.device), return_dict=True
+        ).pooler_output
+    return {"pixel_values": pixels, "image_sizes": sizes, "lengths": [len(f) for f in features]}
