@@ -36,15 +36,15 @@ test-matrix: .venv-t517/.installed-test
 	.venv-t517/bin/python $(PYTEST)
 
 .venv/.installed: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --editable .
+	.venv/bin/python -m pip install --editable .
 	touch $@
 
 .venv/.installed-test: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	.venv/bin/python -m pip install --editable '.[test]'
 	touch .venv/.installed $@
 
 .venv-t517/.installed-test: pyproject.toml | .venv-t517/bin/python
-	.venv-t517/bin/python -m pip install --quiet --editable '.[test]' 'transformers==5.17.0'
+	.venv-t517/bin/python -m pip install --editable '.[test]' 'transformers==5.17.0'
 	touch $@
 
 %/bin/python:

@@ -20,6 +20,7 @@ from torch import Tensor
 _NORM_FLOOR = 1e-15  # a shorter token counts as zero, cosine 0 with every other: its float32 squares vanish
 _CHUNK_ELEMENTS_CPU = 1 << 20  # 8 MB of float64: stays in the cache
 _CHUNK_ELEMENTS = 1 << 25
+_LEAST_BLOCK_FRAMES = 16  # for a narrow band a few products too many cost less than many small ones
 
 
 @torch.library.custom_op("earlytom::frame_similarity", mutates_args=())
@@ -81,7 +82,7 @@ def _check(hidden: Tensor) -> None:
 
 def _frame_blocks(frames: int, reach: int) -> list[tuple[int, int, int]]:
     """Row blocks (start, stop, first frame compared with): a band as a few small matrix products."""
-    height = reach + 1
+    height = max(reach + 1, _LEAST_BLOCK_FRAMES)
     starts = range(0, frames, height)
     return [(start, min(start + height, frames), max(0, start - reach)) for start in starts]
 

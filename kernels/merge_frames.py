@@ -21,12 +21,12 @@ def merge_frames(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
         n: merged frames, ``int(merged_counts.sum())``.
 
     Returns:
-        [n, ...], dtype of ``x``; blended in float32 (float64 stays float64). Untouched frames are exact
-        copies.
+        [n, ...], dtype of ``x``; blended in float32 (float64 stays float64). A row of weight (1, 0), an
+        untouched frame, is an exact copy.
 
     Raises:
-        ValueError: shapes that do not match, ``n`` that is not the plan's, sources outside ``x``, or weights
-            that are not finite.
+        ValueError: shapes that do not match, ``n`` that is not the plan's, empty rows among the others,
+            sources outside ``x``, or weights that are not finite.
     """
     _check(x, source, weight)
     merged = _merged_rows(x.shape[0], source, weight, n)
@@ -51,8 +51,7 @@ def _(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
 def _check(x: Tensor, source: Tensor, weight: Tensor) -> None:
     if x.dim() < 1 or not x.is_floating_point():
         raise ValueError(
-            f"earlytom::merge_frames: x must be a float tensor [frames, ...], got {x.dtype} with {x.dim()} "
-            f"axes"
+            f"earlytom::merge_frames: x must be float [frames, ...], got {x.dtype} with {x.dim()} axes"
         )
     if source.dtype != torch.int64 or weight.dtype != torch.float32 or source.dim() != 2 or weight.dim() != 2:
         raise ValueError(
@@ -70,11 +69,11 @@ def _merged_rows(frames: int, source: Tensor, weight: Tensor, n: int) -> list[in
             f"frames; pass the source and weight planned for these frames"
         )
     plan = torch.cat([source.double(), weight.double()], dim=1).tolist()
-    planned = sum(1 for row in plan if row[2] != 0.0 or row[3] != 0.0)
-    if planned != n:
+    used = [any(weights) for _, _, *weights in plan]
+    if used != [row < n for row in range(frames)]:
         raise ValueError(
-            f"earlytom::merge_frames: n={n}, but the plan has {planned} merged frames; pass "
-            f"int(merged_counts.sum())"
+            f"earlytom::merge_frames: n={n}, but the rows of the plan with any weight are "
+            f"{[row for row in range(frames) if used[row]]}; pass n=int(merged_counts.sum()) of the same plan"
         )
     for row, (first, second, *weights) in enumerate(plan):
         if not (0 <= first < frames and 0 <= second < frames and all(map(math.isfinite, weights))):
@@ -82,4 +81,4 @@ def _merged_rows(frames: int, source: Tensor, weight: Tensor, n: int) -> list[in
                 f"earlytom::merge_frames: row {row} of the plan is source ({first:.0f}, {second:.0f}), "
                 f"weight {tuple(weights)}; sources must be in [0, {frames}) and weights finite"
             )
-    return [row for row, (first, second, *_) in enumerate(plan[:n]) if first != second]
+    return [row for row, (_, _, *weights) in enumerate(plan[:n]) if weights != [1.0, 0.0]]

@@ -39,8 +39,8 @@ def select_tokens(
             raster order.
 
     Raises:
-        ValueError: shapes that do not match, NaN in the importance, or a video with fewer than
-            ``budget`` tokens.
+        ValueError: shapes that do not match, NaN in the importance, or a video with fewer than ``budget``
+            tokens.
     """
     _check(features, importance, dynamic, counts, "select_tokens")
     videos = _videos(features, importance, dynamic, counts, "select_tokens")
@@ -149,8 +149,7 @@ def _videos(
     flags, lengths = [bool(flag) for flag in packed[1 : total + 1]], packed[total + 1 :]
     if packed[0]:
         raise ValueError(
-            f"earlytom::{op}: importance holds NaN; check the attention inputs of the encoder "
-            f"for values that overflow"
+            f"earlytom::{op}: importance holds NaN; check queries and keys of the encoder for overflow"
         )
     if sum(lengths) != total or min(lengths, default=0) < 1:
         raise ValueError(

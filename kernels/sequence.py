@@ -40,8 +40,8 @@ def keep_positions(input_ids: Tensor, video_token: int, before: int, after: int,
     _check(input_ids, "keep_positions")
     if before < 1 or not 0 <= after <= before:
         raise ValueError(
-            f"earlytom::keep_positions: before={before}, after={after}; before must be >= 1, after in [0, "
-            f"before]"
+            f"earlytom::keep_positions: before={before}, after={after}; before must be at least 1, "
+            f"after in [0, before]"
         )
     placeholder = input_ids == video_token
     index = placeholder.cumsum(1) - 1

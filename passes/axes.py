@@ -42,12 +42,16 @@ OURS = "earlytom"
 """Namespace of the ops that passes insert: they do what they say, whatever the sizes."""
 
 
+DIVISIONS = ("div", "divide", "truediv", "true_divide", "floordiv", "floor_divide")
+"""Ops whose integer operand is suspicious: ``x.sum(1) / 81`` is an average over an axis of 81."""
+
+
 @dataclass(frozen=True)
 class SizeAsValue:
-    """``node`` computes with the number that ``number`` (a SymInt node) holds."""
+    """``node`` computes with a number: one that a SymInt node holds, or an integer that it divides by."""
 
     node: Node
-    number: Node
+    number: Node | int
 
 
 class AxisMap:
@@ -130,8 +134,9 @@ class AxisMap:
             return self._apply(node, name)
         if name.startswith(f"{OURS}::") or "example_value" not in node.meta:
             return _as_recorded(node, self.values)
-        if name == "getitem" and isinstance(self.values.get(node.args[0]), Outputs):  # type: ignore[arg-type]
-            return self.values[node.args[0]][node.args[1]]  # type: ignore[index,arg-type]
+        if name == "getitem" and isinstance(self.values.get(node.args[0]), Outputs) and not isinstance(node.args[1], Node):  # type: ignore[arg-type]
+            part = self.values[node.args[0]][node.args[1]]  # type: ignore[index,arg-type]
+            return Outputs(part) if isinstance(node.args[1], slice) else part
         if not _holds_tensor(node.meta["example_value"]):
             return self._number(node, name)
         return self._apply(node, name)
@@ -154,6 +159,8 @@ class AxisMap:
         self.sites += call.sites
         self.obstacles += call.obstacles
         self._note_sizes(node, [site.path for site in call.sites])
+        if name in DIVISIONS and len(node.args) > 1 and type(node.args[1]) is int:
+            self.sizes_as_values.append(SizeAsValue(node, node.args[1]))
         return value
 
     def _note_unknown(self, node: Node, detail: str) -> None:

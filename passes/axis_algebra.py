@@ -174,22 +174,32 @@ class AxisSpace:
             self.relations.append(Relation(kind, whole, kept))
 
     def align(self) -> None:
-        """Unifies the parts of axes that were taken apart in two ways, until there is nothing left to learn."""
+        """Unifies what was made of the same parts and the parts of what was taken apart in two ways.
+
+        Ends when there is nothing left to learn: every step joins two axes or splits a part into smaller ones.
+        """
         progress = True
         while progress:
+            progress = self._join_equal_wholes()
             self.relations = list({relation.key(): relation for relation in self.relations}.values())
             known = {relation.key() for relation in self.relations}
             by_whole: dict[tuple[Kind, Dim], list[Relation]] = defaultdict(list)
             for relation in self.relations:
                 by_whole[relation.kind, relation.whole.root].append(relation)
             first_parts = {key: found[0].parts for key, found in by_whole.items()}
-            progress = any(
-                [
-                    self._match(kind, a.parts, b.parts, first_parts, known)
-                    for (kind, _), found in by_whole.items()
-                    for a, b in itertools.combinations(found, 2)
-                ]
-            )
+            for (kind, _), found in by_whole.items():
+                for a, b in itertools.combinations(found, 2):
+                    progress |= self._match(kind, a.parts, b.parts, first_parts, known)
+
+    def _join_equal_wholes(self) -> bool:
+        made: dict[tuple[Kind, tuple[Dim, ...]], Dim] = {}
+        progress = False
+        for relation in self.relations:
+            kind, whole, parts = relation.key()
+            other = made.setdefault((kind, parts), whole).root
+            progress |= other is not whole
+            self.unify(whole, other)
+        return progress
 
     def _match(
         self,
@@ -207,7 +217,7 @@ class AxisSpace:
                 if ins[0].root is not outs[0].root:
                     self.unify(ins[0], outs[0])
                     progress = True
-            elif len(ins) == 1 or len(outs) == 1:
+            elif 1 in (len(ins), len(outs)):
                 whole, parts = (ins[0], outs) if len(ins) == 1 else (outs[0], ins)
                 relation = Relation(kind, whole, tuple(parts))
                 if relation.key() not in known:

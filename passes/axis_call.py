@@ -155,6 +155,8 @@ class Call:
     # What the rule states
 
     def unify(self, a: Dim, b: Dim) -> None:
+        if None not in (a.size.hint, b.size.hint) and a.size.hint != b.size.hint:
+            raise NoRule(f"sizes {a.size} and {b.size} do not match")
         self.space.unify(a, b)
 
     def relate(self, kind: Kind, whole: Dim, parts: Sequence[Dim]) -> None:

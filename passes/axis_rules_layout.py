@@ -39,6 +39,8 @@ def reshaped(call: Call, dims: Sequence[Dim], sizes: Sequence[Size]) -> Dims:
     for ins, outs in groups:
         borders[outs.stop] = ins.stop
         sources, targets = wide[ins], places[outs]
+        if not sources:
+            continue  # nothing but axes of size 1
         if len(sources) == len(targets) == 1:
             result[targets[0]] = sources[0]
             continue
@@ -381,7 +383,7 @@ def _axes_taken(call: Call, item: Any) -> int:
 
 
 def _is_mask(call: Call, item: Any) -> bool:
-    return call.is_tensor(item) and item.meta["example_value"].dtype in (torch.bool, torch.uint8)
+    return call.is_known(item) and item.meta["example_value"].dtype in (torch.bool, torch.uint8)
 
 
 def _indexed_by(call: Call, input: Node, here: Sequence[Dim], item: Node) -> list[Indexed]:
@@ -516,8 +518,11 @@ def split(call: Call, input: Any, parts: Any, dim: int = 0) -> Outputs:
     dims = call.dims(input)
     at = wrap(dim, len(dims))
     call.forbid([dims[at]], "is taken apart by")
-    pieces = [Size.of(x.shape[at]) for x in call.node.meta["example_value"]]
-    return Outputs(_moved(call, input, (*dims[:at], call.pinned(n), *dims[at + 1 :])) for n in pieces)
+    pieces = [call.pinned(Size.of(x.shape[at])) for x in call.node.meta["example_value"]]
+    if isinstance(parts, (tuple, list)) and call.node.args[1:2] == (parts,):
+        for i, piece in enumerate(pieces):
+            call.site(("args", 1, i), piece)
+    return Outputs(_moved(call, input, (*dims[:at], piece, *dims[at + 1 :])) for piece in pieces)
 
 
 def _count(call: Call) -> int:

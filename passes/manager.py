@@ -26,6 +26,7 @@ from .canonicalize_attention import canonicalize_attention
 from .compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
 from .find_video_boundary import Boundary, find_video_boundary
 from .find_vision_encoder import Encoder, find_vision_encoder
+from .graph_order import stable_topological_sort
 from .insert_frame_merge import MergedVideo, insert_frame_merge
 from .insert_token_selection import SelectedTokens, insert_token_selection
 from .reasons import NotApplicable
@@ -127,6 +128,8 @@ def _compact(state: Rewrite) -> None:
 
 
 def _retarget(state: Rewrite) -> None:
+    # What was inserted may read nodes that stand behind it, such as the prompt's cut the content-dependent counts.
+    stable_topological_sort(state.graph_module.graph)
     retarget_axes(state.graph_module, state.axes)
 
 

@@ -9,6 +9,7 @@ A pass that cannot do its job completely changes nothing and raises; the backend
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from .patterns import module_path
@@ -30,8 +31,9 @@ class NotApplicable(Exception):
 
 def describe(node: Node) -> str:
     """Names a node for a reader: ``torch.nn.functional.softmax (attn_weights_3) in model.layers.3.self_attn``."""
-    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    place = module_path(node) or (lines[-1].strip() if lines else "")
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    code = [line for line in lines if line.strip("^~ ")]  # Python 3.11 underlines what it means
+    place = module_path(node) or (code[-1] if code else "")
     return f"{_target_name(node)} ({node.name})" + (f" in {place}" if place else "")
 
 
@@ -39,8 +41,10 @@ def _target_name(node: Node) -> str:
     target = node.target
     if isinstance(target, str):
         return {"call_method": f"Tensor.{target}", "placeholder": "graph input"}.get(node.op, target)
-    if hasattr(target, "_schema"):  # OpOverload
+    if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target._qualified_op_name)
     module = (getattr(target, "__module__", None) or "").lstrip("_")
     name = getattr(target, "__name__", str(target))
     return f"{module}.{name}" if module else name

@@ -56,6 +56,7 @@ def retarget_axes(graph_module: GraphModule, axes: Sequence[ResizedAxis]) -> int
         NotApplicable: some op stands in the way; the graph is unchanged.
     """
     dead = _dead_nodes(graph_module)
+    axes = [axis for axis in axes if axis.node not in dead]
     starts: dict[Node, list[int]] = defaultdict(list)
     for axis in axes:
         starts[axis.node].append(axis.dim)
@@ -150,6 +151,7 @@ class NewSizes:
                         "Teach passes/axis_rules.py what the op does to its axes, or keep the axis away from it",
                     )
         self._check_numbers()
+        self._check_settled()
 
     def _check_fixed(self) -> None:
         for dim in self.changed:
@@ -178,6 +180,9 @@ class NewSizes:
     def _check_numbers(self) -> None:
         symbols = set().union(*(dim.size.expr.free_symbols for dim in self.changed))
         for use in self.axes.sizes_as_values:
+            if isinstance(use.number, int):
+                self._check_divisor(use.node, Size.of(use.number))
+                continue
             value = use.number.meta.get("example_value")
             named = set().union(*(
                 Size.of(part).expr.free_symbols if isinstance(part, torch.SymInt) else part.node.expr.free_symbols
@@ -190,6 +195,43 @@ class NewSizes:
                     f"the axis {self._name_for(named)!r}",
                     "Read the size from a tensor where it is needed",
                 )
+
+    def _check_divisor(self, node: Node, divisor: Size) -> None:
+        for dim, name in self.names.items():
+            if dim.size.same(divisor):
+                raise NotApplicable(
+                    f"{describe(node)} divides by {divisor}, which may be the size of the axis {name!r} that changes",
+                    "Write an average as mean(), or divide by a float if the number is a constant",
+                )
+
+    def _check_settled(self) -> None:
+        """An axis that only literals spell, as large as a changed one was, may be that one: data does not say."""
+        settled = self._settled()
+        for site in self.axes.sites:
+            if site.dim.root not in settled and not site.dim.size.is_(1):
+                for dim, name in self.names.items():
+                    if dim.size.same(site.dim.size):
+                        raise NotApplicable(
+                            f"the size {dim.size} in {describe(site.node)} may be that of the axis {name!r}, which "
+                            "changes, and nothing in the graph says whether it is",
+                            "Combine the tensor with one that has the axis, or take its size from a weight",
+                        )
+
+    def _settled(self) -> set[Dim]:
+        """Axes with a known size: fixed ones, changed ones, and what follows from them."""
+        settled = {dim for dim in self.members if dim.fixed} | set(self.changed)
+        progress = True
+        while progress:
+            before = len(settled)
+            for relation in self.relations:
+                whole, parts = relation.whole.root, {part.root for part in relation.parts}
+                open_parts = parts - settled
+                if not open_parts:
+                    settled.add(whole)
+                elif whole in settled and (len(open_parts) == 1 or whole not in self.changed):
+                    settled |= open_parts
+            progress = len(settled) > before
+        return settled
 
     def _name_for(self, symbols: set[sympy.Symbol]) -> str:
         named = [self.names[dim] for dim in self.changed if dim.size.expr.free_symbols & symbols]

@@ -17,7 +17,7 @@ from earlytom_compile import (
     report,
 )
 
-MERGE = {"merge_layers": (1, 3, 4), "tau_seg": 0.3}
+MERGE = {"merge_layers": (0, 2), "tau_seg": 0.3}
 
 
 def compress(model, **options):
@@ -47,7 +47,7 @@ def graphs_and_breaks(model):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_llava_onevision(vision_layers=6)
+    return tiny_llava_onevision(vision_layers=4, text_layers=1)
 
 
 @pytest.mark.parametrize("lowering", ["eager", "whole"])
@@ -113,7 +113,7 @@ def test_any_retain_ratio(model, retain_ratio):
 
 def test_default_options_and_merge_layers(model):
     compiled = torch.compile(model, backend="earlytom", options={"lowering": "eager"})
-    layers = earlytom_compile.EarlyTomConfig().resolve_merge_layers(6)
+    layers = earlytom_compile.EarlyTomConfig().resolve_merge_layers(4)
     assert_equals_oracle(model, compiled, video_inputs(model, 16), merge_layers=layers, tau_seg=0.6)
 
 
@@ -141,12 +141,12 @@ def test_longer_prompts_become_dynamic_not_wrong(model):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementations(implementation):
-    model = tiny_llava_onevision(attn_implementation=implementation)
+    model = tiny_llava_onevision(vision_layers=3, text_layers=1, attn_implementation=implementation)
     assert_equals_oracle(model, compress(model), video_inputs(model, 12))
 
 
 def test_layer_before_the_last_as_features():
-    model = tiny_llava_onevision(vision_layers=6, vision_feature_layer=-2)
+    model = tiny_llava_onevision(vision_layers=4, text_layers=1, vision_feature_layer=-2)
     assert_equals_oracle(model, compress(model), video_inputs(model, 12))
 
 
@@ -177,7 +177,7 @@ def test_images_in_the_same_graph_are_untouched(model):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs(dtype):
-    model = tiny_llava_onevision(dtype=dtype)
+    model = tiny_llava_onevision(vision_layers=3, text_layers=1, dtype=dtype)
     with torch.no_grad():
         output = compress(model)(**video_inputs(model, 12))
     assert output.logits.dtype == dtype and output.logits.isfinite().all()
@@ -192,7 +192,7 @@ def test_half_precision_runs(dtype):
         ({"retain": 0.1}, "did you mean 'retain_ratio'"),
         ({"retain_ratio": 0}, r"retain_ratio=0: must be in \(0, 1\]"),
         ({"retain_ratio": 1.5}, r"\(0, 1\]"),
-        ({"merge_layers": (1, 6)}, "layer 6 does not exist; the vision encoder has layers 0 to 5"),
+        ({"merge_layers": (1, 6)}, "layer 6 does not exist; the vision encoder has layers 0 to 3"),
     ],
 )
 def test_bad_options_raise_our_own_error(model, options, message):
@@ -283,7 +283,7 @@ def test_model_without_a_vision_encoder():
 
 
 def test_fresh_process_with_nothing_imported(tmp_path):
-    model = tiny_llava_onevision()
+    model = tiny_llava_onevision(vision_layers=4, text_layers=1)
     inputs = video_inputs(model, 12)
     with torch.no_grad():
         expected = compressed_forward(model, inputs, retain_ratio=0.2, variant="paper")

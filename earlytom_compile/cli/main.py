@@ -109,7 +109,7 @@ def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
 
 
 def _add_repeats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each model (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each model (%(default)s)")
 
 
 if __name__ == "__main__":

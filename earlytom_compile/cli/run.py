@@ -1,4 +1,4 @@
-"""``earlytom run``: a question about a video, answered with compressed video tokens; with ``--compare`` in full too.
+"""``earlytom run``: a question about a video, answered with compressed video tokens, or with both to compare.
 
 earlytom run --model path/to/checkpoint --video talk.mp4 --prompt "What is on the slide?" --retain-ratio 0.1
 """

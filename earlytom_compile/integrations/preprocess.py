@@ -1,7 +1,7 @@
 """The processor of a LLaVA-OneVision checkpoint, also where torchvision is missing.
 
-transformers' own processor needs torchvision for videos, and torchvision's wheel from PyPI does not import beside
-a torch without CUDA. Then this file stands in for it, for text and videos, with the same calls:
+transformers' own processor needs torchvision for videos, and torchvision's wheel from PyPI does not import
+beside a torch without CUDA. Then this file stands in for it, for text and videos, with the same calls:
 
     processor = load_processor("path/to/checkpoint")
     prompt = processor.apply_chat_template(conversation("What happens?"), add_generation_prompt=True)
@@ -97,9 +97,9 @@ class PixelSettings:
         crop = settings.get("do_center_crop")
         if {"height", "width"} - set(made.size) or made.resample not in _FILTERS or crop:
             raise EarlyTomConfigError(
-                f"video settings with size={dict(made.size)}, resample={made.resample}, do_center_crop={crop} "
-                "need torchvision: without it there must be a height and a width, resample 2 or 3, and no center "
-                "crop. Install torchvision."
+                f"video settings size={dict(made.size)}, resample={made.resample}, do_center_crop={crop} "
+                "need torchvision: without it there must be a height and a width, resample 2 or 3, and no "
+                "center crop. Install torchvision."
             )
         return made
 
@@ -212,7 +212,7 @@ class VideoTextProcessor:
         asked = sum(text.count(self.video_token) for text in texts)
         if asked != len(clips):
             raise EarlyTomConfigError(
-                f"the text has {asked} {self.video_token} but {len(clips)} video(s) came along: give one each."
+                f"the text has {asked} {self.video_token} but {len(clips)} video(s) came: give one each."
             )
         counts = iter([len(clip) * self.tokens_per_frame + 1 for clip in clips])
         expanded = []

@@ -11,7 +11,7 @@ a constant-folded side effect; the second does nothing, since the backend compar
 itself, on every call, before any compressed graph runs; the third reads a plain dict.
 """
 
-import gc
+import ctypes
 import importlib
 import inspect
 import logging
@@ -69,7 +69,7 @@ def _check_unless_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
 def _install_while_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
     def maybe_install_capturing_hooks(model: Any) -> None:
         if torch.compiler.is_dynamo_compiling():
-            install_hooks_of_live_models()
+            _install_hooks_now(id(model))
             return
         original(model)
 
@@ -99,17 +99,12 @@ def _signature_cells(model_class: type) -> Iterator[Any]:
 
 
 @torch._dynamo.assume_constant_result
-def install_hooks_of_live_models() -> bool:
-    """Install the output-capturing hooks of every live model that lacks them; returns True.
+def _install_hooks_now(model_id: int) -> bool:
+    """Install the hooks of the model at this address, outside the trace; returns True.
 
-    Takes no argument because Dynamo on torch 2.11 cannot fold a call that gets a module. ``type(obj)`` is asked
-    instead of ``isinstance``, which raises on dead weak proxies.
+    Takes the address because Dynamo on torch 2.11 cannot fold a call that gets a module. It must be this very
+    model: hooks installed on a model above or below it would be installed once more by transformers itself.
     """
-    from transformers import PreTrainedModel
-
-    capturing = sys.modules[_CAPTURING]
-    original = getattr(capturing, _INSTALL).earlytom_original
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), PreTrainedModel) and "_modules" in candidate.__dict__:
-            original(candidate)
+    model = ctypes.cast(model_id, ctypes.py_object).value  # alive: it is being traced
+    getattr(sys.modules[_CAPTURING], _INSTALL).earlytom_original(model)
     return True

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import plain_python
 import pytest
@@ -91,6 +93,26 @@ def test_a_frame_that_cannot_be_compared_is_nan_and_no_other_is(bad):
     touches = torch.zeros(5, 4, dtype=torch.bool)
     touches[2, :2] = touches[3, 0] = touches[4, 1] = True
     assert torch.equal(similarity.isnan(), touches)
+
+
+def test_products_are_exact_so_that_no_order_of_summation_can_show():
+    hidden = video(7, 6, 33, 20)
+    kernel = sys.modules["earlytom_compile.kernels.frame_similarity"]
+    bits = kernel._fixed_point_bits(33)
+    unit, _ = kernel._fixed_point_tokens(hidden, bits)
+    integers = [[int(value) for value in frame] for frame in unit.tolist()]
+    assert torch.equal(unit, torch.tensor(integers, dtype=torch.float64))
+    (products,), _ = kernel._products(hidden, [(0, 6, 0)])
+    for a in range(6):
+        for b in range(6):
+            assert int(products[a, b]) == sum(x * y for x, y in zip(integers[a], integers[b], strict=True))
+        assert sum(abs(x * x) for x in integers[a]) < 2**53
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 196, 256, 257, 729, 1024, 1025, 4096])
+def test_the_sum_over_all_tokens_fits_float64_and_loses_no_precision_to_it(tokens):
+    bits = sys.modules["earlytom_compile.kernels.frame_similarity"]._fixed_point_bits(tokens)
+    assert bits >= 20 and tokens * 4**bits <= 2**52 < 4 * tokens * 4 ** (bits + 1)
 
 
 def test_is_the_same_with_any_number_of_threads_and_every_time():

@@ -57,6 +57,12 @@ def test_untouched_frames_are_exact_copies_whatever_they_hold(dtype):
     assert out.data_ptr() != x.data_ptr()
 
 
+def test_a_frame_of_weight_zero_cannot_leak_in():
+    x = torch.tensor([[1.0], [float("inf")]])
+    source, weight = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert ops.merge_frames(x, source, weight, 1).tolist() == [[1.0]]
+
+
 def test_halves_are_blended_in_float32():
     x = torch.tensor([[60000.0], [60000.0]], dtype=torch.float16)
     source, weight = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[1.5, -0.5], [0, 0]])
@@ -76,9 +82,10 @@ def plan(**changes):
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"n": 3}, "n=3, but the plan has 2"),
-        ({"n": 1}, "n=1, but the plan has 2"),
-        ({"n": 0}, "n=0, but the plan has 2"),
+        ({"n": 3}, r"n=3, but the rows .* are \[0, 1\]"),
+        ({"n": 1}, r"n=1, but the rows .* are \[0, 1\]"),
+        ({"n": 0}, r"n=0, but the rows .* are \[0, 1\]"),
+        ({"weight": torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 0.5]])}, r"rows .* are \[0, 2\]"),
         ({"x": torch.ones(4, 2)}, "over 3 frames cannot merge x with 4"),
         ({"x": torch.ones(3, 2, dtype=torch.int64)}, "int64"),
         ({"source": torch.tensor([[0, 0], [1, 3], [0, 0]])}, r"source \(1, 3\)"),

@@ -1,4 +1,4 @@
-"""Each operator is a good citizen of the compiler: schema, fake, no aliasing, and sizes nobody knows beforehand."""
+"""Each operator as the compiler sees it: schema, fake, no aliasing, and sizes nobody knows beforehand."""
 
 import math
 import subprocess
@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from op_inputs import DTYPES, SEGMENT, laid_out, ops, video
+from op_inputs import SEGMENT, laid_out, ops, video
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 SEGMENTATION = {"variant": "paper", "tau_seg": 0.3, "alpha": 0.9, "max_window": 0}
@@ -24,7 +25,8 @@ SCHEMAS = [
     "select_tokens_released(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, "
     "SymInt frames, float retain_ratio) -> (Tensor, Tensor, Tensor)",
     "append_separators(Tensor tokens, Tensor kept_counts, Tensor separator) -> Tensor",
-    "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) -> Tensor",
+    "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) "
+    "-> Tensor",
     "keep_positions_ragged(Tensor input_ids, Tensor kept, SymInt video_token, SymInt before) -> Tensor",
     "take_positions(Tensor x, Tensor positions, float fill) -> Tensor",
 ]
@@ -77,8 +79,7 @@ def calls(dtype, layout):
     ]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.bfloat16, "transposed")])
 @pytest.mark.parametrize("index", range(len(SCHEMAS)), ids=[schema.split("(")[0] for schema in SCHEMAS])
 def test_opcheck(index, dtype, layout):
     op, args, kwargs = calls(dtype, layout)[index]
@@ -117,7 +118,7 @@ def compressed_encoder(hidden, counts, query, key):
 def compiled():
     """torch.compile that counts graphs and lets sizes depend on content, as the backend does."""
     torch._dynamo.reset()
-    count = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    count = CompileCounterWithBackend("inductor")
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
         yield lambda function: torch.compile(function, backend=count, fullgraph=True), count
     torch._dynamo.reset()

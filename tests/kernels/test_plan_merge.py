@@ -16,12 +16,13 @@ sixteenths = st.integers(-16, 16).map(lambda value: value / 16)
 def similarities(draw, counts):
     """float32 [T, T]: entries that reach into the video before are NaN, since nothing may read them."""
     total = sum(counts)
+    values = draw(st.sampled_from([sixteenths, st.sampled_from([0.5, 0.75])]))
     out = torch.full((total, total), math.nan)
     for rows in per_video(counts):
         for t in range(rows.start, rows.stop):
             for j in range(total):
                 if t - 1 - j >= rows.start:
-                    out[t, j] = draw(sixteenths)
+                    out[t, j] = draw(values)
                 elif t - 1 - j < 0:
                     out[t, j] = 0
     return out
@@ -118,6 +119,22 @@ def test_a_still_video_merges_most(frames, left):
     assert pairs.tolist() == [[i, i + 1] for i in range(1, frames - 2, 2)]
 
 
+@pytest.mark.parametrize("frames, left", [(1, 1), (2, 2), (3, 3), (4, 3), (5, 4), (16, 15)])
+def test_released_merges_nothing_of_a_still_video_and_drops_its_last_middle_frame(frames, left):
+    source, weight, merged = ops.plan_merge(
+        torch.ones(frames, frames),
+        torch.tensor([frames]),
+        variant="released",
+        tau_seg=0.6,
+        alpha=0.9,
+        max_window=0,
+        tau_merge=SEGMENT,
+        min_frames=1,
+    )
+    assert merged.tolist() == [left] and weight[:, 1].eq(0).all()
+    assert source[:left, 0].tolist() == [t for t in range(frames) if left == frames or t != frames - 2]
+
+
 @pytest.mark.parametrize("min_frames, left", [(1, 5), (5, 5), (6, 6), (7, 7), (8, 8), (99, 8)])
 def test_the_floor_undoes_the_least_similar_merges_and_of_equals_the_later(min_frames, left):
     similarity = torch.zeros(8, 7)
@@ -135,6 +152,18 @@ def test_the_floor_undoes_the_least_similar_merges_and_of_equals_the_later(min_f
     assert merged.tolist() == [left]
     pairs = source[:left][source[:left, 0] != source[:left, 1]].tolist()
     assert sorted(pairs) == sorted([[3, 4], [1, 2], [5, 6]][: 8 - left])
+
+
+@pytest.mark.parametrize("alike, following, threshold", [(0.75, 0.5, 0.75), (0.75, 0.75, 0.5)])
+def test_exact_ties_merge_in_paper_and_not_in_released(alike, following, threshold):
+    similarity = torch.full((5, 4), -1.0)
+    similarity[2, 0], similarity[3, 0], similarity[4, 3] = alike, following, threshold
+    pairs = {}
+    for variant in ("paper", "released"):
+        chosen = options(variant=variant, tau_seg=-2.0)
+        source, weight, _ = ops.plan_merge(similarity, torch.tensor([5]), **chosen)
+        pairs[variant] = source[weight[:, 1] > 0].tolist()
+    assert pairs == {"paper": [[1, 2]], "released": []}
 
 
 def test_the_weights_of_a_pair_follow_equation_3():

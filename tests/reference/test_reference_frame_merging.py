@@ -106,12 +106,18 @@ def test_without_smoothing_a_higher_threshold_only_adds_cuts(video, one, other):
     assert cuts_low <= {first for first, _ in segments_of(video, tau_seg=high, alpha=1.0)}
 
 
-def test_the_running_average_starts_at_one_again_after_a_cut():
+def test_the_running_average_follows_eq_1():
     video = torch.eye(3)[[0, 1, 1, 2]][:, None]  # s = 0, 1, 0
     assert segments_of(video, tau_seg=0.6, alpha=0.5) == [[0, 0], [1, 2], [3, 3]], "0.5 | 1, 0.5 |"
     assert segments_of(video, tau_seg=0.5, alpha=0.5) == [[0, 2], [3, 3]], (
         "0.5 is not below 0.5; 0.75, 0.375 |"
     )
+
+
+def test_the_running_average_starts_at_one_again_after_a_cut():
+    angles = torch.tensor([0.0, 1.5, 2.4])  # s = 0.07, 0.62
+    video = torch.stack([angles.cos(), angles.sin()], -1)[:, None]
+    assert segments_of(video, tau_seg=0.6, alpha=0.5) == [[0, 0], [1, 2]], "0.54 | 0.81, where 0.58 would cut"
 
 
 # --- Merging (Eq. 2 and 3) ------------------------------------------------------------------------

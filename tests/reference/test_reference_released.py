@@ -63,6 +63,8 @@ def test_ties_do_not_merge_so_a_static_video_only_loses_the_last_middle_frame():
 def test_the_last_pair_merges_with_weights_one_and_zero_whatever_follows():
     weights = released(directions(0.0, 0.1, 0.2, 1.0)).weights
     assert weights.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+    unlike = released(directions(0.0, 1.0, 3.0, 3.1)).weights  # -0.42 is still above s(head, tail) = -1
+    assert torch.equal(unlike, weights)
 
 
 def test_a_negative_next_similarity_gives_weights_outside_zero_one():

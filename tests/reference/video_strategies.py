@@ -58,7 +58,7 @@ def videos(min_frames=1):
 def segment_options(draw):
     return {
         "tau_seg": draw(st.sampled_from([-1.5, 0.0, 0.3, 0.5, 0.6, 0.8, 0.95, 1.0])),
-        "alpha": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        "alpha": draw(st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])),
         "max_window": draw(st.sampled_from([None, None, 1, 2, 4, 7])),
     }
 

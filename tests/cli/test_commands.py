@@ -1,0 +1,146 @@
+"""The three commands on a real, if tiny, checkpoint and a real video file; eager, so that they are quick."""
+
+import json
+import re
+
+import pytest
+
+from earlytom_compile.cli import main as cli
+from earlytom_compile.cli import toolchain
+from earlytom_compile.cli.comparison import full_model
+from earlytom_compile.cli.loading import load_checkpoint
+
+EAGER = ["--lowering", "eager"]
+FRAMES, TOKENS = 8, 9  # of each frame: a 6x6 grid, pooled to 3x3
+BEFORE, KEPT = FRAMES * TOKENS, round(0.1 * FRAMES * TOKENS)
+
+
+@pytest.fixture
+def earlytom(capsys):
+    def run(*arguments):
+        status = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def rows(output):
+    """Cells of the comparison table, by the first."""
+    lines = [line.strip(" │") for line in output.splitlines() if line.startswith("│")]
+    return {name: rest for name, *rest in (re.split(r"\s*│\s*", line) for line in lines)}
+
+
+def assert_compared(output):
+    table = rows(output)
+    full, compressed = table["frames"]
+    assert full == str(FRAMES)
+    counts = [int(count) for count in compressed.split(" -> ")]
+    assert counts[0] == FRAMES and counts == sorted(counts, reverse=True) and len(counts) > 1
+    assert table["video tokens"] == [str(BEFORE), f"{KEPT} ({KEPT / BEFORE:.1%})"]
+    before, after = (int(cell.removesuffix(" tokens")) for cell in table["prompt length"])
+    assert before - after == BEFORE - KEPT
+    assert re.fullmatch(r"\d+ ms", table["time to first token"][0])
+    assert re.fullmatch(r"\d+ ms \(\d+\.\dx (faster|slower)\)", table["time to first token"][1])
+    assert {"answer", "answers agree"} <= set(table)
+
+
+def test_demo_ends_in_table_and_report(earlytom, tmp_path):
+    status, output, _ = earlytom(
+        "demo", *EAGER, "--frames", FRAMES, "--repeats", 1, "--max-new-tokens", 2, "--save", tmp_path
+    )
+    assert status == 0
+    table = rows(output)
+    tokens = FRAMES * 49  # of each frame: a 14x14 grid, pooled to 7x7
+    assert table["video tokens"] == [str(tokens), f"{round(0.1 * tokens)} (9.9%)"]
+    assert "random weights" in output
+    assert "vision_tower" in output.split("answers agree")[1]
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file() and (tmp_path / "clip.mp4").is_file()
+
+
+def test_run_compare(earlytom, checkpoint, clip):
+    status, output, _ = earlytom(
+        "run", "--model", checkpoint, "--video", clip, "--prompt", "What is it?", "--frames", FRAMES,
+        "--retain-ratio", 0.1, "--max-new-tokens", 2, "--compare", "--repeats", 1, *EAGER,
+    )  # fmt: skip
+    assert status == 0
+    assert_compared(output)
+
+
+def test_run_answers_and_says_what_it_dropped(earlytom, checkpoint, clip):
+    status, output, progress = earlytom(
+        "run", "--model", checkpoint, "--video", clip, "--prompt", "What is it?", "--frames", FRAMES,
+        "--retain-ratio", 0.1, "--max-new-tokens", 3, *EAGER,
+    )  # fmt: skip
+    assert status == 0
+    assert len(output.strip().splitlines()) >= 1
+    assert f"video tokens {BEFORE} -> {KEPT}" in progress
+
+
+def test_explain_prints_the_report(earlytom, checkpoint, clip):
+    source = ["--model", checkpoint, "--video", clip]
+    status, output, _ = earlytom("explain", *source, "--frames", FRAMES, *EAGER)
+    assert status == 0
+    assert "vision_tower" in output and f"tokens {BEFORE} -> " in output
+
+
+def test_explain_without_a_checkpoint_takes_the_demos(earlytom):
+    status, output, _ = earlytom("explain", "--frames", 4, *EAGER)
+    assert status == 0
+    assert "vision_tower" in output
+
+
+def test_the_full_model_costs_no_second_set_of_weights(checkpoint):
+    model = load_checkpoint(str(checkpoint), device="cpu").model
+    twin = full_model(model, compiled=False)
+
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    assert twin is not model and all(a is b for a, b in pairs)
+
+
+def test_mistakes_exit_with_2_and_one_line(earlytom, checkpoint, clip, tmp_path):
+    def run(model=checkpoint, video=clip, *more):
+        return earlytom("run", "--model", model, "--video", video, "--prompt", "What?", *EAGER, *more)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    weightless = tmp_path / "weightless"
+    weightless.mkdir()
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (weightless / file.name).write_bytes(file.read_bytes())
+    text = tmp_path / "notes.txt"
+    text.write_text("no film\n" * 100)
+    cases = {
+        "no checkpoint folder at": run(tmp_path / "nowhere"),
+        "it has no config.json": run(tmp_path),
+        "of the family 'qwen2_5_vl': only 'llava_onevision'": run(other),
+        "is not valid JSON": run(broken),
+        "cannot be loaded": run(weightless),
+        "no video file at": run(checkpoint, tmp_path / "nowhere.mp4"),
+        "no video in it": run(checkpoint, text),
+        "fewer than the 500 asked for": run(checkpoint, clip, "--frames", 500),
+        "max_new_tokens=0": run(checkpoint, clip, "--max-new-tokens", 0),
+        "--device fpga": run(checkpoint, clip, "--device", "fpga"),
+        "layer 9 does not exist": run(checkpoint, clip, "--merge-layers", "1,9"),
+    }
+    for message, (status, _, errors) in cases.items():
+        assert status == 2, message
+        assert message in errors and "Traceback" not in errors
+
+
+def test_without_a_compiler_run_says_so_and_demo_runs_eagerly(earlytom, checkpoint, clip, monkeypatch):
+    monkeypatch.setattr(toolchain, "get_cpp_compiler", _no_compiler)
+    status, _, errors = earlytom("run", "--model", checkpoint, "--video", clip, "--prompt", "What?")
+    assert status == 2 and "no C++ compiler was found" in errors and "--lowering eager" in errors
+
+    status, output, _ = earlytom("demo", "--frames", 4, "--repeats", 1, "--max-new-tokens", 1)
+    assert status == 0 and "both models run eagerly" in output
+
+
+def _no_compiler():
+    raise toolchain.InvalidCxxCompiler()

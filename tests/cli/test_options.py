@@ -1,0 +1,84 @@
+"""Flags and EarlyTomConfig are the same thing, and asking for help costs nothing."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
+from earlytom_compile.cli.main import build_parser, main
+from earlytom_compile.cli.options import given_options
+
+FIELDS = [field.name for field in dataclasses.fields(EarlyTomConfig)]
+
+
+def options_of(*flags):
+    return given_options(build_parser().parse_args(["explain", *flags]))
+
+
+def test_nothing_given_is_nothing_passed_on():
+    assert options_of() == {}
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "explain"])
+def test_every_field_is_a_flag_with_its_meaning(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    for name in FIELDS:
+        assert f"--{name.replace('_', '-')}" in text
+    assert "share of the video tokens" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--retain-ratio", "0.1"], {"retain_ratio": 0.1}),
+        (["--variant", "released"], {"variant": "released"}),
+        (["--merge-layers", "6,21,23"], {"merge_layers": (6, 21, 23)}),
+        (["--merge-layers", "none"], {"merge_layers": None}),
+        (["--max-window", "8", "--alpha", "1"], {"max_window": 8, "alpha": 1.0}),
+        (["--tau-merge", "segment"], {"tau_merge": "segment"}),
+        (["--tau-merge", "0.8", "--tau-seg", "-0.5"], {"tau_merge": 0.8, "tau_seg": -0.5}),
+        (["--lowering", "eager", "--strict"], {"lowering": "eager", "strict": True}),
+        (["--no-strict"], {"strict": False}),
+        (["--preset", "videomme", "--retain-ratio", "0.1"], {"preset": "videomme", "retain_ratio": 0.1}),
+    ],
+)
+def test_values_arrive_as_the_config_wants_them(flags, expected):
+    assert options_of(*flags) == expected
+
+
+def test_an_explicit_flag_wins_over_the_preset():
+    options = options_of("--preset", "videomme", "--tau-seg", "0.9")
+    assert EarlyTomConfig.from_options(options).tau_seg == 0.9
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--retain-ratio", "2"], "retain_ratio=2.0"),
+        (["--retain-ratio", "much"], "retain_ratio='much'"),
+        (["--variant", "papr"], "'paper', 'released'"),
+        (["--merge-layers", "six"], "merge_layers='six'"),
+        (["--max-window", "1.5"], "max_window='1.5'"),
+        (["--preset", "nothing"], "preset='nothing'"),
+    ],
+)
+def test_bad_values_get_the_configs_own_error(flags, message, capsys):
+    with pytest.raises(EarlyTomConfigError, match=message):
+        options_of(*flags)
+    assert main(["explain", *flags]) == 2
+    assert message.replace("\\", "") in capsys.readouterr().err
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from earlytom_compile.cli.main import main\n"
+        "try:\n    main(['demo', '--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,120 @@
+"""What is installed is what is meant: one importable package, its entry points, no dependency too many."""
+
+import ast
+import email
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy so that building leaves nothing in the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("earlytom_compile", "passes", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", folder, source], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed_python(wheel, tmp_path_factory):
+    """Python of an environment that has the wheel, and sees the dependencies of this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(pip, check=True)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    # A plain path line: .pth files lying there, such as an editable install's, are not read.
+    dependencies = Path(importlib.metadata.distribution("torch").locate_file(""))
+    (site_packages / "dependencies.pth").write_text(f"{dependencies}\n")
+    return python
+
+
+def run_in_root(python, code, *flags):
+    """Run ``code`` where a folder named ``kernels`` lies in sight, as from a user's clone."""
+    hidden = ("PYTHONSAFEPATH", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    finished = subprocess.run(
+        [python, *flags, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
+def test_the_wheel_has_one_top_level_package(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"earlytom_compile"}
+    for folder in ("passes", "kernels"):
+        there = {name.removeprefix("earlytom_compile/") for name in names if f"/{folder}/" in name}
+        assert there == {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_every_package_of_the_source_is_in_the_wheel(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for file in (ROOT / "earlytom_compile").rglob("*.py"):
+        assert file.relative_to(ROOT).as_posix() in names
+
+
+def test_the_wheel_imports_on_its_own(installed_python):
+    code = (
+        "import earlytom_compile, earlytom_compile.kernels.merge_frames, earlytom_compile.passes.manager\n"
+        "print(earlytom_compile.__file__)\n"
+        "print(earlytom_compile.kernels.merge_frames.__file__)"
+    )
+    for path in run_in_root(installed_python, code, "-P").splitlines():
+        assert Path(path).is_relative_to(installed_python.parents[1])
+
+
+def test_entry_points(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+    text = archive.read(name).decode()
+    assert "[torch_dynamo_backends]\nearlytom = earlytom_compile.backend:earlytom" in text
+    assert "[console_scripts]\nearlytom = earlytom_compile.cli.main:main" in text
+
+
+def test_torch_finds_the_backend_by_its_name(installed_python):
+    code = "import torch; print('earlytom' in torch.compiler.list_backends())"
+    assert run_in_root(installed_python, code) == "True"
+
+
+def test_dependencies_are_few_and_torchvision_is_none_of_them(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    hard = {needed.name for needed in requirements if "extra" not in str(needed.marker)}
+    assert hard == {"torch", "transformers", "triton", "av", "numpy", "safetensors", "rich"}
+    assert metadata["License-Expression"] == "Apache-2.0"
+    (triton,) = [needed for needed in requirements if needed.name == "triton"]
+    assert not triton.marker.evaluate({"sys_platform": "darwin"})
+
+
+@pytest.mark.parametrize("folder", ["kernels", "passes"])
+def test_top_level_folders_hold_a_docstring_only(folder):
+    """transformers probes for a package named ``kernels`` by importing it: that must do nothing."""
+    body = ast.parse((ROOT / folder / "__init__.py").read_text()).body
+    assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+
+
+def test_transformers_imports_in_the_repository_root():
+    code = "import transformers; print(transformers.LlavaOnevisionForConditionalGeneration.__name__)"
+    assert run_in_root(sys.executable, code) == "LlavaOnevisionForConditionalGeneration"
