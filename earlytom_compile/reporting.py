@@ -6,7 +6,7 @@ last call       frames 32 -> 27 -> 22 -> 19, video tokens 6272 -> 627, prompt 63
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,7 @@ class GraphRecord:
     reasons: list[str] = field(default_factory=list)
     lowering: str = ""
     last_call: float = 0.0  # time.monotonic(), 0 = never
-    frame_counts: list[torch.Tensor] = field(default_factory=list)  # int64 [V] each
-    token_counts: torch.Tensor | None = None  # int64 [V], where it depends on the content
+    last_counts: "Counts | None" = None
     prompt: tuple[int, int] | None = None
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
@@ -40,16 +39,22 @@ class GraphRecord:
         """True if this graph compresses a video."""
         return bool(self.encoder) and bool(self.inserted)
 
-    def videos(self) -> list[dict[str, list[int]]]:
-        """Frames and tokens of each video of the last call."""
-        if not self.compressed or not self.last_call:
-            return []
-        frames = torch.stack(self.frame_counts, dim=1).tolist()
-        kept = self.token_counts.tolist() if self.token_counts is not None else [self.budget] * len(frames)
+    def describe(self, counts: "Counts") -> list[dict[str, list[int]]]:
+        """Frames and tokens of each video of a call."""
+        frames = torch.stack(list(counts.frames), dim=1).tolist()
+        kept = [self.budget] * len(frames) if counts.tokens is None else counts.tokens.tolist()
         return [
             {"frames": per_layer, "tokens": [self.tokens_before, tokens]}
             for per_layer, tokens in zip(frames, kept, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one call kept, as device tensors: nobody waits for them until somebody asks."""
+
+    frames: Sequence[torch.Tensor]  # int64 [V] each: at first, then after each merge layer
+    tokens: torch.Tensor | None  # int64 [V] where it depends on the content, else the record's budget
 
 
 _RECORDS: list[GraphRecord] = []
@@ -80,6 +85,7 @@ class Report:
     """What is known about one model; ``str()`` for people, ``to_dict()`` for programs."""
 
     records: tuple[GraphRecord, ...]
+    calls: tuple[tuple[GraphRecord, Counts], ...] = ()
     prompt: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
 
@@ -89,12 +95,15 @@ class Report:
         last = max(compressed, key=lambda record: record.last_call, default=None)
         reasons = [*self.notes, *(reason for record in self.records for reason in record.reasons)]
         prompt = self.prompt or (last.prompt if last else None)
+        calls = self.calls
+        if not calls and last is not None and last.last_counts is not None:
+            calls = ((last, last.last_counts),)
         return {
             "encoder": {"layers": last.layers, "module": last.encoder} if last else None,
             "merge_layers": list(last.merge_layers) if last else [],
             "inserted": dict(last.inserted) if last else {},
             "lowering": last.lowering if last else None,
-            "videos": last.videos() if last else [],
+            "videos": [video for record, counts in calls for video in record.describe(counts)],
             "prompt": list(prompt) if prompt else None,
             "reasons": list(dict.fromkeys(reasons)),
             "compile_seconds": round(sum(sum(record.seconds.values()) for record in self.records), 3),
@@ -135,5 +144,8 @@ def report(model: torch.nn.Module) -> Report:
 
     Frame and token counts are those of the last call. ``graph_breaks`` counts every backend of this process.
     """
+    records = tuple(records_of(model))
     handle = model.__dict__.get("_earlytom")
-    return Report(tuple(records_of(model)), getattr(handle, "prompt", None), tuple(getattr(handle, "notes", ())))
+    if handle is None:
+        return Report(records)
+    return Report(records, tuple(handle.videos), handle.prompt, tuple(handle.notes))

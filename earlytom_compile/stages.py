@@ -17,7 +17,7 @@ from .config import EarlyTomConfig
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
 from .passes.manager import Rewrite, data_dependent_sizes
 from .prompt import ExpectedPlaceholders
-from .reporting import GraphRecord
+from .reporting import Counts, GraphRecord
 
 log = logging.getLogger(__name__)
 Runnable = Callable[..., Sequence[Any]]
@@ -84,12 +84,11 @@ class CompressedGraph:
 
     def _note(self, counts: Sequence[Any], args: tuple[Any, ...]) -> None:
         record = self.record
-        record.last_call = time.monotonic()
-        record.frame_counts = list(counts[: self._num_counts])
-        rest = list(counts[self._num_counts :])
+        frames, rest = counts[: self._num_counts], list(counts[self._num_counts :])
         if self._expected is not None:
             record.prompt = (args[self._expected[0]].shape[1], rest.pop(0).shape[1])
-        record.token_counts = rest.pop(0) if rest else None
+        record.last_counts = Counts(frames, rest.pop(0) if rest else None)
+        record.last_call = time.monotonic()
 
 
 def fall_back(reason: str, cure: str, config: EarlyTomConfig, record: GraphRecord) -> None:

@@ -49,7 +49,10 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig)
     with graph.inserting_before(boundary.encoder.blocks[0].attention):
         counts = [_frame_counts(graph, boundary)]
     features, axes = scored.output, []
-    for layer in layers if boundary.frames >= _FEWEST_MERGEABLE else ():
+    for layer in layers:
+        if boundary.frames < _FEWEST_MERGEABLE:
+            counts.append(counts[-1])
+            continue
         merge = _Merge(graph, blocks[layer], counts[-1], boundary, config)
         counts.append(merge.counts)
         axes.append(ResizedAxis(merge.hidden, 0, f"frames after layer {layer}", merge.size))

@@ -52,7 +52,7 @@ class TinySize:
     """What decides how much work the model is: image and patch in pixels, the rest in layers and channels.
 
     Ten vision layers are the fewest that get three merge layers by default. With 32 frames a quarter of the
-    multiply-adds is the vision encoder's: between the 7B checkpoint (a sixth) and the 0.5B one (three quarters).
+    multiply-adds is the vision encoder's: between the 7B checkpoint (a sixth) and the 0.5B (three quarters).
     """
 
     image: int = 224

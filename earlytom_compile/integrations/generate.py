@@ -23,7 +23,7 @@ from ..backend import compile_graph
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..prompt import PromptCut, UncuttablePrompt
-from ..reporting import GraphRecord, forget
+from ..reporting import Counts, GraphRecord, forget
 from ..stages import CompressedGraph, fall_back
 from .tracing import make_traceable
 
@@ -72,7 +72,7 @@ class CompiledModel:
         self.replaced = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
         self.own = {name: getattr(model, name) for name in _REPLACED}
         self.prompt: tuple[int, int] | None = None
-        self.videos: list[tuple[GraphRecord, list[torch.Tensor], torch.Tensor | None]] = []
+        self.videos: list[tuple[GraphRecord, Counts]] = []
         self.record = GraphRecord("", False)
         self._paths: dict[Any, _VisionPath] = {}
 
@@ -155,7 +155,8 @@ class CompiledModel:
         rows, before = path(self.model, video, choices)
         if path.graph is not None:
             record = path.graph.record
-            self.videos.append((record, record.frame_counts, record.token_counts))
+            if record.last_counts is not None:
+                self.videos.append((record, record.last_counts))
         return rows, before
 
     def _embed(self, ids: torch.Tensor, video_rows: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:

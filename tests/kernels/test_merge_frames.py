@@ -69,6 +69,13 @@ def test_halves_are_blended_in_float32():
     assert ops.merge_frames(x, source, weight, 1).tolist() == [[60000.0]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_not_rounded_to_the_dtype_of_the_frames(dtype):
+    x = torch.tensor([[70.0], [-30.0]], dtype=dtype)
+    source, weight = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[0.3, 0.7], [0.0, 0.0]])
+    assert ops.merge_frames(x, source, weight, 1).item() == pytest.approx(0, abs=1e-5)
+
+
 def plan(**changes):
     parts = {
         "x": torch.ones(3, 2),

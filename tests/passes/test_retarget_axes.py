@@ -1,26 +1,26 @@
 """Every number that means a changed axis follows it, and no equal number does."""
 
 import math
+import operator
+from collections.abc import Iterator
+from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.testing import assert_close
-from tracing import shrink, trace
+from tracing import Traced, shrink, trace
 
-from earlytom_compile.passes.graph_order import stable_topological_sort
-from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 
 COLLIDING = st.sampled_from([2, 3, 4, 6])
 """Few sizes for many axes: most examples have axes of equal size that mean different things."""
 
-few = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+few, fewer = (settings(max_examples=n, deadline=None) for n in (12, 4))
+"""Tracing symbolic sizes takes a second."""
 
 
 class FrameEncoder(nn.Module):
@@ -48,10 +48,23 @@ class FrameEncoder(nn.Module):
         return rows.flatten(0, 1), x + order, x.view(frames * tokens, width).unflatten(0, (frames, tokens))
 
 
-@given(COLLIDING, COLLIDING, COLLIDING, st.sampled_from([2, 3]), st.booleans(), st.booleans(), st.data())
+ENCODERS = st.tuples(COLLIDING, COLLIDING, COLLIDING, st.sampled_from([2, 3]))
+
+
+@given(ENCODERS, st.booleans(), st.data())
 @few
-def test_frames_follow_through_an_encoder(frames, heads, head_dim, side, dynamic, as_node, data):
-    to = data.draw(st.integers(1, frames - 1))
+def test_frames_follow_through_an_encoder(sizes, as_node, data):
+    check_encoder(*sizes, False, as_node, data)
+
+
+@given(ENCODERS, st.booleans(), st.data())
+@fewer
+def test_frames_follow_through_an_encoder_of_symbolic_sizes(sizes, as_node, data):
+    check_encoder(*sizes, True, as_node, data)
+
+
+def check_encoder(frames, heads, head_dim, side, dynamic, as_node, data):
+    to = data.draw(st.integers(1, frames - 1), label="frames left")
     model = FrameEncoder(heads, head_dim, side)
     x = torch.randn(frames, side * side, heads * head_dim)
     traced = trace(model, x, dynamic=dynamic)
@@ -106,14 +119,24 @@ class Decoder(nn.Module):
         return wide.reshape(rows, self.heads, length, depth)
 
 
-@given(
-    st.integers(1, 3), st.integers(3, 8), COLLIDING, COLLIDING, st.sampled_from([2, 4, 6]), st.booleans(),
-    st.booleans(), st.booleans(), st.data(),
-)  # fmt: skip
+DECODERS = st.tuples(st.integers(1, 3), st.integers(3, 8), COLLIDING, COLLIDING, st.sampled_from([2, 4, 6]))
+
+
+@given(DECODERS, st.booleans(), st.booleans(), st.data())
 @few
-def test_prompt_follows_through_a_decoder(rows, length, kv_heads, groups, head_dim, eager, dynamic, as_node, data):
-    to = data.draw(st.integers(1, length - 1))
-    vocab = data.draw(st.sampled_from([length, 7]))
+def test_prompt_follows_through_a_decoder(sizes, eager, as_node, data):
+    check_decoder(*sizes, eager, False, as_node, data)
+
+
+@given(DECODERS, st.booleans(), st.booleans(), st.data())
+@fewer
+def test_prompt_follows_through_a_decoder_of_symbolic_sizes(sizes, eager, as_node, data):
+    check_decoder(*sizes, eager, True, as_node, data)
+
+
+def check_decoder(rows, length, kv_heads, groups, head_dim, eager, dynamic, as_node, data):
+    to = data.draw(st.integers(1, length - 1), label="prompt left")
+    vocab = data.draw(st.sampled_from([length, 7]), label="vocabulary")
     model = Decoder(kv_heads, groups, head_dim, vocab, eager)
     ids = torch.randint(vocab, (rows, length))
     mask = torch.ones_like(ids)
@@ -124,3 +147,35 @@ def test_prompt_follows_through_a_decoder(rows, length, kv_heads, groups, head_d
     retarget_axes(traced.module, [first, ResizedAxis(second.node, 1, "prompt", first.size)])
     with torch.no_grad():
         assert_close(traced.run(), model(ids[:, :to], mask[:, :to]), rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_axis_is_rewritten():
+    """Two frames, two heads, heads of size two, two by two tokens: one kind of 2 changes."""
+    traced = trace(FrameEncoder(heads=2, head_dim=2, side=2), torch.randn(2, 4, 4))
+    axis = shrink(traced, traced.called("linear")[0], 0, 1, "frames", as_node=True)
+    assert retarget_axes(traced.module, [axis]) == 7
+    assert dict(spelled_with_nodes(traced)) == {
+        "reshape": "x, N, 4, 3, 2, -1",
+        "mixed": "x, N, 4, 4",
+        "view": "x, N, 2, 2, 4",
+        "rows": "x, 1, N*2, 4",
+        "arange": "N",
+        "view_1": "x, N*4, 4",
+        "unflatten": "x, 0, N, 4",
+    }
+
+
+def spelled_with_nodes(traced: Traced) -> Iterator[tuple[str, str]]:
+    """Calls whose sizes are read from tensors, as ``2*N`` where 2 and a size that was read are multiplied."""
+
+    def shown(argument: Any) -> str:
+        if not isinstance(argument, Node):
+            return str(argument)
+        if argument.target is operator.mul:
+            return "*".join(map(shown, argument.args))
+        return "N" if argument.target is torch.ops.aten.sym_size.int else "x"
+
+    for node in traced.module.graph.nodes:
+        text = ", ".join(shown(x) for arg in node.args for x in (arg if isinstance(arg, tuple) else [arg]))
+        if node.op.startswith("call") and node.target is not operator.mul and "N" in text.replace("None", ""):
+            yield node.name, text

@@ -1,0 +1,104 @@
+"""Encoders and video paths are found by structure, and only by structure."""
+
+import pytest
+from tiny_models import tiny_llava_onevision, video_inputs
+
+from earlytom_compile.passes.find_video_boundary import find_video_boundary
+from earlytom_compile.passes.find_vision_encoder import find_vision_encoder
+from earlytom_compile.passes.patterns import op_name, shape_of
+from earlytom_compile.passes.reasons import NotApplicable
+
+from hand_made import VIDEO, VideoModel, capture
+
+
+def encoders_of(model, **example):
+    return find_vision_encoder(capture(model, *model.example(**example)).graph)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+@pytest.mark.parametrize("gated_mlp", [False, True])
+def test_finds_the_chain_and_not_the_language_model(layers, gated_mlp):
+    (encoder,) = encoders_of(VideoModel(layers=layers, gated_mlp=gated_mlp))
+    assert len(encoder.blocks) == layers
+    for block, following in zip(encoder.blocks, encoder.blocks[1:], strict=False):
+        assert block.output is following.input
+    assert op_name(encoder.blocks[0].attention) == "scaled_dot_product_attention"
+    assert "layers" in encoder.name
+
+
+@pytest.mark.parametrize("switch", [{"attention": "causal"}, {"post_norm": True}])
+def test_other_blocks_are_not_encoders(switch):
+    assert encoders_of(VideoModel(layers=2, **switch)) == []
+
+
+def test_layers_of_another_shape_end_the_chain():
+    model = VideoModel(layers=4)
+    model.layers[2].heads = 4
+    lengths = [len(encoder.blocks) for encoder in encoders_of(model)]
+    assert lengths == [2]  # the third begins where a block ends, so it starts no chain of its own
+
+
+def test_real_model():
+    model = tiny_llava_onevision(vision_layers=4, text_layers=2)
+    graph_module = capture_llava(model, video_inputs(model, 6))
+    (encoder,) = find_vision_encoder(graph_module.graph)
+    assert encoder.name == "model.vision_tower.encoder.layers" and len(encoder.blocks) == 4
+    boundary = find_video_boundary([encoder])
+    assert (boundary.videos, boundary.frames, boundary.tokens, boundary.rows_per_video) == (1, 6, 9, 55)
+    assert boundary.placeholders.token == model.config.video_token_id
+
+
+def test_images_are_told_from_videos():
+    model = tiny_llava_onevision(vision_layers=2, text_layers=1)
+    inputs = video_inputs(model, 5, images_per_row=(1,))
+    inputs["image_sizes"] = inputs["image_sizes"].tolist()
+    encoders = find_vision_encoder(capture_llava(model, inputs).graph)
+    assert len(encoders) == 2
+    boundary = find_video_boundary(encoders)
+    assert boundary.frames == 5 and boundary.placeholders.token == model.config.video_token_id
+
+
+@pytest.mark.parametrize("pool", ["avg", "bilinear"])
+@pytest.mark.parametrize("newline", [False, True])
+@pytest.mark.parametrize("frames", [1, 4, 8])
+@pytest.mark.parametrize("videos", [1, 3])
+def test_boundary(pool, newline, frames, videos):
+    model = VideoModel(layers=2, pool=pool, newline=newline)
+    boundary = find_video_boundary(encoders_of(model, frames=frames, videos=videos))
+    assert (boundary.videos, boundary.frames, boundary.tokens) == (videos, frames, 4)
+    assert shape_of(boundary.features) == (videos * frames, 4, 12)
+    assert shape_of(boundary.flat) == (videos, frames * 4, 12)
+    assert (boundary.separator is not None) == newline
+    assert boundary.placeholders.token == VIDEO
+
+
+def test_features_only():
+    boundary = find_video_boundary(encoders_of(VideoModel(layers=2, newline=True, tail="features")))
+    assert boundary.placeholders is None and boundary.rows is None and boundary.separator is not None
+
+
+def test_no_pooling_is_no_video_path():
+    assert find_video_boundary(encoders_of(VideoModel(layers=2, pool="none"))) is None
+
+
+def test_features_that_go_elsewhere_have_a_reason():
+    with pytest.raises(NotApplicable, match="flow into mean"):
+        find_video_boundary(encoders_of(VideoModel(layers=2, tail="mean")))
+
+
+def capture_llava(model, inputs):
+    import torch
+
+    from earlytom_compile.integrations.tracing import make_traceable
+
+    graphs = []
+
+    def backend(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    make_traceable()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    graphs[0].graph.eliminate_dead_code()
+    return graphs[0]

@@ -1,0 +1,302 @@
+"""``earlytom_compile.compile(model)``: the three promises, and greedy tokens equal to the oracle's."""
+
+import copy
+
+import pytest
+import torch
+from oracle import compressed_forward, compressed_generate
+from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
+from transformers.generation.streamers import BaseStreamer
+
+import earlytom_compile
+from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning, report
+
+OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def pristine():
+    return tiny_llava_onevision(vision_layers=4, text_layers=1)
+
+
+@pytest.fixture
+def model(pristine):
+    yield pristine
+    earlytom_compile.restore(pristine)
+
+
+def compiled(model, **options):
+    return earlytom_compile.compile(model, **{"lowering": "eager", **OPTIONS, **options})
+
+
+def new_tokens(model, inputs, **kwargs):
+    """Generate and check the first promise: the caller's own prompt comes first."""
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **kwargs}
+    output = model.generate(**inputs, **kwargs)
+    prompt = inputs["input_ids"]
+    assert torch.equal(output[:, : prompt.shape[1]], prompt.repeat_interleave(len(output) // len(prompt), 0))
+    return output[:, prompt.shape[1] :]
+
+
+def oracle_tokens(model, inputs, **options):
+    earlytom_compile.restore(model)
+    return compressed_generate(model, inputs, NEW, **{"variant": "paper", **OPTIONS, **options})
+
+
+LAYOUTS = {
+    "one": {},
+    "batch of different prompts": {"videos_per_row": (1, 1, 1), "before": (1, 6, 3), "after": (4, 1, 9)},
+    "two videos in a row": {"videos_per_row": (2,)},
+    "different numbers of videos": {"videos_per_row": (2, 0, 1)},
+    "left padding": {"videos_per_row": (1, 1), "left_padding": (0, 7)},
+    "images beside videos": {"videos_per_row": (1, 1), "images_per_row": (1, 0)},
+}
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_greedy_tokens_equal_the_oracle(model, layout, variant):
+    inputs = video_inputs(model, 12, **layout)
+    got = new_tokens(compiled(model, variant=variant), inputs)
+    assert torch.equal(got, oracle_tokens(model, inputs, variant=variant))
+
+
+def test_inductor_gives_the_same_tokens(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(1, 4))
+    got = new_tokens(compiled(model, lowering="whole"), inputs)
+    assert torch.equal(got, oracle_tokens(model, inputs))
+
+
+def test_each_row_equals_that_row_alone(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 2, 1), before=(1, 6, 3))
+    together = new_tokens(compiled(model), inputs)
+    first_video = 0
+    for row, videos in enumerate((1, 2, 1)):
+        real = inputs["attention_mask"][row].bool()
+        alone = {
+            "input_ids": inputs["input_ids"][row : row + 1, real],
+            "attention_mask": inputs["attention_mask"][row : row + 1, real],
+            "pixel_values_videos": inputs["pixel_values_videos"][first_video : first_video + videos],
+        }
+        first_video += videos
+        assert torch.equal(new_tokens(model, alone)[0], together[row])
+
+
+def test_prompts_of_other_lengths_do_not_recompile(model):
+    compiled(model)
+    for seed, after in enumerate((4, 9, 30, 2)):
+        new_tokens(model, video_inputs(model, 12, after=after, seed=seed))
+        new_tokens(model, video_inputs(model, 12, videos_per_row=(1, 1), after=after, seed=seed))
+    content = report(model).to_dict()
+    assert (content["graphs"], content["recompiles"]) == (1, 0)
+    new_tokens(model, video_inputs(model, 8))
+    assert report(model).to_dict()["graphs"] == 2
+
+
+def test_many_frame_counts_stay_compressed(model):
+    """More shapes than Dynamo's recompile limit: each has a compiled function of its own."""
+    compiled(model)
+    for frames in range(1, 13):
+        new_tokens(model, video_inputs(model, frames), max_new_tokens=1)
+        (video,) = report(model).to_dict()["videos"]
+        assert video["tokens"][1] == max(1, round(0.2 * frames * tokens_per_frame(model)))
+
+
+def test_beams(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(2, 5))
+    compiled(model)
+    both = new_tokens(model, inputs, num_beams=3, num_return_sequences=2)
+    assert len(both) == 4
+    for row in range(2):
+        real = inputs["attention_mask"][row].bool()
+        alone = {
+            "input_ids": inputs["input_ids"][row : row + 1, real],
+            "attention_mask": inputs["attention_mask"][row : row + 1, real],
+            "pixel_values_videos": inputs["pixel_values_videos"][row : row + 1],
+        }
+        assert torch.equal(new_tokens(model, alone, num_beams=3, num_return_sequences=2), both[2 * row : 2 * row + 2])
+
+
+def test_num_return_sequences_when_sampling(model):
+    inputs = video_inputs(model, 12)
+    torch.manual_seed(0)
+    got = new_tokens(compiled(model), inputs, do_sample=True, num_return_sequences=3, temperature=2.0)
+    assert got.shape == (3, NEW) and len({tuple(row.tolist()) for row in got}) > 1
+
+
+def test_streamer_sees_the_callers_prompt_and_every_token(model):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.seen, self.ended = [], False
+
+        def put(self, value):
+            self.seen.append(value.flatten())
+
+        def end(self):
+            self.ended = True
+
+    inputs, streamer = video_inputs(model, 12), Collect()
+    got = new_tokens(compiled(model), inputs, streamer=streamer)
+    assert streamer.ended
+    assert torch.equal(streamer.seen[0], inputs["input_ids"][0])
+    assert torch.equal(torch.cat(streamer.seen[1:]), got[0])
+
+
+def test_dict_output_and_input_as_first_argument(model):
+    inputs = video_inputs(model, 12)
+    compiled(model)
+    ids = inputs.pop("input_ids")
+    output = model.generate(
+        ids, **inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+    assert torch.equal(output.sequences[:, : ids.shape[1]], ids) and len(output.scores) == NEW
+
+
+@pytest.mark.parametrize("give", ["argument", "config"])
+def test_max_length_counts_the_callers_prompt(model, give):
+    inputs = video_inputs(model, 12)
+    limit = inputs["input_ids"].shape[1] + 4
+    config = copy.deepcopy(model.generation_config)
+    config.max_length, config.do_sample, config.pad_token_id = limit, False, 0
+    kwargs = {"max_length": limit, "do_sample": False} if give == "argument" else {"generation_config": config}
+    assert compiled(model).generate(**inputs, **kwargs).shape[1] == limit
+
+
+def test_without_attention_mask(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 2))
+    alone = video_inputs(model, 12)
+    del alone["attention_mask"]
+    compiled(model)
+    new_tokens(model, alone)
+    assert new_tokens(model, inputs).shape == (2, NEW)
+
+
+# --- The other two promises -----------------------------------------------------------------------
+
+
+def test_restore_undoes_it_exactly(model):
+    inputs, before = video_inputs(model, 12), dict(model.__dict__)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    compiled(model)
+    new_tokens(model, inputs)
+    assert earlytom_compile.restore(model) is model
+    assert model.__dict__ == before
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
+    assert earlytom_compile.restore(model) is model
+
+
+def test_restore_keeps_methods_that_were_already_replaced(model):
+    def forward(*args, **kwargs):
+        return type(model).forward(model, *args, **kwargs)
+
+    model.forward = forward
+    try:
+        compiled(model)
+        earlytom_compile.restore(model)
+        assert model.__dict__["forward"] is forward
+    finally:
+        del model.forward
+
+
+@pytest.mark.parametrize("layout", [{"videos_per_row": (0,)}, {"videos_per_row": (0,), "images_per_row": (1,)}])
+def test_calls_without_a_video_are_bit_for_bit_as_before(model, layout):
+    inputs = video_inputs(model, 12, **layout)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    tokens = new_tokens(model, inputs)
+    compiled(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
+    assert torch.equal(new_tokens(model, inputs), tokens)
+    assert report(model).to_dict()["graphs"] == 0
+
+
+def test_forward_in_place_equals_the_oracle(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 2), before=(2, 4))
+    with torch.no_grad():
+        logits = compiled(model)(**inputs).logits
+        earlytom_compile.restore(model)
+        expected = compressed_forward(model, inputs, variant="paper", **OPTIONS)
+    mask = expected.cut_attention_mask.bool()
+    torch.testing.assert_close(logits[mask], expected.logits[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_compiling_again_replaces_the_options(model):
+    inputs = video_inputs(model, 12)
+    compiled(model, retain_ratio=0.5)
+    new_tokens(model, inputs)
+    compiled(model, retain_ratio=0.1)
+    new_tokens(model, inputs)
+    (video,) = report(model).to_dict()["videos"]
+    assert video["tokens"][1] == round(0.1 * 12 * tokens_per_frame(model))
+
+
+def test_a_copy_is_compiled_on_its_own(model):
+    inputs = video_inputs(model, 12)
+    original = new_tokens(compiled(model), inputs)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1)
+    assert not torch.equal(new_tokens(other, inputs), original)
+    assert torch.equal(new_tokens(model, inputs), original)
+    earlytom_compile.restore(other)
+
+
+def test_state_dict_is_untouched(model):
+    keys = list(model.state_dict())
+    assert list(compiled(model).state_dict()) == keys
+
+
+# --- Errors and fallbacks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retian_ratio": 0.1}, "did you mean 'retain_ratio'"),
+        ({"retain_ratio": 0.0}, r"\(0, 1\]"),
+        ({"merge_layers": (2, 4)}, "layer 4 does not exist; the vision encoder has layers 0 to 3"),
+    ],
+)
+def test_bad_options_raise_at_compile_time_and_change_nothing(model, options, message):
+    before = dict(model.__dict__)
+    with pytest.raises(EarlyTomConfigError, match=message):
+        earlytom_compile.compile(model, **options)
+    assert model.__dict__ == before
+
+
+def test_model_of_another_kind():
+    with pytest.raises(EarlyTomConfigError, match="got Linear"):
+        earlytom_compile.compile(torch.nn.Linear(2, 2))
+
+
+def test_placeholders_that_do_not_match(model):
+    inputs = video_inputs(model, 12)
+    inputs["input_ids"][0, 0] = model.config.video_token_id
+    with pytest.raises(EarlyTomConfigError, match="has 109 video placeholder tokens.*need 109".replace("109", r"\d+")):
+        compiled(model).generate(**inputs, max_new_tokens=1)
+
+
+def test_text_inside_a_video_runs_uncompressed(model):
+    inputs = video_inputs(model, 12)
+    inputs["input_ids"][0, [0, 30]] = inputs["input_ids"][0, [30, 0]]
+    expected = new_tokens(model, inputs)
+    with pytest.warns(EarlyTomFallbackWarning, match="not next to each other"):
+        assert torch.equal(new_tokens(compiled(model), inputs), expected)
+
+
+def test_grad_mode_forward_runs_uncompressed(model):
+    inputs = video_inputs(model, 12)
+    with pytest.warns(EarlyTomFallbackWarning, match="gradients are enabled"):
+        compiled(model)(**inputs).logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def test_strict(model):
+    inputs = video_inputs(model, 12)
+    inputs["input_ids"][0, [0, 30]] = inputs["input_ids"][0, [30, 0]]
+    with pytest.raises(EarlyTomCompileError, match="not next to each other"):
+        compiled(model, strict=True).generate(**inputs, max_new_tokens=1)
