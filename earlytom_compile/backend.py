@@ -58,7 +58,7 @@ def compile_graph(
         _describe(state, record)
         return lower_compressed(state, original, example_inputs, mode, record)
     except NotApplicable as found:
-        if _has_attention(original):
+        if _computes(original):
             try:
                 fall_back(found.reason, found.cure, config, record)
             except EarlyTomError as error:
@@ -96,9 +96,10 @@ def _describe(state: Rewrite, record: GraphRecord) -> None:
     record.seconds.update(state.seconds)
 
 
-def _has_attention(graph_module: GraphModule) -> bool:
-    """Graphs without attention (the pieces around a graph break) have nothing to compress and no news to tell."""
-    return any("attention" in str(node.target) or "softmax" in str(node.target) for node in graph_module.graph.nodes)
+def _computes(graph_module: GraphModule) -> bool:
+    """Graphs without a matrix product (the pieces around a graph break) have nothing to compress and no news to tell."""
+    products = ("linear", "matmul", "bmm", "addmm", "conv", "attention", "transformer")
+    return any(word in str(node.target) for node in graph_module.graph.nodes for word in products)
 
 
 make_traceable()

@@ -79,9 +79,10 @@ def _find_boundary(state: Rewrite) -> None:
     if state.boundary is None:
         names = ", ".join(encoder.name for encoder in state.encoders)
         raise NotApplicable(
-            f"no video passes through the vision encoder {names}: an image-only call, or one whose video path is "
-            "not projector, 2-D pooling, flatten",
-            "Images are never compressed; pass the video as pixel_values_videos [V, F, C, H, W]",
+            f"no video passes through the vision encoder {names}: an image-only call, a graph break inside the "
+            "vision path, or a path that is not projector, 2-D pooling, flatten",
+            "Images are never compressed; pass the video as pixel_values_videos [V, F, C, H, W], look for graph "
+            'breaks with TORCH_LOGS="graph_breaks", or use earlytom_compile.compile(model)',
         )
     if state.boundary.placeholders is None and not state.features_only:
         raise NotApplicable(

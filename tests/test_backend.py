@@ -1,5 +1,6 @@
 """``torch.compile(model, backend="earlytom")`` against the eager oracle, which shares no code with it."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -207,7 +208,7 @@ def falls_back(model, compiled, inputs, reason):
         output = compiled(**inputs)
     expected = model(**inputs)
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
-    assert any(reason in known for known in report(compiled).to_dict()["reasons"])
+    assert any(re.search(reason, known) for known in report(compiled).to_dict()["reasons"])
 
 
 def test_text_only_call(model):
@@ -236,7 +237,7 @@ def test_rows_with_different_numbers_of_videos(model):
 def test_uneven_rows_found_at_run_time(model):
     inputs = video_inputs(model, 8, videos_per_row=(3, 1))
     with torch.no_grad():
-        falls_back(model, compress(model), inputs, "different numbers of videos (3, 1)".replace("(3, 1)", ""))
+        falls_back(model, compress(model), inputs, r"different numbers of videos \(3, 1\)")
 
 
 def test_text_inside_a_video(model):
@@ -266,7 +267,7 @@ def test_labels_fall_back_with_a_reason(model):
 def test_a_graph_break_behind_the_encoder(model):
     inputs = video_inputs(model, 8, images_per_row=(1,))  # image_sizes as a tensor breaks the graph
     with torch.no_grad():
-        falls_back(model, compress(model), inputs, "before the video reaches the prompt")
+        falls_back(model, compress(model), inputs, "a graph break inside the vision path")
 
 
 def test_strict_turns_a_reason_into_an_error(model):

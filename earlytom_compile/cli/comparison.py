@@ -26,7 +26,7 @@ from rich.table import Table
 import earlytom_compile
 
 from ..errors import EarlyTomConfigError
-from .loading import Inputs, Loaded
+from .loading import Inputs, Loaded, progress_bars
 
 _WARM_UP = 1  # the first answer was one already
 _TEXT_WIDTH = 60
@@ -78,7 +78,7 @@ def compare(
     full = full_model(loaded.model, compiled=options.get("lowering") != "eager")
     models = {"compressed": earlytom_compile.compile(loaded.model, **options), "full": full}
     answers, seconds = {}, {}
-    with Progress(console=progress_on, transient=True) as progress:
+    with progress_bars(progress_on) as progress:
         for name, model in models.items():
             task = progress.add_task(f"{name} model: compile and answer", total=None)
             answers[name], seconds[name] = timed_answer(model, inputs, max_new_tokens)

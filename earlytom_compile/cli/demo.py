@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .clip import FRAMES, HEIGHT, WIDTH, write_clip
 from .comparison import compare, comparison_table
-from .loading import load_checkpoint, prepare_inputs
+from .loading import load_checkpoint, prepare_inputs, progress_bars
 from .tiny_checkpoint import write_checkpoint
 from .toolchain import missing_toolchain
 
@@ -68,7 +68,8 @@ def _demo(folder: Path, arguments: argparse.Namespace, options: dict[str, Any]) 
 
 def write_demo_files(folder: Path, progress_on: Console) -> tuple[Path, Path]:
     """The demo's checkpoint folder and video file, made in ``folder``."""
-    with progress_on.status("writing a tiny checkpoint and a clip"):
+    with progress_bars(progress_on) as progress:
+        progress.add_task("writing a tiny checkpoint and a clip", total=None)
         checkpoint = write_checkpoint(folder / "checkpoint")
         clip = folder / "clip.mp4"
         write_clip(clip)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 import earlytom_compile
 
 from .clip import write_clip
 from .comparison import timed_answer
 from .demo import QUESTION
-from .loading import load_checkpoint, prepare_inputs
+from .loading import load_checkpoint, prepare_inputs, progress_bars
 from .tiny_checkpoint import write_checkpoint
 from .toolchain import require_toolchain
 
@@ -33,7 +32,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
             write_clip(clip)
         inputs = prepare_inputs(loaded, clip, QUESTION, frames=arguments.frames, progress_on=progress_on)
     model = earlytom_compile.compile(loaded.model, **options)
-    with Progress(console=progress_on, transient=True) as progress:
+    with progress_bars(progress_on) as progress:
         progress.add_task("compile and answer", total=None)
         timed_answer(model, inputs, max_new_tokens=1)
     Console(highlight=False).print(str(earlytom_compile.report(model)), markup=False, soft_wrap=True)

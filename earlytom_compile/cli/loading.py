@@ -61,7 +61,7 @@ def prepare_inputs(
     loaded: Loaded, video: str | Path, question: str, *, frames: int, progress_on: Console
 ) -> Inputs:
     """Decode ``frames`` frames and make the model's inputs on its device, with a progress bar."""
-    with Progress(console=progress_on, transient=True) as progress:
+    with progress_bars(progress_on) as progress:
         task = progress.add_task("decoding the video", total=None)
 
         def advance(done: int, of: int) -> None:
@@ -74,6 +74,11 @@ def prepare_inputs(
     moved = {name: inputs[name].to(loaded.device) for name in names}
     moved["pixel_values_videos"] = moved["pixel_values_videos"].to(loaded.model.dtype)
     return moved
+
+
+def progress_bars(console: Console) -> Progress:
+    """Bars that vanish when done; none where nobody watches."""
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _require_family(name: str) -> None:

@@ -7,12 +7,11 @@ import argparse
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 import earlytom_compile
 
 from .comparison import compare, comparison_table, decode, timed_answer
-from .loading import Inputs, Loaded, load_checkpoint, prepare_inputs
+from .loading import Inputs, Loaded, load_checkpoint, prepare_inputs, progress_bars
 from .toolchain import require_toolchain
 
 
@@ -49,7 +48,7 @@ def _answer(
     progress_on: Console,
 ) -> None:
     model = earlytom_compile.compile(loaded.model, **options)
-    with Progress(console=progress_on, transient=True) as progress:
+    with progress_bars(progress_on) as progress:
         progress.add_task("compile and answer", total=None)
         tokens, seconds = timed_answer(model, inputs, max_new_tokens)
     console.print(decode(loaded, tokens), markup=False, soft_wrap=True)
