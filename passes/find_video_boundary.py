@@ -91,7 +91,9 @@ def _video_input(encoder: Encoder) -> Node | None:
         if len(patches) != 1:
             return None
         node = patches[0]
-    pixels = peel(node.args[0]) if op_name(node) == "conv2d" else None
+    pixels = node.args[0] if op_name(node) == "conv2d" else None
+    while len(shape_of(pixels) or ()) != 5 and op_name(pixels) in MOVES:
+        pixels = pixels.args[0]
     return pixels if len(shape_of(pixels) or ()) == 5 else None
 
 

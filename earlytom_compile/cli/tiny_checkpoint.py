@@ -102,7 +102,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def _not_words(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids of bytes, parts of words and special tokens, which random weights would say as readily as words."""
-    words = {"\u0120" + word for sentence in _CORPUS for word in sentence.split()}  # U+0120: a space before it
+    words = {"\u0120" + word for sentence in _CORPUS for word in sentence.split()}  # U+0120: a space
     return [i for token, i in tokenizer.get_vocab().items() if token not in words]
 
 

@@ -202,7 +202,7 @@ class _VisionPath:
         return max(self._graphs, key=lambda graph: graph.record.last_call, default=None)
 
     def __call__(self, model: Any, video: torch.Tensor, choices: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        rows = self._compiled(model, video, choices)
+        rows = self._compiled(model, video.unsqueeze(0), choices)[0]
         return rows, self.graph.rows_per_video if self.graph is not None else len(rows)
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -213,14 +213,14 @@ class _VisionPath:
 
 
 def _video_rows(model: Any, video: torch.Tensor, choices: dict[str, Any]) -> torch.Tensor:
-    """Rows [F*P+1, C] of one video [F, 3, H, W], newline included, by the model's own code."""
+    """Rows [1, F*P+1, C] of one video [1, F, 3, H, W], newline included, by the model's own code."""
     inner = model.model
-    rows = inner.get_video_features(video.unsqueeze(0), return_dict=True, **choices).pooler_output
+    rows = inner.get_video_features(video, return_dict=True, **choices).pooler_output
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    if rows.shape[1] == video.shape[0] * ((side + 1) // 2) ** 2:
+    if rows.shape[1] == video.shape[1] * ((side + 1) // 2) ** 2:
         # transformers 5.17 adds the newline in forward(), 5.23 in get_video_features().
         rows = torch.cat((rows, inner.image_newline[None, None, :].to(rows.device)), dim=1)
-    return rows[0]
+    return rows
 
 
 class _Method:
