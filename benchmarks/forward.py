@@ -44,7 +44,11 @@ def build(arguments: argparse.Namespace) -> torch.nn.Module:
         max_position_embeddings=32768,
     )
     config = transformers.LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, vision_feature_layer=-1, image_token_index=1, video_token_index=2
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=-1,
+        image_token_index=1,
+        video_token_index=2,
     )
     torch.manual_seed(0)
     model = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
@@ -119,7 +123,14 @@ def main() -> None:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         chosen = {name: str(value) for name, value in vars(arguments).items()}
-        result = {"ratio": ratio, "seconds": seconds, "report": content, **versions, **machine, "arguments": chosen}
+        result = {
+            "ratio": ratio,
+            "seconds": seconds,
+            "report": content,
+            **versions,
+            **machine,
+            "arguments": chosen,
+        }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

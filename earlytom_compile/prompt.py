@@ -34,7 +34,8 @@ def locate_videos(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> 
             f"videos need {sum(sizes)} ({', '.join(map(str, sizes))}). Build the prompt with the model's processor, "
             "from the same videos."
         )
-    remaining, starts = list(sizes), []
+    remaining = list(sizes)
+    starts: list[list[int]] = []
     for place in places:
         starts.append(row_starts := [])
         while place:

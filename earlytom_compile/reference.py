@@ -68,9 +68,7 @@ class FrameMergePlan:
                 f"x has shape {tuple(x.shape)}; its first dimension must be the {frames} frames of this plan"
             )
         if not x.is_floating_point():
-            raise EarlyTomConfigError(
-                f"x has dtype {x.dtype}; only floating dtypes can be blended, convert it first"
-            )
+            raise EarlyTomConfigError(f"x has dtype {x.dtype}; only floating dtypes can be blended, convert it first")
         wide = torch.promote_types(x.dtype, torch.float32)
         merged = [_blend(row, x, wide) for row in self.weights.to(x.device)]
         return torch.stack(merged).to(x.dtype)
@@ -136,9 +134,7 @@ def segment_frames(
     return torch.tensor(segments, dtype=torch.int64, device=hidden.device)
 
 
-def _segments(
-    hidden: Tensor, variant: str, tau_seg: float, alpha: float, max_window: int | None
-) -> list[Segment]:
+def _segments(hidden: Tensor, variant: str, tau_seg: float, alpha: float, max_window: int | None) -> list[Segment]:
     threshold = torch.tensor(tau_seg, dtype=torch.float32)
     segments: list[Segment] = []
     first, average = 0, torch.tensor(1.0)
@@ -199,9 +195,7 @@ def plan_frame_merge(
     for o, row in enumerate(rows):
         for t, weight in row.items():
             weights[o, t] = weight
-    return FrameMergePlan(
-        weights.to(hidden.device), torch.tensor(segments, dtype=torch.int64, device=hidden.device)
-    )
+    return FrameMergePlan(weights.to(hidden.device), torch.tensor(segments, dtype=torch.int64, device=hidden.device))
 
 
 def _merge_threshold(hidden: Tensor, segment: Segment, tau_merge: float | str) -> Tensor:
@@ -484,16 +478,12 @@ def _check_hidden(hidden: Tensor) -> None:
             "it must be [frames, tokens, channels], none of them 0, of a floating dtype"
         )
     if not torch.isfinite(hidden).all():
-        raise EarlyTomConfigError(
-            "hidden holds NaN or inf; frames cannot be compared, check the encoder's precision"
-        )
+        raise EarlyTomConfigError("hidden holds NaN or inf; frames cannot be compared, check the encoder's precision")
 
 
 def _check_segment_options(tau_seg: float, alpha: float, max_window: int | None) -> None:
     if not _is_number(tau_seg):
-        raise EarlyTomConfigError(
-            f"tau_seg={tau_seg!r}: must be a number (a similarity; useful ones are 0 to 1)"
-        )
+        raise EarlyTomConfigError(f"tau_seg={tau_seg!r}: must be a number (a similarity; useful ones are 0 to 1)")
     if not _is_number(alpha) or not 0 <= alpha <= 1:
         raise EarlyTomConfigError(f"alpha={alpha!r}: must be a number from 0 to 1")
     if max_window is not None and not _is_count(max_window, 1):
@@ -514,9 +504,7 @@ def _check_importance(importance: Tensor) -> None:
             "it must be [frames, tokens], neither of them 0, of a floating dtype"
         )
     if torch.isnan(importance).any():
-        raise EarlyTomConfigError(
-            "importance holds NaN; tokens cannot be ranked, check the encoder's precision"
-        )
+        raise EarlyTomConfigError("importance holds NaN; tokens cannot be ranked, check the encoder's precision")
 
 
 def _check_budget_options(frames_in: int, retain_ratio: float) -> None:
@@ -542,9 +530,7 @@ def _checked_segments(segments: Tensor | Sequence[Sequence[int]], frames: int) -
     )
 
 
-def _check_inner(
-    hidden: Tensor, scores: Tensor, image_start: int, image_length: int, drop_ratio: float
-) -> None:
+def _check_inner(hidden: Tensor, scores: Tensor, image_start: int, image_length: int, drop_ratio: float) -> None:
     if hidden.dim() != 3 or hidden.shape[0] != 1 or not hidden.is_floating_point():
         raise EarlyTomConfigError(
             f"hidden has shape {tuple(hidden.shape)} and dtype {hidden.dtype}; "
@@ -552,12 +538,8 @@ def _check_inner(
         )
     length = hidden.shape[1]
     if scores.shape != (length,):
-        raise EarlyTomConfigError(
-            f"scores has shape {tuple(scores.shape)}; it must be ({length},), one a position"
-        )
-    if not (
-        _is_count(image_start, 0) and _is_count(image_length, 0) and image_start + image_length <= length
-    ):
+        raise EarlyTomConfigError(f"scores has shape {tuple(scores.shape)}; it must be ({length},), one a position")
+    if not (_is_count(image_start, 0) and _is_count(image_length, 0) and image_start + image_length <= length):
         raise EarlyTomConfigError(
             f"image_start={image_start!r}, image_length={image_length!r}: "
             f"must be integers of at least 0 whose sum is at most the {length} positions of hidden"

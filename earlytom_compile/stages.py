@@ -1,14 +1,14 @@
 """From a rewritten graph to something that runs: lowering, and the checks around every call.
 
-    whole:  one Inductor graph; frame counts are unbacked sizes, so new videos never recompile
-    eager:  the rewritten graph as it is
+whole:  one Inductor graph; frame counts are unbacked sizes, so new videos never recompile
+eager:  the rewritten graph as it is
 """
 
 import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
@@ -30,11 +30,15 @@ def lower(graph_module: GraphModule, example_inputs: Sequence[Any], lowering: st
     from torch._inductor.compile_fx import compile_fx
 
     options = torch._inductor.list_mode_options(mode) if mode else {}
-    return compile_fx(graph_module, list(example_inputs), config_patches=options or None)
+    return cast(Runnable, compile_fx(graph_module, list(example_inputs), config_patches=options or None))
 
 
 def lower_compressed(
-    state: Rewrite, original: GraphModule, example_inputs: Sequence[Any], mode: str | None, record: GraphRecord
+    state: Rewrite,
+    original: GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    record: GraphRecord,
 ) -> "CompressedGraph":
     """Lower a rewritten graph whose counts are handed out beside its own outputs."""
     outputs = _append_counts(state)

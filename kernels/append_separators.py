@@ -43,12 +43,7 @@ def _(tokens: Tensor, kept_counts: Tensor, separator: Tensor) -> Tensor:
 
 
 def _check(tokens: Tensor, kept_counts: Tensor, separator: Tensor) -> None:
-    if (
-        tokens.dim() != 2
-        or separator.dim() != 1
-        or kept_counts.dim() != 1
-        or kept_counts.dtype != torch.int64
-    ):
+    if tokens.dim() != 2 or separator.dim() != 1 or kept_counts.dim() != 1 or kept_counts.dtype != torch.int64:
         raise ValueError(
             f"earlytom::append_separators: tokens must be [tokens, channels], kept_counts int64 [videos], "
             f"separator [channels]; got {tokens.dim()} axes, {kept_counts.dtype} with {kept_counts.dim()}, "

@@ -98,18 +98,14 @@ def _products(hidden: Tensor, blocks: list[tuple[int, int, int]]) -> tuple[list[
     limit = _CHUNK_ELEMENTS_CPU if hidden.device.type == "cpu" else _CHUNK_ELEMENTS
     step = max(1, limit // (frames * channels))
     bits = _fixed_point_bits(tokens)
-    products = [
-        hidden.new_zeros((stop - start, stop - low), dtype=torch.float64) for start, stop, low in blocks
-    ]
+    products = [hidden.new_zeros((stop - start, stop - low), dtype=torch.float64) for start, stop, low in blocks]
     nonzero = hidden.new_zeros(frames, dtype=torch.int64)
     for first in range(0, tokens, step):
         unit, present = _fixed_point_tokens(hidden[:, first : first + step], bits)
         nonzero += present.sum(1)
         for product, (start, stop, low) in zip(products, blocks, strict=True):
             product.addmm_(unit[start:stop], unit[low:stop].t())
-    own = torch.cat(
-        [p[:, start - low :].diagonal() for p, (start, _, low) in zip(products, blocks, strict=True)]
-    )
+    own = torch.cat([p[:, start - low :].diagonal() for p, (start, _, low) in zip(products, blocks, strict=True)])
     return products, torch.where(nonzero > 0, own * tokens / nonzero, 1.0)
 
 

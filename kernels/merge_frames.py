@@ -50,9 +50,7 @@ def _(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
 
 def _check(x: Tensor, source: Tensor, weight: Tensor) -> None:
     if x.dim() < 1 or not x.is_floating_point():
-        raise ValueError(
-            f"earlytom::merge_frames: x must be float [frames, ...], got {x.dtype} with {x.dim()} axes"
-        )
+        raise ValueError(f"earlytom::merge_frames: x must be float [frames, ...], got {x.dtype} with {x.dim()} axes")
     if source.dtype != torch.int64 or weight.dtype != torch.float32 or source.dim() != 2 or weight.dim() != 2:
         raise ValueError(
             f"earlytom::merge_frames: source must be int64 [frames, 2] and weight float32 [frames, 2] as "

@@ -136,9 +136,7 @@ def dynamic_frames(
 
 
 @dynamic_frames.register_fake
-def _(
-    similarity: Tensor, counts: Tensor, *, variant: str, tau_seg: float, alpha: float, max_window: int
-) -> Tensor:
+def _(similarity: Tensor, counts: Tensor, *, variant: str, tau_seg: float, alpha: float, max_window: int) -> Tensor:
     _check(similarity, counts, variant, tau_seg, alpha, max_window, "dynamic_frames")
     return similarity.new_empty((similarity.shape[0],), dtype=torch.bool)
 
@@ -158,9 +156,7 @@ def _check(
             f"got {similarity.dtype} with {similarity.dim()} axes"
         )
     if counts.dim() != 1 or counts.dtype != torch.int64:
-        raise ValueError(
-            f"earlytom::{op}: counts must be int64 [videos], got {counts.dtype} with {counts.dim()} axes"
-        )
+        raise ValueError(f"earlytom::{op}: counts must be int64 [videos], got {counts.dtype} with {counts.dim()} axes")
     if variant not in _VARIANTS:
         raise ValueError(f"earlytom::{op}: variant={variant!r}; use one of {', '.join(map(repr, _VARIANTS))}")
     if math.isnan(tau_seg) or not 0.0 <= alpha <= 1.0 or max_window < 0:
@@ -185,9 +181,7 @@ def _float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def _videos(
-    similarity: Tensor, counts: Tensor, farthest: float, op: str
-) -> list[tuple[int, int, Similarity]]:
+def _videos(similarity: Tensor, counts: Tensor, farthest: float, op: str) -> list[tuple[int, int, Similarity]]:
     """(first row, frames, similarity within the video) of each video, from one copy to the host."""
     total, band = similarity.shape
     flat = torch.cat([similarity.reshape(-1).double(), counts.to(similarity.device).double()]).tolist()
@@ -204,9 +198,7 @@ def _videos(
             f"call frame_similarity with band={int(needed)} or lower max_window"
         )
     firsts = [sum(lengths[:video]) for video in range(len(lengths))]
-    return [
-        (first, frames, _lookup(flat, first, band, op)) for first, frames in zip(firsts, lengths, strict=True)
-    ]
+    return [(first, frames, _lookup(flat, first, band, op)) for first, frames in zip(firsts, lengths, strict=True)]
 
 
 def _lookup(flat: list[float], first: int, band: int, op: str) -> Similarity:

@@ -62,9 +62,7 @@ def select_tokens(
 
 
 @select_tokens.register_fake
-def _(
-    features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, budget: int
-) -> tuple[Tensor, Tensor]:
+def _(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     _check(features, importance, dynamic, counts, "select_tokens")
     videos = counts.shape[0]
     kept = counts.new_empty((videos, budget, 2), device=features.device)
@@ -133,9 +131,7 @@ def _check(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor
         )
 
 
-def _videos(
-    features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, op: str
-) -> list[list[bool]]:
+def _videos(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, op: str) -> list[list[bool]]:
     """The dynamic flags of each video's frames, after checking the inputs; one small copy to the host."""
     total = features.shape[0]
     if importance.shape != features.shape[:2] or dynamic.shape[0] != total or features.shape[1] == 0:
@@ -148,9 +144,7 @@ def _videos(
     packed = torch.cat([nan.view(1).long(), dynamic.to(device).long(), counts.to(device)]).tolist()
     flags, lengths = [bool(flag) for flag in packed[1 : total + 1]], packed[total + 1 :]
     if packed[0]:
-        raise ValueError(
-            f"earlytom::{op}: importance holds NaN; check queries and keys of the encoder for overflow"
-        )
+        raise ValueError(f"earlytom::{op}: importance holds NaN; check queries and keys of the encoder for overflow")
     if sum(lengths) != total or min(lengths, default=0) < 1:
         raise ValueError(
             f"earlytom::{op}: counts={lengths} over {total} frames; every video needs at least one frame and "

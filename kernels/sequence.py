@@ -40,8 +40,7 @@ def keep_positions(input_ids: Tensor, video_token: int, before: int, after: int,
     _check(input_ids, "keep_positions")
     if before < 1 or not 0 <= after <= before:
         raise ValueError(
-            f"earlytom::keep_positions: before={before}, after={after}; before must be at least 1, "
-            f"after in [0, before]"
+            f"earlytom::keep_positions: before={before}, after={after}; before must be at least 1, after in [0, before]"
         )
     placeholder = input_ids == video_token
     index = placeholder.cumsum(1) - 1
@@ -140,14 +139,12 @@ def take_positions(x: Tensor, positions: Tensor, fill: float) -> Tensor:
     _check_take(x, positions)
     if not _holds(x.dtype, fill):
         raise ValueError(
-            f"earlytom::take_positions: fill={fill} cannot be held by x of {x.dtype}; use a value of its "
-            f"range"
+            f"earlytom::take_positions: fill={fill} cannot be held by x of {x.dtype}; use a value of its range"
         )
     rows = x.shape[0]
     if positions.shape[0] != rows:
         raise ValueError(
-            f"earlytom::take_positions: x has {rows} rows, positions {positions.shape[0]}; they must have "
-            f"the same"
+            f"earlytom::take_positions: x has {rows} rows, positions {positions.shape[0]}; they must have the same"
         )
     if positions.numel() == 0:
         return x.new_empty((*positions.shape, *x.shape[2:]))
@@ -182,8 +179,7 @@ def _check_ragged(input_ids: Tensor, kept: Tensor) -> None:
     _check(input_ids, "keep_positions_ragged")
     if kept.dim() != 1 or kept.dtype != torch.int64:
         raise ValueError(
-            f"earlytom::keep_positions_ragged: kept must be int64 [videos], got {kept.dtype} with "
-            f"{kept.dim()} axes"
+            f"earlytom::keep_positions_ragged: kept must be int64 [videos], got {kept.dtype} with {kept.dim()} axes"
         )
 
 

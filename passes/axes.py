@@ -134,7 +134,11 @@ class AxisMap:
             return self._apply(node, name)
         if name.startswith(f"{OURS}::") or "example_value" not in node.meta:
             return _as_recorded(node, self.values)
-        if name == "getitem" and isinstance(self.values.get(node.args[0]), Outputs) and not isinstance(node.args[1], Node):  # type: ignore[arg-type]
+        if (
+            name == "getitem"
+            and isinstance(self.values.get(node.args[0]), Outputs)
+            and not isinstance(node.args[1], Node)
+        ):  # type: ignore[arg-type]
             part = self.values[node.args[0]][node.args[1]]  # type: ignore[index,arg-type]
             return Outputs(part) if isinstance(node.args[1], slice) else part
         if not _holds_tensor(node.meta["example_value"]):
@@ -203,9 +207,7 @@ class AxisMap:
         if not fresh:
             return value
         if not isinstance(value, TensorAxes):
-            raise ValueError(
-                f"{node.name} has no recorded shape: put the traced value into its meta['example_value']"
-            )
+            raise ValueError(f"{node.name} has no recorded shape: put the traced value into its meta['example_value']")
         wanted = {i % len(value.dims) for i in fresh}
         dims = tuple(Dim(dim.size) if i in wanted else dim for i, dim in enumerate(value.dims))
         return TensorAxes(dims, value.index_of)
@@ -234,7 +236,21 @@ def op_name(node: Node) -> str:
 
 
 _IN_PLACE_OPERATORS = frozenset(
-    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul ilshift irshift".split()
+    [
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "imatmul",
+        "ilshift",
+        "irshift",
+    ]
 )
 
 
@@ -270,9 +286,7 @@ def _as_recorded(node: Node, values: Mapping[Node, Value]) -> Value:
 
     def new(example: Any) -> Value:
         if isinstance(example, torch.Tensor):
-            return TensorAxes(
-                tuple(Dim(Size.of(n), f"a result of {describe(node)}") for n in example.shape)
-            )
+            return TensorAxes(tuple(Dim(Size.of(n), f"a result of {describe(node)}") for n in example.shape))
         if isinstance(example, (tuple, list)):
             return Outputs(new(item) for item in example)
         return ScalarValue()

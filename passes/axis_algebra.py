@@ -231,7 +231,5 @@ class AxisSpace:
         return progress
 
 
-def _taken_apart(
-    kind: Kind, dims: Sequence[Dim], first_parts: dict[tuple[Kind, Dim], tuple[Dim, ...]]
-) -> list[Dim]:
+def _taken_apart(kind: Kind, dims: Sequence[Dim], first_parts: dict[tuple[Kind, Dim], tuple[Dim, ...]]) -> list[Dim]:
     return [part for dim in dims for part in first_parts.get((kind, dim.root), (dim,))]

@@ -208,7 +208,14 @@ def linear(call: Call, input: Any, weight: Any, bias: Any = None) -> Dims:
 
 @rule("scaled_dot_product_attention")
 def attention(
-    call: Call, query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, enable_gqa: bool = False, **__: Any
+    call: Call,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    *_: Any,
+    enable_gqa: bool = False,
+    **__: Any,
 ) -> Dims:
     """[..., L, E], [..., S, E], [..., S, Ev] and a mask [..., L, S] -> [..., L, Ev]."""
     *lead, length, depth = call.dims(query)
@@ -250,7 +257,14 @@ def group_norm(call: Call, input: Any, num_groups: int, weight: Any = None, bias
 
 @rule("batch_norm", "instance_norm")
 def batch_norm(
-    call: Call, input: Any, mean: Any = None, var: Any = None, weight: Any = None, bias: Any = None, *_: Any, **__: Any
+    call: Call,
+    input: Any,
+    mean: Any = None,
+    var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *_: Any,
+    **__: Any,
 ) -> Dims:
     return _per_channel(call, input, mean, var, weight, bias)
 
@@ -330,9 +344,7 @@ def _resampled(call: Call, dims: Dims, spatial: int, position: int, keyword: str
 
 def _spelled(call: Call, position: int) -> Dims:
     """One axis for each size in the arguments."""
-    return tuple(
-        call.free(size, path) for size, (_, path) in zip(call.out, call.literals(position), strict=True)
-    )
+    return tuple(call.free(size, path) for size, (_, path) in zip(call.out, call.literals(position), strict=True))
 
 
 @rule("zeros", "ones", "empty", "rand", "randn")

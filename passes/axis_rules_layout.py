@@ -1,8 +1,8 @@
 """What ops that only rearrange say about axes: reshapes, permutations, copies, slices, indexing, concatenation.
 
-    view(x [8, 36, 48], 8, 6, 6, 48)       8 is 8, 36 = 6 x 6, 48 is 48; the 8 is spelled here
-    x[:, :81]  on an axis of 81            the axis goes on, 81 is spelled here
-    mask[(rows, arange(81))]               the indexed axis is the one that arange counts
+view(x [8, 36, 48], 8, 6, 6, 48)       8 is 8, 36 = 6 x 6, 48 is 48; the 8 is spelled here
+x[:, :81]  on an axis of 81            the axis goes on, 81 is spelled here
+mask[(rows, arange(81))]               the indexed axis is the one that arange counts
 """
 
 from __future__ import annotations
@@ -224,9 +224,7 @@ def repeat(call: Call, input: Any, *_: Any, **__: Any) -> TensorAxes:
     old = [Dim(ONE)] * (len(spelled) - len(dims)) + list(dims)
     if len(spelled) < len(dims):
         raise NoRule("fewer repeats than axes")
-    return _moved(
-        call, input, tuple(_copies(call, d, n, p, False) for d, (n, p) in zip(old, spelled, strict=True))
-    )
+    return _moved(call, input, tuple(_copies(call, d, n, p, False) for d, (n, p) in zip(old, spelled, strict=True)))
 
 
 @rule("repeat_interleave")

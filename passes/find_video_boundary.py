@@ -79,7 +79,18 @@ def _match(encoder: Encoder) -> Boundary | None:
     separator, end = _separator_after(flat)
     rows = _rows_after(end)
     return Boundary(
-        encoder, videos, frames, tokens, pixels, pool, features, flat, separator, end, rows, _placeholders(rows)
+        encoder,
+        videos,
+        frames,
+        tokens,
+        pixels,
+        pool,
+        features,
+        flat,
+        separator,
+        end,
+        rows,
+        _placeholders(rows),
     )
 
 
@@ -93,7 +104,7 @@ def _video_input(encoder: Encoder) -> Node | None:
         node = patches[0]
     pixels = node.args[0] if op_name(node) == "conv2d" else None
     while len(shape_of(pixels) or ()) != 5 and op_name(pixels) in MOVES:
-        pixels = pixels.args[0]
+        pixels = pixels.args[0]  # type: ignore[union-attr]
     return pixels if len(shape_of(pixels) or ()) == 5 else None
 
 
@@ -192,7 +203,11 @@ def _unknown(node: Node) -> Node:
 
 
 def _is(shape: tuple[object, ...] | None, *sizes: object) -> bool:
-    return shape is not None and len(shape) == len(sizes) and all(_int(a) == _int(b) for a, b in zip(shape, sizes, strict=True))
+    return (
+        shape is not None
+        and len(shape) == len(sizes)
+        and all(_int(a) == _int(b) for a, b in zip(shape, sizes, strict=True))
+    )
 
 
 def _int(size: object) -> int:

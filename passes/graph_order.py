@@ -20,10 +20,31 @@ from torch.fx import Graph, Node
 from .reasons import NotApplicable, describe
 
 _IN_PLACE = frozenset(
-    "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul ilshift irshift".split()
+    [
+        "setitem",
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "imatmul",
+        "ilshift",
+        "irshift",
+    ]
 )
 _REGIONS = frozenset(
-    "_enter_autocast _exit_autocast _set_grad_enabled _enter_inference_mode _exit_inference_mode".split()
+    [
+        "_enter_autocast",
+        "_exit_autocast",
+        "_set_grad_enabled",
+        "_enter_inference_mode",
+        "_exit_inference_mode",
+    ]
 )
 
 

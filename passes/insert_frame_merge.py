@@ -70,9 +70,7 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig)
 class _Merge:
     """The ops of one merge layer, inserted right behind its block."""
 
-    def __init__(
-        self, graph: Graph, block: Block, counts: Node, boundary: Boundary, config: EarlyTomConfig
-    ) -> None:
+    def __init__(self, graph: Graph, block: Block, counts: Node, boundary: Boundary, config: EarlyTomConfig) -> None:
         self.graph = graph
         ops = torch.ops.earlytom
         before = block.output

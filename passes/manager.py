@@ -164,7 +164,10 @@ def run_passes(state: Rewrite) -> Rewrite:
         log.debug("pass %d %s: %.1f ms", index, name, 1e3 * state.seconds[name])
         trace_structured(
             "artifact",
-            metadata_fn=lambda name=name, index=index: {"name": f"earlytom_{index}_{name}", "encoding": "string"},
+            metadata_fn=lambda name=name, index=index: {
+                "name": f"earlytom_{index}_{name}",
+                "encoding": "string",
+            },
             payload_fn=lambda: str(state.graph_module.graph),
         )
     return state
@@ -202,7 +205,12 @@ def _run_on_fake_tensors(graph_module: GraphModule) -> None:
     assert fake_mode.shape_env is not None
     # Some shape functions in C++ cannot take a size that is known only at run time; the Python ones can.
     python_shapes = enable_python_dispatcher()
-    with data_dependent_sizes(), fake_mode, python_shapes, fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+    with (
+        data_dependent_sizes(),
+        fake_mode,
+        python_shapes,
+        fake_mode.shape_env.ignore_fresh_unbacked_symbols(),
+    ):
         try:
             Recorder(graph_module).run(*inputs)
         except Exception as error:

@@ -1,6 +1,6 @@
 """Reading a Dynamo graph: what an op is called, and how to look past ops that only move data.
 
-    q = linear.view(8, 36, -1, 8).transpose(1, 2)      # peel(q) is `linear`
+q = linear.view(8, 36, -1, 8).transpose(1, 2)      # peel(q) is `linear`
 """
 
 from collections.abc import Callable
@@ -10,16 +10,35 @@ import torch
 from torch.fx import Graph, Node
 
 MOVES = frozenset(
-    "view reshape transpose permute contiguous flatten unflatten to float type_as clone detach dropout "
-    "unsqueeze squeeze expand expand_as repeat swapaxes".split()
+    [
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "to",
+        "float",
+        "type_as",
+        "clone",
+        "detach",
+        "dropout",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "expand_as",
+        "repeat",
+        "swapaxes",
+    ]
 )
 """Ops that return the same numbers in another shape, layout or dtype."""
 
-CASTS = frozenset("to float half bfloat16 type_as contiguous clone detach dropout".split())
+CASTS = frozenset(["to", "float", "half", "bfloat16", "type_as", "contiguous", "clone", "detach", "dropout"])
 
-ACTIVATIONS = frozenset("gelu relu silu sigmoid tanh quick_gelu mish hardswish".split())
+ACTIVATIONS = frozenset(["gelu", "relu", "silu", "sigmoid", "tanh", "quick_gelu", "mish", "hardswish"])
 
-_SHAPE_READERS = frozenset("size sym_size sym_size.int dim numel stride".split())
+_SHAPE_READERS = frozenset(["size", "sym_size", "sym_size.int", "dim", "numel", "stride"])
 
 
 def op_name(node: Any) -> str:
@@ -79,8 +98,10 @@ def module_path(node: Node) -> str:
 
 def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, like: Any = None, **kwargs: Any) -> Node:
     """Add a call at the graph's insertion point; ``like`` is recorded as its example value."""
-    create = graph.call_method if isinstance(target, str) else graph.call_function
-    node = create(target, args, kwargs)
+    if isinstance(target, str):
+        node = graph.call_method(target, args, kwargs)
+    else:
+        node = graph.call_function(target, args, kwargs)
     if like is not None:
         node.meta["example_value"] = like
     return node

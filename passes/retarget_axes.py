@@ -167,9 +167,7 @@ class NewSizes:
         for relation in self.relations:
             whole = relation.whole.root
             if whole in self.changed and sympy.expand(self.changed[whole]) != self.expression(relation):
-                parts = (" x " if relation.kind == "product" else " + ").join(
-                    str(part.size) for part in relation.parts
-                )
+                parts = (" x " if relation.kind == "product" else " + ").join(str(part.size) for part in relation.parts)
                 nodes = self.members.get(whole, [])
                 raise NotApplicable(
                     f"the axis {self.names[whole]!r} changes its size, and {whole.size} is written as {parts}, "
@@ -184,11 +182,13 @@ class NewSizes:
                 self._check_divisor(use.node, Size.of(use.number))
                 continue
             value = use.number.meta.get("example_value")
-            named = set().union(*(
-                Size.of(part).expr.free_symbols if isinstance(part, torch.SymInt) else part.node.expr.free_symbols
-                for part in (value if isinstance(value, torch.Size) else [value])
-                if isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool))
-            ))
+            named = set().union(
+                *(
+                    Size.of(part).expr.free_symbols if isinstance(part, torch.SymInt) else part.node.expr.free_symbols
+                    for part in (value if isinstance(value, torch.Size) else [value])
+                    if isinstance(part, (torch.SymInt, torch.SymFloat, torch.SymBool))
+                )
+            )
             if named & symbols or self.moves(use.number):
                 raise NotApplicable(
                     f"{describe(use.node)} computes with the number {use.number.name}, which may be the old size of "

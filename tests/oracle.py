@@ -73,9 +73,7 @@ class OracleResult:
 class _MergingEncoder:
     """Forward hooks that merge frames between vision encoder layers and note what selection needs."""
 
-    def __init__(
-        self, layers: Sequence[nn.Module], merge_layers: Sequence[int], frames: int, options: Options
-    ):
+    def __init__(self, layers: Sequence[nn.Module], merge_layers: Sequence[int], frames: int, options: Options):
         self.layers, self.merge_layers, self.options = layers, tuple(sorted(merge_layers)), options
         self.min_frames = math.ceil(options.retain_ratio * frames)
         self.frames_after: list[int] = []
@@ -119,8 +117,7 @@ def _attention_received(query: Tensor, key: Tensor, attention: nn.Module) -> Ten
     heads, width = attention.num_heads, attention.head_dim
     query, key = (x.float().unflatten(-1, (heads, width)).transpose(1, 2) for x in (query, key))
     frames = [
-        (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean((0, 1))
-        for q, k in zip(query, key, strict=True)
+        (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean((0, 1)) for q, k in zip(query, key, strict=True)
     ]
     return torch.stack(frames)
 

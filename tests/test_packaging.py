@@ -51,9 +51,7 @@ def run_in_root(python, code, *flags):
     """Run ``code`` where a folder named ``kernels`` lies in sight, as from a user's clone."""
     hidden = ("PYTHONSAFEPATH", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    finished = subprocess.run(
-        [python, *flags, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    finished = subprocess.run([python, *flags, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.strip()
 

@@ -119,9 +119,7 @@ def decode(loaded: Loaded, tokens: list[int]) -> str:
     return loaded.processor.decode(tokens, skip_special_tokens=True).strip()
 
 
-def _first_token_seconds(
-    models: dict[str, Any], inputs: Inputs, repeats: int, progress: Progress
-) -> dict[str, float]:
+def _first_token_seconds(models: dict[str, Any], inputs: Inputs, repeats: int, progress: Progress) -> dict[str, float]:
     """Median over ``repeats`` runs in turn, so that what else the machine does meets both models alike."""
     task = progress.add_task("timing the first token", total=(_WARM_UP + repeats) * len(models))
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -159,9 +157,7 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_row("answers agree", "", "yes" if comparison.agree else apart)
     notes = ["The first answer includes compilation."]
     if report["merge_layers"]:
-        notes.insert(
-            0, f"Frames merge after vision encoder layers {', '.join(map(str, report['merge_layers']))}."
-        )
+        notes.insert(0, f"Frames merge after vision encoder layers {', '.join(map(str, report['merge_layers']))}.")
     table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
 

@@ -57,9 +57,7 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto") -> 
     return Loaded(model.to(place, _dtype(dtype, place, model.dtype)).eval(), processor)
 
 
-def prepare_inputs(
-    loaded: Loaded, video: str | Path, question: str, *, frames: int, progress_on: Console
-) -> Inputs:
+def prepare_inputs(loaded: Loaded, video: str | Path, question: str, *, frames: int, progress_on: Console) -> Inputs:
     """Decode ``frames`` frames and make the model's inputs on its device, with a progress bar."""
     with progress_bars(progress_on) as progress:
         task = progress.add_task("decoding the video", total=None)
@@ -85,9 +83,7 @@ def _require_family(name: str) -> None:
     """Look at config.json before anything large is read."""
     local = Path(name)
     if not local.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise EarlyTomConfigError(
-            f"no checkpoint folder at {name!r}: give a folder or a Hub id (owner/name)."
-        )
+        raise EarlyTomConfigError(f"no checkpoint folder at {name!r}: give a folder or a Hub id (owner/name).")
     if local.is_dir() and not (local / "config.json").is_file():
         raise EarlyTomConfigError(f"{name!r} is no checkpoint folder: it has no config.json.")
     try:
@@ -114,9 +110,7 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise EarlyTomConfigError(
-            f"--device {name}: {reason} Take auto or cpu, or a GPU torch can see."
-        ) from error
+        raise EarlyTomConfigError(f"--device {name}: {reason} Take auto or cpu, or a GPU torch can see.") from error
     return device
 
 

@@ -34,9 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="earlytom", description="Video-LLMs that compress their video tokens inside the vision encoder."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(
-        commands.add_parser("demo", help="compare full and compressed on a tiny model built on the spot")
-    )
+    _add_demo(commands.add_parser("demo", help="compare full and compressed on a tiny model built on the spot"))
     _add_run(commands.add_parser("run", help="ask a LLaVA-OneVision checkpoint about a video"))
     _add_explain(commands.add_parser("explain", help="show what the compiler does to a checkpoint"))
     return parser
@@ -47,9 +45,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "Builds a tiny LLaVA-OneVision with random weights and a short video, asks a question with the full "
         "and with the compressed model, and shows the difference. Everything but the weights is real."
     )
-    parser.add_argument(
-        "--save", metavar="FOLDER", help="keep checkpoint and video there (default: thrown away)"
-    )
+    parser.add_argument("--save", metavar="FOLDER", help="keep checkpoint and video there (default: thrown away)")
     _add_frames(parser)
     _add_max_new_tokens(parser, 16)
     _add_repeats(parser)
@@ -86,9 +82,7 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
         metavar="PATH_OR_HUB_ID",
         help=f"a LLaVA-OneVision checkpoint: a folder, or a name on the Hugging Face Hub{fallback}",
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ..."
-    )
+    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -98,9 +92,7 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _add_frames(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--frames", type=int, default=32, help="frames taken evenly from the video (%(default)s)"
-    )
+    parser.add_argument("--frames", type=int, default=32, help="frames taken evenly from the video (%(default)s)")
 
 
 def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:

@@ -22,9 +22,7 @@ from ..config import EarlyTomConfig
 
 def add_config_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """One flag for each field of :class:`EarlyTomConfig`; ``defaults`` replace those of its fields."""
-    group = parser.add_argument_group(
-        "compression", "The options of earlytom_compile.compile(), by the same names."
-    )
+    group = parser.add_argument_group("compression", "The options of earlytom_compile.compile(), by the same names.")
     hints, meanings = typing.get_type_hints(EarlyTomConfig), _field_docstrings()
     for field in dataclasses.fields(EarlyTomConfig):
         name, hint = field.name, hints[field.name]
@@ -82,9 +80,7 @@ def _metavar(hint: Any) -> str:
         elif typing.get_origin(member) is tuple:
             words.append("INT,INT,...")
         else:
-            words.append(
-                {type(None): "none", str: "NAME"}.get(member, getattr(member, "__name__", "").upper())
-            )
+            words.append({type(None): "none", str: "NAME"}.get(member, getattr(member, "__name__", "").upper()))
     return "|".join(words)
 
 

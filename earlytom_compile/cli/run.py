@@ -20,9 +20,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     console, progress = Console(highlight=False), Console(stderr=True)
     loaded = load_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype)
     require_toolchain(loaded.device, options)
-    inputs = prepare_inputs(
-        loaded, arguments.video, arguments.prompt, frames=arguments.frames, progress_on=progress
-    )
+    inputs = prepare_inputs(loaded, arguments.video, arguments.prompt, frames=arguments.frames, progress_on=progress)
     if arguments.compare:
         comparison = compare(
             loaded,

@@ -98,7 +98,7 @@ class CompiledModel:
         new_ids, new_kwargs, plan = cut
         _shorten_limits(new_kwargs, args, plan.dropped)
         if new_kwargs.get("streamer") is not None:
-            new_kwargs["streamer"] = _PromptStreamer(new_kwargs["streamer"], ids)
+            new_kwargs["streamer"] = _PromptStreamer(new_kwargs["streamer"], ids)  # type: ignore[arg-type]
         output = self.own["generate"](new_ids, *args, **new_kwargs)
         return _with_own_prompt(output, ids, new_ids.shape[1])  # type: ignore[arg-type]
 
@@ -164,7 +164,13 @@ class CompiledModel:
         model = self.model.model
         embeds = model.get_input_embeddings()(ids)
         if kwargs.get("pixel_values") is not None:
-            names = ("pixel_values", "image_sizes", "vision_aspect_ratio", "batch_num_images", *_FEATURE_CHOICES)
+            names = (
+                "pixel_values",
+                "image_sizes",
+                "vision_aspect_ratio",
+                "batch_num_images",
+                *_FEATURE_CHOICES,
+            )
             given = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
             images = torch.cat(list(model.get_image_features(**given, return_dict=True).pooler_output), dim=0)
             images = images.to(embeds.device, embeds.dtype)

@@ -180,9 +180,7 @@ class VideoTextProcessor:
         if return_tensors != "pt":
             raise EarlyTomConfigError(f'return_tensors={return_tensors!r}: must be "pt".')
         texts = [text] if isinstance(text, str) else list(text)
-        clips = (
-            [videos] if isinstance(videos, np.ndarray | torch.Tensor) and videos.ndim == 4 else list(videos)
-        )
+        clips = [videos] if isinstance(videos, np.ndarray | torch.Tensor) and videos.ndim == 4 else list(videos)
         frames = sorted({len(clip) for clip in clips})
         if len(frames) > 1:
             raise EarlyTomConfigError(f"videos of {frames} frames: all videos of a call must have as many.")
@@ -193,9 +191,7 @@ class VideoTextProcessor:
     def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool = False) -> str:
         """The conversation as the checkpoint's chat template writes it."""
         if self.chat_template is None:
-            raise EarlyTomConfigError(
-                "the checkpoint has no chat template: write <video> into the text yourself."
-            )
+            raise EarlyTomConfigError("the checkpoint has no chat template: write <video> into the text yourself.")
         return self.tokenizer.apply_chat_template(
             conversation,
             chat_template=self.chat_template,

@@ -133,9 +133,7 @@ def test_mistakes_exit_with_2_and_one_line(earlytom, checkpoint, clip, tmp_path)
         assert message in errors and "Traceback" not in errors
 
 
-def test_without_a_compiler_run_stops_and_demo_runs_eagerly(
-    earlytom, checkpoint, clip, small_demo, monkeypatch
-):
+def test_without_a_compiler_run_stops_and_demo_runs_eagerly(earlytom, checkpoint, clip, small_demo, monkeypatch):
     monkeypatch.setattr(toolchain, "get_cpp_compiler", _no_compiler)
     status, _, errors = earlytom("run", "--model", checkpoint, "--video", clip, "--prompt", "What?")
     assert status == 2 and "no C++ compiler was found" in errors and "--lowering eager" in errors

@@ -121,9 +121,7 @@ def test_channels_first_frames_are_the_same_video(processor):
 
 def test_rows_and_videos_in_reading_order(processor):
     videos = [noise_video(2, 20, 30, seed) for seed in range(3)]
-    inputs = processor(
-        text=["<video> a <video>", "b <video>"], videos=videos, return_tensors="pt", padding=True
-    )
+    inputs = processor(text=["<video> a <video>", "b <video>"], videos=videos, return_tensors="pt", padding=True)
 
     each = 2 * processor.tokens_per_frame + 1
     placeholder = processor.tokenizer.convert_tokens_to_ids("<video>")
@@ -146,9 +144,7 @@ def test_what_does_not_fit_is_named(processor, text, videos, message):
         processor(text=text, videos=videos, return_tensors="pt")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"size": {"shortest_edge": 48}}, {"resample": 1}, {"do_center_crop": True}]
-)
+@pytest.mark.parametrize("settings", [{"size": {"shortest_edge": 48}}, {"resample": 1}, {"do_center_crop": True}])
 def test_settings_that_take_torchvision_are_refused(settings):
     with pytest.raises(EarlyTomConfigError, match="torchvision"):
         PixelSettings.from_settings(settings)

@@ -121,9 +121,7 @@ def attention_received(query: np.ndarray, key: np.ndarray, scale: float) -> np.n
 
 def paper_quotas(dynamic: list[bool], budget: int) -> list[int]:
     quotas = [budget // len(dynamic)] * len(dynamic)
-    favoured = [t for t, flag in enumerate(dynamic) if flag] + [
-        t for t, flag in enumerate(dynamic) if not flag
-    ]
+    favoured = [t for t, flag in enumerate(dynamic) if flag] + [t for t, flag in enumerate(dynamic) if not flag]
     for t in favoured[: budget - sum(quotas)]:
         quotas[t] += 1
     return quotas

@@ -51,9 +51,7 @@ def test_large_scores_do_not_overflow():
 
 def test_never_holds_the_attention_of_more_than_one_frame():
     query, key = query_and_key(0, (8, 2, 64, 8))
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         ops.attention_received(query, key, 1.0)
     one_frame = 2 * 64 * 64 * 4
     held = peak = 0

@@ -37,9 +37,7 @@ def reference_options(options):
 
 def merge_once(hidden, counts, options, tau_merge, min_frames):
     similarity = ops.frame_similarity(hidden, max(1, max(counts) - 1))
-    return ops.plan_merge(
-        similarity, torch.tensor(counts), **options, tau_merge=tau_merge, min_frames=min_frames
-    )
+    return ops.plan_merge(similarity, torch.tensor(counts), **options, tau_merge=tau_merge, min_frames=min_frames)
 
 
 @operator_settings
@@ -97,9 +95,7 @@ def test_merges_and_selection_are_the_references_for_each_video(
         n, counts = int(merged.sum()), merged.tolist()
         hidden = ops.merge_frames(hidden, source, weight, n)
         importance = ops.merge_frames(importance, source, weight, n)
-        plans = [
-            plan_frame_merge(one, **reference_options(options), min_frames=min_frames) for one, _ in expected
-        ]
+        plans = [plan_frame_merge(one, **reference_options(options), min_frames=min_frames) for one, _ in expected]
         expected = [(plan.apply(a), plan.apply(b)) for plan, (a, b) in zip(plans, expected, strict=True)]
 
     assume(all(similarities_are_apart(one) for one, _ in expected))

@@ -25,9 +25,7 @@ def golden(stage):
         tensors = load_file(folder / f"{stage}.safetensors")
         for scalars in json.loads((folder / f"{stage}.json").read_text())["cases"]:
             prefix = scalars["case"] + "."
-            own = {
-                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-            }
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             parameters.append(pytest.param(scalars, own, id=f"{name}-{scalars['case']}"))
     assert parameters, f"no golden {stage} in any of {list(map(str, SETS.values()))}"
     return pytest.mark.parametrize("scalars, tensors", parameters)
@@ -101,9 +99,7 @@ def test_three_merge_layers(scalars, tensors):
         source, weight, n = merge(hidden, scalars)
         matrix = as_matrix(source, weight, n, len(hidden)) @ matrix
         if call < 3:
-            assert torch.equal(
-                dynamic(hidden, scalars), ends(tensors[f"selected_frames_{call}"], len(hidden))
-            )
+            assert torch.equal(dynamic(hidden, scalars), ends(tensors[f"selected_frames_{call}"], len(hidden)))
         hidden = ops.merge_frames(hidden, source, weight, n)
         attention = ops.merge_frames(attention, source, weight, n)
         assert_close(hidden, tensors[f"merged_hidden_{call}"])

@@ -25,8 +25,7 @@ SCHEMAS = [
     "select_tokens_released(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, "
     "SymInt frames, float retain_ratio) -> (Tensor, Tensor, Tensor)",
     "append_separators(Tensor tokens, Tensor kept_counts, Tensor separator) -> Tensor",
-    "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) "
-    "-> Tensor",
+    "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) -> Tensor",
     "keep_positions_ragged(Tensor input_ids, Tensor kept, SymInt video_token, SymInt before) -> Tensor",
     "take_positions(Tensor x, Tensor positions, float fill) -> Tensor",
 ]
@@ -56,9 +55,7 @@ def calls(dtype, layout):
     hidden = laid_out(video(2, 9, 4, 6, dtype), layout)
     counts = torch.tensor([5, 4])
     similarity = ops.frame_similarity(hidden, 4)
-    source, weight, merged = ops.plan_merge(
-        similarity, counts, **SEGMENTATION, tau_merge=SEGMENT, min_frames=1
-    )
+    source, weight, merged = ops.plan_merge(similarity, counts, **SEGMENTATION, tau_merge=SEGMENT, min_frames=1)
     importance = laid_out(torch.rand(9, 4).to(dtype), layout)
     dynamic = ops.dynamic_frames(similarity, counts, **SEGMENTATION)
     query, key = laid_out(torch.randn(2, 3, 2, 5, 8).to(dtype), layout)
@@ -88,9 +85,7 @@ def test_opcheck(index, dtype, layout):
 
 def merge_layer(hidden, counts, importance):
     similarity = ops.frame_similarity(hidden, 15)
-    source, weight, merged = ops.plan_merge(
-        similarity, counts, **SEGMENTATION, tau_merge=SEGMENT, min_frames=1
-    )
+    source, weight, merged = ops.plan_merge(similarity, counts, **SEGMENTATION, tau_merge=SEGMENT, min_frames=1)
     n = merged.sum().item()
     torch._check(n >= 1)
     return (
@@ -168,9 +163,7 @@ def test_fakes_put_no_guard_on_sizes_that_depend_on_content():
         hidden, importance = torch.empty(n, 4, 6), torch.empty(n, 4)
         counts = torch.empty(2, dtype=torch.int64)
         similarity = ops.frame_similarity(hidden, n)
-        source, weight, merged = ops.plan_merge(
-            similarity, counts, **SEGMENTATION, tau_merge=math.nan, min_frames=n
-        )
+        source, weight, merged = ops.plan_merge(similarity, counts, **SEGMENTATION, tau_merge=math.nan, min_frames=n)
         assert free_unbacked_symbols(ops.merge_frames(hidden, source, weight, n).shape)
         dynamic = ops.dynamic_frames(similarity, counts, **SEGMENTATION)
         tokens, kept = ops.select_tokens(hidden, importance, dynamic, counts, 5)

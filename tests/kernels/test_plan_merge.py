@@ -84,9 +84,7 @@ def test_a_video_is_planned_alone_as_in_a_batch(problem):
     for rows, plan in zip(per_video(counts), together, strict=True):
         frames = [rows.stop - rows.start]
         assert plans(similarity[rows], frames, options | merge) == [plan]
-        assert torch.equal(
-            ops.dynamic_frames(similarity[rows], torch.tensor(frames), **options), dynamic[rows]
-        )
+        assert torch.equal(ops.dynamic_frames(similarity[rows], torch.tensor(frames), **options), dynamic[rows])
 
 
 @operator_settings

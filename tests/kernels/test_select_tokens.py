@@ -114,9 +114,7 @@ def test_the_released_ceiling_sees_the_rounding_of_its_own_order_of_operations()
     dynamic, counts = torch.ones(5, dtype=torch.bool), torch.tensor([5])
     for frames in range(5, 65):
         for ratio in (0.1, 0.15, 0.2, 0.25, 0.3):
-            _, _, kept = ops.select_tokens_released(
-                importance[..., None], importance, dynamic, counts, frames, ratio
-            )
+            _, _, kept = ops.select_tokens_released(importance[..., None], importance, dynamic, counts, frames, ratio)
             expected = int(np.ceil(49 * min(np.float64(ratio) / (np.float64(5) / frames), 1.0)))
             assert kept.item() == 5 * expected
 

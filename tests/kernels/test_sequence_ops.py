@@ -55,8 +55,7 @@ def test_ragged_cuts_each_video_to_its_own_and_pads_on_the_left(prompt, data):
     ids, before, videos = prompt
     quotas = [[data.draw(st.integers(0, before)) for _ in range(count)] for count in videos]
     expected = [
-        plain_python.keep_row(*row)
-        for row in zip(ids.tolist(), [VIDEO] * 9, [before] * 9, quotas, strict=False)
+        plain_python.keep_row(*row) for row in zip(ids.tolist(), [VIDEO] * 9, [before] * 9, quotas, strict=False)
     ]
     longest = max(map(len, expected))
     assume(longest > 0)

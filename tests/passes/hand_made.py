@@ -114,7 +114,9 @@ class VideoModel(nn.Module):
         embeds = self.words(ids).masked_scatter((ids == VIDEO).unsqueeze(-1), rows.flatten(0, 1))
         return self.head(self.reader(embeds))
 
-    def example(self, frames: int = 8, videos: int = 1, rows: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def example(
+        self, frames: int = 8, videos: int = 1, rows: int | None = None, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """(ids, frames) with the right placeholders."""
         generator = torch.Generator().manual_seed(seed)
         rows = rows or videos

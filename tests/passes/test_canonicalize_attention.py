@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import tiny_llava_onevision, video_inputs
-
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
-
 from hand_made import VideoModel, capture, count
+from tiny_models import tiny_llava_onevision, video_inputs
 
 
 def test_fires_and_computes_the_same():

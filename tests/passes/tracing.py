@@ -1,9 +1,9 @@
 """Dynamo graphs to work on: traced without being compiled, changed by a test, run on the inputs they were traced with.
 
-    traced = trace(model, x)
-    axis = shrink(traced, traced.node("x"), dim=0, to=3)
-    retarget_axes(traced.module, [axis])
-    assert_close(traced.run(), model(x[:3]))
+traced = trace(model, x)
+axis = shrink(traced, traced.node("x"), dim=0, to=3)
+retarget_axes(traced.module, [axis])
+assert_close(traced.run(), model(x[:3]))
 """
 
 import operator
@@ -13,12 +13,11 @@ from types import MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
 import torch
+from earlytom_compile.passes.retarget_axes import ResizedAxis
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-
-from earlytom_compile.passes.retarget_axes import ResizedAxis
 
 
 @dataclass
@@ -74,7 +73,13 @@ def trace(function: Callable[..., Any], *args: Any, dynamic: bool | None = None,
 
 
 def shrink(
-    traced: Traced, node: Node, dim: int, to: int, name: str = "axis", as_node: bool = False, late: bool = False
+    traced: Traced,
+    node: Node,
+    dim: int,
+    to: int,
+    name: str = "axis",
+    as_node: bool = False,
+    late: bool = False,
 ) -> ResizedAxis:
     """Cuts an axis of ``node`` to its first ``to`` positions for everything that reads it, literals excepted.
 

@@ -38,9 +38,7 @@ def segments(frames, tau_seg, alpha, max_window):
 
 def pairs(frames, segment, tau_merge):
     """First frames of the pairs that merge, by recursion on what is left of the segment."""
-    threshold = (
-        similarity(frames[segment[0]], frames[segment[-1]]) if tau_merge == "segment" else f32(tau_merge)
-    )
+    threshold = similarity(frames[segment[0]], frames[segment[-1]]) if tau_merge == "segment" else f32(tau_merge)
 
     def left(rest):
         """``rest``: middle frames not looked at yet, then the tail."""

@@ -109,9 +109,7 @@ def test_without_smoothing_a_higher_threshold_only_adds_cuts(video, one, other):
 def test_the_running_average_follows_eq_1():
     video = torch.eye(3)[[0, 1, 1, 2]][:, None]  # s = 0, 1, 0
     assert segments_of(video, tau_seg=0.6, alpha=0.5) == [[0, 0], [1, 2], [3, 3]], "0.5 | 1, 0.5 |"
-    assert segments_of(video, tau_seg=0.5, alpha=0.5) == [[0, 2], [3, 3]], (
-        "0.5 is not below 0.5; 0.75, 0.375 |"
-    )
+    assert segments_of(video, tau_seg=0.5, alpha=0.5) == [[0, 2], [3, 3]], "0.5 is not below 0.5; 0.75, 0.375 |"
 
 
 def test_the_running_average_starts_at_one_again_after_a_cut():

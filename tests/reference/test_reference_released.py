@@ -50,9 +50,7 @@ def test_the_last_of_two_or_more_middle_frames_never_contributes(video, options)
 @some
 @given(videos(), merge_options(), st.integers(1, 20))
 def test_there_is_no_floor(video, options, min_frames):
-    plans = [
-        plan_frame_merge(video, variant="released", **{**options, "min_frames": n}) for n in (1, min_frames)
-    ]
+    plans = [plan_frame_merge(video, variant="released", **{**options, "min_frames": n}) for n in (1, min_frames)]
     torch.testing.assert_close(plans[0].weights, plans[1].weights, atol=0, rtol=0, equal_nan=True)
 
 
@@ -95,9 +93,7 @@ def test_up_to_three_frames_nothing_happens(frames, data):
 def test_every_dynamic_and_every_static_frame_keeps_the_same_number(data, frames, retain_ratio):
     importance, segments = data.draw(importances(frames)), data.draw(partitions(frames))
     frames_in = frames + data.draw(st.integers(0, 12))
-    kept = select_tokens(
-        importance, segments, frames_in=frames_in, retain_ratio=retain_ratio, variant="released"
-    )
+    kept = select_tokens(importance, segments, frames_in=frames_in, retain_ratio=retain_ratio, variant="released")
     dynamic = {t for segment in segments for t in segment}
     counts = torch.bincount(kept[:, 0], minlength=frames).tolist()
     of_dynamic = {counts[t] for t in range(frames) if t in dynamic}

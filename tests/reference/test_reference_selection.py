@@ -19,9 +19,7 @@ some = settings(max_examples=100, deadline=None, print_blob=True)
 def selections(draw):
     """Arguments of select_tokens that fit together: N is at least the floor ceil(r * B)."""
     frames_in = draw(st.integers(1, 16))
-    retain_ratio = draw(
-        st.one_of(st.sampled_from([0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0]), st.floats(0.01, 1.0))
-    )
+    retain_ratio = draw(st.one_of(st.sampled_from([0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0]), st.floats(0.01, 1.0)))
     frames = draw(st.integers(math.ceil(retain_ratio * frames_in), frames_in))
     return {
         "importance": draw(importances(frames)),
@@ -117,9 +115,7 @@ def test_a_static_frame_keeps_the_best_of_each_near_equal_run(arguments):
 @given(selections(), st.floats(0.01, 1.0))
 def test_a_larger_budget_keeps_what_a_smaller_one_kept_in_dynamic_frames(arguments, retain_ratio):
     dynamic = dynamic_frames(arguments)
-    smaller = {
-        tuple(row) for row in select(arguments, retain_ratio=min(retain_ratio, arguments["retain_ratio"]))
-    }
+    smaller = {tuple(row) for row in select(arguments, retain_ratio=min(retain_ratio, arguments["retain_ratio"]))}
     larger = {tuple(row) for row in select(arguments)}
     assert {row for row in smaller if row[0] in dynamic} <= larger
 
@@ -149,9 +145,7 @@ def test_another_frame_s_importance_does_not_matter(arguments):
 def test_everything_stays_at_ratio_one_without_merging(variant, data):
     frames = data.draw(st.integers(1, 8))
     importance = data.draw(importances(frames))
-    kept = select_tokens(
-        importance, data.draw(partitions(frames)), frames_in=frames, retain_ratio=1.0, variant=variant
-    )
+    kept = select_tokens(importance, data.draw(partitions(frames)), frames_in=frames, retain_ratio=1.0, variant=variant)
     assert kept.tolist() == [[t, j] for t in range(frames) for j in range(importance.shape[1])]
 
 
