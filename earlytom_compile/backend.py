@@ -97,7 +97,7 @@ def _describe(state: Rewrite, record: GraphRecord) -> None:
 
 
 def _computes(graph_module: GraphModule) -> bool:
-    """Graphs without a matrix product (the pieces around a graph break) have nothing to compress and no news to tell."""
+    """The pieces around a graph break that hold no matrix product have nothing to compress and no news to tell."""
     products = ("linear", "matmul", "bmm", "addmm", "conv", "attention", "transformer")
     return any(word in str(node.target) for node in graph_module.graph.nodes for word in products)
 

@@ -1,8 +1,8 @@
 """Finds which dimensions of a Dynamo graph are the same axis, by following the data and never the numbers.
 
-    ids [1, 81] -> embedding -> [1, 81, 48] ---- q [1, 4, 81, 12]
-    arange(81) -> cos [1, 81, 12] -> [1, 1, 81, 12] --*         so arange's 81, and the mask's, are the prompt;
-    mask [1, 81] -> mask[(rows, arange(81))] --- sdpa            a hidden size of 81 would not be
+    ids [1, 81] -> embedding -> [1, 81, 48] ---- q [1, 4, 81, 12]     so arange's 81 and the mask's
+    arange(81) -> cos [1, 81, 12] -> [1, 1, 81, 12] --*               are the prompt;
+    mask [1, 81] -> mask[(rows, arange(81))] --- sdpa                 a hidden size of 81 is not
 
 It is type inference: every dimension is an unknown, every op an equation (``axis_rules``), and equations are
 solved by unification, so knowledge flows backwards as well as forwards. Ops without a rule end the inference
@@ -81,10 +81,10 @@ class AxisMap:
     ) -> AxisMap:
         """Infers the axes of a torch-IR graph whose nodes carry ``meta["example_value"]``.
 
-        Nodes without a recorded value, and ``earlytom::`` ops, were inserted by a pass: they put no constraint
-        on what they read, and their arguments are nobody else's business. ``resized`` names tensor dimensions
-        that start a new axis, unconnected to what the op reads; nodes in ``skip`` are not looked at. Never
-        raises for an op it does not know.
+        Nodes without a recorded value, and ``earlytom::`` ops, were inserted by a pass: they put no
+        constraint on what they read, and their arguments are nobody else's business. ``resized`` names tensor
+        dimensions that start a new axis, unconnected to what the op reads; nodes in ``skip`` are not looked
+        at. Never raises for an op it does not know.
         """
         axes = cls()
         for node in graph_module.graph.nodes:
@@ -134,15 +134,13 @@ class AxisMap:
             return self._apply(node, name)
         if name.startswith(f"{OURS}::") or "example_value" not in node.meta:
             return _as_recorded(node, self.values)
-        if (
-            name == "getitem"
-            and isinstance(self.values.get(node.args[0]), Outputs)
-            and not isinstance(node.args[1], Node)
-        ):  # type: ignore[arg-type]
-            part = self.values[node.args[0]][node.args[1]]  # type: ignore[index,arg-type]
+        source = node.args[0] if node.args else None
+        read = self.values.get(source) if isinstance(source, Node) else None
+        if name == "getitem" and isinstance(read, Outputs) and not isinstance(node.args[1], Node):
+            part = read[node.args[1]]  # type: ignore[index]
             return Outputs(part) if isinstance(node.args[1], slice) else part
         if not _holds_tensor(node.meta["example_value"]):
-            return self._number(node, name)
+            return self._number(node, name, read)
         return self._apply(node, name)
 
     def _apply(self, node: Node, name: str) -> Value:
@@ -168,8 +166,8 @@ class AxisMap:
         return value
 
     def _note_unknown(self, node: Node, detail: str) -> None:
-        read = [value for value in map(self.values.get, node.all_input_nodes) if isinstance(value, TensorAxes)]
-        dims = tuple(dim for value in read for dim in value.dims)
+        known = map(self.values.get, node.all_input_nodes)
+        dims = tuple(dim for value in known if isinstance(value, TensorAxes) for dim in value.dims)
         why = "enters an op that no axis rule covers" + (f" ({detail})" if detail else "") + ":"
         self.obstacles.append(Obstacle(node, dims, why))
 
@@ -183,9 +181,8 @@ class AxisMap:
         if isinstance(known, TensorAxes):
             self.values[tensor] = TensorAxes(known.dims)
 
-    def _number(self, node: Node, name: str) -> Value:
-        """Sizes and what is computed from them; where a tensor is read for its values, no size is involved."""
-        read = self.values.get(node.args[0]) if node.args else None  # type: ignore[arg-type]
+    def _number(self, node: Node, name: str, read: Value) -> Value:
+        """Sizes and what is computed from them; ``item`` reads a value, which no axis decides."""
         if isinstance(read, TensorAxes) and name in ("size", "sym_size", "getattr"):
             if isinstance(node.meta["example_value"], torch.Size):
                 return Outputs(ScalarValue((dim,)) for dim in read.dims)
@@ -271,10 +268,10 @@ def _value(result: Any) -> Value:
 def _checked(node: Node, value: Value) -> Value:
     """A rule that disagrees with the trace is no rule for this call."""
     recorded = node.meta.get("example_value")
-    pairs = zip(value, recorded, strict=True) if isinstance(value, Outputs) else [(value, recorded)]  # type: ignore[arg-type]
-    for part, tensor in pairs:
+    several = isinstance(value, Outputs)
+    for part, tensor in zip(value, recorded, strict=True) if several else [(value, recorded)]:  # type: ignore[arg-type]
         if isinstance(part, TensorAxes):
-            sizes = [Size.of(n) for n in tensor.shape]
+            sizes = [Size.of(n) for n in tensor.shape]  # type: ignore[union-attr]
             hints = [(dim.size.hint, size.hint) for dim, size in zip(part.dims, sizes, strict=True)]
             if any(None not in pair and pair[0] != pair[1] for pair in hints):
                 raise NoRule("the rule for it gives another shape than the trace")

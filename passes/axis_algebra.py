@@ -64,7 +64,7 @@ class Size:
 
 @functools.lru_cache(maxsize=4096)
 def _without_exact_floors(expr: sympy.Expr) -> sympy.Expr:
-    """``48 // (4*s*s // s**2)`` is 12: where the prompt length equals the batch size, traces are full of these."""
+    """``48 // (4*s*s // s**2)`` is 12: traces are full of these where a prompt is as long as the batch."""
 
     def divided(floor: sympy.Expr) -> sympy.Expr:
         quotient = sympy.cancel(floor.args[0] / floor.args[1])
@@ -176,7 +176,7 @@ class AxisSpace:
     def align(self) -> None:
         """Unifies what was made of the same parts and the parts of what was taken apart in two ways.
 
-        Ends when there is nothing left to learn: every step joins two axes or splits a part into smaller ones.
+        Ends when there is nothing left to learn: every step joins two axes or splits one into smaller ones.
         """
         progress = True
         while progress:

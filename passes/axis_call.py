@@ -25,7 +25,7 @@ from .reasons import describe
 
 Dims = tuple[Dim, ...]
 Path = tuple[Any, ...]
-"""Where an argument stands in a node: ``("args", 1, 0)``, ``("kwargs", "size", 2)``, ``("args", 1, "stop")``."""
+"""Where an argument stands: ``("args", 1, 0)``, ``("kwargs", "size", 2)``, ``("args", 1, "stop")`` of a slice."""
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,17 @@ class Call:
         return Size.of(literal)
 
     def literals(self, position: int, keyword: str = "size") -> list[tuple[Any, Path]]:
-        """The numbers of ``view(x, 2, 3)``, ``view(x, (2, 3))`` or ``view(x, size=(2, 3))``, each with its path."""
-        if keyword in self.node.kwargs:
-            found, base = self.node.kwargs[keyword], ("kwargs", keyword)
-        elif len(self.node.args) == position + 1 and isinstance(self.node.args[position], (tuple, list)):
-            found, base = self.node.args[position], ("args", position)
+        """The sizes in ``view(x, 2, 3)``, ``view(x, (2, 3))`` or ``view(x, size=(2, 3))``, each with its path."""
+        args, kwargs = self.node.args, self.node.kwargs
+        given: Any = kwargs.get(keyword, args[position] if len(args) == position + 1 else None)
+        if isinstance(given, (tuple, list)):
+            base: Path = ("kwargs", keyword) if keyword in kwargs else ("args", position)
+            found = [(value, (*base, i)) for i, value in enumerate(given)]
         else:
-            found, base = self.node.args[position:], ("args",)
-            return [(value, (*base, position + i)) for i, value in enumerate(self._numbers(found))]
-        if not isinstance(found, (tuple, list)):
-            return [(self._numbers([found])[0], base)]
-        return [(value, (*base, i)) for i, value in enumerate(self._numbers(found))]
-
-    def _numbers(self, values: Sequence[Any]) -> Sequence[Any]:
-        for value in values:
-            if not isinstance(value, (int, float)):
-                self.size_of(value)
-        return values
+            found = [(value, ("args", position + i)) for i, value in enumerate(args[position:])]
+        for value, _ in found:
+            self.size_of(value)
+        return found
 
     # What the rule states
 

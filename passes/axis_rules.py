@@ -1,7 +1,7 @@
 """What each op says about the axes of its arguments: arithmetic, products, reductions, layers, new tensors.
 
     linear(x [8, 9, 48], weight [96, 48]) -> [8, 9, 96]     48 is 48; 8, 9 and 96 go on
-    arange(81) -> [81]                                      81 is spelled here and may turn out to be the prompt
+    arange(81) -> [81]                                      81 is spelled here, whatever it turns out to be
 
 Rules of ops that only rearrange are in ``axis_rules_layout``. Names cover all spellings: ``torch.add``,
 ``Tensor.add_``, ``operator.iadd`` and ``aten.add.Tensor`` are all ``add``.
@@ -15,24 +15,24 @@ from typing import Any
 from torch.fx import Node
 
 from .axis_algebra import Dim, Size
-from .axis_call import Call, Dims, NoRule, Outputs, TensorAxes, rule, wrap
+from .axis_call import Call, Dims, NoRule, Outputs, Path, TensorAxes, rule, wrap
 
 POINTWISE = (
     # Arithmetic
     "mul", "div", "truediv", "floordiv", "floor_divide", "true_divide", "pow", "mod", "remainder", "fmod",
-    "rmul", "rtruediv", "rdiv", "rfloordiv", "rpow", "multiply", "divide", "maximum", "minimum", "fmax", "fmin",
-    "atan2", "hypot", "logaddexp", "lerp", "addcmul", "addcdiv", "complex", "polar", "where", "copysign",
+    "rmul", "rtruediv", "rdiv", "rfloordiv", "rpow", "multiply", "divide", "maximum", "minimum", "fmax",
+    "fmin", "atan2", "hypot", "logaddexp", "lerp", "addcmul", "addcdiv", "complex", "polar", "where", "copysign",
     # Comparison and logic
-    "eq", "ne", "lt", "le", "gt", "ge", "not_equal", "greater", "greater_equal", "less", "less_equal", "equal_to",
+    "eq", "ne", "lt", "le", "gt", "ge", "not_equal", "greater", "greater_equal", "less", "less_equal",
     "and", "or", "xor", "not", "invert", "isin",
     "logical_and", "logical_or", "logical_xor", "logical_not",
     "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "lshift", "rshift",
     "isclose", "isnan", "isinf", "isfinite",
     # One argument
-    "neg", "negative", "pos", "positive", "abs", "absolute", "sign", "sgn", "square", "sqrt", "rsqrt", "reciprocal",
-    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh",
-    "cosh", "tanh", "erf", "erfc", "erfinv", "sigmoid", "logit", "floor", "ceil", "round", "trunc", "frac",
-    "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max", "conj", "real", "imag", "angle",
+    "neg", "negative", "pos", "positive", "abs", "absolute", "sign", "sgn", "square", "sqrt", "rsqrt",
+    "reciprocal", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "asin", "acos",
+    "atan", "sinh", "cosh", "tanh", "erf", "erfc", "erfinv", "sigmoid", "logit", "floor", "ceil", "round", "trunc",
+    "frac", "nan_to_num", "clamp", "clip", "clamp_min", "clamp_max", "conj", "real", "imag", "angle",
     # Activations
     "relu", "relu6", "gelu", "silu", "mish", "elu", "selu", "celu", "leaky_relu", "hardswish", "hardsigmoid",
     "hardtanh", "softplus", "softsign", "logsigmoid", "tanhshrink", "threshold", "softshrink", "hardshrink",
@@ -71,9 +71,9 @@ def same_values(call: Call, input: Any, *_: Any, **__: Any) -> TensorAxes:
 
 
 SHAPE_OF_FIRST = (
-    "bool", "byte", "softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "tril", "triu", "flip",
-    "fliplr", "flipud", "roll", "normalize", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like",
-    "randn_like", "zero", "fill", "normal", "uniform", "bernoulli", "bucketize",
+    "bool", "byte", "softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "tril", "triu",
+    "flip", "fliplr", "flipud", "roll", "normalize", "zeros_like", "ones_like", "full_like", "empty_like",
+    "rand_like", "randn_like", "zero", "fill", "normal", "uniform", "bernoulli", "bucketize",
 )  # fmt: skip
 
 
@@ -297,8 +297,8 @@ def _spatial(call: Call, dims: Dims, count: int) -> Dims:
 
 @rule("conv1d", "conv2d", "conv3d")
 def convolution(
-    call: Call, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-    groups: Any = 1,
+    call: Call, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: Any = 1,
 ) -> Dims:  # fmt: skip
     dims, kernel = call.dims(input), call.dims(weight)
     spatial = len(kernel) - 2
@@ -312,9 +312,9 @@ def convolution(
     return (*dims[: -spatial - 1], kernel[0], *_spatial(call, dims, spatial))
 
 
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool1d",
-      "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-      "adaptive_max_pool3d")  # fmt: skip
+@rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d",
+      "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+      "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")  # fmt: skip
 def pooling(call: Call, input: Any, *_: Any, **__: Any) -> Dims:
     if call.several:
         raise NoRule("pooling with indices")
@@ -375,10 +375,12 @@ def new_full(call: Call, input: Any, size: Sequence[Any], fill_value: Any, **_: 
 
 @rule("arange")
 def arange(call: Call, *_: Any, **__: Any) -> TensorAxes:
-    """``arange(n)`` lists the positions of an axis of n; from another start or by steps it is a list of its own."""
+    """``arange(n)`` lists the positions of an axis; from another start, or by steps, it is an axis of its own."""
     args, kwargs = call.node.args, call.node.kwargs
     names = ("end",) if len(args) == 1 else ("start", "end", "step")
-    given = {name: (value, ("args", i)) for i, (name, value) in enumerate(zip(names, args, strict=False))}
+    given: dict[str, tuple[Any, Path]] = {
+        name: (value, ("args", i)) for i, (name, value) in enumerate(zip(names, args, strict=False))
+    }
     given |= {name: (kwargs[name], ("kwargs", name)) for name in ("start", "end", "step") if name in kwargs}
     end, path = given.get("end", (None, ()))
     from_zero = given.get("start", (0, ()))[0] == 0 and given.get("step", (1, ()))[0] == 1

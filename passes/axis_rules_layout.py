@@ -1,4 +1,4 @@
-"""What ops that only rearrange say about axes: reshapes, permutations, copies, slices, indexing, concatenation.
+"""What ops that only rearrange say about axes: reshapes, permutations, copies, slices, indexing, joining.
 
 view(x [8, 36, 48], 8, 6, 6, 48)       8 is 8, 36 = 6 x 6, 48 is 48; the 8 is spelled here
 x[:, :81]  on an axis of 81            the axis goes on, 81 is spelled here
@@ -257,7 +257,7 @@ Piece = Callable[[Size], Dim]
 
 
 def sliced(call: Call, dim: Dim, part: slice, stop_path: Path) -> Dim | Piece:
-    """``x[:]`` and ``x[:size]`` keep the axis; ``x[:k]`` spells a new one; ``x[-k:]`` is the same k at any size."""
+    """``x[:]`` and ``x[:size]`` keep the axis, ``x[:k]`` spells a new one, ``x[-k:]`` is k at any size."""
     start, stop = part.start, part.stop
     plain = part.step is None or part.step == 1
     from_start = plain and (start is None or (isinstance(start, int) and start == 0))
@@ -311,7 +311,7 @@ def _picked(call: Call, dim: Dim, index: Any) -> None:
 
 @dataclass(frozen=True)
 class Indexed:
-    """An axis that a tensor indexes: by positions [dims], or (None) by a mask over this and its neighbours."""
+    """An axis indexed by a tensor of positions [dims] or, where None, by a mask over it and its neighbours."""
 
     dims: Dims | None
 

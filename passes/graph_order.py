@@ -57,7 +57,7 @@ def stable_topological_sort(graph: Graph) -> None:
 
 
 def stable_order(graph: Graph, extra: Mapping[Node, Iterable[Node]] | None = None) -> list[Node]:
-    """The nodes in an order that respects their arguments and ``extra`` (what a node will read after a rewrite).
+    """The nodes in an order that respects their arguments and ``extra``, what they will read after a rewrite.
 
     Among nodes that could come next, the one that was first stays first.
     """
@@ -85,7 +85,7 @@ def stable_order(graph: Graph, extra: Mapping[Node, Iterable[Node]] | None = Non
         stuck = min((node for node in place if missing[node]), key=place.__getitem__)
         raise NotApplicable(
             f"{describe(stuck)} would need a size that is only known after it",
-            "Compute what depends on the size of an axis after the size is known, or without writing in place",
+            "Compute what depends on the size of an axis after it is known, and without writing in place",
         )
     return order
 

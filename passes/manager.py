@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -162,14 +163,8 @@ def run_passes(state: Rewrite) -> Rewrite:
         run(state)
         state.seconds[name] = time.perf_counter() - start
         log.debug("pass %d %s: %.1f ms", index, name, 1e3 * state.seconds[name])
-        trace_structured(
-            "artifact",
-            metadata_fn=lambda name=name, index=index: {
-                "name": f"earlytom_{index}_{name}",
-                "encoding": "string",
-            },
-            payload_fn=lambda: str(state.graph_module.graph),
-        )
+        metadata = {"name": f"earlytom_{index}_{name}", "encoding": "string"}
+        trace_structured("artifact", partial(dict, metadata), payload_fn=partial(str, state.graph_module.graph))
     return state
 
 

@@ -30,7 +30,7 @@ class NotApplicable(Exception):
 
 
 def describe(node: Node) -> str:
-    """Names a node for a reader: ``torch.nn.functional.softmax (attn_weights_3) in model.layers.3.self_attn``."""
+    """Names a node for a reader: ``torch.nn.functional.softmax (weights_3) in model.layers.3.self_attn``."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     code = [line for line in lines if line.strip("^~ ")]  # Python 3.11 underlines what it means
     place = module_path(node) or (code[-1] if code else "")

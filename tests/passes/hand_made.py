@@ -95,10 +95,8 @@ class VideoModel(nn.Module):
         h = self.project(h)
         if self.switches.pool != "none":
             h = h.view(videos * count, 4, 4, -1).permute(0, 3, 1, 2)
-            if self.switches.pool == "avg":
-                h = F.avg_pool2d(h, 2)
-            else:
-                h = F.interpolate(h, size=[2, 2], mode="bilinear")
+            bilinear = self.switches.pool == "bilinear"
+            h = F.interpolate(h, size=[2, 2], mode="bilinear") if bilinear else F.avg_pool2d(h, 2)
             h = h.flatten(2).transpose(1, 2)
         h = h.reshape(videos, -1, h.shape[-1])
         if self.switches.newline:

@@ -136,7 +136,8 @@ def test_ops_in_the_way(function, words):
     [
         lambda x: x[-1:], lambda x: x[-2:], lambda x: x[0], lambda x: x[-1], lambda x: x[:], lambda x: x[:4],
         lambda x: x[0:9], lambda x: x.sum(0), lambda x: x.mean(0) + x.max(0).values, lambda x: x.flip(0),
-        lambda x: x[:, 1:] + 1, lambda x: x[x > 0], lambda x: x.T @ x, lambda x: x.argmax(0), lambda x: x.view(len(x), 2, 2),
+        lambda x: x[:, 1:] + 1, lambda x: x[x > 0], lambda x: x.T @ x, lambda x: x.argmax(0),
+        lambda x: x.view(len(x), 2, 2),
     ],
 )  # fmt: skip
 def test_ops_not_in_the_way(function):
@@ -158,6 +159,25 @@ def test_axis_of_size_one():
         return [shrink(traced, traced.node("x"), 0, 1, "frames", as_node=True)]
 
     assert "size 1" in refused(lambda x: x + 1, torch.randn(1, 4), axes=one)
+
+
+def test_an_axis_that_keeps_its_size_may_not_meet_one_that_changes():
+    def both(traced: Traced) -> list[ResizedAxis]:
+        return [shrink(traced, traced.node("x"), 0, 3, "frames"), shrink(traced, traced.node("y"), 0, 4, "others")]
+
+    assert "'others'" in refused(lambda x, y: x + y, X, Y, axes=both)
+
+
+def test_dead_code_does_not_matter():
+    def checked(x, y):
+        x.view(2, 2, 4).sum() + torch.ops.axes_test.mystery(x).sum()
+        return x * 2
+
+    traced = trace(checked, X, Y)
+    assert traced.called("view")
+    retarget_axes(traced.module, [shrink(traced, traced.node("x"), 0, 3)])
+    assert not traced.called("view")
+    assert_close(traced.run(), X[:3] * 2)
 
 
 def test_nothing_to_do():

@@ -1,0 +1,202 @@
+"""Merging, selecting and cutting on a model of our own, against the reference applied by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hand_made import VIDEO, VideoModel, capture, count
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from earlytom_compile import EarlyTomConfig, EarlyTomConfigError, EarlyTomFallbackWarning
+from earlytom_compile.passes.manager import PASSES, Rewrite, run_passes
+from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.reference import plan_frame_merge, segment_frames, select_tokens
+
+OPS = ("frame_similarity", "plan_merge", "merge_frames", "attention_received", "dynamic_frames")
+
+
+@torch.no_grad()
+def expected_rows(model, pixels, *, retain_ratio, variant="paper", merge_layers=(0, 2), tau_seg=0.0):
+    """Compressed rows of each video, layer by layer with the model's own modules and the reference."""
+    rows = []
+    for frames in pixels:
+        h = model.patches(frames).flatten(2).transpose(1, 2) + model.places
+        floor = math.ceil(retain_ratio * len(frames)) if variant == "paper" else 1
+        for index, layer in enumerate(model.layers):
+            if index == merge_layers[-1]:
+                x = layer.first(h)
+                q, k = (f(x).unflatten(2, (layer.heads, -1)).transpose(1, 2) for f in (layer.q, layer.k))
+                importance = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1).mean((1, 2))
+            h = layer(h)
+            if index in merge_layers:
+                plan = plan_frame_merge(h, variant=variant, tau_seg=tau_seg, min_frames=floor)
+                h = plan.apply(h)
+                if index == merge_layers[-1]:
+                    importance = plan.apply(importance)
+                    segments = segment_frames(h, variant=variant, tau_seg=tau_seg)
+        pool = (lambda x: F.avg_pool2d(x, 2)) if model.switches.pool == "avg" else half_bilinear
+        features = pool(model.project(h).mT.unflatten(2, (4, 4))).flatten(2).mT
+        scores = pool(importance.view(-1, 1, 4, 4)).flatten(1)
+        options = {"frames_in": len(frames), "retain_ratio": retain_ratio, "variant": variant}
+        kept = select_tokens(scores, segments, **options)
+        chosen = features[kept[:, 0], kept[:, 1]]
+        rows.append(torch.cat((chosen, model.break_line[None])) if model.switches.newline else chosen)
+    return rows
+
+
+def half_bilinear(x):
+    return F.interpolate(x, size=[2, 2], mode="bilinear")
+
+
+@torch.no_grad()
+def expected_logits(model, ids, rows):
+    """Every row of ids with its videos' placeholders cut, one row at a time."""
+    rows, logits = list(rows), []
+    for prompt in ids.tolist():
+        embeds, position = [], 0
+        while position < len(prompt):
+            if prompt[position] == VIDEO:
+                embeds.append(rows.pop(0))
+                while position < len(prompt) and prompt[position] == VIDEO:
+                    position += 1
+            else:
+                embeds.append(model.words.weight[prompt[position]][None])
+                position += 1
+        logits.append(model.head(model.reader(torch.cat(embeds)[None]))[0])
+    return torch.stack(logits)
+
+
+def compress(model, **options):
+    options = {"lowering": "eager", "merge_layers": (0, 2), "tau_seg": 0.0, **options}
+    return torch.compile(model, backend="earlytom", options=options, dynamic=options.pop("dynamic", None))
+
+
+@pytest.mark.parametrize("pool", ["avg", "bilinear"])
+@pytest.mark.parametrize("newline", [False, True])
+@pytest.mark.parametrize(("videos", "rows"), [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+def test_numerics(pool, newline, videos, rows, attention):
+    model = VideoModel(pool=pool, newline=newline, attention=attention).eval()
+    ids, pixels = model.example(frames=9, videos=videos, rows=rows)
+    with torch.no_grad():
+        got = compress(model, retain_ratio=0.3)(ids, pixels)
+    expected = expected_logits(model, ids, expected_rows(model, pixels, retain_ratio=0.3))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("newline", [False, True])
+def test_numerics_released(newline):
+    model = VideoModel(newline=newline).eval()
+    ids, pixels = model.example(frames=12)
+    with torch.no_grad():
+        got = compress(model, retain_ratio=0.3, variant="released")(ids, pixels)
+    rows = expected_rows(model, pixels, retain_ratio=0.3, variant="released")
+    torch.testing.assert_close(got, expected_logits(model, ids, rows), atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    frames=st.sampled_from([1, 2, 4, 6, 8, 12, 16]),
+    heads=st.sampled_from([2, 4, 8]),
+    videos=st.integers(1, 2),
+    dynamic=st.sampled_from([None, True]),
+    seed=st.integers(0, 99),
+)
+def test_frame_counts_that_collide_with_other_sizes(frames, heads, videos, dynamic, seed):
+    """4 and 16 are also numbers of tokens, 2, 4 and 8 heads or head sizes, 12 and 16 widths."""
+    torch._dynamo.reset()
+    model = VideoModel(layers=3, heads=heads).eval()
+    ids, pixels = model.example(frames=frames, videos=videos, seed=seed)
+    with torch.no_grad():
+        got = compress(model, retain_ratio=0.3, merge_layers=(0, 1), dynamic=dynamic)(ids, pixels)
+    rows = expected_rows(model, pixels, retain_ratio=0.3, merge_layers=(0, 1))
+    torch.testing.assert_close(got, expected_logits(model, ids, rows), atol=1e-4, rtol=1e-4)
+
+
+# --- What is in the graph -------------------------------------------------------------------------
+
+
+def rewrite(model, example, **options):
+    """The state after all passes, run inside a compilation as they always are."""
+    states = []
+
+    def backend(graph_module, example_inputs):
+        config = EarlyTomConfig.from_options({"merge_layers": (0, 2), "tau_seg": 0.0, **options})
+        state = Rewrite(graph_module, config, features_only=model.switches.tail == "features")
+        states.append(run_passes(state))
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*example)
+    return states[0]
+
+
+def test_operators_inserted_for_each_merge_layer():
+    model = VideoModel().eval()
+    graph_module = rewrite(model, model.example(frames=8)).graph_module
+    assert [count(graph_module, op) for op in OPS] == [3, 2, 3, 1, 1]
+    assert count(graph_module, "select_tokens") == 1 and count(graph_module, "keep_positions") == 1
+    assert count(graph_module, "item") == 2, "one number a merge layer is read on the host"
+    assert set(rewrite(model, model.example()).seconds) == {name for name, _ in PASSES}
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_videos_too_short_to_merge_get_no_merge_ops(frames):
+    model = VideoModel().eval()
+    graph_module = rewrite(model, model.example(frames=frames)).graph_module
+    assert count(graph_module, "plan_merge") == 0 and count(graph_module, "item") == 0
+    assert count(graph_module, "select_tokens") == 1
+
+
+def test_no_layer_merges_and_selection_still_happens():
+    model = VideoModel().eval()
+    graph_module = rewrite(model, model.example(), merge_layers=()).graph_module
+    assert count(graph_module, "plan_merge") == 0 and count(graph_module, "select_tokens") == 1
+
+
+def test_features_alone_are_not_cut():
+    model = VideoModel(tail="features").eval()
+    graph_module = rewrite(model, model.example()).graph_module
+    assert count(graph_module, "select_tokens") == 1 and count(graph_module, "keep_positions") == 0
+
+
+def test_released_features_of_two_videos_do_not_fit_one_tensor():
+    model = VideoModel(tail="features").eval()
+    with pytest.raises(Exception, match="keeps a different number of tokens") as raised:
+        rewrite(model, model.example(videos=2), variant="released")
+    assert isinstance(raised.value.__cause__ or raised.value.inner_exception, NotApplicable)
+
+
+def test_missing_merge_layer():
+    model = VideoModel().eval()
+    with torch.no_grad(), pytest.raises(EarlyTomConfigError, match="layer 4 does not exist.*0 to 3"):
+        compress(model, merge_layers=(4,))(*model.example())
+
+
+@pytest.mark.parametrize(
+    ("switches", "reason"),
+    [
+        ({"tail": "features"}, "ends before the video reaches the prompt"),
+        ({"tail": "mean"}, "flow into mean"),
+        ({"attention": "causal"}, "no vision encoder"),
+        ({"pool": "none"}, "no video passes through"),
+    ],
+)
+def test_everything_or_nothing(switches, reason):
+    model = VideoModel(**switches).eval()
+    ids, pixels = model.example()
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match=reason):
+        got = compress(model)(ids, pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(ids, pixels))
+
+
+def test_original_graph_is_left_as_it_was_when_nothing_is_rewritten():
+    model = VideoModel(tail="mean").eval()
+    inputs = model.example()
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning):
+        compress(model)(*inputs)
+    assert count(capture(model, *inputs), "earlytom") == 0
