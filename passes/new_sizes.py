@@ -163,12 +163,25 @@ class NewSizes:
                 )
 
     def _check_divisor(self, node: Node, divisor: Size) -> None:
+        """``x.sum(1) / 81``; constants such as the width in rotary frequencies have not seen the axis."""
         for dim, name in self.names.items():
-            if dim.size.same(divisor):
+            if dim.size.same(divisor) and self._has_seen_a_change(node):
                 raise NotApplicable(
                     f"{describe(node)} divides by {divisor}, which may be the old size of the axis {name!r}",
                     "Write an average as mean(), or divide by a float if the number is a constant",
                 )
+
+    def _has_seen_a_change(self, node: Node) -> bool:
+        pending, seen = [node], {node}
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                value = self.axes.values.get(source)
+                if isinstance(value, TensorAxes) and any(dim.root in self.changed for dim in value.dims):
+                    return True
+                if source not in seen:
+                    seen.add(source)
+                    pending.append(source)
+        return False
 
     def _check_settled(self) -> None:
         """An axis that only literals spell, as large as a changed one was, may be that one: no data says."""

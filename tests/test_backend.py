@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -204,8 +205,10 @@ def test_bad_options_raise_our_own_error(model, options, message):
 
 def falls_back(model, compiled, inputs, reason):
     """The call warns with ``reason`` and equals the plain model."""
-    with pytest.warns(EarlyTomFallbackWarning, match=reason):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # the pieces of a broken graph each have a reason of their own
         output = compiled(**inputs)
+    assert any(w.category is EarlyTomFallbackWarning and re.search(reason, str(w.message)) for w in caught)
     expected = model(**inputs)
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
     assert any(re.search(reason, known) for known in report(compiled).to_dict()["reasons"])
