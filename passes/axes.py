@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import axis_rules, axis_rules_layout  # noqa: F401  (register their rules)
+from . import axis_rules, axis_rules_indexing, axis_rules_layout  # noqa: F401  (register their rules)
 from .axis_algebra import AxisSpace, Dim, Size
 from .axis_call import (
     RULES,
@@ -35,7 +35,7 @@ from .axis_call import (
     Value,
     leaves,
 )
-from .axis_rules_layout import is_weight
+from .axis_rules_indexing import is_weight
 from .reasons import describe
 
 OURS = "earlytom"

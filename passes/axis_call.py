@@ -23,6 +23,7 @@ from torch.fx import Node
 from .axis_algebra import AxisSpace, Dim, Kind, Size
 from .reasons import describe
 
+ONE = Size.of(1)
 Dims = tuple[Dim, ...]
 Path = tuple[Any, ...]
 """Where an argument stands: ``("args", 1, 0)``, ``("kwargs", "size", 2)``, ``("args", 1, "stop")`` of a slice."""
@@ -175,6 +176,10 @@ class Call:
         """The op is only right while none of ``dims`` changes."""
         if dims:
             self.obstacles.append(Obstacle(self.node, tuple(dims), why))
+
+    def moved(self, input: Any, dims: Dims) -> TensorAxes:
+        """The values of ``input`` under other axes: positions stay positions."""
+        return TensorAxes(dims, self.index_of(input))
 
     def broadcast(self, *shapes: Sequence[Dim]) -> Dims:
         """Right-aligned shapes; partners are one axis unless one of them is 1."""

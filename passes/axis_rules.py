@@ -3,8 +3,9 @@
     linear(x [8, 9, 48], weight [96, 48]) -> [8, 9, 96]     48 is 48; 8, 9 and 96 go on
     arange(81) -> [81]                                      81 is spelled here, whatever it turns out to be
 
-Rules of ops that only rearrange are in ``axis_rules_layout``. Names cover all spellings: ``torch.add``,
-``Tensor.add_``, ``operator.iadd`` and ``aten.add.Tensor`` are all ``add``.
+Rules of ops that only rearrange are in ``axis_rules_layout``, those of slicing and indexing in
+``axis_rules_indexing``. Names cover all spellings: ``torch.add``, ``Tensor.add_``, ``operator.iadd`` and
+``aten.add.Tensor`` are all ``add``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from .axis_algebra import Dim, Size
-from .axis_call import Call, Dims, NoRule, Outputs, Path, TensorAxes, rule, wrap
+from .axis_algebra import Dim
+from .axis_call import ONE, Call, Dims, NoRule, Outputs, Path, TensorAxes, rule, wrap
 
 POINTWISE = (
     # Arithmetic
@@ -102,7 +103,7 @@ def masked_scatter(call: Call, input: Any, mask: Any, source: Any) -> Dims:
 def _reduced(call: Call, dims: Dims, dim: Any, keepdim: bool) -> Dims:
     chosen = range(len(dims)) if dim is None or dim == () else [dim] if isinstance(dim, int) else list(dim)
     gone = {wrap(d, len(dims)) for d in chosen}
-    return tuple(Dim(Size.of(1)) if i in gone else d for i, d in enumerate(dims) if keepdim or i not in gone)
+    return tuple(Dim(ONE) if i in gone else d for i, d in enumerate(dims) if keepdim or i not in gone)
 
 
 @rule("sum", "mean", "nansum", "nanmean", "amax", "amin", "all", "any", "prod", "logsumexp", "count_nonzero",

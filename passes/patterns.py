@@ -46,7 +46,8 @@ def op_name(node: Any) -> str:
     if not isinstance(node, Node):
         return ""
     if node.op == "call_method":
-        return str(node.target)
+        # torch 2.11 writes `ids == token` as the method __eq__.
+        return str(node.target).removeprefix("__").removesuffix("__")
     if node.op == "call_function":
         return getattr(node.target, "__name__", "").removesuffix(".default")
     return ""

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
@@ -146,6 +147,33 @@ def check_decoder(rows, length, kv_heads, groups, head_dim, eager, dynamic, as_n
     retarget_axes(traced.module, [first, ResizedAxis(second.node, 1, "prompt", first.size)])
     with torch.no_grad():
         assert_close(traced.run(), model(ids[:, :to], mask[:, :to]), rtol=1e-5, atol=1e-5)
+
+
+def legacy_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """A causal mask as transformers 4.4x builds it: triu, in-place product, slices on both sides of an assignment."""
+    rows, length = mask.shape
+    lowest = torch.finfo(x.dtype).min
+    positions = torch.arange(length)
+    causal = torch.full((length, length), fill_value=lowest)
+    causal = torch.triu(causal, diagonal=1)
+    causal *= torch.arange(length) > positions.reshape(-1, 1)
+    causal = causal[None, None, :, :].expand(rows, 1, -1, -1).clone()
+    padding = causal[:, :, :, :length] + mask[:, None, None, :]
+    causal[:, :, :, :length] = causal[:, :, :, :length].masked_fill(padding == 0, lowest)
+    scores = (x @ x.transpose(1, 2))[:, None] + causal
+    return (scores.softmax(-1) @ x[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("as_node", [False, True])
+@pytest.mark.parametrize(("rows", "length"), [(1, 4), (4, 4), (2, 6)])
+def test_masks_of_older_transformers(rows, length, as_node):
+    x, mask = torch.randn(rows, length, 4), torch.ones(rows, length)
+    mask[0, 0] = 0
+    traced = trace(legacy_mask, x, mask)
+    first = shrink(traced, traced.node("x"), 1, 3, "prompt", as_node)
+    second = shrink(traced, traced.node("mask"), 1, 3)
+    retarget_axes(traced.module, [first, ResizedAxis(second.node, 1, "prompt", first.size)])
+    assert_close(traced.run(), legacy_mask(x[:, :3], mask[:, :3]))
 
 
 def test_only_the_axis_is_rewritten():

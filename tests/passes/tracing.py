@@ -79,11 +79,10 @@ def shrink(
     to: int,
     name: str = "axis",
     as_node: bool = False,
-    late: bool = False,
 ) -> ResizedAxis:
     """Cuts an axis of ``node`` to its first ``to`` positions for everything that reads it, literals excepted.
 
-    ``as_node``: the new size is known while running only. ``late``: it is computed as late as possible.
+    ``as_node``: the new size is known while running only.
     """
     graph, users = traced.module.graph, list(node.users)
     first = next(n for n in graph.nodes if n.op != "placeholder")
@@ -94,8 +93,7 @@ def shrink(
         user.replace_input_with(node, cut)
     if not as_node:
         return ResizedAxis(cut, dim, name, to)
-    place = min(cut.users) if late and cut.users else cut.next
-    with graph.inserting_before(place):
+    with graph.inserting_after(cut):
         size = graph.call_function(torch.ops.aten.sym_size.int, (cut, dim))
     return ResizedAxis(cut, dim, name, size)
 
