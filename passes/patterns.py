@@ -3,6 +3,7 @@
 q = linear.view(8, 36, -1, 8).transpose(1, 2)      # peel(q) is `linear`
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -92,9 +93,9 @@ def readers(node: Node, *names: str) -> list[Node]:
 
 def module_path(node: Node) -> str:
     """Name of the innermost module that ran ``node``, for messages only: ``model.vision_tower.layers.3``."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(list(stack.values())), ("", None))[0] if stack else ""
-    return path.removeprefix("L['self'].").replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return re.sub(r"^L\['\w+'\]\.?", "", path).replace("._modules", "").replace("['", ".").replace("']", "").lstrip(".")
 
 
 def insert(graph: Graph, target: Callable[..., Any] | str, *args: Any, like: Any = None, **kwargs: Any) -> Node:
