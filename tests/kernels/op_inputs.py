@@ -5,11 +5,12 @@ video(seed, 8, 5, 6)   ->   [8, 5, 6], scenes that drift and cut, similarities f
 
 import math
 
-import earlytom_compile.kernels.all_ops  # noqa: F401  registers torch.ops.earlytom
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+import earlytom_compile.kernels.all_ops  # noqa: F401  registers torch.ops.earlytom
 
 ops = torch.ops.earlytom
 operator_settings = settings(deadline=None, max_examples=40)

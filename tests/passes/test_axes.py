@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from earlytom_compile.passes.axes import AxisMap, op_name
-from earlytom_compile.passes.axis_algebra import AxisSpace, Dim, Size, finest_groups
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from tracing import record, trace
+
+from earlytom_compile.passes.axes import AxisMap, op_name
+from earlytom_compile.passes.axis_algebra import AxisSpace, Dim, Size, finest_groups
 
 N = 4
 

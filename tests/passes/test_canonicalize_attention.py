@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 from hand_made import VideoModel, capture, count
 from tiny_models import tiny_llava_onevision, video_inputs
+
+from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 
 
 def test_fires_and_computes_the_same():

@@ -1,12 +1,13 @@
 """Encoders and video paths are found by structure, and only by structure."""
 
 import pytest
+from hand_made import VIDEO, VideoModel, capture
+from tiny_models import tiny_llava_onevision, video_inputs
+
 from earlytom_compile.passes.find_video_boundary import find_video_boundary
 from earlytom_compile.passes.find_vision_encoder import find_vision_encoder
 from earlytom_compile.passes.patterns import op_name, shape_of
 from earlytom_compile.passes.reasons import NotApplicable
-from hand_made import VIDEO, VideoModel, capture
-from tiny_models import tiny_llava_onevision, video_inputs
 
 
 def encoders_of(model, **example):

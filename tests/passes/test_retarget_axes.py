@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.testing import assert_close
 from tracing import Traced, shrink, trace
+
+from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 
 COLLIDING = st.sampled_from([2, 3, 4, 6])
 """Few sizes for many axes: most examples have axes of equal size that mean different things."""

@@ -3,13 +3,14 @@
 import pytest
 import torch
 import transformers.models.llava_onevision.modeling_llava_onevision as modeling
-from earlytom_compile.passes.axes import AxisMap
-from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
 from torch.testing import assert_close
 from tracing import Traced, shrink, trace
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from earlytom_compile.passes.axes import AxisMap
+from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 
 SMALL = {"vision_layers": 2, "vision_hidden": 16, "vision_heads": 4, "image_size": 16, "text_layers": 1}
 """16 encoder tokens and 4 pooled tokens a frame; 4 heads of size 4."""

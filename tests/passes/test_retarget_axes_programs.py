@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from earlytom_compile.passes.axes import AxisMap
-from earlytom_compile.passes.reasons import NotApplicable
-from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 from hypothesis import given, note, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 from tracing import Traced, record, shrink, trace
+
+from earlytom_compile.passes.axes import AxisMap
+from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 
 SIZES = st.sampled_from([2, 3, 4, 6])
 

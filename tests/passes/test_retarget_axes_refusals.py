@@ -5,12 +5,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from earlytom_compile.passes.graph_order import stable_topological_sort
-from earlytom_compile.passes.reasons import NotApplicable
-from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 from torch import nn
 from torch.testing import assert_close
 from tracing import Traced, shrink, trace
+
+from earlytom_compile.passes.graph_order import stable_topological_sort
+from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 
 
 def refused(function, *inputs, dynamic=False, axes=None) -> str:

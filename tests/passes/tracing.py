@@ -13,11 +13,12 @@ from types import MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
 import torch
-from earlytom_compile.passes.retarget_axes import ResizedAxis
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from earlytom_compile.passes.retarget_axes import ResizedAxis
 
 
 @dataclass
