@@ -275,10 +275,9 @@ _CONSUMED = frozenset(
 
 
 def _require_supported(model: Any) -> None:
-    inner = getattr(model, "model", None)
-    wanted = ("get_video_features", "get_placeholder_mask", "image_newline")
-    missing = [name for name in wanted if not hasattr(inner, name)]
-    if missing or not hasattr(getattr(model, "config", None), "video_token_id"):
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    if not isinstance(model, LlavaOnevisionForConditionalGeneration):
         raise EarlyTomConfigError(
             f"earlytom_compile.compile() knows LlavaOnevisionForConditionalGeneration of transformers; got "
             f'{type(model).__name__}. For other models try torch.compile(model, backend="earlytom").'
