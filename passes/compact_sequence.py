@@ -41,11 +41,15 @@ def find_sequence_inputs(graph_module: torch.fx.GraphModule, input_ids: Node) ->
         if node.op != "placeholder" or node is input_ids:
             continue
         value = value_of(node)
-        rows, expected = shape_of(node)[0], shape_of(input_ids)[0]  # type: ignore[index]
-        if dim != 1 or not (axes.same((node, 0), (input_ids, 0)) or int(rows) in (1, int(expected))):
+        shape = tuple(map(str, shape_of(node) or ()))
+        if isinstance(value, torch.nn.Parameter) or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}):
             raise NotApplicable(
-                f"the graph input {node.target} of shape {tuple(map(str, shape_of(node) or ()))} has the prompt on "
-                f"axis {dim}",
+                f"the weight {node.target} of shape {shape} is as long as the prompt and cannot be cut with it",
+                "Models with learned embeddings of whole prompts are not supported",
+            )
+        if dim != 1:
+            raise NotApplicable(
+                f"the graph input {node.target} of shape {shape} has the prompt on axis {dim}",
                 "Give masks and positions as [rows, prompt length]",
             )
         if value.is_floating_point() or value.dim() > 2:  # type: ignore[union-attr]
