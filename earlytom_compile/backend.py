@@ -6,6 +6,7 @@ is also the moment when transformers' modules are made traceable.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from .config import EarlyTomConfig
-from .errors import EarlyTomConfigError, EarlyTomError
+from .errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
 from .integrations.tracing import make_traceable
 from .passes.manager import Rewrite, run_passes
 from .passes.reasons import NotApplicable
@@ -79,8 +80,18 @@ def _raising(error: EarlyTomError) -> Compiled:
 
 def _new_record(config: EarlyTomConfig) -> GraphRecord:
     compile_id = torch._guards.CompileContext.current_compile_id()
-    recompile = bool(getattr(compile_id, "frame_compile_id", 0))
-    return GraphRecord(str(compile_id), recompile, lowering=config.lowering)
+    compilation = getattr(compile_id, "frame_compile_id", None) or 0
+    record = GraphRecord(str(compile_id), compilation > 0, lowering=config.lowering)
+    limit = torch._dynamo.config.recompile_limit
+    if compilation + 1 >= limit:
+        record.note(f"Dynamo compiles no more than {limit} shapes of one function; the next one runs uncompressed")
+        warnings.warn(
+            f"{record.reasons[-1]}. Use earlytom_compile.compile(model), which has no such limit, or raise "
+            "torch._dynamo.config.recompile_limit.",
+            EarlyTomFallbackWarning,
+            stacklevel=2,
+        )
+    return record
 
 
 def _describe(state: Rewrite, record: GraphRecord) -> None:

@@ -9,6 +9,7 @@ EarlyTomConfigError: unknown option 'retain'; did you mean 'retain_ratio'? Valid
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,23 +92,26 @@ class EarlyTomConfig:
         _require_number("inner_drop_ratio", self.inner_drop_ratio, 0 <= drop < 1, "in [0, 1)")
         if not isinstance(self.strict, bool):
             raise _bad("strict", self.strict, "True or False")
-        if self.preset is not None:
-            _require_choice("preset", self.preset, PRESETS)
         if self.merge_layers is not None:
             object.__setattr__(self, "merge_layers", _layers(self.merge_layers))
+        if self.preset is not None:
+            row = _preset(self.preset, self.retain_ratio)
+            if self.tau_seg == type(self).tau_seg and self.merge_layers is None:
+                for name, value in row.items():
+                    object.__setattr__(self, name, value)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> "EarlyTomConfig":
         """Build a config from ``options=``; unknown keys and bad values raise :class:`EarlyTomConfigError`."""
-        options = dict(options or {})
+        options = {key: value for key, value in (options or {}).items() if value is not None}
         valid = [field.name for field in dataclasses.fields(cls)]
         for key in options:
             if key not in valid:
                 near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise EarlyTomConfigError(f"unknown option {key!r}{hint} Valid options: {', '.join(valid)}.")
-        if options.get("preset") is not None:
-            options = {**_preset(options["preset"], options), **options}
+        if "preset" in options:
+            options = {**_preset(options["preset"], options.get("retain_ratio", cls.retain_ratio)), **options}
         return cls(**options)
 
     def resolve_merge_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -144,9 +148,8 @@ class EarlyTomConfig:
         return max(1, (min(self.window(), frames) if self.window() else frames) - 1)
 
 
-def _preset(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _preset(name: Any, ratio: Any) -> dict[str, Any]:
     _require_choice("preset", name, PRESETS)
-    ratio = options.get("retain_ratio", EarlyTomConfig.retain_ratio)
     if ratio not in _RATIOS:
         raise EarlyTomConfigError(
             f"preset={name!r} with retain_ratio={ratio!r}: Table 8 has rows for {', '.join(map(str, _RATIOS))}. "
@@ -157,11 +160,11 @@ def _preset(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _float(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
 def _bad(name: str, value: Any, allowed: str) -> EarlyTomConfigError:
@@ -184,4 +187,4 @@ def _layers(value: Any) -> tuple[int, ...]:
     layers = tuple(value)
     if not all(_is_int(layer) and layer >= 0 for layer in layers) or len(set(layers)) < len(layers):
         raise _bad("merge_layers", value, "distinct 0-based layer numbers such as (6, 21, 23)")
-    return tuple(sorted(layers))
+    return tuple(sorted(map(int, layers)))

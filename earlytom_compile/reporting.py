@@ -39,6 +39,11 @@ class GraphRecord:
         """True if this graph compresses a video."""
         return bool(self.encoder) and bool(self.inserted)
 
+    def note(self, reason: str) -> None:
+        """Remember a reason, once."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+
     def describe(self, counts: "Counts") -> list[dict[str, list[int]]]:
         """Frames and tokens of each video of a call."""
         frames = torch.stack(list(counts.frames), dim=1).tolist()
@@ -85,7 +90,7 @@ class Report:
     """What is known about one model; ``str()`` for people, ``to_dict()`` for programs."""
 
     records: tuple[GraphRecord, ...]
-    calls: tuple[tuple[GraphRecord, Counts], ...] = ()
+    calls: tuple[tuple[GraphRecord, Counts], ...] | None = None
     prompt: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
 
@@ -94,10 +99,10 @@ class Report:
         compressed = [record for record in self.records if record.compressed]
         last = max(compressed, key=lambda record: record.last_call, default=None)
         reasons = [*self.notes, *(reason for record in self.records for reason in record.reasons)]
-        prompt = self.prompt or (last.prompt if last else None)
+        prompt = self.prompt if self.calls is not None else last.prompt if last else None
         calls = self.calls
-        if not calls and last is not None and last.last_counts is not None:
-            calls = ((last, last.last_counts),)
+        if calls is None:
+            calls = ((last, last.last_counts),) if last is not None and last.last_counts is not None else ()
         return {
             "encoder": {"layers": last.layers, "module": last.encoder} if last else None,
             "merge_layers": list(last.merge_layers) if last else [],

@@ -11,7 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch._inductor.exc import InductorError
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 
 from .config import EarlyTomConfig
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
@@ -20,6 +27,14 @@ from .prompt import ExpectedPlaceholders
 from .reporting import Counts, GraphRecord
 
 log = logging.getLogger(__name__)
+_CANNOT_LOWER = (
+    InductorError,
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+)
 Runnable = Callable[..., Sequence[Any]]
 
 
@@ -43,8 +58,15 @@ def lower_compressed(
     """Lower a rewritten graph whose counts are handed out beside its own outputs."""
     outputs = _append_counts(state)
     start = time.perf_counter()
-    with data_dependent_sizes():
-        compiled = lower(state.graph_module, example_inputs, state.config.lowering, mode)
+    try:
+        with data_dependent_sizes():
+            compiled = lower(state.graph_module, example_inputs, state.config.lowering, mode)
+    except _CANNOT_LOWER as error:
+        # Left to Dynamo, some of these would become a silent graph break.
+        record.lowering = "eager"
+        record.note(f"Inductor cannot compile the compressed graph, which runs eagerly: {type(error).__name__}")
+        warnings.warn(f"{record.reasons[-1]}: {error}", EarlyTomFallbackWarning, stacklevel=2)
+        compiled = state.graph_module.forward
     record.seconds["lowering"] = time.perf_counter() - start
     return CompressedGraph(compiled, original, outputs, _expected(state), state, record)
 
@@ -97,7 +119,7 @@ class CompressedGraph:
 
 def fall_back(reason: str, cure: str, config: EarlyTomConfig, record: GraphRecord) -> None:
     """Say that something runs uncompressed: a warning, or an error under ``strict=True``."""
-    record.reasons.append(reason)
+    record.note(reason)
     if config.strict:
         raise EarlyTomCompileError(f"not compressed: {reason}. {cure}. (strict=True makes this an error.)")
     log.info("not compressed: %s", reason)

@@ -56,8 +56,13 @@ def find_sequence_inputs(graph_module: torch.fx.GraphModule, input_ids: Node) ->
             others.append(node)
         elif value.dtype == torch.bool or _is_used_as_truth(node):  # type: ignore[union-attr]
             masks.append(node)
-        else:
+        elif _is_used_as_positions(node):
             positions.append(node)
+        else:
+            raise NotApplicable(
+                f"the graph input {node.target} of shape {shape} is neither used as a mask nor as positions",
+                "Leave it out, or use earlytom_compile.compile(model) and generate()",
+            )
     return SequenceInputs(input_ids, tuple(masks), tuple(positions), tuple(others))
 
 
@@ -139,8 +144,11 @@ def _cut_positions(graph: Graph, node: Node, keep: Node) -> Node:
     rows, length = sizes
     taken = _cut(graph, insert(graph, "expand", node, rows, -1), keep)
     index = insert(graph, torch.arange, length, device=value_of(node).device)  # type: ignore[union-attr]
+    padding = insert(graph, operator.lt, keep, 0)
+    index = insert(graph, operator.sub, index, insert(graph, "sum", padding, 1, keepdim=True))
     dropped = insert(graph, operator.sub, keep, index)
-    return insert(graph, "clamp_min", insert(graph, operator.sub, taken, dropped), 0)
+    closed = insert(graph, "clamp_min", insert(graph, operator.sub, taken, dropped), 0)
+    return insert(graph, "masked_fill", closed, padding, 0)
 
 
 def _is_used_as_truth(node: Node) -> bool:
@@ -156,3 +164,17 @@ def _is_used_as_truth(node: Node) -> bool:
         else:
             return False
     return truths > 0
+
+
+def _is_used_as_positions(node: Node) -> bool:
+    """True if every use of the integer input ends in a product with frequencies, as in rotary embeddings."""
+    pending, products = list(node.users), 0
+    while pending:
+        user = pending.pop()
+        if op_name(user) in MOVES or op_name(user) == "getitem":
+            pending.extend(user.users)
+        elif op_name(user) in ("mul", "matmul") and value_of(user).is_floating_point():  # type: ignore[union-attr]
+            products += 1
+        else:
+            return False
+    return products > 0

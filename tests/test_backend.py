@@ -141,6 +141,15 @@ def test_longer_prompts_become_dynamic_not_wrong(model):
         assert_equals_oracle(model, compiled, video_inputs(model, 12, after=after, seed=after))
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_inductor_with_a_symbolic_prompt_length(model, variant):
+    options = {"lowering": "whole", "retain_ratio": 0.2, "variant": variant, **MERGE}
+    compiled = torch.compile(model, backend="earlytom", dynamic=True, options=options)
+    for after in (4, 9):
+        assert_equals_oracle(model, compiled, video_inputs(model, 12, after=after, seed=after), variant=variant)
+    assert graphs_and_breaks(compiled) == (1, 0, 0)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementations(implementation):
     model = tiny_llava_onevision(vision_layers=3, text_layers=1, attn_implementation=implementation)
@@ -276,6 +285,14 @@ def test_a_graph_break_behind_the_encoder(model):
 def test_strict_turns_a_reason_into_an_error(model):
     with torch.no_grad(), pytest.raises(EarlyTomCompileError, match="no vision encoder"):
         compress(model, strict=True)(**video_inputs(model, 8, videos_per_row=(0,)))
+
+
+def test_the_last_shape_that_dynamo_compiles_is_announced(model):
+    compiled = compress(model)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        assert_equals_oracle(model, compiled, video_inputs(model, 4))
+        with pytest.warns(EarlyTomFallbackWarning, match="no more than 2 shapes"):
+            compiled(**video_inputs(model, 5))
 
 
 def test_model_without_a_vision_encoder():

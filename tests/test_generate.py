@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import compressed_forward, compressed_generate
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import earlytom_compile
@@ -153,14 +154,75 @@ def test_dict_output_and_input_as_first_argument(model):
     assert torch.equal(output.sequences[:, : ids.shape[1]], ids) and len(output.scores) == NEW
 
 
-@pytest.mark.parametrize("give", ["argument", "config"])
+@pytest.mark.parametrize("give", ["argument", "config", "model"])
 def test_max_length_counts_the_callers_prompt(model, give):
     inputs = video_inputs(model, 12)
     limit = inputs["input_ids"].shape[1] + 4
     config = copy.deepcopy(model.generation_config)
     config.max_length, config.do_sample, config.pad_token_id = limit, False, 0
-    kwargs = {"max_length": limit, "do_sample": False} if give == "argument" else {"generation_config": config}
-    assert compiled(model).generate(**inputs, **kwargs).shape[1] == limit
+    kwargs = {"argument": {"max_length": limit, "do_sample": False}, "config": {"generation_config": config}}
+    own, model.generation_config = model.generation_config, config if give == "model" else model.generation_config
+    try:
+        assert compiled(model).generate(**inputs, **kwargs.get(give, {})).shape[1] == limit
+    finally:
+        model.generation_config = own
+
+
+def test_stopping_criteria_and_logits_processors_see_the_callers_prompt(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(1, 4))
+    length, seen = inputs["input_ids"].shape[1], []
+
+    def stop_after_two(ids, scores, **kwargs):
+        return torch.full((len(ids),), ids.shape[1] >= length + 2)
+
+    def look(ids, scores):
+        seen.append(ids[:, :length])
+        return scores
+
+    def only(row, ids):
+        assert torch.equal(ids[:length], inputs["input_ids"][row])
+        return [7]
+
+    got = new_tokens(
+        compiled(model),
+        inputs,
+        stopping_criteria=StoppingCriteriaList([stop_after_two]),
+        logits_processor=LogitsProcessorList([look]),
+        prefix_allowed_tokens_fn=only,
+    )
+    assert got.tolist() == [[7, 7], [7, 7]]
+    assert all(torch.equal(ids, inputs["input_ids"]) for ids in seen)
+
+
+def test_the_next_turn_cannot_continue_a_cut_cache(model):
+    inputs = video_inputs(model, 12)
+    output = compiled(model).generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(EarlyTomConfigError, match="Start the next turn without past_key_values"):
+        model.generate(input_ids=output.sequences, past_key_values=output.past_key_values, max_new_tokens=2)
+
+
+def test_a_filled_cache_runs_uncompressed(model):
+    inputs = video_inputs(model, 12)
+    with torch.no_grad():
+        cache = model(inputs["input_ids"][:, :2], use_cache=True).past_key_values
+    with pytest.warns(EarlyTomFallbackWarning, match="already filled"):
+        compiled(model).generate(**inputs, past_key_values=cache, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pixel_values_videos": lambda x: x[0]}, r"must be \[videos, frames, channels, height, width\]"),
+        ({"input_ids": lambda x: x[0]}, r"must be \[rows, prompt length\]"),
+        ({"attention_mask": lambda x: x[:, 1:]}, "attention_mask has shape"),
+    ],
+)
+def test_inputs_of_the_wrong_shape(model, change, message):
+    inputs = video_inputs(model, 12)
+    for name, spoil in change.items():
+        inputs[name] = spoil(inputs[name])
+    with pytest.raises(EarlyTomConfigError, match=message):
+        compiled(model).generate(**inputs, max_new_tokens=1)
 
 
 def test_without_attention_mask(model):
@@ -286,6 +348,9 @@ def test_text_inside_a_video_runs_uncompressed(model):
     expected = new_tokens(model, inputs)
     with pytest.warns(EarlyTomFallbackWarning, match="not next to each other"):
         assert torch.equal(new_tokens(compiled(model), inputs), expected)
+    content = report(model).to_dict()
+    assert content["videos"] == [] and content["prompt"] is None
+    assert "not next to each other" in content["reasons"][0]
 
 
 def test_grad_mode_forward_runs_uncompressed(model):

@@ -57,8 +57,9 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     handle = model.__dict__.pop(_HANDLE, None)
     if handle is not None:
         for name in _REPLACED:
-            del model.__dict__[name]
-        model.__dict__.update(handle.replaced)
+            if isinstance(model.__dict__.get(name), _Method):  # not a wrapper that somebody put there since
+                del model.__dict__[name]
+        model.__dict__.update({k: v for k, v in handle.replaced.items() if k not in model.__dict__})
         forget(model)
     return model
 
@@ -88,19 +89,18 @@ class CompiledModel:
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` with compressed videos; see :func:`compile`."""
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        reason = _reason_to_leave_alone(ids, kwargs)
+        reason = self._reason_to_leave_alone(ids, kwargs)
         cut = None if reason else self._compress(ids, kwargs)  # type: ignore[arg-type]
         if cut is None:
-            if reason and kwargs.get("pixel_values_videos") is not None:
-                fall_back(*reason, self.config, self.record)
             arguments = (inputs, *args) if inputs is not None or args else ()
             return self.own["generate"](*arguments, **kwargs)
+        assert ids is not None
         new_ids, new_kwargs, plan = cut
-        _shorten_limits(new_kwargs, args, plan.dropped)
-        if new_kwargs.get("streamer") is not None:
-            new_kwargs["streamer"] = _PromptStreamer(new_kwargs["streamer"], ids)  # type: ignore[arg-type]
+        self._shorten_limits(new_kwargs, args, plan.dropped)
+        _show_own_prompt(new_kwargs, ids, new_ids.shape[1])
         output = self.own["generate"](new_ids, *args, **new_kwargs)
-        return _with_own_prompt(output, ids, new_ids.shape[1])  # type: ignore[arg-type]
+        _mark_cache(getattr(output, "past_key_values", None), kwargs.get("past_key_values"))
+        return _with_own_prompt(output, ids, new_ids.shape[1])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward`` with compressed videos: logits have the cut length."""
@@ -108,29 +108,46 @@ class CompiledModel:
         if args:
             names = list(inspect.signature(own).parameters)
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if kwargs.get("pixel_values_videos") is None:
-            return own(**kwargs)
         ids = kwargs.get("input_ids")
-        reason = _reason_to_leave_alone(ids, kwargs)
-        if reason is None and torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
-            reason = (
+        reason = self._reason_to_leave_alone(ids, kwargs, forward=True)
+        cut = None if reason else self._compress(ids, kwargs, forward=True)  # type: ignore[arg-type]
+        return own(**kwargs) if cut is None else own(**cut[1])
+
+    def _reason_to_leave_alone(self, ids: Any, kwargs: dict[str, Any], forward: bool = False) -> str | None:
+        """Why the call runs uncompressed, said in a warning unless it simply has no video."""
+        videos = kwargs.get("pixel_values_videos")
+        if videos is None or len(videos) == 0:
+            _refuse_compressed_cache(kwargs.get("past_key_values"), ids, self.model.config.video_token_id)
+            return "no video"
+        self.prompt, self.videos = None, []
+        reason = _reason_against(ids, kwargs)
+        if reason is None and forward:
+            reason = self._reason_against_forward(kwargs)
+        if reason is None:
+            _check_shapes(ids, videos, kwargs.get("attention_mask"))
+            return None
+        fall_back(*reason, self.config, self.record)
+        return reason[0]
+
+    def _reason_against_forward(self, kwargs: dict[str, Any]) -> tuple[str, str] | None:
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+            return (
                 "gradients are enabled and the model's parameters require them; compression is for inference only",
                 "Wrap the call in torch.inference_mode() or torch.no_grad()",
             )
-        if reason is not None:
-            fall_back(*reason, self.config, self.record)
-        cut = None if reason else self._compress(ids, kwargs)  # type: ignore[arg-type]
-        return own(**kwargs) if cut is None else own(**cut[1])
+        if isinstance(kwargs.get("logits_to_keep"), torch.Tensor):
+            return "logits_to_keep names positions of the uncut prompt", "Give logits_to_keep as a number"
+        return None
 
     @torch.no_grad()
     def _compress(
-        self, ids: torch.Tensor, kwargs: dict[str, Any]
+        self, ids: torch.Tensor, kwargs: dict[str, Any], forward: bool = False
     ) -> tuple[torch.Tensor, dict[str, Any], PromptCut] | None:
         """(cut ids, arguments with embeddings in place of pixels, the cut), or None to leave the call alone."""
         videos = kwargs["pixel_values_videos"]
         choices = {k: kwargs[k] for k in _FEATURE_CHOICES if kwargs.get(k) is not None}
-        self.videos = []
-        encoded = [self._encode(video, choices) for video in videos]
+        counts: list[tuple[GraphRecord, Counts]] = []
+        encoded = [self._encode(video, choices, counts) for video in videos]
         token = self.model.config.video_token_id
         try:
             plan = PromptCut.plan(ids, token, [n for _, n in encoded], [len(rows) for rows, _ in encoded])
@@ -138,9 +155,9 @@ class CompiledModel:
             fall_back(str(reason), "Write each video as one <video> in the prompt", self.config, self.record)
             return None
         new_ids = plan.take(ids, _padding_id(self.model, token))
-        self.prompt = (ids.shape[1], new_ids.shape[1])
+        self.prompt, self.videos = (ids.shape[1], new_ids.shape[1]), counts
         embeds = self._embed(new_ids, torch.cat([rows for rows, _ in encoded]), kwargs)
-        changed = {"inputs_embeds": embeds, "attention_mask": self._cut_mask(ids, plan, kwargs)}
+        changed = {"inputs_embeds": embeds, "attention_mask": self._cut_mask(ids, plan, kwargs, forward)}
         if kwargs.get("position_ids") is not None:
             changed["position_ids"] = plan.renumber(kwargs["position_ids"])
         if kwargs.get("labels") is not None:
@@ -148,15 +165,17 @@ class CompiledModel:
         kept = {k: v for k, v in kwargs.items() if k not in _CONSUMED}
         return new_ids, {**kept, **changed}, plan
 
-    def _encode(self, video: torch.Tensor, choices: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """(rows [K, C], rows it would have had uncompressed) of one video [F, 3, H, W]."""
+    def _encode(
+        self, video: torch.Tensor, choices: dict[str, Any], counts: list[tuple[GraphRecord, Counts]]
+    ) -> tuple[torch.Tensor, int]:
+        """(rows [K, C], rows it would have had uncompressed) of one video [F, 3, H, W]; adds to ``counts``."""
         key = (tuple(video.shape), video.dtype, video.device, repr(choices))
         path = self._paths.get(key) or self._paths.setdefault(key, _VisionPath(self.config))
         rows, before = path(self.model, video, choices)
         if path.graph is not None:
             record = path.graph.record
             if record.last_counts is not None:
-                self.videos.append((record, record.last_counts))
+                counts.append((record, record.last_counts))
         return rows, before
 
     def _embed(self, ids: torch.Tensor, video_rows: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -180,15 +199,36 @@ class CompiledModel:
         mask = (ids == self.model.config.video_token_id).unsqueeze(-1)
         return embeds.masked_scatter(mask, video_rows)
 
-    def _cut_mask(self, ids: torch.Tensor, plan: PromptCut, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    def _cut_mask(
+        self, ids: torch.Tensor, plan: PromptCut, kwargs: dict[str, Any], forward: bool
+    ) -> torch.Tensor | None:
         mask = kwargs.get("attention_mask")
+        if mask is None and not forward:
+            # What generate() infers from ids; it cannot from embeddings.
+            padding, ends = (
+                self._generation_option("pad_token_id", kwargs),
+                self._generation_option("eos_token_id", kwargs),
+            )
+            if isinstance(padding, int) and padding not in (ends if isinstance(ends, (list, tuple)) else (ends,)):
+                mask = ids.ne(padding).to(ids.dtype)
         if mask is None:
-            # What generate() would infer from ids; it cannot from embeddings.
-            padding = getattr(self.model.generation_config, "pad_token_id", None)
-            mask = torch.ones_like(ids) if padding is None else ids.ne(padding).to(ids.dtype)
-            if not plan.padded and bool(mask.all()):
-                return None
+            return plan.take(torch.ones_like(ids), 0) if plan.padded else None
         return plan.take(mask, 0)
+
+    def _generation_option(self, name: str, kwargs: dict[str, Any], config: Any = None) -> Any:
+        """An option of generate(): given by name, in a config, or the model's own."""
+        config = kwargs.get("generation_config") or config or self.model.generation_config
+        return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
+
+    def _shorten_limits(self, kwargs: dict[str, Any], args: tuple[Any, ...], dropped: int) -> None:
+        """``max_length`` and ``min_length`` count the prompt, which is ``dropped`` tokens shorter now."""
+        config = args[0] if args else None
+        for name, default in (("max_length", 20), ("min_length", 0)):
+            limit = self._generation_option(name, kwargs, config)
+            given = kwargs.get(name) is not None or limit != default
+            new_tokens = name.replace("_length", "_new_tokens")
+            if limit and given and self._generation_option(new_tokens, kwargs, config) is None:
+                kwargs[name] = max(limit - dropped, 0)
 
 
 class _VisionPath:
@@ -204,7 +244,7 @@ class _VisionPath:
 
     @property
     def graph(self) -> CompressedGraph | None:
-        """The graph of the last call, None if it ran uncompressed."""
+        """The compressed graph of the last call, None if there is none."""
         return max(self._graphs, key=lambda graph: graph.record.last_call, default=None)
 
     def __call__(self, model: Any, video: torch.Tensor, choices: dict[str, Any]) -> tuple[torch.Tensor, int]:
@@ -292,19 +332,49 @@ def _layers_that_count(model: Any) -> int | None:
     return taken if taken >= 0 else total + 1 + taken
 
 
-def _reason_to_leave_alone(ids: torch.Tensor | None, kwargs: dict[str, Any]) -> tuple[str, str] | None:
-    """(reason, cure) for a call that is not a prompt with videos."""
-    if kwargs.get("pixel_values_videos") is None:
-        return "no video in this call", "Pass pixel_values_videos"
+def _reason_against(ids: Any, kwargs: dict[str, Any]) -> tuple[str, str] | None:
+    """(reason, cure) for a call with videos that is not a prompt with placeholders."""
     if not isinstance(ids, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
         return "the prompt is not given as input_ids", "Pass input_ids, not inputs_embeds"
     cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        return "the call continues a cache that was filled uncompressed", "Start with an empty cache"
+    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
+        return "the call continues a cache that is already filled", "Start with an empty cache"
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         return "the attention mask is not [rows, prompt length]", "Pass the attention_mask of the processor"
     return None
+
+
+def _check_shapes(ids: torch.Tensor, videos: Any, mask: torch.Tensor | None) -> None:
+    if ids.dim() != 2:
+        raise EarlyTomConfigError(f"input_ids have shape {tuple(ids.shape)}; they must be [rows, prompt length].")
+    if any(video.dim() != 4 for video in videos):
+        shape = tuple(videos.shape) if isinstance(videos, torch.Tensor) else [tuple(v.shape) for v in videos]
+        raise EarlyTomConfigError(
+            f"pixel_values_videos have shape {shape}; they must be [videos, frames, channels, height, width]."
+        )
+    if mask is not None and mask.shape != ids.shape:
+        raise EarlyTomConfigError(
+            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; they must be equal."
+        )
+
+
+_CACHE_MARK = "_earlytom_compressed"
+
+
+def _mark_cache(*caches: Any) -> None:
+    """Remember that these caches hold a cut prompt, which the caller's ids no longer describe."""
+    for cache in caches:
+        if cache is not None and hasattr(cache, "__dict__"):
+            setattr(cache, _CACHE_MARK, True)
+
+
+def _refuse_compressed_cache(cache: Any, ids: Any, video_token: int) -> None:
+    if getattr(cache, _CACHE_MARK, False) and isinstance(ids, torch.Tensor) and bool((ids == video_token).any()):
+        raise EarlyTomConfigError(
+            "past_key_values hold a prompt whose video tokens were cut, and input_ids still have all of them. Start "
+            "the next turn without past_key_values, with the whole conversation and its video."
+        )
 
 
 def _padding_id(model: Any, video_token: int) -> int:
@@ -312,14 +382,42 @@ def _padding_id(model: Any, video_token: int) -> int:
     return padding if isinstance(padding, int) and padding != video_token else 0
 
 
-def _shorten_limits(kwargs: dict[str, Any], args: tuple[Any, ...], dropped: int) -> None:
-    """``max_length`` and ``min_length`` count the prompt, which is ``dropped`` tokens shorter now."""
-    config = kwargs.get("generation_config", args[0] if args else None)
-    for name in ("max_length", "min_length"):
-        limit = kwargs.get(name, getattr(config, name, None))
-        new_tokens = name.replace("_length", "_new_tokens")
-        if limit and kwargs.get(new_tokens, getattr(config, new_tokens, None)) is None:
-            kwargs[name] = max(limit - dropped, 0)
+def _show_own_prompt(kwargs: dict[str, Any], ids: torch.Tensor, cut_length: int) -> None:
+    """Streamers, stopping criteria and logits processors see the caller's prompt, not the cut one."""
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], ids)
+    for name, wrapper in (("stopping_criteria", _Criterion), ("logits_processor", _Processor)):
+        if kwargs.get(name) is not None:
+            kwargs[name] = type(kwargs[name])([wrapper(callee, ids, cut_length) for callee in kwargs[name]])
+    if (allowed := kwargs.get("prefix_allowed_tokens_fn")) is not None:
+        kwargs["prefix_allowed_tokens_fn"] = lambda row, seen: allowed(row, torch.cat((ids[row], seen[cut_length:])))
+
+
+class _SeesOwnPrompt:
+    """Hands a callee the caller's prompt and the new tokens."""
+
+    def __init__(self, callee: Callable[..., Any], ids: torch.Tensor, cut_length: int) -> None:
+        self._callee = callee
+        self._ids = ids
+        self._cut_length = cut_length
+
+    def _restore(self, input_ids: torch.Tensor) -> torch.Tensor:
+        prompts = self._ids.repeat_interleave(input_ids.shape[0] // self._ids.shape[0], dim=0)
+        return torch.cat((prompts, input_ids[:, self._cut_length :]), dim=1)
+
+
+class _Criterion(_SeesOwnPrompt):
+    """A stopping criterion."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        return self._callee(self._restore(input_ids), scores, **kwargs)
+
+
+class _Processor(_SeesOwnPrompt):
+    """A logits processor; transformers reads its signature, which must have these two arguments only."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        return self._callee(self._restore(input_ids), scores)
 
 
 def _with_own_prompt(output: Any, ids: torch.Tensor, cut_length: int) -> Any:

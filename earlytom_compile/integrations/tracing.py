@@ -38,7 +38,7 @@ def make_traceable() -> None:
     """
     try:
         modeling = importlib.import_module(_MODELING)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit its torch
         log.warning("LLaVA-OneVision of transformers cannot be imported and will not trace: %s", error)
         return
     _replace(modeling, _CHECK, _check_unless_tracing)
