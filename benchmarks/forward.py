@@ -2,8 +2,8 @@
 
     python benchmarks/forward.py --retain-ratio 0.1 --json forward.json
 
-The model has random weights (its shapes decide the time, not its values) and the video drifts inside scenes, so
-that frames merge about as they do in real clips; the table says how far. Both arms run the whole prefill, logits
+The model has random weights (its shapes decide the time, not its values); MLP widths and vocabulary are the
+defaults of transformers' configuration classes. The table says how far the frames of the synthetic video merge. Both arms run the whole prefill, logits
 of every position included (Qwen2's vocabulary), under ``torch.inference_mode()``.
 """
 
@@ -27,7 +27,7 @@ def build(arguments: argparse.Namespace) -> torch.nn.Module:
     """A LLaVA-OneVision of transformers with random weights in the given shape."""
     vision = transformers.SiglipVisionConfig(
         hidden_size=arguments.vision_hidden,
-        intermediate_size=4 * arguments.vision_hidden,
+        intermediate_size=arguments.vision_mlp,
         num_hidden_layers=arguments.vision_layers,
         num_attention_heads=arguments.vision_hidden // 64,
         image_size=arguments.image_size,
@@ -37,7 +37,7 @@ def build(arguments: argparse.Namespace) -> torch.nn.Module:
     text = transformers.Qwen2Config(
         vocab_size=151936,
         hidden_size=arguments.text_hidden,
-        intermediate_size=4 * arguments.text_hidden,
+        intermediate_size=arguments.text_mlp,
         num_hidden_layers=arguments.text_layers,
         num_attention_heads=arguments.text_hidden // 64,
         num_key_value_heads=max(1, arguments.text_hidden // 256),
@@ -56,10 +56,10 @@ def build(arguments: argparse.Namespace) -> torch.nn.Module:
 
 
 def make_inputs(model: torch.nn.Module, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """One prompt with one video of drifting scenes, 8 frames each."""
+    """One prompt with one video of scenes of 8 frames, each frame with noise of its own."""
     size, frames = arguments.image_size, arguments.frames
     scenes = torch.randn((frames + 7) // 8, 3, size, size).repeat_interleave(8, 0)[:frames]
-    pixels = scenes + 0.1 * torch.randn(frames, 3, size, size)
+    pixels = scenes + arguments.noise * torch.randn(frames, 3, size, size)
     side = -(-(size // arguments.patch_size) // 2)
     video = [model.config.video_token_id] * (frames * side * side + 1)
     ids = torch.tensor([[5, 6, 7, *video, *range(8, 40)]])
@@ -83,8 +83,12 @@ def main() -> None:
     """Compile both arms, time them in turn, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"vision_layers": 12, "vision_hidden": 384, "text_layers": 8, "text_hidden": 512, "frames": 16}
-    for name, default in {**shape, "image_size": 448, "patch_size": 16, "repeats": 7}.items():
+    widths = {"vision_mlp": transformers.SiglipVisionConfig().intermediate_size}
+    widths["text_mlp"] = transformers.Qwen2Config().intermediate_size
+    pixels = {"image_size": 384, "patch_size": 14}  # 729 encoder tokens a frame, 196 after pooling
+    for name, default in {**shape, **widths, **pixels, "repeats": 5}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    parser.add_argument("--noise", type=float, default=0.1, help="of each frame; 0 = scenes stand still")
     parser.add_argument("--retain-ratio", type=float, default=0.1)
     parser.add_argument("--lowering", default=earlytom_compile.EarlyTomConfig.lowering)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

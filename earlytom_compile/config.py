@@ -61,8 +61,9 @@ class EarlyTomConfig:
     """Longest segment in frames, at least 2; None = no limit (``released``: 8)."""
     tau_merge: float | Literal["segment"] = "segment"
     """Similarity needed to merge (Eq. 2): a number, or that of the segment's own head and tail."""
-    lowering: Literal["whole", "eager"] = "whole"
-    """``"whole"``: one Inductor graph; ``"eager"``: the rewritten graph as it is, nothing compiled."""
+    lowering: Literal["staged", "whole", "eager"] = "staged"
+    """``"staged"``: one compiled layer for all of a kind; ``"whole"``: one Inductor graph; ``"eager"``: the rewritten
+    graph as it is, nothing compiled."""
     static_selection: Literal["auto", "device", "host"] = "auto"
     """Where static frames' tokens are selected. On the CPU all three are the same."""
     inner_layer: int | None = None
@@ -84,7 +85,7 @@ class EarlyTomConfig:
             _require_number("tau_merge", self.tau_merge, finite, '"segment" or a number such as 0.8')
         if self.max_window is not None and not (_is_int(self.max_window) and self.max_window >= 2):
             raise _bad("max_window", self.max_window, "None or a whole number of frames, at least 2")
-        _require_choice("lowering", self.lowering, ("whole", "eager"))
+        _require_choice("lowering", self.lowering, ("staged", "whole", "eager"))
         _require_choice("static_selection", self.static_selection, ("auto", "device", "host"))
         if self.inner_layer is not None:
             raise _bad("inner_layer", self.inner_layer, "None: merging inside the language model is not available")

@@ -29,6 +29,7 @@ class GraphRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     lowering: str = ""
+    stages: tuple[int, int] | None = None  # pieces of the graph, kinds of them that were compiled
     last_call: float = 0.0  # time.monotonic(), 0 = never
     last_counts: "Counts | None" = None
     prompt: tuple[int, int] | None = None
@@ -108,6 +109,7 @@ class Report:
             "merge_layers": list(last.merge_layers) if last else [],
             "inserted": dict(last.inserted) if last else {},
             "lowering": last.lowering if last else None,
+            "stages": list(last.stages) if last and last.stages else None,
             "videos": [video for record, counts in calls for video in record.describe(counts)],
             "prompt": list(prompt) if prompt else None,
             "reasons": list(dict.fromkeys(reasons)),
@@ -128,7 +130,7 @@ class Report:
             lines = [
                 f"vision encoder   {encoder['module']} ({encoder['layers']} layers), merges after {layers}",
                 f"inserted         {operators}",
-                f"lowering         {content['lowering']}",
+                f"lowering         {content['lowering']}{_describe_stages(content['stages'])}",
             ]
         for index, video in enumerate(content["videos"]):
             frames = " -> ".join(map(str, video["frames"]))
@@ -142,6 +144,10 @@ class Report:
         )
         lines += [f"left alone       {reason}" for reason in content["reasons"]]
         return "\n".join(lines)
+
+
+def _describe_stages(stages: list[int] | None) -> str:
+    return f", {stages[0]} pieces of which {stages[1]} kinds are compiled" if stages else ""
 
 
 def report(model: torch.nn.Module) -> Report:

@@ -1,7 +1,10 @@
 """From a rewritten graph to something that runs: lowering, and the checks around every call.
 
-whole:  one Inductor graph; frame counts are unbacked sizes, so new videos never recompile
+staged: cut at the encoder's layers (passes/split_stages.py); Inductor compiles one of each kind
+whole:  one Inductor graph
 eager:  the rewritten graph as it is
+
+Frame counts are unbacked sizes in all of them, so new videos never recompile.
 """
 
 import logging
@@ -23,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, P
 from .config import EarlyTomConfig
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
 from .passes.manager import Rewrite, data_dependent_sizes
+from .passes.split_stages import split_stages
 from .prompt import ExpectedPlaceholders
 from .reporting import Counts, GraphRecord
 
@@ -39,7 +43,7 @@ Runnable = Callable[..., Sequence[Any]]
 
 
 def lower(graph_module: GraphModule, example_inputs: Sequence[Any], lowering: str, mode: str | None) -> Runnable:
-    """Compile a Dynamo graph with Inductor, or leave it to the interpreter of Python (``"eager"``)."""
+    """Compile a graph with Inductor, or leave it to the interpreter of Python (``"eager"``)."""
     if lowering == "eager":
         return graph_module.forward
     from torch._inductor.compile_fx import compile_fx
@@ -60,7 +64,10 @@ def lower_compressed(
     start = time.perf_counter()
     try:
         with data_dependent_sizes():
-            compiled = lower(state.graph_module, example_inputs, state.config.lowering, mode)
+            if state.config.lowering == "staged":
+                compiled = _lower_stages(state, example_inputs, mode, record)
+            else:
+                compiled = lower(state.graph_module, example_inputs, state.config.lowering, mode)
     except _CANNOT_LOWER as error:
         # Left to Dynamo, some of these would become a silent graph break.
         record.lowering = "eager"
@@ -69,6 +76,49 @@ def lower_compressed(
         compiled = state.graph_module.forward
     record.seconds["lowering"] = time.perf_counter() - start
     return CompressedGraph(compiled, original, outputs, _expected(state), state, record)
+
+
+def _lower_stages(
+    state: Rewrite, example_inputs: Sequence[Any], mode: str | None, record: GraphRecord
+) -> Runnable:
+    """Compile one piece of each kind; pieces that hold only operators of ours run as they are."""
+    assert state.boundary is not None
+    stages, pieces = split_stages(state.graph_module, state.boundary.encoder.blocks)
+    compiled: dict[str, _Compiled] = {}
+    for piece in pieces:
+        if not piece.computes:
+            continue
+        key = piece.key
+        if key not in compiled:
+            compiled[key] = _Compiled(lower(piece.graph_module, _like(piece.inputs), "whole", mode))
+        stages.add_submodule(piece.name, compiled[key])
+    record.stages = (len(pieces), len(compiled))
+    return stages.forward
+
+
+def _like(values: Sequence[Any]) -> list[Any]:
+    """Fake tensors of the backend's own mode, which is not the one that traced ``values``."""
+    fake_mode = torch._guards.TracingContext.get().fake_mode
+    assert fake_mode is not None
+
+    def like(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        with fake_mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    return [like(value) for value in values]
+
+
+class _Compiled(torch.nn.Module):
+    """Compiled code in the place of a submodule."""
+
+    def __init__(self, run: Runnable) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, *args: Any) -> Sequence[Any]:
+        return self._run(*args)
 
 
 class CompressedGraph:

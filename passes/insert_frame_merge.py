@@ -46,7 +46,7 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig)
     scored = blocks[layers[-1]] if layers else blocks[-1]
     with graph.inserting_before(scored.attention):
         importance = _attention_received(graph, scored)
-    with graph.inserting_before(boundary.encoder.blocks[0].attention):
+    with graph.inserting_before(blocks[0].input.next):
         counts = [_frame_counts(graph, boundary)]
     features, axes = scored.output, []
     for layer in layers:

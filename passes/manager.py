@@ -30,6 +30,7 @@ from .find_vision_encoder import Encoder, find_vision_encoder
 from .graph_order import stable_topological_sort
 from .insert_frame_merge import MergedVideo, insert_frame_merge
 from .insert_token_selection import SelectedTokens, insert_token_selection
+from .patterns import op_name
 from .reasons import NotApplicable
 from .retarget_axes import ResizedAxis, retarget_axes
 
@@ -139,7 +140,8 @@ def _check(state: Rewrite) -> None:
     state.graph_module.graph.eliminate_dead_code()
     state.graph_module.graph.lint()
     state.graph_module.recompile()
-    _run_on_fake_tensors(state.graph_module)
+    assert state.boundary is not None
+    _run_on_fake_tensors(state.graph_module, state.boundary.videos * state.boundary.frames)
 
 
 PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
@@ -184,7 +186,12 @@ def data_dependent_sizes() -> Iterator[None]:
         shape_env.settings = before
 
 
-def _run_on_fake_tensors(graph_module: GraphModule) -> None:
+def _hint(size: torch.SymInt, likely: int) -> None:
+    """What Inductor takes a size known only at run time for; without a hint, for thousands of frames."""
+    size.node.shape_env.var_to_hint_override[size.node.expr] = likely
+
+
+def _run_on_fake_tensors(graph_module: GraphModule, frames: int) -> None:
     """Run the rewritten graph on fake tensors; records the new shapes, raises NotApplicable if they clash."""
 
     class Recorder(Interpreter):
@@ -192,6 +199,8 @@ def _run_on_fake_tensors(graph_module: GraphModule) -> None:
             result = super().run_node(n)
             if n.op not in ("placeholder", "output"):
                 n.meta["example_value"] = result
+            if isinstance(result, torch.SymInt) and op_name(n) == "item":
+                _hint(result, frames)
             return result
 
     inputs = [node.meta["example_value"] for node in graph_module.graph.nodes if node.op == "placeholder"]

@@ -52,7 +52,7 @@ def model():
     return tiny_llava_onevision(vision_layers=4, text_layers=1)
 
 
-@pytest.mark.parametrize("lowering", ["eager", "whole"])
+@pytest.mark.parametrize("lowering", ["eager", "staged", "whole"])
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_equals_the_oracle_in_one_graph(model, variant, lowering):
     options = {"variant": variant, "lowering": lowering, "retain_ratio": 0.2}

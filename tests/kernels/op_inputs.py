@@ -17,6 +17,8 @@ operator_settings = settings(deadline=None, max_examples=40)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEGMENT = math.nan
 """``tau_merge="segment"``, as the operators take it."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where Triton providers are tested: on the GPU, or in the interpreter (conftest.py)."""
 
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from(DTYPES)
