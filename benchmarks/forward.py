@@ -3,8 +3,8 @@
     python benchmarks/forward.py --retain-ratio 0.1 --json forward.json
 
 The model has random weights (its shapes decide the time, not its values); MLP widths and vocabulary are the
-defaults of transformers' configuration classes. The table says how far the frames of the synthetic video merge. Both arms run the whole prefill, logits
-of every position included (Qwen2's vocabulary), under ``torch.inference_mode()``.
+defaults of transformers' configuration classes. The table says how far the frames of the synthetic video merge.
+Both arms run the whole prefill, logits of every position included, under ``torch.inference_mode()``.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from .errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
 from .integrations.tracing import make_traceable
 from .passes.manager import Rewrite, run_passes
 from .passes.reasons import NotApplicable
-from .reporting import GraphRecord, add_record
+from .reporting import GraphRecord, add_record, discard_record
 from .stages import fall_back, lower, lower_compressed
 
 Compiled = Callable[..., Sequence[Any]]
@@ -67,6 +67,9 @@ def compile_graph(
         return lower(original, example_inputs, config.lowering, mode)
     except EarlyTomConfigError as error:
         return _raising(error)
+    except Exception:
+        discard_record(record)  # such as Dynamo's own request to trace once more: nothing was compiled
+        raise
 
 
 def _raising(error: EarlyTomError) -> Compiled:

@@ -74,6 +74,11 @@ def add_record(record: GraphRecord, example_inputs: Iterable[Any]) -> GraphRecor
     return record
 
 
+def discard_record(record: GraphRecord) -> None:
+    """Forget ``record``, whose graph was never compiled."""
+    _RECORDS[:] = [kept for kept in _RECORDS if kept is not record]
+
+
 def records_of(model: torch.nn.Module) -> list[GraphRecord]:
     """Records of the graphs that use a parameter of ``model``, oldest first."""
     owned = {id(parameter) for parameter in model.parameters()}

@@ -83,7 +83,9 @@ def _lower_stages(
 ) -> Runnable:
     """Compile one piece of each kind; pieces that hold only operators of ours run as they are."""
     assert state.boundary is not None
-    stages, pieces = split_stages(state.graph_module, state.boundary.encoder.blocks)
+    # Inductor cannot take an attention mask whose both axes are known only at run time, as released has them.
+    by_module = state.config.variant == "paper"
+    stages, pieces = split_stages(state.graph_module, state.boundary.encoder.blocks, by_module=by_module)
     compiled: dict[str, _Compiled] = {}
     for piece in pieces:
         if not piece.computes:

@@ -1,4 +1,4 @@
-"""Cut a rewritten graph at its encoder layers, so that identical layers compile once.
+"""Cut a graph at its layers, so that identical layers compile once.
 
 Before: one graph; 26 encoder layers, three merges, projector, language model
 After::
@@ -10,13 +10,19 @@ After::
     h = merge(h)                         # operators of ours: nothing to compile
     h = layer'(h, *weights_7)            # once more, for a number of frames known at run time
     ...
-    out = after(h, ...)                  # projector, pooling, selection, language model
+    h = between(h, ...)                  # projector, pooling, selection, the shorter prompt
+    h = decoder_layer(h, *weights_0)     # the language model's layers likewise
+    ...
+    out = after(h, ...)
 
-Cuts lie between nodes in the order of the graph, so whatever depends on that order (writes into tensors, autocast
-regions) keeps it.
+The encoder's layers are known from their structure. Those of a language model are told by the path of the module
+that ran a node, which may be wrong: a cut in another place costs time, never the result. Cuts lie between nodes in
+the order of the graph, so whatever depends on that order (writes into tensors, autocast regions) keeps it.
 """
 
 import operator
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +32,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .find_vision_encoder import Block
-from .patterns import op_name, value_of
+from .patterns import module_path, op_name, value_of
 
 _ENTER = frozenset(("_enter_autocast", "_enter_inference_mode"))
 _EXIT = frozenset(("_exit_autocast", "_exit_inference_mode"))
+_LAYER = re.compile(r"^(.*?)[.](\d+)(?=[.]|$)")
+_FEWEST_LAYERS = 3
 _SIZES = frozenset(("getitem", "sum", "item", "sym_size.int", "full", "_check", "ge", "le"))
 
 
@@ -65,11 +73,13 @@ class Piece:
         return "\n".join(lines)
 
 
-def split_stages(graph_module: GraphModule, blocks: Sequence[Block]) -> tuple[GraphModule, list[Piece]]:
+def split_stages(
+    graph_module: GraphModule, blocks: Sequence[Block] = (), *, by_module: bool = True
+) -> tuple[GraphModule, list[Piece]]:
     """(graph that calls the pieces, the pieces in the order it calls them).
 
-    Replace the submodule ``piece.name`` of the graph to run something else in a piece's place. Without a cut that
-    keeps every region whole there is one piece.
+    ``blocks`` are the layers known by structure; ``by_module`` adds those known by module path. Replace the
+    submodule ``piece.name`` of the graph to run something else in a piece's place.
     """
     nodes = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
@@ -78,10 +88,12 @@ def split_stages(graph_module: GraphModule, blocks: Sequence[Block]) -> tuple[Gr
         if node.op in ("placeholder", "get_attr"):
             copies[node] = top.node_copy(node)
     modules, pieces = dict[str, Any](), list[Piece]()
-    cuts = [0, *_cuts(nodes, blocks), len(nodes)]
+    sizes = _size_nodes(graph_module.graph)
+    between = _encoder_cuts(nodes, blocks) | (_module_cuts(nodes) if by_module else set())
+    cuts = [0, *_outside_regions(nodes, between), len(nodes)]
     for start, end in zip(cuts, cuts[1:], strict=False):
         name = f"piece_{len(pieces)}"
-        part, read, made = _extract(nodes[start:end])
+        part, read, made = _extract(nodes[start:end], sizes)
         modules[name] = GraphModule(graph_module, part)
         pieces.append(Piece(name, modules[name]))
         call = top.call_module(name, tuple(copies[node] for node in read))
@@ -94,20 +106,30 @@ def split_stages(graph_module: GraphModule, blocks: Sequence[Block]) -> tuple[Gr
     return GraphModule(modules, top), pieces
 
 
-def _cuts(nodes: list[Node], blocks: Sequence[Block]) -> list[int]:
-    """Positions in ``nodes`` where a layer begins or ends, without those inside a region."""
+def _encoder_cuts(nodes: list[Node], blocks: Sequence[Block]) -> set[int]:
+    """Positions in ``nodes`` where an encoder layer begins or ends."""
     place = {node: i for i, node in enumerate(nodes)}
-    cuts = set[int]()
-    for block in blocks:
-        begin, end = min(place[node] for node in _own_nodes(block, place)), place[block.output] + 1
-        cuts |= {begin, end}
+    begins = {min(place[node] for node in _own_nodes(block, place)) for block in blocks}
+    return begins | {place[block.output] + 1 for block in blocks}
+
+
+def _module_cuts(nodes: list[Node]) -> set[int]:
+    """Positions where one of several numbered modules begins or ends, such as ``model.layers.3``."""
+    matches = [_LAYER.match(module_path(node)) for node in nodes]
+    counts = Counter(parent for parent, _ in {(match[1], match[2]) for match in matches if match})
+    layers = [match[0] if match and counts[match[1]] >= _FEWEST_LAYERS else None for match in matches]
+    first = {layer: i for i, layer in reversed(list(enumerate(layers))) if layer is not None}
+    last = {layer: i + 1 for i, layer in enumerate(layers) if layer is not None}
+    return set(first.values()) | set(last.values())
+
+
+def _outside_regions(nodes: list[Node], cuts: set[int]) -> list[int]:
+    """The cuts in order, without those inside an autocast region or at an end."""
     depth, inside = 0, set[int]()
     for position, node in enumerate(nodes):
-        depth -= op_name(node) in _EXIT
         if depth > 0:
             inside.add(position)
-        if op_name(node) in _ENTER:
-            depth += 1
+        depth += (op_name(node) in _ENTER) - (op_name(node) in _EXIT)
     return sorted(cut for cut in cuts - inside if 0 < cut < len(nodes))
 
 
@@ -128,10 +150,21 @@ def _is_ours(node: Node) -> bool:
     return str(node.target).startswith("earlytom.")
 
 
-def _extract(members: list[Node]) -> tuple[Graph, list[Node], list[Node]]:
+def _size_nodes(graph: Graph) -> dict[Any, Node]:
+    """The inputs of the graph that are symbols of dynamic shapes."""
+    values = ((value_of(node), node) for node in graph.nodes if node.op == "placeholder")
+    sizes = ((value.node.expr, node) for value, node in values if isinstance(value, torch.SymInt))
+    return {symbol: node for symbol, node in sizes if symbol.is_Symbol}
+
+
+def _extract(members: list[Node], sizes: dict[Any, Node]) -> tuple[Graph, list[Node], list[Node]]:
     """(the members as a graph, what it reads, what others read of it)."""
     inside = set(members)
     read = list(dict.fromkeys(source for node in members for source in node.all_input_nodes if source not in inside))
+    # A size such as (s // 14)**2 does not tell s, which compiled code needs.
+    symbols = sorted(set().union(*(_symbols(value_of(node)) for node in read)), key=str)
+    named = (sizes[symbol] for symbol in symbols if symbol in sizes)
+    read = list(dict.fromkeys([*read, *(node for node in named if node not in inside)]))
     made = [node for node in members if any(user not in inside for user in node.users)]
     graph, copies = Graph(), dict[Node, Node]()
     for number, node in enumerate(read):
@@ -141,6 +174,12 @@ def _extract(members: list[Node]) -> tuple[Graph, list[Node], list[Node]]:
         copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(tuple(copies[node] for node in made))
     return graph, read, made
+
+
+def _symbols(value: Any) -> set[Any]:
+    if isinstance(value, torch.Tensor):
+        return set().union(*(_symbols(size) for size in (*value.shape, *value.stride())))
+    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt) else set()
 
 
 def _layout(value: Any, symbols: dict[str, str]) -> str:
