@@ -64,6 +64,9 @@ class EarlyTomConfig:
     lowering: Literal["staged", "whole", "eager"] = "staged"
     """``"staged"``: one compiled layer for all of a kind; ``"whole"``: one Inductor graph; ``"eager"``: the rewritten
     graph as it is, nothing compiled."""
+    compile_llm: bool = True
+    """``compile()`` compiles the language model's pass over the prompt too, unless ``lowering="eager"``; with
+    ``torch.compile`` the language model is part of the graph in any case."""
     static_selection: Literal["auto", "device", "host"] = "auto"
     """Where static frames' tokens are selected. On the CPU all three are the same."""
     inner_layer: int | None = None
@@ -91,8 +94,9 @@ class EarlyTomConfig:
             raise _bad("inner_layer", self.inner_layer, "None: merging inside the language model is not available")
         drop = _float(self.inner_drop_ratio)
         _require_number("inner_drop_ratio", self.inner_drop_ratio, 0 <= drop < 1, "in [0, 1)")
-        if not isinstance(self.strict, bool):
-            raise _bad("strict", self.strict, "True or False")
+        for name in ("strict", "compile_llm"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False")
         if self.merge_layers is not None:
             object.__setattr__(self, "merge_layers", _layers(self.merge_layers))
         if self.preset is not None:

@@ -11,6 +11,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, P
 
 from .config import EarlyTomConfig
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
+from .passes.find_vision_encoder import Block
 from .passes.manager import Rewrite, data_dependent_sizes
 from .passes.split_stages import split_stages
 from .prompt import ExpectedPlaceholders
@@ -62,40 +64,74 @@ def lower_compressed(
     """Lower a rewritten graph whose counts are handed out beside its own outputs."""
     outputs = _append_counts(state)
     start = time.perf_counter()
-    try:
-        with data_dependent_sizes():
-            if state.config.lowering == "staged":
-                compiled = _lower_stages(state, example_inputs, mode, record)
-            else:
-                compiled = lower(state.graph_module, example_inputs, state.config.lowering, mode)
-    except _CANNOT_LOWER as error:
-        # Left to Dynamo, some of these would become a silent graph break.
-        record.lowering = "eager"
-        record.note(f"Inductor cannot compile the compressed graph, which runs eagerly: {type(error).__name__}")
-        warnings.warn(f"{record.reasons[-1]}: {error}", EarlyTomFallbackWarning, stacklevel=2)
-        compiled = state.graph_module.forward
+    with data_dependent_sizes():
+        compiled = _lower(state, example_inputs, mode, record)
     record.seconds["lowering"] = time.perf_counter() - start
     return CompressedGraph(compiled, original, outputs, _expected(state), state, record)
 
 
-def _lower_stages(
-    state: Rewrite, example_inputs: Sequence[Any], mode: str | None, record: GraphRecord
-) -> Runnable:
-    """Compile one piece of each kind; pieces that hold only operators of ours run as they are."""
+def _lower(state: Rewrite, example_inputs: Sequence[Any], mode: str | None, record: GraphRecord) -> Runnable:
     assert state.boundary is not None
-    # Inductor cannot take an attention mask whose both axes are known only at run time, as released has them.
-    by_module = state.config.variant == "paper"
-    stages, pieces = split_stages(state.graph_module, state.boundary.encoder.blocks, by_module=by_module)
-    compiled: dict[str, _Compiled] = {}
+    if state.config.lowering == "staged":
+        # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
+        cut_language_model = state.config.variant == "paper"
+        blocks = state.boundary.encoder.blocks
+        stages = lower_stages(state.graph_module, blocks, by_module=cut_language_model, mode=mode)
+        record.stages = stages.pieces, stages.kinds
+        for reason in stages.eager:
+            record.note(reason)
+        return stages.run
+    try:
+        return lower(state.graph_module, example_inputs, state.config.lowering, mode)
+    except _CANNOT_LOWER as error:
+        # Left to Dynamo, some of these would become a silent graph break.
+        record.lowering = "eager"
+        record.note(_not_compiled("the compressed graph", error))
+        return state.graph_module.forward
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A graph in pieces, compiled."""
+
+    run: Runnable
+    pieces: int
+    kinds: int  # of compiled pieces; identical ones share their code
+    eager: tuple[str, ...]  # why pieces run as they are
+
+
+def lower_stages(
+    graph_module: GraphModule, blocks: Sequence[Block] = (), *, by_module: bool = True, mode: str | None = None
+) -> Stages:
+    """Compile one piece of each kind. Pieces that hold only operators of ours have nothing to compile, and a piece
+    that Inductor cannot compile runs as it is, with a warning."""
+    stages, pieces = split_stages(graph_module, blocks, by_module=by_module)
+    compiled: dict[str, _Compiled | None] = {}
+    eager: list[str] = []
     for piece in pieces:
         if not piece.computes:
             continue
         key = piece.key
         if key not in compiled:
-            compiled[key] = _Compiled(lower(piece.graph_module, _like(piece.inputs), "whole", mode))
-        stages.add_submodule(piece.name, compiled[key])
-    record.stages = (len(pieces), len(compiled))
-    return stages.forward
+            try:
+                compiled[key] = _Compiled(lower(piece.graph_module, _like(piece.inputs), "whole", mode))
+            except _CANNOT_LOWER as error:
+                compiled[key] = None
+                eager.append(_not_compiled(f"a part of the model ({piece.where})", error))
+        run = compiled[key]
+        if run is not None:
+            stages.add_submodule(piece.name, run)
+    return Stages(stages.forward, len(pieces), sum(run is not None for run in compiled.values()), tuple(eager))
+
+
+def _not_compiled(what: str, error: Exception) -> str:
+    """Warn that ``what`` runs eagerly; returns the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    wanted = next((line for line in lines if "error:" in line), lines[0] if lines else "")
+    reason = f"Inductor cannot compile {what}, which runs eagerly: {type(error).__name__}: {wanted[:300]}"
+    log.debug("%s", error)
+    warnings.warn(f"{reason}. The result is the same, slower.", EarlyTomFallbackWarning, stacklevel=3)
+    return reason
 
 
 def _like(values: Sequence[Any]) -> list[Any]:

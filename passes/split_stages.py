@@ -60,6 +60,12 @@ class Piece:
         return not all(_is_ours(node) or op_name(node) in _SIZES for node in calls)
 
     @property
+    def where(self) -> str:
+        """The part of the model it comes from, for messages."""
+        paths = (module_path(node) for node in self.graph_module.graph.nodes)
+        return next((path for path in paths if path), "<unnamed>")
+
+    @property
     def key(self) -> str:
         """The same for pieces that the same compiled code can run."""
         nodes = list(self.graph_module.graph.nodes)

@@ -3,7 +3,9 @@
     generate(input_ids [R, S], pixel_values_videos [V, F, 3, H, W], ...)
  -> rows = compiled_vision(video) for each video                  # one compilation for a frame count
  -> input_ids, attention_mask cut to the rows that are left       # [R, S'], left-padded where rows differ
- -> the model's own generate(input_ids, inputs_embeds, ...)       # cache, beams, streamers agree by construction
+ -> the model's own generate(input_ids, inputs_embeds, ...)       # cache, beams, streamers agree by construction;
+                                                                  # the prompt's pass through the language model
+                                                                  # is compiled once for all lengths (prefill.py)
  -> the caller's own prompt ids, then the new tokens
 
 ``torch.compile(model).generate`` would never run compiled code: the compiled module forwards ``generate`` to the
@@ -14,6 +16,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from ..errors import EarlyTomConfigError
 from ..prompt import PromptCut, UncuttablePrompt
 from ..reporting import Counts, GraphRecord, forget
 from ..stages import CompressedGraph, fall_back
+from .prefill import CompiledPrefill
 from .tracing import make_traceable
 
 _HANDLE = "_earlytom"
@@ -76,10 +80,11 @@ class CompiledModel:
         self.videos: list[tuple[GraphRecord, Counts]] = []
         self.record = GraphRecord("", False)
         self._paths: dict[Any, _VisionPath] = {}
+        self._prefill: CompiledPrefill | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
-        return {**self.__dict__, "_paths": {}, "videos": []}
+        return {**self.__dict__, "_paths": {}, "_prefill": None, "videos": []}
 
     @property
     def notes(self) -> list[str]:
@@ -98,20 +103,33 @@ class CompiledModel:
         new_ids, new_kwargs, plan = cut
         self._shorten_limits(new_kwargs, args, plan.dropped)
         _show_own_prompt(new_kwargs, ids, new_ids.shape[1])
-        output = self.own["generate"](new_ids, *args, **new_kwargs)
+        with self._compiled_prefill():
+            output = self.own["generate"](new_ids, *args, **new_kwargs)
         _mark_cache(getattr(output, "past_key_values", None), kwargs.get("past_key_values"))
         return _with_own_prompt(output, ids, new_ids.shape[1])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward`` with compressed videos: logits have the cut length."""
         own = self.own["forward"]
+        if torch.compiler.is_compiling() and kwargs.get("pixel_values_videos") is None:
+            return own(*args, **kwargs)  # transformers compiles decoding steps: let it see the model alone
         if args:
             names = list(inspect.signature(own).parameters)
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         ids = kwargs.get("input_ids")
         reason = self._reason_to_leave_alone(ids, kwargs, forward=True)
         cut = None if reason else self._compress(ids, kwargs, forward=True)  # type: ignore[arg-type]
-        return own(**kwargs) if cut is None else own(**cut[1])
+        if cut is None:
+            return own(**kwargs)
+        with self._compiled_prefill():
+            return own(**cut[1])
+
+    def _compiled_prefill(self) -> AbstractContextManager[None]:
+        if not self.config.compile_llm or self.config.lowering == "eager":
+            return nullcontext()
+        if self._prefill is None:
+            self._prefill = CompiledPrefill(self.model.model.language_model)
+        return self._prefill.installed()
 
     def _reason_to_leave_alone(self, ids: Any, kwargs: dict[str, Any], forward: bool = False) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
