@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.library import CustomOpDef
 
 NATIVE = "native"
@@ -31,7 +32,9 @@ class Provider:
     supports: Callable[..., bool]  # of the operator's arguments, fake tensors included
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return importlib.import_module(self.module, __package__).run(*args, **kwargs)
+        run = importlib.import_module(self.module, __package__).run
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whatever its arguments say
+            return run(*args, **kwargs)
 
 
 _TABLE: dict[str, Provider] = {}

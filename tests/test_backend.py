@@ -17,8 +17,10 @@ from earlytom_compile import (
     EarlyTomConfigError,
     EarlyTomFallbackWarning,
     report,
+    stages,
 )
 
+_LOWER = stages.lower
 MERGE = {"merge_layers": (0, 2), "tau_seg": 0.3}
 
 
@@ -76,6 +78,20 @@ def test_new_videos_do_not_recompile(model, variant):
         counts.add(tuple(expected.frames_after[0]))
     assert len(counts) > 4, "the videos are too alike to show anything"
     assert graphs_and_breaks(compiled) == (1, 0, 0)
+
+
+def test_a_hundred_videos_compile_once(model, monkeypatch):
+    lowered = []
+    monkeypatch.setattr(stages, "lower", lambda *args: lowered.append(args) or _LOWER(*args))
+    compiled = compress(model, lowering="staged", retain_ratio=0.2)
+    frames = set()
+    with torch.no_grad():
+        for seed in range(100):
+            compiled(**video_inputs(model, 16, seed=seed, scenes=1 + seed % 5, drift=0.1 * (seed % 7)))
+            frames.add(tuple(report(model).to_dict()["videos"][0]["frames"]))
+            kinds = len(lowered) if seed == 0 else kinds
+    assert len(frames) > 10, "the videos are too alike to show anything"
+    assert len(lowered) == kinds and graphs_and_breaks(compiled) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import compressed_forward, compressed_generate
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import earlytom_compile
@@ -63,10 +63,63 @@ def test_greedy_tokens_equal_the_oracle(model, layout, variant):
     assert torch.equal(got, oracle_tokens(model, inputs, variant=variant))
 
 
-def test_inductor_gives_the_same_tokens(model):
+@pytest.mark.parametrize("lowering", ["whole", "staged"])
+def test_inductor_gives_the_same_tokens(model, lowering):
     inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(1, 4))
-    got = new_tokens(compiled(model, lowering="whole"), inputs)
+    got = new_tokens(compiled(model, lowering=lowering), inputs)
     assert torch.equal(got, oracle_tokens(model, inputs))
+
+
+def graphs_compiled():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_the_prompt_is_compiled_once_for_all_lengths(model):
+    compiled(model, lowering="staged")
+    first = new_tokens(model, video_inputs(model, 12, after=4))
+    graphs = graphs_compiled()
+    prompts = [video_inputs(model, 12, after=after, before=after % 3, seed=after) for after in (5, 9, 16, 30)]
+    tokens = [new_tokens(model, inputs) for inputs in prompts]
+    assert graphs_compiled() == graphs, "a prompt of another length was compiled again"
+    for inputs, got in zip(prompts, tokens, strict=True):
+        assert torch.equal(got, oracle_tokens(model, inputs))
+    assert first.shape == (1, NEW)
+
+
+def test_the_language_model_is_left_as_it_was(model):
+    language_model = model.model.language_model
+    before = dict(language_model.__dict__)
+    compiled(model, lowering="staged")
+    new_tokens(model, video_inputs(model, 12))
+    assert language_model.__dict__ == before
+
+
+def test_compile_llm_can_be_turned_off(model):
+    inputs = video_inputs(model, 12)
+    compiled(model, lowering="staged", compile_llm=False)
+    got = new_tokens(model, inputs)
+    assert graphs_compiled() == 1  # the vision path
+    assert torch.equal(got, oracle_tokens(model, inputs))
+
+
+def test_a_static_cache_and_a_compiled_prompt(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(1, 4))
+    got = new_tokens(compiled(model, lowering="staged"), inputs, cache_implementation="static")
+    assert torch.equal(got, oracle_tokens(model, inputs))
+
+
+def test_decoding_compiled_by_somebody_else_sees_the_model_alone(model):
+    """As transformers does for static caches on a GPU: one step through torch.compile, in one graph."""
+    inputs = video_inputs(model, 12)
+    compiled(model)
+    expected = new_tokens(model, inputs)
+    cache = DynamicCache(config=model.config.text_config)
+    step = model.generate(**inputs, max_new_tokens=1, do_sample=False, past_key_values=cache, pad_token_id=0)
+    position = torch.tensor([[cache.get_seq_length()]])
+    with torch.no_grad():
+        decode = torch.compile(model.__call__, backend="eager", fullgraph=True)
+        logits = decode(input_ids=step[:, -1:], past_key_values=cache, position_ids=position).logits
+    assert logits[:, -1].argmax(-1) == expected[:, 1]
 
 
 def test_each_row_equals_that_row_alone(model):

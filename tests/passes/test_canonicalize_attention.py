@@ -5,6 +5,7 @@ import torch
 from hand_made import VideoModel, capture, count
 from tiny_models import tiny_llava_onevision, video_inputs
 
+from earlytom_compile.integrations.tracing import make_traceable
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 
 
@@ -42,8 +43,7 @@ def test_two_matmuls_without_softmax_are_not_attention():
         return torch.matmul(torch.matmul(q, k.transpose(-1, -2)) * 0.1, v)
 
     x = torch.randn(1, 2, 5, 4)
-    graph_module = capture(torch.nn.Module(), x) if False else _capture_function(linear_attention, x, x, x)
-    assert canonicalize_attention(graph_module.graph) == 0
+    assert canonicalize_attention(_capture_function(linear_attention, x, x, x).graph) == 0
 
 
 def test_softmax_over_queries_is_not_attention():
@@ -71,12 +71,56 @@ def test_masks_and_scales_in_other_spellings(spelling):
     torch.testing.assert_close(compiled(q, k, v, mask), spelling(q, k, v, mask))
 
 
+class SiglipAttention(torch.nn.Module):
+    """Attention as LLaVA-NeXT's SigLIP spells it: scale behind the product, float32 softmax, dropout of 0."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+        self.dropout = 0.0
+        self.q, self.k, self.v, self.out = (torch.nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        frames, tokens, width = x.size()
+        q, k, v = (
+            linear(x).view(frames, tokens, self.heads, width // self.heads).transpose(1, 2)
+            for linear in (self.q, self.k, self.v)
+        )
+        weights = torch.matmul(q, k.transpose(2, 3)) * self.scale
+        if weights.size() != (frames, self.heads, tokens, tokens):
+            raise ValueError(weights.size())
+        weights = torch.nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
+        weights = torch.nn.functional.dropout(weights, p=self.dropout, training=self.training)
+        mixed = torch.matmul(weights, v).transpose(1, 2).contiguous()
+        return self.out(mixed.reshape(frames, tokens, width))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_fires_on_the_attention_of_llava_next(dtype, tolerance):
+    model, x = SiglipAttention(24, 3).to(dtype).eval(), torch.randn(4, 11, 24).to(dtype)
+    graph_module = capture(model, x)
+    assert canonicalize_attention(graph_module.graph) == 1
+    with torch.no_grad():
+        actual = torch.compile(model, backend=_canonical)(x)
+        torch.testing.assert_close(actual, model(x), atol=tolerance, rtol=tolerance)
+
+
 def test_fires_on_transformers_eager_attention():
     model = tiny_llava_onevision(vision_layers=3, text_layers=2, attn_implementation="eager")
     inputs = video_inputs(model, 4)
-    compiled = torch.compile(model, backend=_canonical)
+    fired = []
+    make_traceable()
+
+    def backend(graph_module, example_inputs):
+        fired.append(canonicalize_attention(graph_module.graph))
+        assert count(graph_module, "softmax") == 0
+        return _canonical(graph_module, example_inputs)
+
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+        actual = torch.compile(model, backend=backend)(**inputs).logits
+        torch.testing.assert_close(actual, model(**inputs).logits, atol=1e-4, rtol=1e-4)
+    assert fired == [3 + 2]  # every layer of the encoder and of the language model: no map is left
 
 
 def _capture_function(function, *inputs):
