@@ -23,6 +23,7 @@ from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from .find_video_boundary import Boundary
 from .find_vision_encoder import Block
 from .patterns import insert, shape_of, value_of
+from .reasons import NotApplicable
 from .retarget_axes import ResizedAxis
 
 _FEWEST_MERGEABLE = 4
@@ -109,6 +110,13 @@ def _frame_counts(graph: Graph, boundary: Boundary) -> Node:
 
 
 def _attention_received(graph: Graph, block: Block) -> Node:
+    query, key = shape_of(block.query), shape_of(block.key)
+    if query != key:
+        raise NotApplicable(
+            f"attention in the vision encoder has queries {query} and keys {key}; the importance of a token is "
+            "known only where both have the same heads and tokens",
+            "Repeat grouped key heads to the query's heads in the model, or leave it to another backend",
+        )
     head_dim = int(shape_of(block.query)[-1])  # type: ignore[index]
     scale = block.scale if block.scale is not None else 1 / math.sqrt(head_dim)
     return insert(graph, torch.ops.earlytom.attention_received.default, block.query, block.key, scale)

@@ -23,6 +23,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ..config import EarlyTomConfig
+from ..errors import EarlyTomError
 from .canonicalize_attention import canonicalize_attention
 from .compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
 from .find_video_boundary import Boundary, find_video_boundary
@@ -162,7 +163,16 @@ def run_passes(state: Rewrite) -> Rewrite:
     """Run all passes on ``state.graph_module``, which is edited in place; raises NotApplicable."""
     for index, (name, run) in enumerate(PASSES):
         start = time.perf_counter()
-        run(state)
+        try:
+            run(state)
+        except (NotApplicable, EarlyTomError):
+            raise
+        except Exception as error:
+            log.warning("pass %s failed", name, exc_info=True)
+            raise NotApplicable(
+                f"pass {name} failed on this graph with {type(error).__name__}: {error}",
+                "This is a defect of earlytom-compile: please report it with the traceback logged above",
+            ) from error
         state.seconds[name] = time.perf_counter() - start
         log.debug("pass %d %s: %.1f ms", index, name, 1e3 * state.seconds[name])
         metadata = {"name": f"earlytom_{index}_{name}", "encoding": "string"}

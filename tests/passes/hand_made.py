@@ -17,7 +17,7 @@ VIDEO = 9
 class Switches:
     """What is unusual about the model."""
 
-    attention: str = "sdpa"  # "matmul", "causal", "weights returned", "dropout"
+    attention: str = "sdpa"  # "matmul", "causal", "weights returned", "dropout", "grouped"
     post_norm: bool = False
     gated_mlp: bool = False
     pool: str = "avg"  # "bilinear", "none"
@@ -46,6 +46,9 @@ class Layer(nn.Module):
         kind = self.switches.attention
         if self.causal or kind in ("sdpa", "causal"):
             result = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal or kind == "causal")
+        elif kind == "grouped":
+            k, v = k[:, : self.heads // 2], v[:, : self.heads // 2]
+            result = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         else:
             weights = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5
             weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)

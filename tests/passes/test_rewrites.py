@@ -9,7 +9,8 @@ from hand_made import VIDEO, VideoModel, capture, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earlytom_compile import EarlyTomConfig, EarlyTomConfigError, EarlyTomFallbackWarning
+from earlytom_compile import EarlyTomCompileError, EarlyTomConfig, EarlyTomConfigError, EarlyTomFallbackWarning
+from earlytom_compile.passes import manager
 from earlytom_compile.passes.manager import PASSES, Rewrite, run_passes
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.reference import plan_frame_merge, segment_frames, select_tokens
@@ -187,6 +188,7 @@ def test_missing_merge_layer():
         ({"tail": "mean"}, "flow into mean"),
         ({"attention": "causal"}, "no vision encoder"),
         ({"pool": "none"}, "no video passes through"),
+        ({"attention": "grouped"}, "queries .* and keys .*heads"),
     ],
 )
 def test_everything_or_nothing(switches, reason):
@@ -196,6 +198,22 @@ def test_everything_or_nothing(switches, reason):
         got = compress(model)(ids, pixels)
     with torch.no_grad():
         torch.testing.assert_close(got, model(ids, pixels))
+
+
+def test_a_pass_that_fails_is_a_reason_not_a_crash(monkeypatch):
+    def fail(state):
+        raise IndexError("nobody thought of this")
+
+    passes = [(name, fail if name == "compact_sequence" else run) for name, run in manager.PASSES]
+    monkeypatch.setattr(manager, "PASSES", passes)
+    model = VideoModel().eval()
+    inputs = model.example()
+    with torch.no_grad():
+        with pytest.warns(EarlyTomFallbackWarning, match="compact_sequence failed.*IndexError: nobody thought"):
+            got = compress(model)(*inputs)
+        torch.testing.assert_close(got, model(*inputs))
+        with pytest.raises(EarlyTomCompileError, match="compact_sequence failed"):
+            compress(model, strict=True)(*inputs)
 
 
 def test_original_graph_is_left_as_it_was_when_nothing_is_rewritten():
