@@ -106,7 +106,7 @@ def _describe(state: Rewrite, record: GraphRecord) -> None:
     record.frames = boundary.frames
     record.tokens_before = boundary.frames * boundary.tokens
     record.budget = state.selected.budget
-    record.inserted = state.inserted
+    record.inserted, record.providers = state.inserted, state.providers
     record.seconds.update(state.seconds)
 
 

@@ -26,6 +26,7 @@ class GraphRecord:
     tokens_before: int = 0
     budget: int | None = None
     inserted: dict[str, int] = field(default_factory=dict)
+    providers: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     lowering: str = ""
@@ -113,6 +114,7 @@ class Report:
             "encoder": {"layers": last.layers, "module": last.encoder} if last else None,
             "merge_layers": list(last.merge_layers) if last else [],
             "inserted": dict(last.inserted) if last else {},
+            "providers": dict(last.providers) if last else {},
             "lowering": last.lowering if last else None,
             "stages": list(last.stages) if last and last.stages else None,
             "videos": [video for record, counts in calls for video in record.describe(counts)],
@@ -132,9 +134,11 @@ class Report:
         else:
             layers = ", ".join(map(str, content["merge_layers"])) or "none"
             operators = ", ".join(f"{count} {name}" for name, count in content["inserted"].items())
+            providers = _describe_providers(content["providers"])
             lines = [
                 f"vision encoder   {encoder['module']} ({encoder['layers']} layers), merges after {layers}",
                 f"inserted         {operators}",
+                f"computed by      {providers}",
                 f"lowering         {content['lowering']}{_describe_stages(content['stages'])}",
             ]
         for index, video in enumerate(content["videos"]):
@@ -149,6 +153,15 @@ class Report:
         )
         lines += [f"left alone       {reason}" for reason in content["reasons"]]
         return "\n".join(lines)
+
+
+def _describe_providers(providers: dict[str, str]) -> str:
+    operators: dict[str, list[str]] = {}
+    for operator, provider in providers.items():
+        operators.setdefault(provider, []).append(operator)
+    if len(operators) == 1:
+        return next(iter(operators))
+    return "; ".join(f"{provider}: {', '.join(names)}" for provider, names in operators.items())
 
 
 def _describe_stages(stages: list[int] | None) -> str:

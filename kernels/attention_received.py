@@ -9,6 +9,10 @@
 import torch
 from torch import Tensor
 
+from .providers import Provider, provide
+
+_WIDEST_HEAD_BYTES = 320  # of the Triton kernels, whose tiles must fit into shared memory
+
 
 @torch.library.custom_op("earlytom::attention_received", mutates_args=())
 def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -25,12 +29,7 @@ def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     Raises:
         ValueError: wrong rank or dtype, shapes that differ, or an empty axis.
     """
-    _check(query, key)
-    if query.shape != key.shape or 0 in query.shape:
-        raise ValueError(
-            f"earlytom::attention_received: query {list(query.shape)} and key {list(key.shape)} must have "
-            f"the same shape without empty axes; repeat grouped key heads to the query's heads first"
-        )
+    check_shapes(query, key)
     frames, heads, tokens, _ = query.shape
     out = query.new_empty((frames, tokens), dtype=torch.float32)
     scores = query.new_empty((heads, tokens, tokens), dtype=torch.float32)
@@ -54,3 +53,23 @@ def _check(query: Tensor, key: Tensor) -> None:
             f"earlytom::attention_received: query and key must be [frames, heads, tokens, head_dim] of one "
             f"float dtype, got {query.dtype} with {query.dim()} axes and {key.dtype} with {key.dim()}"
         )
+
+
+def check_shapes(query: Tensor, key: Tensor) -> None:
+    """What a provider has to refuse, all of it known without a look at the values."""
+    _check(query, key)
+    if query.shape != key.shape or 0 in query.shape:
+        raise ValueError(
+            f"earlytom::attention_received: query {list(query.shape)} and key {list(key.shape)} must have "
+            f"the same shape without empty axes; repeat grouped key heads to the query's heads first"
+        )
+
+
+def _triton_supports(query: Tensor, key: Tensor, scale: float) -> bool:
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    if query.dtype not in dtypes or query.dim() != 4:
+        return False
+    return query.shape[3] * query.element_size() <= _WIDEST_HEAD_BYTES
+
+
+provide(attention_received, Provider("triton", ".triton_attention_received", supports=_triton_supports))

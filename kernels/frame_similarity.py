@@ -17,7 +17,9 @@ blocking and any device sums the same integers to the same result.
 import torch
 from torch import Tensor
 
-_NORM_FLOOR = 1e-15  # a shorter token counts as zero, cosine 0 with every other: its float32 squares vanish
+from .providers import Provider, provide
+
+NORM_FLOOR = 1e-15  # a shorter token counts as zero, cosine 0 with every other: its float32 squares vanish
 _CHUNK_ELEMENTS_CPU = 1 << 20  # 8 MB of float64: stays in the cache
 _CHUNK_ELEMENTS = 1 << 25
 _LEAST_BLOCK_FRAMES = 16  # for a narrow band a few products too many cost less than many small ones
@@ -43,12 +45,7 @@ def frame_similarity(hidden: Tensor, band: int) -> Tensor:
     Raises:
         ValueError: wrong rank or dtype, an empty axis, or ``band < 1``.
     """
-    _check(hidden)
-    if 0 in hidden.shape or band < 1:
-        raise ValueError(
-            f"earlytom::frame_similarity: hidden {list(hidden.shape)}, band={band}; no axis may be empty, "
-            f"and the band, the largest frame distance that will be asked for, must be at least 1"
-        )
+    check_shape(hidden, band)
     frames = hidden.shape[0]
     reach = min(band, frames - 1)
     out = hidden.new_zeros((frames, band), dtype=torch.float32)
@@ -77,6 +74,16 @@ def _check(hidden: Tensor) -> None:
         raise ValueError(
             f"earlytom::frame_similarity: hidden must be a float tensor [frames, tokens, channels], "
             f"got {hidden.dtype} with {hidden.dim()} axes"
+        )
+
+
+def check_shape(hidden: Tensor, band: int) -> None:
+    """What a provider has to refuse, all of it known without a look at the values."""
+    _check(hidden)
+    if 0 in hidden.shape or band < 1:
+        raise ValueError(
+            f"earlytom::frame_similarity: hidden {list(hidden.shape)}, band={band}; no axis may be empty, "
+            f"and the band, the largest frame distance that will be asked for, must be at least 1"
         )
 
 
@@ -119,7 +126,14 @@ def _fixed_point_tokens(hidden: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     zero tokens. A norm that is not finite gives NaN."""
     wide = hidden.float()
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    present = norm >= _NORM_FLOOR
-    scale = norm.reciprocal().mul_(2.0**bits).masked_fill_(norm < _NORM_FLOOR, 0.0)
+    present = norm >= NORM_FLOOR
+    scale = norm.reciprocal().mul_(2.0**bits).masked_fill_(norm < NORM_FLOOR, 0.0)
     scale.masked_fill_(~norm.isfinite(), float("nan"))
     return (wide * scale).round_().double().flatten(1), present.squeeze(-1)
+
+
+def _triton_supports(hidden: Tensor, band: int) -> bool:
+    return hidden.dtype in (torch.float32, torch.float16, torch.bfloat16) and hidden.dim() == 3
+
+
+provide(frame_similarity, Provider("triton", ".triton_frame_similarity", supports=_triton_supports))

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .providers import Provider, provide
+
 
 @torch.library.custom_op("earlytom::merge_frames", mutates_args=())
 def merge_frames(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
@@ -28,7 +30,7 @@ def merge_frames(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
         ValueError: shapes that do not match, ``n`` that is not the plan's, empty rows among the others,
             sources outside ``x``, or weights that are not finite.
     """
-    _check(x, source, weight)
+    check_shapes(x, source, weight, n)
     merged = _merged_rows(x.shape[0], source, weight, n)
     out = x.index_select(0, source[:n, 0])
     if merged:
@@ -59,13 +61,25 @@ def _check(x: Tensor, source: Tensor, weight: Tensor) -> None:
         )
 
 
-def _merged_rows(frames: int, source: Tensor, weight: Tensor, n: int) -> list[int]:
-    """Rows of the plan that blend two frames, after checking the whole plan; one small copy to the host."""
+def check_shapes(x: Tensor, source: Tensor, weight: Tensor, n: int) -> None:
+    """What a provider has to refuse, all of it known without a look at the values."""
+    _check(x, source, weight)
+    frames = x.shape[0]
     if source.shape != (frames, 2) or weight.shape != (frames, 2):
         raise ValueError(
             f"earlytom::merge_frames: a plan over {source.shape[0]} frames cannot merge x with {frames} "
             f"frames; pass the source and weight planned for these frames"
         )
+    if not 0 <= n <= frames:
+        raise ValueError(
+            f"earlytom::merge_frames: n={n} of {frames} frames; pass n=int(merged_counts.sum()) of the same plan. "
+            f"It is negative where plan_merge could not plan: hidden states with NaN, infinity or values whose "
+            f"norm overflows float32, counts that do not add up, or a band that is too narrow"
+        )
+
+
+def _merged_rows(frames: int, source: Tensor, weight: Tensor, n: int) -> list[int]:
+    """Rows of the plan that blend two frames, after checking the whole plan; one small copy to the host."""
     plan = torch.cat([source.double(), weight.double()], dim=1).tolist()
     used = [any(weights) for _, _, *weights in plan]
     if used != [row < n for row in range(frames)]:
@@ -80,3 +94,10 @@ def _merged_rows(frames: int, source: Tensor, weight: Tensor, n: int) -> list[in
                 f"weight {tuple(weights)}; sources must be in [0, {frames}) and weights finite"
             )
     return [row for row, (_, _, *weights) in enumerate(plan[:n]) if weights != [1.0, 0.0]]
+
+
+def _triton_supports(x: Tensor, source: Tensor, weight: Tensor, n: int) -> bool:
+    return x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+provide(merge_frames, Provider("triton", ".triton_merge_frames", supports=_triton_supports))

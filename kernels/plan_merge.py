@@ -10,7 +10,9 @@ The plan is a table, so that whatever rides along with the frames merges by the 
                                  0 0      0    0         (rows after the last merged frame are zero)
 
 The decisions are sequential and tiny, so the native body takes one small copy to the host. The moving average
-and every comparison are float32, in the order written here; a provider on a device has to do the same.
+and every comparison are float32, in the order written here; a provider on a device has to do the same. Values
+that the native body reads and refuses, such a provider must not read: it marks the plan by merged_counts of -1,
+which the reader of N refuses.
 """
 
 import ctypes
@@ -19,6 +21,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .providers import Provider, provide
 
 _VARIANTS = ("paper", "released")
 
@@ -66,12 +70,11 @@ def plan_merge(
 
     Raises:
         ValueError: shapes that do not match, counts that do not add up to T, NaN or infinite similarities, a
-            band that is too narrow, or an option without meaning.
+            band that is too narrow, or an option without meaning. A provider that does not read values puts
+            -1 into all merged_counts and 0 into all rows instead, where the reason is a value.
     """
-    _check(similarity, counts, variant, tau_seg, alpha, max_window, "plan_merge")
-    farthest = _farthest(variant, max_window)
-    if math.isnan(tau_merge):
-        farthest = max(farthest, _longest_segment(variant, max_window) - 1)
+    check(similarity, counts, variant, tau_seg, alpha, max_window, "plan_merge")
+    farthest = plan_distance(variant, max_window, tau_merge)
     rows: list[Row] = []
     merged_counts: list[int] = []
     for first, frames, s in _videos(similarity, counts, farthest, "plan_merge"):
@@ -102,7 +105,7 @@ def _(
     tau_merge: float,
     min_frames: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(similarity, counts, variant, tau_seg, alpha, max_window, "plan_merge")
+    check(similarity, counts, variant, tau_seg, alpha, max_window, "plan_merge")
     rows = (similarity.shape[0], 2)
     source = similarity.new_empty(rows, dtype=torch.int64)
     return source, similarity.new_empty(rows, dtype=torch.float32), counts.new_empty(counts.shape)
@@ -124,10 +127,10 @@ def dynamic_frames(
         bool [N], on the device of ``similarity``; True for a dynamic frame, False for a static one.
 
     Raises:
-        ValueError: as ``plan_merge``.
+        ValueError: as ``plan_merge``; a provider that does not read values calls every frame static instead.
     """
-    _check(similarity, counts, variant, tau_seg, alpha, max_window, "dynamic_frames")
-    farthest = _farthest(variant, max_window)
+    check(similarity, counts, variant, tau_seg, alpha, max_window, "dynamic_frames")
+    farthest = segment_distance(variant, max_window)
     dynamic = [False] * similarity.shape[0]
     for first, frames, s in _videos(similarity, counts, farthest, "dynamic_frames"):
         for head, tail in _segments(s, frames, variant, tau_seg, alpha, max_window):
@@ -137,11 +140,11 @@ def dynamic_frames(
 
 @dynamic_frames.register_fake
 def _(similarity: Tensor, counts: Tensor, *, variant: str, tau_seg: float, alpha: float, max_window: int) -> Tensor:
-    _check(similarity, counts, variant, tau_seg, alpha, max_window, "dynamic_frames")
+    check(similarity, counts, variant, tau_seg, alpha, max_window, "dynamic_frames")
     return similarity.new_empty((similarity.shape[0],), dtype=torch.bool)
 
 
-def _check(
+def check(
     similarity: Tensor,
     counts: Tensor,
     variant: str,
@@ -166,18 +169,44 @@ def _check(
         )
 
 
-def _longest_segment(variant: str, max_window: int) -> float:
+def longest_segment(variant: str, max_window: int) -> float:
     if max_window == 0:
         return math.inf
     return max_window if variant == "paper" else max(1, max_window - 1)
 
 
-def _farthest(variant: str, max_window: int) -> float:
+def segment_distance(variant: str, max_window: int) -> float:
     """Distance in frames over which segmentation alone compares."""
-    return 1 if variant == "paper" else _longest_segment(variant, max_window) - 1
+    return 1 if variant == "paper" else longest_segment(variant, max_window) - 1
 
 
-def _float32(value: float) -> float:
+def plan_distance(variant: str, max_window: int, tau_merge: float) -> float:
+    """Distance in frames over which a plan compares: with the threshold "segment", a segment's tail with its head."""
+    farthest = segment_distance(variant, max_window)
+    return max(farthest, longest_segment(variant, max_window) - 1) if math.isnan(tau_merge) else farthest
+
+
+def check_band(band: int, farthest: float, longest_video: int, op: str) -> None:
+    """Refuse a band that lacks pairs a video of ``longest_video`` frames can ask for."""
+    needed = min(farthest, longest_video - 1)
+    if band < needed:
+        raise ValueError(
+            f"earlytom::{op}: similarity has a band of {band} frames, these options need {int(needed)}; "
+            f"call frame_similarity with band={int(needed)} or lower max_window"
+        )
+
+
+def check_batch(similarity: Tensor, counts: Tensor, farthest: float, op: str) -> None:
+    """What is known to be wrong with counts and band without a look at the values."""
+    total, band = similarity.shape
+    videos = counts.shape[0]
+    if not 0 < videos <= total:
+        raise ValueError(f"earlytom::{op}: counts of {videos} videos over {total} frames; every video needs a frame")
+    average = -(-total // videos)
+    check_band(band, farthest, average, op)  # some video is at least so long
+
+
+def float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
@@ -191,12 +220,7 @@ def _videos(similarity: Tensor, counts: Tensor, farthest: float, op: str) -> lis
             f"earlytom::{op}: counts={lengths} over {total} frames; every video needs at least one frame and "
             f"the counts must add up to the rows of similarity"
         )
-    needed = min(farthest, max(lengths) - 1)
-    if band < needed:
-        raise ValueError(
-            f"earlytom::{op}: similarity has a band of {band} frames, these options need {int(needed)}; "
-            f"call frame_similarity with band={int(needed)} or lower max_window"
-        )
+    check_band(band, farthest, max(lengths), op)
     firsts = [sum(lengths[:video]) for video in range(len(lengths))]
     return [(first, frames, _lookup(flat, first, band, op)) for first, frames in zip(firsts, lengths, strict=True)]
 
@@ -218,15 +242,15 @@ def _segments(
     s: Similarity, frames: int, variant: str, tau_seg: float, alpha: float, max_window: int
 ) -> list[tuple[int, int]]:
     """Inclusive (head, tail) of each segment; released compares with the segment's head, paper with t - 1."""
-    longest = _longest_segment(variant, max_window)
-    newest, older, threshold = _float32(alpha), _float32(1.0 - alpha), _float32(tau_seg)
+    longest = longest_segment(variant, max_window)
+    newest, older, threshold = float32(alpha), float32(1.0 - alpha), float32(tau_seg)
     heads, smoothed = [0], 1.0
     for frame in range(1, frames):
         head = heads[-1]
         full = frame - head >= longest
         if not full:
             now = s(frame, frame - 1 if variant == "paper" else head)
-            smoothed = _float32(_float32(newest * now) + _float32(older * smoothed))
+            smoothed = float32(float32(newest * now) + float32(older * smoothed))
         if full or smoothed < threshold:
             heads.append(frame)
             smoothed = 1.0
@@ -234,7 +258,7 @@ def _segments(
 
 
 def _threshold(s: Similarity, head: int, tail: int, tau_merge: float) -> float:
-    return s(tail, head) if math.isnan(tau_merge) else _float32(tau_merge)
+    return s(tail, head) if math.isnan(tau_merge) else float32(tau_merge)
 
 
 def _merge_paper(
@@ -300,3 +324,11 @@ def _released_weights(alike: float, following: float) -> tuple[float, float]:
     if total == 0.0:  # the released code divides by zero here and fills the frame with NaN
         return 0.5, 0.5
     return alike / total, following / total
+
+
+def _triton_supports(similarity: Tensor, counts: Tensor, **options: object) -> bool:
+    return similarity.dtype == torch.float32 and counts.device == similarity.device
+
+
+provide(plan_merge, Provider("triton", ".triton_plan_merge", supports=_triton_supports))
+provide(dynamic_frames, Provider("triton", ".triton_dynamic_frames", supports=_triton_supports))

@@ -38,14 +38,13 @@ class Provider:
 
 
 _TABLE: dict[str, Provider] = {}
-_NATIVE: dict[str, Callable[..., Any]] = {}
 
 
 def provide(op: CustomOpDef, provider: Provider) -> None:
     """Register ``provider`` for CUDA inputs of ``op``; inputs it does not support take the native body."""
     name = op._qualname.split("::")[1]
     native = op._init_fn
-    _TABLE[name], _NATIVE[name] = provider, native
+    _TABLE[name] = provider
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         return (provider if provider.supports(*args, **kwargs) else native)(*args, **kwargs)
@@ -54,7 +53,7 @@ def provide(op: CustomOpDef, provider: Provider) -> None:
 
 
 def provider_of(name: str, device_type: str, *args: Any, **kwargs: Any) -> str:
-    """Name of the provider that computes operator ``name`` for these arguments on ``device_type``."""
+    """Name of the provider that computes operator ``name`` for these arguments, real or fake, on ``device_type``."""
     provider = _TABLE.get(name)
     if device_type != "cuda" or provider is None or not provider.supports(*args, **kwargs):
         return NATIVE

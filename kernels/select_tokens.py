@@ -8,7 +8,7 @@
 
 A dynamic frame keeps its most important tokens wherever they are. A static frame is cut in raster order into
 as many near-equal runs as it keeps tokens, and the best of each run stays, so that its tokens keep their
-spread. Both come from one stable sort: of equal importance the lower index wins, on every device.
+spread. Both come from one order: of equal importance the lower index wins, on every device.
 """
 
 import math
@@ -16,10 +16,21 @@ import math
 import torch
 from torch import Tensor
 
+from .providers import Provider, provide
+
+_PLACES = ("device", "host", "auto")
+_MOST_TOKENS = 1024  # of a frame, in the Triton kernels, which compare every token with every other
+
 
 @torch.library.custom_op("earlytom::select_tokens", mutates_args=())
 def select_tokens(
-    features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, budget: int
+    features: Tensor,
+    importance: Tensor,
+    dynamic: Tensor,
+    counts: Tensor,
+    budget: int,
+    *,
+    static_selection: str = "device",
 ) -> tuple[Tensor, Tensor]:
     """Paper variant: every video keeps exactly ``budget`` tokens.
 
@@ -32,6 +43,8 @@ def select_tokens(
         dynamic: bool [N], from ``dynamic_frames``.
         counts: int64 [V], frames of each video, at least 1, N in total.
         budget: tokens each video keeps, at least 1.
+        static_selection: where a GPU's static frames are selected, with the same result: "device", "host" (the
+            CPU, meanwhile; host_selection.py), or "auto", what a measurement at the first call says.
 
     Returns:
         tokens: [V, budget, D], dtype of ``features``.
@@ -40,21 +53,18 @@ def select_tokens(
 
     Raises:
         ValueError: shapes that do not match, NaN in the importance, or a video with fewer than ``budget``
-            tokens.
+            tokens. A provider that does not read values takes NaN for the least importance, and fills a row
+            that gets no token, for want of tokens or of counts that add up, with 0 and its ``kept`` with -1.
     """
-    _check(features, importance, dynamic, counts, "select_tokens")
-    videos = _videos(features, importance, dynamic, counts, "select_tokens")
+    check_shapes(features, importance, dynamic, counts, "select_tokens")
+    check_place(static_selection)
+    videos = read_videos(importance, dynamic, counts, "select_tokens")
     tokens = features.shape[1]
     quotas: list[int] = []
     for frames in videos:
-        if not 1 <= budget <= len(frames) * tokens:
-            raise ValueError(
-                f"earlytom::select_tokens: budget={budget}, but a video has {len(frames)} frames of {tokens} "
-                f"tokens; the budget must be in [1, {len(frames) * tokens}]: merge fewer frames or lower the "
-                f"retain ratio"
-            )
-        quotas += _paper_quotas(frames, budget)
-    frame, token = _keep(importance, dynamic, quotas)
+        check_budget(budget, len(frames), tokens)
+        quotas += paper_quotas(frames, budget)
+    frame, token = keep_tokens(importance, dynamic, quotas)
     first = _first_frames(videos, importance.device)
     kept = torch.stack([frame - first[frame], token], dim=1)
     shape = (len(videos), budget)
@@ -62,7 +72,16 @@ def select_tokens(
 
 
 @select_tokens.register_fake
-def _(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def _(
+    features: Tensor,
+    importance: Tensor,
+    dynamic: Tensor,
+    counts: Tensor,
+    budget: int,
+    *,
+    static_selection: str = "device",
+) -> tuple[Tensor, Tensor]:
+    check_place(static_selection)
     _check(features, importance, dynamic, counts, "select_tokens")
     videos = counts.shape[0]
     kept = counts.new_empty((videos, budget, 2), device=features.device)
@@ -92,15 +111,11 @@ def select_tokens_released(
     Raises:
         ValueError: as ``select_tokens``; or ``frames`` or ``retain_ratio`` out of range.
     """
-    _check(features, importance, dynamic, counts, "select_tokens_released")
-    if frames < 1 or not 0.0 < retain_ratio <= 1.0:
-        raise ValueError(
-            f"earlytom::select_tokens_released: frames={frames}, retain_ratio={retain_ratio}; frames must be "
-            f"at least 1 and retain_ratio in (0, 1]"
-        )
-    videos = _videos(features, importance, dynamic, counts, "select_tokens_released")
-    per_video = [_released_quotas(video, frames, retain_ratio, features.shape[1]) for video in videos]
-    frame, token = _keep(importance, dynamic, sum(per_video, []))
+    check_shapes(features, importance, dynamic, counts, "select_tokens_released")
+    check_ratio(frames, retain_ratio)
+    videos = read_videos(importance, dynamic, counts, "select_tokens_released")
+    per_video = [released_quotas(video, frames, retain_ratio, features.shape[1]) for video in videos]
+    frame, token = keep_tokens(importance, dynamic, sum(per_video, []))
     first = _first_frames(videos, importance.device)
     video_of = torch.tensor([index for index, video in enumerate(videos) for _ in video]).to(frame.device)
     kept = torch.stack([video_of[frame], frame - first[frame], token], dim=1)
@@ -131,14 +146,44 @@ def _check(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor
         )
 
 
-def _videos(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, op: str) -> list[list[bool]]:
-    """The dynamic flags of each video's frames, after checking the inputs; one small copy to the host."""
-    total = features.shape[0]
-    if importance.shape != features.shape[:2] or dynamic.shape[0] != total or features.shape[1] == 0:
+def check_shapes(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, op: str) -> None:
+    """What a provider has to refuse, all of it known without a look at the values."""
+    _check(features, importance, dynamic, counts, op)
+    agree = importance.shape == features.shape[:2] and dynamic.shape[0] == features.shape[0]
+    if not agree or features.shape[1] == 0:
         raise ValueError(
             f"earlytom::{op}: features {list(features.shape)}, importance {list(importance.shape)} and "
             f"dynamic {list(dynamic.shape)} must agree on frames and tokens, with at least one token"
         )
+
+
+def check_budget(budget: int, frames: int, tokens: int) -> None:
+    if not 1 <= budget <= frames * tokens:
+        raise ValueError(
+            f"earlytom::select_tokens: budget={budget}, but a video has {frames} frames of {tokens} tokens; the "
+            f"budget must be in [1, {frames * tokens}]: merge fewer frames or lower the retain ratio"
+        )
+
+
+def check_place(static_selection: str) -> None:
+    if static_selection not in _PLACES:
+        raise ValueError(
+            f"earlytom::select_tokens: static_selection={static_selection!r}; use one of "
+            f"{', '.join(map(repr, _PLACES))}"
+        )
+
+
+def check_ratio(frames: int, retain_ratio: float) -> None:
+    if frames < 1 or not 0.0 < retain_ratio <= 1.0:
+        raise ValueError(
+            f"earlytom::select_tokens_released: frames={frames}, retain_ratio={retain_ratio}; frames must be "
+            f"at least 1 and retain_ratio in (0, 1]"
+        )
+
+
+def read_videos(importance: Tensor, dynamic: Tensor, counts: Tensor, op: str) -> list[list[bool]]:
+    """The dynamic flags of each video's frames, after checking the values; one small copy to the host."""
+    total = importance.shape[0]
     device = importance.device
     nan = importance.isnan().any()
     packed = torch.cat([nan.view(1).long(), dynamic.to(device).long(), counts.to(device)]).tolist()
@@ -154,14 +199,14 @@ def _videos(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tenso
     return [flags[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
-def _paper_quotas(frames: list[bool], budget: int) -> list[int]:
+def paper_quotas(frames: list[bool], budget: int) -> list[int]:
     base, left = divmod(budget, len(frames))
     order = sorted(range(len(frames)), key=lambda frame: not frames[frame])
     favoured = set(order[:left])
     return [base + (frame in favoured) for frame in range(len(frames))]
 
 
-def _released_quotas(video: list[bool], frames: int, retain_ratio: float, tokens: int) -> list[int]:
+def released_quotas(video: list[bool], frames: int, retain_ratio: float, tokens: int) -> list[int]:
     ratio = min(retain_ratio / (len(video) / frames), 1.0)
     dynamic, static = math.ceil(tokens * ratio), max(1, round(tokens * ratio))
     return [dynamic if flag else static for flag in video]
@@ -174,7 +219,7 @@ def _first_frames(videos: list[list[bool]], device: torch.device) -> Tensor:
     return torch.tensor(firsts).to(device)
 
 
-def _keep(importance: Tensor, dynamic: Tensor, quotas: list[int]) -> tuple[Tensor, Tensor]:
+def keep_tokens(importance: Tensor, dynamic: Tensor, quotas: list[int]) -> tuple[Tensor, Tensor]:
     """(frame, token) int64 of every kept token; frame t keeps ``quotas[t]``."""
     frames, tokens = importance.shape
     device = importance.device
@@ -203,3 +248,19 @@ def _best_of_run(rank: Tensor, quota: Tensor) -> Tensor:
     run = torch.where(in_larger, position // (small + 1), larger + (position - larger * (small + 1)) // small)
     best = rank.new_full((frames, tokens), tokens).scatter_reduce_(1, run, rank, "amin")
     return (rank == best.gather(1, run)) & (quota > 0)
+
+
+def _triton_supports(
+    features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, *options: object, **places: object
+) -> bool:
+    return (
+        importance.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and features.dim() == 3
+        and features.dtype.itemsize <= 8
+        and features.shape[1] <= _MOST_TOKENS
+        and features.device == importance.device == dynamic.device == counts.device
+    )
+
+
+provide(select_tokens, Provider("triton", ".triton_select_tokens", supports=_triton_supports))
+provide(select_tokens_released, Provider("triton", ".triton_select_tokens_released", supports=_triton_supports))

@@ -47,7 +47,8 @@ def _select_exactly(
     graph: Graph, boundary: Boundary, operands: tuple[Node, ...], config: EarlyTomConfig
 ) -> SelectedTokens:
     budget = config.token_budget(boundary.frames, boundary.tokens)
-    selected = insert(graph, torch.ops.earlytom.select_tokens.default, *operands, budget)
+    op = torch.ops.earlytom.select_tokens.default
+    selected = insert(graph, op, *operands, budget, static_selection=config.static_selection)
     tokens = insert(graph, operator.getitem, selected, 0, like=value_of(boundary.flat))
     _replace(boundary.flat, tokens)
     return SelectedTokens(budget, None, (ResizedAxis(tokens, 1, "selected tokens", budget),))

@@ -21,9 +21,11 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._logging import trace_structured
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomError
+from ..kernels.providers import provider_of
 from .canonicalize_attention import canonicalize_attention
 from .compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
 from .find_video_boundary import Boundary, find_video_boundary
@@ -31,7 +33,7 @@ from .find_vision_encoder import Encoder, find_vision_encoder
 from .graph_order import stable_topological_sort
 from .insert_frame_merge import MergedVideo, insert_frame_merge
 from .insert_token_selection import SelectedTokens, insert_token_selection
-from .patterns import op_name
+from .patterns import op_name, value_of
 from .reasons import NotApplicable
 from .retarget_axes import ResizedAxis, retarget_axes
 
@@ -60,6 +62,18 @@ class Rewrite:
         """How often each operator of ours stands in the graph."""
         names = (str(node.target) for node in self.graph_module.graph.nodes if node.op == "call_function")
         return dict(Counter(n.split(".")[1] for n in names if n.startswith("earlytom.")))
+
+    @property
+    def providers(self) -> dict[str, str]:
+        """Who computes each operator of ours; ``"native, triton"`` where that differs between its calls."""
+        found: dict[str, set[str]] = {}
+        for node in self.graph_module.graph.nodes:
+            if node.op == "call_function" and str(node.target).startswith("earlytom."):
+                name = str(node.target).split(".")[1]
+                args, kwargs = map_arg((node.args, node.kwargs), value_of)
+                devices = (x.device.type for x in args if isinstance(x, torch.Tensor))
+                found.setdefault(name, set()).add(provider_of(name, next(devices), *args, **kwargs))
+        return {name: ", ".join(sorted(names)) for name, names in found.items()}
 
 
 def _canonicalize(state: Rewrite) -> None:

@@ -30,6 +30,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from .find_vision_encoder import Block
 from .patterns import module_path, op_name, value_of
@@ -73,7 +74,7 @@ class Piece:
         symbols: dict[str, str] = {}
         lines = []
         for node in nodes:
-            arguments = torch.fx.map_arg((node.args, node.kwargs), lambda n: index[n])
+            arguments = map_arg((node.args, node.kwargs), lambda n: index[n])
             target = _layout(value_of(node), symbols) if node.op == "placeholder" else _name(node.target)
             lines.append(f"{node.op} {target} {arguments if node.op != 'placeholder' else ''}")
         return "\n".join(lines)
@@ -105,7 +106,7 @@ def split_stages(
         call = top.call_module(name, tuple(copies[node] for node in read))
         for position, node in enumerate(made):
             copies[node] = top.call_function(operator.getitem, (call, position))
-    top.output(torch.fx.map_arg(output.args[0], lambda node: copies[node]))
+    top.output(map_arg(output.args[0], lambda node: copies[node]))
     for node in top.nodes:
         if node.op == "get_attr":
             modules[str(node.target)] = operator.attrgetter(str(node.target))(graph_module)

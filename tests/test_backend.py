@@ -84,7 +84,7 @@ def test_a_hundred_videos_compile_once(model, monkeypatch):
     lowered = []
     monkeypatch.setattr(stages, "lower", lambda *args: lowered.append(args) or _LOWER(*args))
     compiled = compress(model, lowering="staged", retain_ratio=0.2)
-    frames = set()
+    frames, kinds = set(), 0
     with torch.no_grad():
         for seed in range(100):
             compiled(**video_inputs(model, 16, seed=seed, scenes=1 + seed % 5, drift=0.1 * (seed % 7)))

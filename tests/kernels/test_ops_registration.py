@@ -20,8 +20,8 @@ SCHEMAS = [
     "dynamic_frames(Tensor similarity, Tensor counts, *, str variant, float tau_seg, float alpha, "
     "SymInt max_window) -> Tensor",
     "attention_received(Tensor query, Tensor key, float scale) -> Tensor",
-    "select_tokens(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, SymInt budget) "
-    "-> (Tensor, Tensor)",
+    "select_tokens(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, SymInt budget, "
+    '*, str static_selection="device") -> (Tensor, Tensor)',
     "select_tokens_released(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, "
     "SymInt frames, float retain_ratio) -> (Tensor, Tensor, Tensor)",
     "append_separators(Tensor tokens, Tensor kept_counts, Tensor separator) -> Tensor",

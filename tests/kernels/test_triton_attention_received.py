@@ -1,0 +1,201 @@
+"""The Triton provider of attention_received: against the definition, the native body, itself, and ptxas."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_inputs import DEVICE, DTYPES, dtypes, laid_out, layouts, ops, seeds
+
+triton = pytest.importorskip("triton")
+from earlytom_compile.kernels import triton_attention_received  # noqa: E402
+from earlytom_compile.kernels.providers import provider_of  # noqa: E402
+
+ON_GPU = DEVICE == "cuda"
+TOLERANCE = 1e-5 if ON_GPU else 2e-6
+"""Of a row that sums to 1. Tensor cores take float32 apart and lose its last bits."""
+shapes = st.tuples(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 5, 17, 64, 70, 129]),
+    st.sampled_from([1, 8, 16, 24, 72, 80]),
+)
+
+
+def query_and_key(seed, shape, dtype=torch.float32):
+    return 2 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def received(query, key, scale):
+    return triton_attention_received.run(query.to(DEVICE), key.to(DEVICE), scale).cpu()
+
+
+def defined(query, key, scale):
+    """The whole map in float64, for small shapes."""
+    scores = np.einsum("thid,thjd->thij", query.double().numpy(), key.double().numpy()) * scale
+    exponentials = np.exp(scores - scores.max(-1, keepdims=True))
+    return (exponentials / exponentials.sum(-1, keepdims=True)).mean((1, 2))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=seeds,
+    shape=shapes,
+    dtype=dtypes,
+    layout=st.tuples(layouts, layouts),
+    scale=st.sampled_from([0.125, 1.0, 3.0, 0.0, -0.5]),
+)
+def test_is_the_native_operator_and_the_definition(seed, shape, dtype, layout, scale):
+    query, key = query_and_key(seed, shape, dtype)
+    actual = received(laid_out(query.to(DEVICE), layout[0]), laid_out(key.to(DEVICE), layout[1]), scale)
+    assert actual.dtype == torch.float32 and actual.shape == (shape[0], shape[2]) and actual.is_contiguous()
+    torch.testing.assert_close(actual, ops.attention_received(query, key, scale), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(actual, defined(query, key, scale), atol=TOLERANCE)
+    torch.testing.assert_close(actual.sum(1), torch.ones(shape[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reads_heads_split_from_one_projection_where_they_lie(dtype):
+    projected = query_and_key(3, (2, 70, 3 * 72), dtype).to(DEVICE)
+    query, key = projected.view(2, 2, 70, 3, 72).transpose(2, 3)
+    assert triton_attention_received._unit(query, key) == 16 // dtype.itemsize
+    expected = ops.attention_received(query.cpu().contiguous(), key.cpu().contiguous(), 0.1)
+    torch.testing.assert_close(received(query, key, 0.1), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frame_has_the_same_bits_in_any_company_and_any_run(dtype):
+    query, key = query_and_key(0, (3, 1, 70, 72), dtype).to(DEVICE)
+    together = received(query, key, 0.2)
+    for t in range(3):
+        assert torch.equal(received(query[t : t + 1], key[t : t + 1], 0.2), together[t : t + 1])
+    assert torch.equal(received(query[1:].flip(0), key[1:].flip(0), 0.2).flip(0), together[1:])
+    assert all(torch.equal(received(query[:1], key[:1], 0.2), together[:1]) for _ in range(20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_scores_neither_overflow_nor_lose_their_sum(dtype):
+    query, key = 30 * query_and_key(1, (1, 2, 70, 8), dtype)
+    assert (query.float() @ key.float().transpose(-1, -2)).max() > 3e4
+    actual = received(query, key, 1.0)
+    assert actual.sum().item() == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(actual, defined(query, key, 1.0), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("operand", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_frame_that_is_not_finite_is_nan_and_its_neighbours_are_not(operand, value):
+    pair = query_and_key(2, (3, 2, 70, 24))
+    pair[operand][1, 0, 69, 3] = value  # the last row is also what stands in for the rows after it
+    actual = received(*pair, 1.0)
+    torch.testing.assert_close(actual, ops.attention_received(*pair, 1.0), atol=TOLERANCE, rtol=0, equal_nan=True)
+    assert actual.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])  # float32 in parts makes NaN of infinities
+def test_key_out_of_reach_of_every_query_gets_nothing(dtype):
+    query, key = query_and_key(4, (1, 1, 70, 8), dtype).abs()
+    key[..., 3, :] = -torch.inf
+    torch.testing.assert_close(
+        received(query, key, 1.0), ops.attention_received(query, key, 1.0), atol=TOLERANCE, rtol=0
+    )
+
+
+@pytest.mark.skipif(not ON_GPU, reason="counts the memory of a GPU")
+def test_keeps_nothing_as_large_as_an_attention_map():
+    query, key = query_and_key(0, (4, 4, 729, 72), torch.bfloat16).to(DEVICE)
+    received(query, key, 1.0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    received(query, key, 1.0)
+    assert torch.cuda.max_memory_allocated() - before < 5 * 4 * 4 * 768 * 4
+
+
+def test_allocates_nothing_as_large_as_an_attention_map(monkeypatch):
+    sizes = []
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *a, **k: sizes.append((out := new_empty(*a, **k)).numel()) or out
+    )
+    received(*query_and_key(0, (1, 2, 129, 8)), 1.0)
+    assert max(sizes) <= 2 * 192  # 2 heads of 129 tokens in blocks of 64
+
+
+@pytest.mark.parametrize(
+    "query, key, says",
+    [
+        (torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4), "repeat grouped key heads"),
+        (torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4).half(), "float16"),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, 4), "3 axes"),
+        (torch.ones(0, 2, 3, 4), torch.ones(0, 2, 3, 4), "empty"),
+    ],
+)
+def test_refuses_what_the_native_operator_refuses(query, key, says):
+    with pytest.raises(ValueError, match=f"attention_received.*{says}"):
+        received(query, key, 1.0)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, provider",
+    [
+        ((2, 3, 5, 72), torch.bfloat16, "triton"),
+        ((2, 3, 5, 72), torch.float16, "triton"),
+        ((2, 3, 5, 80), torch.float32, "triton"),
+        ((2, 3, 5, 128), torch.float32, "native"),
+        ((2, 3, 5, 72), torch.float64, "native"),
+        ((3, 5, 72), torch.float32, "native"),
+    ],
+)
+def test_provider_is_chosen_by_dtype_and_head_dimension(shape, dtype, provider):
+    x = torch.ones(shape, dtype=dtype, device="meta")
+    assert provider_of("attention_received", "cuda", x, x, 1.0) == provider
+    assert provider_of("attention_received", "cpu", x, x, 1.0) == "native"
+
+
+COMPILE = """
+import json, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from earlytom_compile.kernels import triton_attention_received as module
+
+def compiled(kernel, pointers, constants, options):
+    kinds = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    kinds |= {"scale": "fp32"} if "scale" in kinds else {}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind[0] == "*"}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+for dtype, name in ((torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+    for width in (64, 72):
+        options = module.launch_options(dtype, width, 16 // dtype.itemsize)
+        launch = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
+        outputs = ("largest_out", "inverse_out", "largest_in", "inverse_in", "received_out")
+        pointers = {"query": "*" + name, "key": "*" + name, **dict.fromkeys(outputs, "*fp32")}
+        for kernel in (module._row_statistics, module._column_sums):
+            binary = compiled(kernel, pointers, options, launch)
+            path = f"{sys.argv[1]}/{kernel.__name__}-{name}-{width}"
+            open(path + ".cubin", "wb").write(binary.asm["cubin"])
+            open(path + ".ptx", "w").write(binary.asm["ptx"])
+compiled(module._mean_over_heads, {"received": "*fp32", "out": "*fp32"}, {"BLOCK": 256}, {})
+"""
+
+
+def test_compiles_for_hopper_without_spills_onto_tensor_cores_with_wide_loads(tmp_path):
+    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    if not all(os.path.exists(os.path.join(tools, tool)) for tool in ("ptxas", "cuobjdump")):
+        pytest.skip("this triton brings no ptxas or cuobjdump")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=environment, check=True, timeout=300)
+    binaries = sorted(tmp_path.glob("*.cubin"))
+    assert len(binaries) == 12
+    for binary in binaries:
+        command = [os.path.join(tools, "cuobjdump"), "--dump-resource-usage", str(binary)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "STACK:0" in usage and "LOCAL:0" in usage, f"{binary.stem} spills: {usage}"
+        ptx = binary.with_suffix(".ptx").read_text()
+        assert "wgmma.mma_async" in ptx and "cp.async.cg.shared.global" in ptx, binary.stem
