@@ -1,11 +1,16 @@
 """Every test starts with an empty compiler and fails on warnings it did not ask for."""
 
+import os
 import warnings
 
 import pytest
 import torch
 
-from earlytom_compile import EarlyTomFallbackWarning, reporting
+if not torch.cuda.is_available():
+    # The Triton providers are tested in Triton's interpreter, which must be chosen before anybody imports triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from earlytom_compile import EarlyTomFallbackWarning, reporting  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

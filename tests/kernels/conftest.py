@@ -1,11 +1,6 @@
-"""Without a GPU the Triton providers run in Triton's interpreter, which must be chosen before triton is imported."""
-
-import os
+"""Leaves out what the installed Triton cannot interpret."""
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _interpreter_works() -> bool:
