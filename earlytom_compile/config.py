@@ -68,7 +68,8 @@ class EarlyTomConfig:
     """``compile()`` compiles the language model's pass over the prompt too, unless ``lowering="eager"``; with
     ``torch.compile`` the language model is part of the graph in any case."""
     static_selection: Literal["auto", "device", "host"] = "auto"
-    """Where static frames' tokens are selected. On the CPU all three are the same."""
+    """Where ``variant="paper"`` selects static frames' tokens on a GPU: ``"host"`` is the CPU, meanwhile; ``"auto"`` is
+    what a measurement at the first call says. The result is the same; on the CPU all three are."""
     inner_layer: int | None = None
     """Merging inside the language model (algorithm.md, stage 3): not available yet, leave None."""
     inner_drop_ratio: float = 0.5

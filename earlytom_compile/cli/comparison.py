@@ -7,8 +7,8 @@
 
 The time to the first token is that of ``generate(max_new_tokens=1)``: vision encoder, prefill and one greedy
 token, from inputs already on the device. Both models are warm and run in turn, and the median counts. They
-share their weights, Inductor compiles the vision encoder of both, and the language model of neither is
-compiled: what differs is the compression.
+share their weights, and of both Inductor compiles the vision encoder and the language model's pass over the
+prompt: what differs is the compression.
 """
 
 import copy
@@ -25,7 +25,9 @@ from rich.table import Table
 
 import earlytom_compile
 
+from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
+from ..integrations.prefill import CompiledPrefill
 from .loading import Inputs, Loaded, progress_bars
 
 _WARM_UP = 1  # the first answer was one already
@@ -75,7 +77,9 @@ def compare(
     """Answer with both models and time them; ``options`` are those of ``earlytom_compile.compile``."""
     if repeats < 1:
         raise EarlyTomConfigError(f"repeats={repeats}: must be at least 1.")
-    full = full_model(loaded.model, compiled=options.get("lowering") != "eager")
+    config = EarlyTomConfig.from_options(options)
+    compiled = config.lowering != "eager"
+    full = full_model(loaded.model, compiled=compiled, compile_llm=compiled and config.compile_llm)
     models = {"compressed": earlytom_compile.compile(loaded.model, **options), "full": full}
     answers, seconds = {}, {}
     with progress_bars(progress_on) as progress:
@@ -95,12 +99,14 @@ def compare(
     return Comparison(full_arm, compressed_arm, content, explanation)
 
 
-def full_model(model: Any, *, compiled: bool) -> Any:
-    """A second model that shares the weights, and whose vision encoder plain Inductor compiles."""
+def full_model(model: Any, *, compiled: bool, compile_llm: bool = False) -> Any:
+    """A second model that shares the weights, compiled by plain Inductor as the compressed one is."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     twin = copy.deepcopy(model, shared)
     if compiled:
         twin.model.vision_tower.compile()
+    if compile_llm:
+        CompiledPrefill(twin.model.language_model).install()
     return twin
 
 

@@ -43,7 +43,7 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto") -> 
 
     Raises :class:`EarlyTomConfigError` if there is none, or if it is of another family or incomplete.
     """
-    place = _device(device)
+    place = resolve_device(device)
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     _require_family(name)
     torchvision_works()
@@ -54,7 +54,7 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto") -> 
         model: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(name)
     except OSError as error:
         raise EarlyTomConfigError(f"{name!r} cannot be loaded: {error}") from error
-    return Loaded(model.to(place, _dtype(dtype, place, model.dtype)).eval(), processor)
+    return Loaded(model.to(place, resolve_dtype(dtype, place, model.dtype)).eval(), processor)
 
 
 def prepare_inputs(loaded: Loaded, video: str | Path, question: str, *, frames: int, progress_on: Console) -> Inputs:
@@ -102,7 +102,7 @@ def _require_family(name: str) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -114,7 +114,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     return torch.float32 if device.type == "cpu" else checkpoint

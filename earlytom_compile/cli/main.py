@@ -1,4 +1,4 @@
-"""The ``earlytom`` command: ``demo``, ``run`` and ``explain``.
+"""The ``earlytom`` command: ``demo``, ``run``, ``explain``, ``bench`` and ``flops``.
 
 Only the parser lives here. What a command needs (torch, transformers) is imported when it runs, so that
 ``earlytom --help`` answers at once.
@@ -7,7 +7,8 @@ Only the parser lives here. What a command needs (torch, transformers) is import
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import EarlyTomError
 from .options import add_config_flags, given_options
@@ -37,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="compare full and compressed on a tiny model built on the spot"))
     _add_run(commands.add_parser("run", help="ask a LLaVA-OneVision checkpoint about a video"))
     _add_explain(commands.add_parser("explain", help="show what the compiler does to a checkpoint"))
+    _add_bench(commands.add_parser("bench", help="time all tokens against fewer, side by side"))
+    _add_flops(commands.add_parser("flops", help="count the work of a prefill, full and compressed"))
     return parser
 
 
@@ -54,7 +57,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.description = "Asks a LLaVA-OneVision checkpoint about a video, with compressed video tokens."
-    _add_model(parser, required=True)
+    _add_model(parser, required=True, fallback="")
     parser.add_argument("--video", required=True, metavar="FILE", help="any video FFmpeg can read")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     _add_frames(parser)
@@ -74,8 +77,72 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)
 
 
-def _add_model(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    fallback = "" if required else " (default: the demo's tiny model)"
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Times the way to the first token and decoding behind it: transformers, Inductor, EarlyTom in both "
+        "spellings, and fewer frames in two trivial ways, all in turn in one process. The video is synthetic; how "
+        "far its frames merge is printed beside every row."
+    )
+    _add_model(parser, required=False, fallback="")
+    parser.add_argument(
+        "--shape", default="cpu-small", metavar="NAME", help="random weights in this shape (%(default)s)"
+    )
+    parser.add_argument(
+        "--frames", type=_numbers(int), default=(16,), metavar="N,N", help="frames, one table each (16)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="prompts, one video each (%(default)s)")
+    parser.add_argument("--prompt-length", type=int, default=32, help="words beside the video (%(default)s)")
+    parser.add_argument("--retain-ratios", type=_numbers(float), default=(0.1,), metavar="R,R", help="EarlyTom's (0.1)")
+    parser.add_argument(
+        "--redundancy", type=float, default=0.9, help="share of a frame that is its scene (%(default)s)"
+    )
+    parser.add_argument("--decode-tokens", type=int, default=8, help="tokens decoded behind the first (%(default)s)")
+    _add_repeats(parser)
+    parser.add_argument("--json", metavar="FILE", help="write every single number there")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
+    parser.add_argument("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
+    add_config_flags(parser, leave_out=("retain_ratio",))
+
+
+def _add_flops(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Counts what a prefill costs with all tokens, with EarlyTom and with other methods, the way the paper counts "
+        "or the way torch does. Nothing is run."
+    )
+    parser.add_argument("--shape", default="llava-onevision-7b", metavar="NAME", help="a named shape (%(default)s)")
+    parser.add_argument("--model", metavar="FOLDER", help="the shape in this checkpoint's config.json instead")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of the video (default: the shape's usual)")
+    parser.add_argument(
+        "--retain-ratio",
+        dest="retain_ratios",
+        type=_numbers(float),
+        default=(0.25, 0.2, 0.15, 0.1),
+        metavar="R,R",
+        help="shares of the video tokens that reach the language model (0.25,0.2,0.15,0.1)",
+    )
+    parser.add_argument("--protocol", choices=("paper", "exact"), default="paper", help="how to count (%(default)s)")
+    parser.add_argument(
+        "--merge-layers", type=_numbers(int), metavar="I,I", help="encoder layers after which frames merge"
+    )
+    parser.add_argument(
+        "--schedule", type=_numbers(float), metavar="N,N", help="frames at first and after each merge (73.9%% stay)"
+    )
+    parser.add_argument("--prompt-length", type=int, default=32, help="words beside the video, if exact (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write every number there")
+
+
+def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """``"8,16"`` -> (8, 16), for argparse."""
+
+    def numbers(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    return numbers
+
+
+def _add_model(
+    parser: argparse.ArgumentParser, *, required: bool, fallback: str = " (default: the demo's tiny model)"
+) -> None:
     parser.add_argument(
         "--model",
         required=required,

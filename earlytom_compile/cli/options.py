@@ -14,18 +14,20 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config import EarlyTomConfig
 
 
-def add_config_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+def add_config_flags(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = (), **defaults: Any) -> None:
     """One flag for each field of :class:`EarlyTomConfig`; ``defaults`` replace those of its fields."""
     group = parser.add_argument_group("compression", "The options of earlytom_compile.compile(), by the same names.")
     hints, meanings = typing.get_type_hints(EarlyTomConfig), _field_docstrings()
     for field in dataclasses.fields(EarlyTomConfig):
         name, hint = field.name, hints[field.name]
+        if name in leave_out:
+            continue
         text = f"{meanings[name]} (default: {defaults.get(name, field.default)})".replace("%", "%%")
         flag = "--" + name.replace("_", "-")
         common: dict[str, Any] = {

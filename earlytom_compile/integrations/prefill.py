@@ -32,7 +32,7 @@ class CompiledPrefill:
     def installed(self) -> Iterator[None]:
         """Compile prompts inside this context."""
         before = self._module.__dict__.get("forward")
-        self._module.__dict__["forward"] = self._forward
+        self.install()
         try:
             yield
         finally:
@@ -40,6 +40,10 @@ class CompiledPrefill:
                 del self._module.__dict__["forward"]
             else:
                 self._module.__dict__["forward"] = before
+
+    def install(self) -> None:
+        """Compile prompts from now on."""
+        self._module.__dict__["forward"] = self._forward
 
     def _make_forward(self) -> Callable[..., Any]:
         own = self._own

@@ -1,0 +1,7 @@
+"""What ``earlytom bench`` measures: the same model with all its tokens and with fewer, in turn, in one process.
+
+workload.py   a model and a prompt with a video of known redundancy
+arms.py       the ways to the first token that are compared
+measure.py    interleaved times, decoding, memory, what was compiled
+results.py    tables, JSON, Markdown and plots of all that
+"""

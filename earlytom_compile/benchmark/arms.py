@@ -1,0 +1,100 @@
+"""The ways to the first token that are compared; all share one set of weights.
+
+transformers            eager, all tokens
+inductor                torch.compile, all tokens
+earlytom r              earlytom_compile.compile(model), generate()
+earlytom r (backend)    torch.compile(model, backend="earlytom"), forward()
+subsampling r           inductor, every 1/r-th frame
+average pooling r       inductor, means of 1/r neighbouring frames
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import earlytom_compile
+
+from .workload import Inputs, with_video
+
+First = tuple[Tensor, Any]
+"""The first token [R, 1] and the cache behind it."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to the first token; ``model`` is what the report of its last call belongs to, if it compresses."""
+
+    name: str
+    first_token: Callable[[], First]
+    retain_ratio: float = 1.0
+    model: Any = None
+
+
+def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict[str, Any]) -> Iterator[Arm]:
+    """Every arm for ``inputs``; nothing is compiled before its first call."""
+    yield Arm("transformers", partial(_forward, model, inputs))
+    inductor = torch.compile(model, dynamic=False)
+    yield Arm("inductor", partial(_forward, inductor, inputs))
+    for ratio in ratios:
+        chosen = {**options, "retain_ratio": ratio}
+        yield _in_place(model, inputs, chosen)
+        yield _backend(model, inputs, chosen)
+    frames = inputs["pixel_values_videos"].shape[1]
+    for ratio in ratios:
+        for name, fewer in (("subsampling", _subsampled), ("average pooling", _averaged)):
+            shorter = _with_fewer_frames(
+                model, inputs, fewer(inputs["pixel_values_videos"], max(1, round(ratio * frames)))
+            )
+            yield Arm(f"{name} {ratio:g}", partial(_forward, inductor, shorter), ratio)
+
+
+def twin_of(model: Any) -> Any:
+    """A second model with the same parameters."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
+    twin: Any = earlytom_compile.compile(twin_of(model), **options)
+    choices = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+
+    def first_token() -> First:
+        output = twin.generate(**inputs, **choices)
+        return output.sequences[:, -1:], output.past_key_values
+
+    return Arm(f"earlytom {options['retain_ratio']:g}", first_token, options["retain_ratio"], twin)
+
+
+def _backend(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
+    twin = twin_of(model)
+    fast = torch.compile(twin, backend="earlytom", options=options, dynamic=False)
+    name = f"earlytom {options['retain_ratio']:g} (backend)"
+    return Arm(name, partial(_forward, fast, inputs), options["retain_ratio"], twin)
+
+
+def _forward(model: Any, inputs: Inputs) -> First:
+    output = model(**inputs, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+
+def _with_fewer_frames(model: Any, inputs: Inputs, videos: Tensor) -> Inputs:
+    ids = inputs["input_ids"]
+    words = ids[ids != model.config.video_token_id].view(len(ids), -1).cpu()
+    return with_video(model, words, videos)
+
+
+def _subsampled(videos: Tensor, frames: int) -> Tensor:
+    """[R, frames, ...]: the middle frame of each of ``frames`` equal stretches."""
+    steps = (torch.arange(frames) + 0.5) * (videos.shape[1] / frames)
+    return videos[:, steps.long().to(videos.device)]
+
+
+def _averaged(videos: Tensor, frames: int) -> Tensor:
+    """[R, frames, ...]: the mean of each of ``frames`` near-equal stretches."""
+    return torch.stack([part.mean(1) for part in videos.tensor_split(frames, dim=1)], dim=1)

@@ -1,0 +1,126 @@
+"""Times of several arms, taken in turn so that whatever else the machine does meets all of them alike.
+
+round 1: transformers, inductor, earlytom 0.1, ...     the first round compiles and is told apart
+round 2: transformers, inductor, earlytom 0.1, ...
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import earlytom_compile
+
+from .arms import Arm, First
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What was measured of one arm; times in seconds, memory in bytes."""
+
+    name: str
+    retain_ratio: float
+    cold: float = 0.0  # the first call, compilation included
+    ttft: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)  # seconds a token
+    cache_tokens: int = 0  # prompt positions in the cache
+    peak_memory: int | None = None  # None where the device does not tell
+    recompiles: int = 0  # graphs compiled after the first call
+    frames: list[list[int]] = field(default_factory=list)  # of each video: at first, then after each merge layer
+
+    @property
+    def median(self) -> float:
+        """Seconds to the first token."""
+        return statistics.median(self.ttft)
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens a second of one row."""
+        return 1 / statistics.median(self.decode) if self.decode else None
+
+    @property
+    def retention(self) -> float | None:
+        """Share of the frames left after the last merge layer, over all videos; None for arms that do not merge."""
+        if not self.frames:
+            return None
+        return sum(video[-1] for video in self.frames) / sum(video[0] for video in self.frames)
+
+
+def measure(
+    model: Any, arms: Iterable[Arm], *, repeats: int, decode_tokens: int, progress: Progress = lambda text: None
+) -> list[Result]:
+    """Call every arm ``1 + repeats`` times, in turn; ``model`` decodes for all of them, without compilation."""
+    arms = list(arms)
+    device = model.device
+    results = [Result(arm.name, arm.retain_ratio) for arm in arms]
+    # Every arm compiles the same functions for itself, and Dynamo counts them together.
+    with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=256):
+        for arm, result in zip(arms, results, strict=True):
+            progress(f"{arm.name}: first call")
+            result.cold, _ = timed(arm.first_token, device)
+            _, first = timed(arm.first_token, device)
+            result.cache_tokens = first[1].get_seq_length()
+            if arm.model is not None:
+                result.frames = [video["frames"] for video in earlytom_compile.report(arm.model).to_dict()["videos"]]
+        for number in range(repeats):
+            for arm, result in zip(arms, results, strict=True):
+                progress(f"round {number + 1} of {repeats}: {arm.name}")
+                _measure_once(model, arm, result, decode_tokens)
+    return results
+
+
+def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int) -> None:
+    device, before = model.device, _graphs()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds, first = timed(arm.first_token, device)
+    result.ttft.append(seconds)
+    if on_gpu:
+        result.peak_memory = max(result.peak_memory or 0, torch.cuda.max_memory_allocated(device))
+    result.recompiles += _graphs() - before
+    if decode_tokens:
+        seconds, _ = timed(lambda: decode(model, first, decode_tokens), device)
+        result.decode.append(seconds / decode_tokens)
+
+
+def decode(model: Any, first: First, tokens: int) -> Tensor:
+    """Greedy tokens [R, 1 + tokens] behind the first, with the model's own code."""
+    token, cache = first
+    said = [token]
+    for _ in range(tokens):
+        position = torch.full((len(token), 1), cache.get_seq_length(), device=token.device)
+        logits = model(input_ids=said[-1], past_key_values=cache, position_ids=position).logits
+        said.append(logits[:, -1:].argmax(-1))
+    return torch.cat(said, dim=1)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """(seconds, result) of one call, from CUDA events on a GPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, result
+    begin = time.perf_counter()
+    result = call()
+    return time.perf_counter() - begin, result
+
+
+def speeds(results: Sequence[Result], against: str) -> dict[str, float]:
+    """How many times faster than the arm called ``against`` each one's median is."""
+    reference = next(result.median for result in results if result.name == against)
+    return {result.name: reference / result.median for result in results}
+
+
+def _graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,0 +1,278 @@
+"""``earlytom flops``: what a prefill costs with each method, and how far that is from the paper's tables.
+
+earlytom flops --shape llava-onevision-7b --protocol paper
+
+VisionZip  25%   41.8   -   8.7   50.5   61.2%   50.5
+EarlyTom   25%   ...
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..config import EarlyTomConfig
+from ..errors import EarlyTomConfigError
+from ..flops import Flops, Protocol, count, implied_encoder, implied_frames, merged_inside
+from ..shapes import ModelShape, shape_of
+
+INNER_LAYER = 18
+"""Where HoliTom merges inside the language model, and EarlyTom after it (Table 8, "w. Inner LLM")."""
+FASTV_LAYERS, FASTV_RATIO = 2, 0.2
+STAGE_1_RETENTION = 0.739
+"""Table 5: average share of the frames left after stage 1."""
+
+_FULL, _FASTV, _DYCOKE, _VISIONZIP, _HOLITOM = "full", "FastV", "DyCoke", "VisionZip", "HoliTom"
+_EARLYTOM, _EARLYTOM_INNER = "EarlyTom", "EarlyTom + inner"
+
+# Tables 1, 2 and 6: T of (method, retain ratio). Everything else they list needs settings the paper does not give.
+PUBLISHED: dict[str, dict[tuple[str, float], float]] = {
+    "llava-onevision-7b": {
+        (_FULL, 1.0): 82.6,
+        (_FASTV, 1.0): 51.1,
+        (_DYCOKE, 0.25): 50.5,
+        **{(_VISIONZIP, r): t for r, t in ((0.25, 50.5), (0.2, 48.7), (0.15, 46.9), (0.1, 45.2))},
+        **{(_HOLITOM, r): t for r, t in ((0.25, 49.0), (0.2, 47.5), (0.15, 46.0), (0.1, 44.6))},
+        **{(_EARLYTOM_INNER, r): t for r, t in ((0.25, 36.5), (0.2, 35.1), (0.15, 33.6), (0.1, 32.2))},
+    },
+    "llava-onevision-0.5b": {
+        (_FULL, 1.0): 45.3,
+        **{(_VISIONZIP, r): t for r, t in ((0.25, 42.4), (0.2, 42.3), (0.15, 42.1), (0.1, 42.0))},
+        **{(_HOLITOM, r): t for r, t in ((0.25, 42.3), (0.2, 42.2), (0.15, 42.1), (0.1, 42.0))},
+        **{(_EARLYTOM_INNER, r): t for r, t in ((0.25, 29.9), (0.2, 29.8), (0.15, 29.7), (0.1, 29.6))},
+    },
+    "llava-video-7b": {
+        (_FULL, 1.0): 246.2,
+        (_FASTV, 1.0): 158.2,
+        (_VISIONZIP, 0.15): 159.4,
+        (_HOLITOM, 0.15): 156.6,
+        (_EARLYTOM_INNER, 0.15): 86.4,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: share of the video tokens before the language model, work, and the paper's total in T."""
+
+    method: str
+    retain_ratio: float
+    flops: Flops
+    published: float | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is counted: a shape, its frames, how they merge, and which protocol."""
+
+    shape: ModelShape
+    protocol: Protocol
+    frames: int
+    schedule: tuple[float, ...]
+    merge_layers: tuple[int, ...]
+    prompt_length: int
+
+    def tokens(self, retain_ratio: float) -> int:
+        """Tokens in the language model: of the video alone in protocol ``paper``, else the whole prompt."""
+        budget = EarlyTomConfig(retain_ratio=retain_ratio).token_budget(self.frames, self.shape.pooled_tokens)
+        return budget if self.protocol == "paper" else budget + 1 + self.prompt_length  # 1: newline after a video
+
+    def count(self, llm_tokens: int | Mapping[int, int], *, merge: bool = False) -> Flops:
+        """Work with these tokens, with or without merging frames."""
+        schedule = self.schedule if merge else (self.frames,)
+        return count(
+            self.shape,
+            protocol=self.protocol,
+            frames_schedule=schedule,
+            llm_tokens=llm_tokens,
+            merge_layers=self.merge_layers,
+        )
+
+
+def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Count, print, and write what was printed."""
+    case = _case(arguments, options)
+    at_home = not arguments.model and case.protocol == "paper" and case.frames == case.shape.frames
+    published = PUBLISHED.get(arguments.shape, {}) if at_home else {}
+    rows = methods(case, arguments.retain_ratios, published)
+    console = Console()
+    console.print(_table(case, rows, arguments.model or arguments.shape))
+    implied = []
+    try:
+        implied = _implied(case, published)
+    except EarlyTomConfigError as error:  # other merge layers than the paper's, perhaps: an answer too
+        console.print(f"The paper's totals are out of reach with these merge layers: {error}", highlight=False)
+    if implied:
+        console.print(_implied_table(case, implied))
+    if arguments.json:
+        content = _to_dict(case, rows, implied, arguments.model or arguments.shape)
+        Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple[str, float], float]) -> list[Row]:
+    """Every method whose tokens are known layer by layer.
+
+    VisionZip and DyCoke shorten the sequence before the language model, FastV after its first two layers, HoliTom
+    before it and once more inside; none of them touches the encoder. In protocol ``exact`` their own selection is
+    not counted.
+    """
+    whole = case.tokens(1.0)
+    inside = case.shape.llm_layers > INNER_LAYER
+    found = [
+        (_FULL, 1.0, case.count(whole)),
+        (_FASTV, 1.0, case.count({0: whole, FASTV_LAYERS: case.tokens(FASTV_RATIO)})),
+        (_DYCOKE, 0.25, case.count(case.tokens(0.25))),
+    ]
+    for ratio in retain_ratios:
+        kept = case.tokens(ratio)
+        merged = _merged_inside(case, ratio)
+        found.append((_VISIONZIP, ratio, case.count(kept)))
+        if inside:
+            found.append((_HOLITOM, ratio, case.count(merged)))
+        found.append((_EARLYTOM, ratio, case.count(kept, merge=True)))
+        if inside:
+            found.append((_EARLYTOM_INNER, ratio, case.count(merged, merge=True)))
+    return [Row(method, ratio, flops, published.get((method, ratio))) for method, ratio, flops in found]
+
+
+def _merged_inside(case: Case, ratio: float) -> dict[int, int]:
+    """Only video tokens merge: the words and the newline stay."""
+    kept = case.tokens(ratio)
+    others = 0 if case.protocol == "paper" else 1 + case.prompt_length
+    return {layer: tokens + others for layer, tokens in merged_inside(kept - others, layer=INNER_LAYER).items()}
+
+
+def _case(arguments: argparse.Namespace, options: dict[str, Any]) -> Case:
+    shape = _shape_of_model(arguments.model) if arguments.model else shape_of(arguments.shape)
+    frames = arguments.frames
+    if frames is None:
+        frames = int(arguments.schedule[0]) if arguments.schedule else shape.frames
+    for name, least in (("frames", 1), ("prompt_length", 0)):
+        value = frames if name == "frames" else arguments.prompt_length
+        if value < least:
+            raise EarlyTomConfigError(f"{name}={value}: must be at least {least}.")
+    bad = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
+    if bad:
+        raise EarlyTomConfigError(f"retain_ratio={bad[0]}: must be in (0, 1].")
+    merges = EarlyTomConfig(merge_layers=options.get("merge_layers")).resolve_merge_layers(shape.vision_layers)
+    schedule = arguments.schedule or (frames, *[frames * STAGE_1_RETENTION] * len(merges))
+    if schedule[0] != frames or len(schedule) != 1 + len(merges):
+        raise EarlyTomConfigError(
+            f"schedule {_arrows(schedule)}: must start with the {frames} frames and go on with one number for each of "
+            f"the merge layers {', '.join(map(str, merges))}."
+        )
+    return Case(shape, arguments.protocol, frames, tuple(schedule), merges, arguments.prompt_length)
+
+
+def _shape_of_model(name: str) -> ModelShape:
+    """The sizes in ``config.json``; weights are not read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(Path(name).expanduser()))
+    except (OSError, ValueError) as error:
+        raise EarlyTomConfigError(f"{name!r} has no config.json that transformers can read: {error}") from error
+    if config.model_type != "llava_onevision":
+        raise EarlyTomConfigError(
+            f"{name!r} is of the family {config.model_type!r}: only 'llava_onevision' is counted."
+        )
+    return ModelShape.from_config(config)
+
+
+def _implied(case: Case, published: Mapping[tuple[str, float], float]) -> list[tuple[str, dict[str, Any]]]:
+    """What each of EarlyTom's published totals says about its frames, and what all of them say together."""
+    totals = {
+        ratio: (1e12 * total, _merged_inside(case, ratio))
+        for (method, ratio), total in published.items()
+        if method == _EARLYTOM_INNER
+    }
+    sets = [(f"{ratio:.0%}", [total]) for ratio, total in totals.items()]
+    if len(totals) > 1:
+        sets.append(("all", list(totals.values())))
+    result = []
+    for label, constraints in sets:
+        encoder = implied_encoder(case.shape, constraints)
+        frames = implied_frames(case.shape, encoder, frames=case.frames, merge_layers=case.merge_layers)
+        result.append((label, {"published": [total for total, _ in constraints], **asdict(frames)}))
+    return result
+
+
+def _table(case: Case, rows: Sequence[Row], name: str) -> Table:
+    exact = case.protocol == "exact"
+    table = Table(title=f"Prefill of {name}, {case.frames} frames, protocol {case.protocol}", title_justify="left")
+    table.add_column("method", no_wrap=True)
+    compared = any(row.published is not None for row in rows)
+    headings = ["kept", "encoder", *(["projector"] if exact else []), "LLM", "total T", "of full"]
+    for heading in headings + ["paper"] * compared:
+        table.add_column(heading, justify="right")
+    full = rows[0].flops.total
+    digits = max(1, 2 - math.floor(math.log10(full / 1e12)))  # one as in the paper, three significant ones at least
+    for row in rows:
+        flops = row.flops
+        parts = [flops.encoder + flops.operators, *([flops.projector] if exact else []), flops.llm + flops.lm_head]
+        cells = [f"{part / 1e12:.{digits}f}" for part in [*parts, flops.total]]
+        paper = "" if row.published is None else f"{row.published:.1f}"
+        table.add_row(
+            row.method, f"{row.retain_ratio:.0%}", *cells, f"{flops.total / full:.1%}", *([paper] if compared else [])
+        )
+    merges = ", ".join(map(str, case.merge_layers))
+    frames = f"EarlyTom: frames {_arrows(case.schedule)}, merged after encoder layers {merges}."
+    table.caption = f"{_PROTOCOL_NOTES[case.protocol]} {frames}"
+    if any(row.method == _EARLYTOM_INNER for row in rows):
+        table.caption += (
+            " 'inner' adds what the paper does inside the LLM: half of the video tokens merge before its layer "
+            f"{INNER_LAYER}."
+        )
+    table.caption_justify = "left"
+    return table
+
+
+_PROTOCOL_NOTES = {
+    "paper": "A multiply-add is 1, all frames are one sequence in the encoder, and text is not counted (Eq. 8).",
+    "exact": "A multiply-add is 2. Our operators are part of the encoder, lm_head for one position of the LLM.",
+}
+
+
+def _implied_table(case: Case, implied: Sequence[tuple[str, dict[str, Any]]]) -> Table:
+    table = Table(title="Frames that EarlyTom's published totals imply", title_justify="left")
+    table.add_column("kept")
+    for heading in ("paper", "encoder T", "even", *(f"after {layer}" for layer in case.merge_layers)):
+        table.add_column(heading, justify="right")
+    for label, content in implied:
+        least, most = content["encoder"]
+        pairs = [content["every_layer"], *content["after_merge"]]
+        table.add_row(
+            label,
+            ", ".join(f"{total / 1e12:.1f}" for total in content["published"]) if label != "all" else "",
+            f"{least / 1e12:.2f}-{most / 1e12:.2f}",
+            *(f"{low:.1f}-{high:.1f}" for low, high in pairs),
+        )
+    table.caption = (
+        "With 'inner' merging, as in the paper's Table 8. even: as many frames in all layers would cost the same. One "
+        "total does not fix several merges: the other columns are what each can be while frames never grow and a layer "
+        "leaves at least half, and their ends do not go together."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _to_dict(
+    case: Case, rows: Sequence[Row], implied: Sequence[tuple[str, dict[str, Any]]], name: str
+) -> dict[str, Any]:
+    full = rows[0].flops.total
+    return {
+        "model": name,
+        **asdict(case),
+        "rows": [{**asdict(row), "total": row.flops.total, "share_of_full": row.flops.total / full} for row in rows],
+        "implied": [{"retain_ratio": label, **content} for label, content in implied],
+    }
+
+
+def _arrows(schedule: Sequence[float]) -> str:
+    return " -> ".join(f"{frames:.4g}" for frames in schedule)

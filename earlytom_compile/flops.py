@@ -1,0 +1,224 @@
+"""How much work a prefill is, before anything runs: vision encoder, projector and language model.
+
+The paper's tables and torch's counter do not count alike, so every count says by which of two protocols::
+
+    count(shape_of("llava-onevision-7b"), protocol="paper", frames_schedule=(32,), llm_tokens=6272).total   # 82.6e12
+    count(shape_of("llava-onevision-7b"), protocol="exact", frames_schedule=(32,), llm_tokens=6305).total   # 119.6e12
+
+``paper`` (Eq. 8): a layer with n tokens of width d and an MLP of m is 4nd² + 2n²d + 2ndm. A multiply-add counts once,
+the encoder's n is all frames in one sequence, an MLP has two matrices, and there is nothing but layers.
+
+``exact``: the multiply-adds that are done, counted as two as in ``torch.utils.flop_counter``. Attention stays within a
+frame, the language model's MLP has three matrices and its keys fewer heads, and patch embedding, projector, lm_head
+and the products of our operators count too. Causal attention is counted as a full square, as torch does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from .config import EarlyTomConfig
+from .errors import EarlyTomConfigError
+from .shapes import ModelShape
+
+Protocol = Literal["paper", "exact"]
+PROTOCOLS: tuple[Protocol, ...] = ("paper", "exact")
+_PIXEL_CHANNELS = 3
+
+TABLE_ROUNDING = 0.05e12
+"""The paper's numbers are rounded to 0.1 T: the true one is at most this far away."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Work of one prefill by part, in the unit of its protocol."""
+
+    protocol: Protocol
+    encoder: float
+    operators: float
+    """What merging and selecting cost themselves; not part of ``encoder``."""
+    projector: float
+    llm: float
+    lm_head: float
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return self.encoder + self.operators + self.projector + self.llm + self.lm_head
+
+
+def count(
+    shape: ModelShape,
+    *,
+    protocol: Protocol,
+    frames_schedule: Sequence[float],
+    llm_tokens: int | Mapping[int, int],
+    merge_layers: Sequence[int] | None = None,
+    lm_head_positions: int = 1,
+) -> Flops:
+    """Work of one prompt with one video.
+
+    Args:
+        protocol: ``"paper"`` (Eq. 8) or ``"exact"``, see above.
+        frames_schedule: frames at first and after each merge layer, as ``report(model)`` has them; just the
+            first where nothing merges. Averages over videos may be broken numbers.
+        llm_tokens: length of the sequence in the language model; or, where that changes on the way, the length
+            from each 0-based layer on, such as ``{0: 6272, 2: 1254}``. The paper counts video tokens only.
+        merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
+        lm_head_positions: positions that get logits: 1 in ``generate``, all of them in a plain ``forward``.
+
+    Raises:
+        EarlyTomConfigError: an unknown protocol, or a schedule that fits neither the merge layers nor time.
+    """
+    if protocol not in PROTOCOLS:
+        raise EarlyTomConfigError(f"protocol={protocol!r}: must be one of {', '.join(map(repr, PROTOCOLS))}.")
+    merges = EarlyTomConfig(merge_layers=_optional(merge_layers)).resolve_merge_layers(shape.vision_layers)
+    _check_schedule(frames_schedule, merges)
+    lengths = _by_layer({0: llm_tokens} if isinstance(llm_tokens, int) else llm_tokens, shape.llm_layers)
+    boundaries = [layer + 1 for layer in merges] if len(frames_schedule) > 1 else []
+    frames = _by_layer(dict(zip([0, *boundaries], frames_schedule, strict=True)), shape.vision_layers)
+    if protocol == "paper":
+        encoder = sum(_paper_layer(f * shape.frame_tokens, shape.vision_width, shape.vision_mlp) for f in frames)
+        llm = sum(_paper_layer(n, shape.llm_width, shape.llm_mlp) for n in lengths)
+        return Flops(protocol, encoder, 0, 0, llm, 0)
+    return Flops(
+        protocol,
+        encoder=_patch_embedding(shape, frames[0]) + sum(_vision_layer(shape, f) for f in frames),
+        operators=_operators(shape, frames_schedule) if boundaries else 0,
+        projector=2 * frames[-1] * shape.frame_tokens * shape.llm_width * (shape.vision_width + shape.llm_width),
+        llm=sum(_llm_layer(shape, n) for n in lengths),
+        lm_head=2 * lm_head_positions * shape.llm_width * shape.vocab,
+    )
+
+
+def merged_inside(tokens: int, *, layer: int = 18, drop_ratio: float = 0.5) -> dict[int, int]:
+    """``llm_tokens`` of a prompt whose tokens are merged before ``layer`` (algorithm.md, stage 3).
+
+    Layer 18 and half of the tokens are HoliTom's settings; with them its FLOPs in Tables 1 and 2 come out.
+    """
+    return {0: tokens, layer: round((1 - drop_ratio) * tokens)}
+
+
+def _paper_layer(tokens: float, width: int, mlp: int) -> float:
+    """4nd² + 2n²d + 2ndm (Eq. 8)."""
+    return 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp
+
+
+def _patch_embedding(shape: ModelShape, frames: float) -> float:
+    pixels = _PIXEL_CHANNELS * shape.patch_size**2
+    return 2 * frames * shape.frame_tokens * pixels * shape.vision_width
+
+
+def _vision_layer(shape: ModelShape, frames: float) -> float:
+    """Four square matrices, the two products of attention within each frame, and an MLP of two matrices."""
+    tokens, width = shape.frame_tokens, shape.vision_width
+    return 2 * frames * (tokens * (4 * width**2 + 2 * width * shape.vision_mlp) + 2 * tokens**2 * width)
+
+
+def _llm_layer(shape: ModelShape, tokens: float) -> float:
+    """Queries, output and the narrower keys and values; attention of all heads; three matrices of SwiGLU."""
+    width = shape.llm_width
+    keys = width * shape.llm_kv_heads // shape.llm_heads
+    matrices = 2 * width**2 + 2 * width * keys + 3 * width * shape.llm_mlp
+    return 2 * (tokens * matrices + 2 * tokens**2 * width)
+
+
+def _operators(shape: ModelShape, schedule: Sequence[float]) -> float:
+    """Similarities of every frame with every other, at each merge layer and once more for selection; and the
+    scores of the last merge layer's attention, which nobody keeps and importance needs again."""
+    tokens, width = shape.frame_tokens, shape.vision_width
+    similarity = sum(2 * frames**2 * tokens * width for frames in schedule)
+    return similarity + 2 * schedule[-2] * tokens**2 * width
+
+
+def _optional(layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if layers is None else tuple(layers)
+
+
+def _check_schedule(schedule: Sequence[float], merges: Sequence[int]) -> None:
+    given = ",".join(f"{frames:g}" for frames in schedule)
+    if len(schedule) not in (1, 1 + len(merges)):
+        raise EarlyTomConfigError(
+            f"frame schedule {given}: must have one number, or {1 + len(merges)}: frames at first and after each of "
+            f"the merge layers {', '.join(map(str, merges))}."
+        )
+    if min(schedule) <= 0 or any(after > before for before, after in zip(schedule, schedule[1:], strict=False)):
+        raise EarlyTomConfigError(f"frame schedule {given}: must be positive and never grow.")
+
+
+def _by_layer(starts: Mapping[int, float], layers: int) -> list[float]:
+    """``{0: 32, 7: 27}`` -> 32 in layers 0 to 6, 27 in the others."""
+    if 0 not in starts or not all(0 <= first <= layers for first in starts):
+        raise EarlyTomConfigError(f"{dict(starts)}: must start at layer 0 and name layers up to {layers}.")
+    return [starts[max(first for first in starts if first <= layer)] for layer in range(layers)]
+
+
+@dataclass(frozen=True)
+class ImpliedFrames:
+    """What a published total says about the frames in the encoder; every pair is (least, most)."""
+
+    encoder: tuple[float, float]
+    """FLOPs left for the encoder, protocol ``paper``."""
+    every_layer: tuple[float, float]
+    """Frames that would cost as much if all layers had the same number."""
+    after_merge: tuple[tuple[float, float], ...]
+    """Frames after each merge layer, whatever happens at the others."""
+
+
+def implied_encoder(shape: ModelShape, published: Sequence[tuple[float, Mapping[int, int]]]) -> tuple[float, float]:
+    """The encoder's FLOPs (least, most) that fit all of ``published``: (total, ``llm_tokens``), protocol ``paper``.
+
+    Each total is known up to its rounding. Raises :class:`EarlyTomConfigError` if no encoder fits all.
+    """
+    rest = [
+        total - count(shape, protocol="paper", frames_schedule=(1,), llm_tokens=tokens).llm
+        for total, tokens in published
+    ]
+    least, most = max(rest) - TABLE_ROUNDING, min(rest) + TABLE_ROUNDING
+    if not 0 < least <= most:
+        raise EarlyTomConfigError(f"no encoder fits the totals {', '.join(f'{total:.3g}' for total, _ in published)}.")
+    return least, most
+
+
+def implied_frames(
+    shape: ModelShape,
+    encoder: tuple[float, float],
+    *,
+    frames: int,
+    merge_layers: Sequence[int] | None = None,
+) -> ImpliedFrames:
+    """The frame schedules whose encoder costs between ``encoder[0]`` and ``encoder[1]`` (protocol ``paper``).
+
+    One cost does not fix several merges. So each merge layer gets the range it can have while frames never grow and a
+    layer, which merges pairs, leaves at least half. Raises :class:`EarlyTomConfigError` if no schedule can cost that.
+    """
+    merges = EarlyTomConfig(merge_layers=_optional(merge_layers)).resolve_merge_layers(shape.vision_layers)
+    least, most = encoder
+
+    def cost(*schedule: float) -> float:
+        return count(shape, protocol="paper", frames_schedule=schedule, llm_tokens=0, merge_layers=merges).encoder
+
+    def cheapest(index: int, x: float) -> float:
+        return cost(frames, *(x * 0.5 ** max(0, i - index) for i in range(len(merges))))
+
+    def dearest(index: int, x: float) -> float:
+        return cost(frames, *(min(frames, x * 2.0 ** max(0, index - i)) for i in range(len(merges))))
+
+    if not cheapest(0, frames / 2) <= most or not least <= cost(frames):
+        raise EarlyTomConfigError(f"no merging of {frames} frames costs {least:.4g} to {most:.4g} FLOPs.")
+    ranges = []
+    for index in range(len(merges)):
+        low = _solve(partial(dearest, index), least, frames * 0.5 ** (index + 1), frames)
+        high = _solve(partial(cheapest, index), most, frames * 0.5 ** (index + 1), frames)
+        ranges.append((low, high))
+    every_layer = _solve(cost, least, 0, frames), _solve(cost, most, 0, frames)
+    return ImpliedFrames(encoder, every_layer, tuple(ranges))
+
+
+def _solve(cost: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Where the growing ``cost`` reaches ``target``; an end of the interval where it does not."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) < target else (low, middle)
+    return high

@@ -1,0 +1,171 @@
+"""What is compared is what it says, it is measured in turn, and the numbers come out as they went in."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import tiny_llava_onevision, tokens_per_frame
+
+import earlytom_compile
+from earlytom_compile import EarlyTomConfigError
+from earlytom_compile.benchmark import measure as measuring
+from earlytom_compile.benchmark.arms import Arm, make_arms
+from earlytom_compile.benchmark.measure import Result, decode, measure
+from earlytom_compile.benchmark.results import Workload, to_dict, to_markdown, write_plots
+from earlytom_compile.benchmark.workload import make_inputs, make_video, random_model
+
+EAGER = {"lowering": "eager", "merge_layers": (0, 2), "tau_seg": 0.3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava_onevision(vision_layers=4, text_layers=1)
+
+
+def arms_of(model, inputs, ratios=(0.2,)):
+    return {arm.name: arm for arm in make_arms(model, inputs, ratios, EAGER)}
+
+
+def test_redundancy_is_the_share_of_a_frame_that_is_its_scene():
+    still, noise = (make_video(16, 8, redundancy, torch.Generator().manual_seed(0)) for redundancy in (1.0, 0.0))
+    assert torch.equal(still[:8], still[:1].expand(8, -1, -1, -1)) and not torch.equal(still[7], still[8])
+    similarity = torch.cosine_similarity(noise[:-1].flatten(1), noise[1:].flatten(1))
+    assert similarity.abs().max() < 0.3
+    with pytest.raises(EarlyTomConfigError, match=r"redundancy=1.5: must be in \[0, 1\]"):
+        make_video(4, 8, 1.5, torch.Generator())
+
+
+def test_inputs_are_what_a_processor_would_give(model):
+    inputs = make_inputs(model, frames=8, batch=2, prompt_length=7)
+    placeholders = (inputs["input_ids"] == model.config.video_token_id).sum(1)
+    assert placeholders.tolist() == [8 * tokens_per_frame(model) + 1] * 2
+    assert inputs["input_ids"].shape[1] == placeholders[0] + 7
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_a_model_is_made_in_the_dtype_it_is_used_in(model):
+    made = random_model(model.config, device="cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.bfloat16}
+    assert not made.training and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_arms_do_what_they_are_called(model):
+    inputs = make_inputs(model, frames=12, batch=2, redundancy=0.7)
+    arms = arms_of(model, inputs)
+    assert list(arms) == [
+        "transformers", "inductor", "earlytom 0.2", "earlytom 0.2 (backend)", "subsampling 0.2", "average pooling 0.2",
+    ]  # fmt: skip
+    with torch.inference_mode():
+        first = {name: arm.first_token() for name, arm in arms.items()}
+        logits = model(**inputs).logits
+    assert torch.equal(first["transformers"][0], logits[:, -1:].argmax(-1))
+    assert torch.equal(first["inductor"][0], first["transformers"][0])
+    assert torch.equal(first["earlytom 0.2"][0], first["earlytom 0.2 (backend)"][0])
+    words, full = 32, 12 * tokens_per_frame(model)
+    lengths = {name: cache.get_seq_length() for name, (_, cache) in first.items()}
+    assert lengths["transformers"] == lengths["inductor"] == full + 1 + words
+    assert lengths["earlytom 0.2"] == lengths["earlytom 0.2 (backend)"] == round(0.2 * full) + 1 + words
+    fewer = round(0.2 * 12) * tokens_per_frame(model) + 1 + words
+    assert lengths["subsampling 0.2"] == lengths["average pooling 0.2"] == fewer
+    assert not torch.equal(first["subsampling 0.2"][1].layers[0].keys, first["average pooling 0.2"][1].layers[0].keys)
+
+
+def test_arms_share_the_weights(model):
+    arms = arms_of(model, make_inputs(model, frames=8))
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    for arm in arms.values():
+        assert arm.model is None or {parameter.data_ptr() for parameter in arm.model.parameters()} == own
+    assert "_earlytom" not in model.__dict__
+
+
+def test_decoding_says_what_generate_says(model):
+    inputs = make_inputs(model, frames=8, batch=2)
+    with torch.inference_mode():
+        arm = arms_of(model, inputs)["transformers"]
+        expected = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)[:, -5:]
+        assert torch.equal(decode(model, arm.first_token(), 4), expected)
+
+
+class Cache:
+    def get_seq_length(self):
+        return 3
+
+
+def test_arms_take_turns_and_the_first_call_is_told_apart(model, monkeypatch):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+
+    def arm(name, seconds):
+        def first_token():
+            calls.append(name)
+            now[0] += seconds.pop(0)
+            return torch.tensor([[1]]), Cache()
+
+        return Arm(name, first_token)
+
+    arms = [arm("a", [9.0, 1.0, 1.0, 2.0, 3.0]), arm("b", [7.0, 1.0, 5.0, 5.0, 5.0])]
+    a, b = measure(model, arms, repeats=3, decode_tokens=0)
+    assert "".join(calls) == "aabb" + "ab" * 3
+    assert (a.cold, a.ttft, a.median) == (9.0, [1.0, 2.0, 3.0], 2.0)
+    assert (b.cold, b.ttft, b.decode_rate, b.cache_tokens) == (7.0, [5.0] * 3, None, 3)
+
+
+def test_counts_what_is_compiled_after_the_first_call(model):
+    function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    sizes = iter([2, 2, 3, 3, 4])
+    arm = Arm("grows", lambda: (function(torch.ones(next(sizes))).long()[None, :1], Cache()))
+    (result,) = measure(model, [arm], repeats=3, decode_tokens=0)
+    assert result.recompiles == 2
+
+
+def test_measures_the_real_arms(model):
+    inputs = make_inputs(model, frames=12, redundancy=0.7)
+    arms = [arm for arm in make_arms(model, inputs, (0.2,), EAGER) if arm.name in ("transformers", "earlytom 0.2")]
+    full, compressed = measure(model, arms, repeats=2, decode_tokens=2)
+    assert full.retention is None and full.frames == []
+    assert compressed.frames[0][0] == 12 and compressed.retention == compressed.frames[0][-1] / 12
+    assert len(full.ttft) == len(compressed.ttft) == 2 and compressed.decode_rate > 0
+    assert compressed.recompiles == 0 and compressed.cold > compressed.median
+
+
+def workloads():
+    def result(name, seconds, **more):
+        return Result(name, 1.0, cold=4.0, ttft=seconds, decode=[0.05, 0.05], cache_tokens=100, **more)
+
+    return [
+        Workload(frames, 1, 32, [
+            result("inductor", [0.4, 0.5, 0.6]),
+            result("earlytom 0.1", [0.1, 0.1, 0.2], frames=[[32, 24], [32, 16]], peak_memory=3 << 30),
+        ])
+        for frames in (8, 16)
+    ]  # fmt: skip
+
+
+def test_rows_of_the_table():
+    full, compressed = workloads()[0].rows()
+    assert full == ("inductor", "4.0", "500", "400-600", "1.00x", "", "100", "20.0", "", "0")
+    assert compressed == ("earlytom 0.1", "4.0", "100", "100-200", "5.00x", "62%", "100", "20.0", "3.00", "0")
+
+
+def test_json_and_markdown_hold_the_numbers():
+    about = {"command": "earlytom bench", "machine": "x", "date": "2026-01-01"}
+    content = json.loads(json.dumps(to_dict(workloads(), about)))
+    assert content["workloads"][0]["results"][0]["ttft"] == [0.4, 0.5, 0.6] and content["date"] == "2026-01-01"
+    text = to_markdown(workloads(), about)
+    assert "| earlytom 0.1 | 4.0 | 100 | 100-200 | 5.00x | 62% |" in text and "machine x" in text
+    assert text.count("| arm |") == 2
+
+
+def test_plots_are_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    written = write_plots(workloads(), tmp_path / "plots")
+    assert len(written) == 3 and all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_the_model_is_left_as_it_was(model):
+    before = dict(model.__dict__)
+    arms = [arm for name, arm in arms_of(model, make_inputs(model, frames=8)).items() if "0.2" not in name or arm.model]
+    measure(model, [arm for arm in arms if arm.name != "inductor"], repeats=1, decode_tokens=1)
+    assert model.__dict__ == before and earlytom_compile.restore(model) is model

@@ -1,0 +1,93 @@
+"""``earlytom flops`` prints the table of a shape, of a checkpoint's config.json, and refuses what makes no sense."""
+
+import json
+import re
+
+import pytest
+
+from earlytom_compile.cli import main as cli
+from earlytom_compile.flops import count
+from earlytom_compile.shapes import shape_of
+
+
+@pytest.fixture
+def flops(capsys):
+    def run(*arguments):
+        status = cli.main(["flops", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def rows(output):
+    """Cells of the tables, by the first two."""
+    lines = [line.strip(" │") for line in output.splitlines() if line.startswith("│")]
+    return {(name, kept): rest for name, kept, *rest in (re.split(r"\s*│\s*", line) for line in lines)}
+
+
+@pytest.mark.parametrize("shape, reached", [("llava-onevision-7b", 10), ("llava-onevision-0.5b", 9)])
+def test_the_papers_column_stands_beside_what_is_counted(flops, shape, reached):
+    status, output, _ = flops("--shape", shape)
+    assert status == 0 and "protocol paper" in output
+    beside = {key: cells for key, cells in rows(output.split("imply")[0]).items() if len(cells) == 5}
+    same = [key for key, (_, _, total, _, paper) in beside.items() if total == paper]
+    assert len(same) == reached
+    others = {method for method, _ in beside.keys() - same}
+    assert others <= {"EarlyTom + inner", "HoliTom"}  # its frames are a guess; 48.945 for 49.0
+
+
+def test_what_earlytoms_totals_imply(flops):
+    _, output, _ = flops()
+    found = rows(output)
+    encoder, even, *ranges = found["all", ""]
+    assert encoder == "29.42-29.44" and even == "26.2-26.2" and len(ranges) == 3
+    assert found["25%", "36.5"]
+    assert "imply" not in flops("--frames", 16)[1]  # the paper says nothing about it
+    assert "imply" not in flops("--protocol", "exact")[1]
+    status, output, _ = flops("--merge-layers", "20,21,23")
+    assert status == 0 and "out of reach" in output and "imply" not in output
+
+
+def test_a_schedule_is_counted_and_written(flops, tmp_path):
+    file = tmp_path / "flops.json"
+    status, output, _ = flops(
+        "--protocol", "exact", "--schedule", "32,27,22,19", "--retain-ratio", 0.1, "--prompt-length", 37, "--json", file
+    )
+    assert status == 0 and "protocol exact" in output and "32 -> 27 -> 22 -> 19" in output
+    expected = count(
+        shape_of("llava-onevision-7b"), protocol="exact", frames_schedule=(32, 27, 22, 19), llm_tokens=627 + 1 + 37
+    )
+    content = json.loads(file.read_text())
+    (row,) = (row for row in content["rows"] if row["method"] == "EarlyTom")
+    assert content["protocol"] == "exact" and content["merge_layers"] == [6, 21, 23]
+    assert row["total"] == expected.total and row["flops"]["encoder"] == expected.encoder
+    full = next(row for row in content["rows"] if row["method"] == "full")
+    assert row["share_of_full"] == row["total"] / full["total"] and full["share_of_full"] == 1
+
+
+def test_a_checkpoint_needs_only_its_config(flops, checkpoint, tmp_path):
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    status, output, _ = flops("--model", tmp_path, "--frames", 8, "--protocol", "exact")
+    assert status == 0 and "8 frames" in " ".join(output.split())
+    assert ("EarlyTom", "10%") in rows(output)
+    assert ("HoliTom", "10%") not in rows(output)  # no layer 18 to merge before
+
+
+def test_mistakes_exit_with_2_and_one_line(flops, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    cases = {
+        "no shape 'llava'": flops("--shape", "llava"),
+        "no config.json": flops("--model", tmp_path / "nowhere"),
+        "of the family 'qwen2_5_vl'": flops("--model", tmp_path),
+        "must start with the 32 frames": flops("--frames", 32, "--schedule", "16,8,8,8"),
+        "one number for each of": flops("--schedule", "32,16"),
+        "never grow": flops("--schedule", "32,16,20,8"),
+        "frames=0": flops("--frames", 0),
+        "prompt_length=-1": flops("--prompt-length", -1),
+        "retain_ratio=2.0": flops("--retain-ratio", 2),
+        "layer 30 does not exist": flops("--merge-layers", "6,30"),
+    }
+    for message, (status, _, errors) in cases.items():
+        assert status == 2, message
+        assert message in errors and "Traceback" not in errors

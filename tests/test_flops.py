@@ -1,0 +1,249 @@
+"""Both ways to count: the paper's own totals, and torch's counter on a model that runs."""
+
+import pytest
+import torch
+from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import earlytom_compile
+from earlytom_compile import EarlyTomConfigError
+from earlytom_compile.backend import earlytom
+from earlytom_compile.flops import count, implied_encoder, implied_frames, merged_inside
+from earlytom_compile.kernels.attention_received import attention_received
+from earlytom_compile.kernels.frame_similarity import frame_similarity
+from earlytom_compile.shapes import SHAPES, ModelShape, config_of, shape_of
+
+BIG, SMALL, VIDEO = (shape_of(f"llava-{name}") for name in ("onevision-7b", "onevision-0.5b", "video-7b"))
+TOKENS = 32 * 196
+RATIOS = (0.25, 0.2, 0.15, 0.1)
+
+
+def kept(ratio):
+    return round(ratio * TOKENS)
+
+
+def tera(shape, llm_tokens, frames=32):
+    return count(shape, protocol="paper", frames_schedule=(frames,), llm_tokens=llm_tokens).total / 1e12
+
+
+@pytest.mark.parametrize(
+    "shape, llm_tokens, published",
+    [
+        (BIG, TOKENS, 82.6),
+        (SMALL, TOKENS, 45.3),
+        (BIG, {0: TOKENS, 2: 1254}, 51.1),  # FastV
+        # VisionZip, and DyCoke at a quarter.
+        (BIG, kept(0.25), 50.5),
+        (BIG, kept(0.2), 48.7),
+        (BIG, kept(0.15), 46.9),
+        (BIG, kept(0.1), 45.2),
+        (SMALL, kept(0.25), 42.4),
+        (SMALL, kept(0.2), 42.3),
+        (SMALL, kept(0.15), 42.1),
+        (SMALL, kept(0.1), 42.0),
+        # HoliTom
+        (BIG, merged_inside(kept(0.2)), 47.5),
+        (BIG, merged_inside(kept(0.15)), 46.0),
+        (BIG, merged_inside(kept(0.1)), 44.6),
+        (SMALL, merged_inside(kept(0.25)), 42.3),
+        (SMALL, merged_inside(kept(0.2)), 42.2),
+        (SMALL, merged_inside(kept(0.15)), 42.1),
+        (SMALL, merged_inside(kept(0.1)), 42.0),
+    ],
+)
+def test_the_papers_totals(shape, llm_tokens, published):
+    assert round(tera(shape, llm_tokens), 1) == published
+
+
+def test_the_papers_totals_of_llava_video():
+    tokens = 64 * 196
+    assert round(tera(VIDEO, tokens, frames=64), 1) == 246.2
+    assert round(tera(VIDEO, round(0.15 * tokens), frames=64), 1) == 159.4  # VisionZip
+
+
+def test_holitom_at_a_quarter_is_a_rounding_away():
+    # The paper says 49.0; layer 18 and one half, which give its three other numbers, give 48.945.
+    assert tera(BIG, merged_inside(kept(0.25))) == pytest.approx(49.0, abs=0.06)
+
+
+def test_earlytoms_totals_of_both_models_imply_one_encoder():
+    totals = {BIG: (36.5, 35.1, 33.6, 32.2), SMALL: (29.9, 29.8, 29.7, 29.6)}
+    intervals = [
+        implied_encoder(shape, [(1e12 * t, merged_inside(kept(r))) for r, t in zip(RATIOS, numbers, strict=True)])
+        for shape, numbers in totals.items()
+    ]
+    least, most = max(low for low, _ in intervals), min(high for _, high in intervals)
+    assert 29.4e12 < least < most < 29.45e12
+
+    # Without merging inside the language model no encoder fits all four: so the paper counts it.
+    with pytest.raises(EarlyTomConfigError, match="no encoder fits"):
+        implied_encoder(BIG, [(1e12 * t, {0: kept(r)}) for r, t in zip(RATIOS, totals[BIG], strict=True)])
+
+
+def test_implied_frames_are_what_whole_schedules_reach():
+    # Any schedule of whole frames in the interval lies in the ranges, and the ranges are not much wider.
+    encoder = (29.2e12, 29.6e12)
+    implied = implied_frames(BIG, encoder, frames=32)
+    found = [
+        schedule
+        for first in range(16, 33)
+        for second in range(-(-first // 2), first + 1)
+        for third in range(-(-second // 2), second + 1)
+        for schedule in [(first, second, third)]
+        if encoder[0] <= paper_encoder(32, *schedule) <= encoder[1]
+    ]
+    assert found
+    for (low, high), whole in zip(implied.after_merge, zip(*found, strict=True), strict=True):
+        assert low <= min(whole) <= low + 1.5 and high - 1.5 <= max(whole) <= high
+    for frames, cost in zip(implied.every_layer, encoder, strict=True):
+        assert paper_encoder(frames) == pytest.approx(cost)
+
+
+def paper_encoder(*schedule):
+    return count(BIG, protocol="paper", frames_schedule=schedule, llm_tokens=0).encoder
+
+
+def test_an_impossible_total_is_refused():
+    with pytest.raises(EarlyTomConfigError, match="no merging of 32 frames"):
+        implied_frames(BIG, (50e12, 51e12), frames=32)
+    with pytest.raises(EarlyTomConfigError, match="no merging of 32 frames"):
+        implied_frames(BIG, (1e12, 2e12), frames=32)
+
+
+def attention_flops(query, key, value, *args, out_shape=None, **kwargs):
+    return sdpa_flop_count(query, key, value)
+
+
+def product_flops(added, left, right, *args, out_shape=None, **kwargs):
+    return 2 * left[0] * left[1] * right[1]
+
+
+def counter():
+    """torch's counter, with formulas for the two kernels it has none for: attention on a CPU, product in place."""
+    aten = torch.ops.aten
+    more = {aten._scaled_dot_product_flash_attention_for_cpu: attention_flops, aten.addmm_: product_flops}
+    return FlopCounterMode(display=False, custom_mapping=more)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    # Wide enough beside its 13 patch tokens a side that every part of the count matters; 4 query heads, 2 key heads.
+    return tiny_llava_onevision(vision_layers=6, vision_hidden=48, vision_intermediate=200, text_intermediate=128)
+
+
+def exact(model, schedule, length, **more):
+    shape = ModelShape.from_config(model.config)
+    return count(shape, protocol="exact", frames_schedule=schedule, llm_tokens=length, lm_head_positions=length, **more)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_exact_is_torchs_count_of_the_full_model(attention):
+    model = tiny_llava_onevision(attn_implementation=attention, vision_intermediate=100)
+    inputs = video_inputs(model, frames=8)
+    with counter() as counted:
+        model(**inputs)
+    expected = exact(model, (8,), inputs["input_ids"].shape[1])
+    assert expected.total == pytest.approx(counted.get_total_flops(), rel=0.01)
+    modules = {
+        name.split(".", 1)[1]: sum(ops.values()) for name, ops in counted.get_flop_counts().items() if "." in name
+    }
+    assert expected.encoder == pytest.approx(modules["model.vision_tower"], rel=1e-3)
+    assert expected.projector == modules["model.multi_modal_projector"]
+    assert expected.llm == pytest.approx(modules["model.language_model"], rel=0.01)
+    assert expected.lm_head == modules["lm_head"]
+
+
+@pytest.mark.parametrize("retain_ratio", [0.1, 0.3])
+@torch.no_grad()
+def test_exact_is_torchs_count_of_the_compressed_model(tiny, retain_ratio):
+    inputs = video_inputs(tiny, frames=16, scenes=2, drift=0.1)
+    counts = []
+
+    def counting(graph_module, example_inputs):
+        # A counter around the call would keep Dynamo from compiling it.
+        compiled = earlytom(
+            graph_module, example_inputs, options={"lowering": "eager", "retain_ratio": retain_ratio, "strict": True}
+        )
+
+        def run(*args):
+            with counter() as counted:
+                result = compiled(*args)
+            counts.append(counted.get_total_flops())
+            return result
+
+        return run
+
+    torch.compile(tiny, backend=counting)(**inputs)
+    report = earlytom_compile.report(tiny).to_dict()
+    schedule, (before, after) = report["videos"][0]["frames"], report["prompt"]
+    assert schedule[-1] < schedule[0] == 16 and after < before == inputs["input_ids"].shape[1]
+    assert report["videos"][0]["tokens"] == [
+        16 * tokens_per_frame(tiny),
+        round(retain_ratio * 16 * tokens_per_frame(tiny)),
+    ]
+
+    expected = exact(tiny, schedule, after, merge_layers=report["merge_layers"])
+    assert len(counts) == 1  # one graph
+    # torch does not look into custom operators.
+    assert expected.total - expected.operators == pytest.approx(counts[0], rel=0.01)
+
+
+def test_operators_cost_what_torch_counts_inside_them():
+    shape = ModelShape.from_config(tiny_llava_onevision(vision_layers=6).config)
+    schedule, heads = (10, 9, 7, 6), shape.vision_heads
+    with counter() as counted:
+        for frames in schedule:
+            hidden = torch.randn(frames, shape.frame_tokens, shape.vision_width)
+            frame_similarity._init_fn(hidden, schedule[0] - 1)
+        query, key = torch.randn(2, schedule[-2], heads, shape.frame_tokens, shape.vision_width // heads)
+        attention_received._init_fn(query, key, 1.0)
+    got = count(shape, protocol="exact", frames_schedule=schedule, llm_tokens=1, merge_layers=(0, 2, 4)).operators
+    assert got == counted.get_total_flops()
+
+
+def test_merging_frames_only_changes_what_comes_after():
+    before = count(BIG, protocol="exact", frames_schedule=(32,), llm_tokens=665)
+    after = count(BIG, protocol="exact", frames_schedule=(32, 32, 32, 16), llm_tokens=665)
+    layer = (before.encoder - after.encoder) / 2  # layers 24 and 25
+    assert layer == pytest.approx(before.encoder / 26 / 2, rel=0.01)
+    assert after.projector == before.projector / 2 and after.llm == before.llm
+    assert before.operators == 0 < after.operators < 0.01 * after.encoder
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"protocol": "both"}, "'paper', 'exact'"),
+        ({"frames_schedule": (32, 20)}, "must have one number, or 4"),
+        ({"frames_schedule": (32, 20, 21, 10)}, "never grow"),
+        ({"frames_schedule": (0,)}, "positive"),
+        ({"frames_schedule": (32, 20), "merge_layers": (26,)}, "layer 26 does not exist"),
+        ({"llm_tokens": {2: 10}}, "start at layer 0"),
+        ({"llm_tokens": {0: 10, 29: 5}}, "up to 28"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(changes, message):
+    arguments = {"protocol": "paper", "frames_schedule": (32,), "llm_tokens": 100} | changes
+    with pytest.raises(EarlyTomConfigError, match=message):
+        count(BIG, **arguments)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_named_shape_and_its_config_say_the_same(name):
+    config, shape = config_of(name), shape_of(name)
+    assert ModelShape.from_config(config) == ModelShape(**{**vars(shape), "frames": 32})
+    assert max(config.image_token_id, config.video_token_id) < config.text_config.vocab_size
+    assert (shape.frame_tokens, shape.pooled_tokens) == ((196, 49) if name == "cpu-small" else (729, 196))
+
+
+def test_an_unknown_shape_names_those_there_are():
+    with pytest.raises(EarlyTomConfigError, match="cpu-medium, cpu-small"):
+        shape_of("llava-onevision-72b")
+
+
+def test_a_model_whose_heads_do_not_fill_its_width_is_refused():
+    config = config_of("cpu-small")
+    config.text_config.head_dim = 32
+    with pytest.raises(EarlyTomConfigError, match="head_dim=32"):
+        ModelShape.from_config(config)
