@@ -10,7 +10,7 @@ Frame counts are unbacked sizes in all of them, so new videos never recompile.
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,7 +28,8 @@ from .config import EarlyTomConfig
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
 from .passes.find_vision_encoder import Block
 from .passes.manager import Rewrite, data_dependent_sizes
-from .passes.split_stages import split_stages
+from .passes.patterns import value_of
+from .passes.split_stages import Piece, split_stages
 from .prompt import ExpectedPlaceholders
 from .reporting import Counts, GraphRecord
 
@@ -51,6 +52,8 @@ def lower(graph_module: GraphModule, example_inputs: Sequence[Any], lowering: st
     from torch._inductor.compile_fx import compile_fx
 
     options = torch._inductor.list_mode_options(mode) if mode else {}
+    # CUDA graphs replay fixed sizes and cannot hold a wait for the host; frame counts change, and are waited for.
+    options.pop("triton.cudagraphs", None)
     return cast(Runnable, compile_fx(graph_module, list(example_inputs), config_patches=options or None))
 
 
@@ -76,7 +79,7 @@ def _lower(state: Rewrite, example_inputs: Sequence[Any], mode: str | None, reco
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
         cut_language_model = state.config.variant == "paper"
         blocks = state.boundary.encoder.blocks
-        stages = lower_stages(state.graph_module, blocks, by_module=cut_language_model, mode=mode)
+        stages = lower_stages(state.graph_module, example_inputs, blocks, by_module=cut_language_model, mode=mode)
         record.stages = stages.pieces, stages.kinds
         for reason in stages.eager:
             record.note(reason)
@@ -101,11 +104,18 @@ class Stages:
 
 
 def lower_stages(
-    graph_module: GraphModule, blocks: Sequence[Block] = (), *, by_module: bool = True, mode: str | None = None
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    blocks: Sequence[Block] = (),
+    *,
+    by_module: bool = True,
+    mode: str | None = None,
 ) -> Stages:
     """Compile one piece of each kind. Pieces that hold only operators of ours have nothing to compile, and a piece
     that Inductor cannot compile runs as it is, with a warning."""
     stages, pieces = split_stages(graph_module, blocks, by_module=by_module)
+    inputs = [value_of(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    given = {id(value): example for value, example in zip(inputs, example_inputs, strict=True)}
     compiled: dict[str, _Compiled | None] = {}
     eager: list[str] = []
     for piece in pieces:
@@ -114,7 +124,7 @@ def lower_stages(
         key = piece.key
         if key not in compiled:
             try:
-                compiled[key] = _Compiled(lower(piece.graph_module, _like(piece.inputs), "whole", mode))
+                compiled[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", mode))
             except _CANNOT_LOWER as error:
                 compiled[key] = None
                 eager.append(_not_compiled(f"a part of the model ({piece.where})", error))
@@ -134,18 +144,19 @@ def _not_compiled(what: str, error: Exception) -> str:
     return reason
 
 
-def _like(values: Sequence[Any]) -> list[Any]:
-    """Fake tensors of the backend's own mode, which is not the one that traced ``values``."""
+def _examples(piece: Piece, given: Mapping[int, Any]) -> list[Any]:
+    """What Dynamo gave for inputs of the whole graph, subclasses and parameters included; for what other pieces
+    make, fake tensors of the backend's own mode, which is not the one that traced them."""
     fake_mode = torch._guards.TracingContext.get().fake_mode
     assert fake_mode is not None
 
-    def like(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def example(value: Any) -> Any:
+        if id(value) in given or not isinstance(value, torch.Tensor):
+            return given.get(id(value), value)
         with fake_mode:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
-    return [like(value) for value in values]
+    return [example(value) for value in piece.inputs]
 
 
 class _Compiled(torch.nn.Module):

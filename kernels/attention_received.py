@@ -69,6 +69,8 @@ def _triton_supports(query: Tensor, key: Tensor, scale: float) -> bool:
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     if query.dtype not in dtypes or query.dim() != 4:
         return False
+    if query.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False  # too little shared memory for the tiles
     return query.shape[3] * query.element_size() <= _WIDEST_HEAD_BYTES
 
 

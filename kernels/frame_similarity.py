@@ -10,8 +10,9 @@ A video merges frames only inside a segment, so only pairs at most ``band`` fram
 
 Exact ties decide merges (a still scene merges everywhere), and a video must get the same bits alone and in a
 batch. Floating-point sums depend on their order, which a matrix product picks by shape. So tokens are scaled
-to unit length in *fixed point*: integers whose products and sums float64 holds exactly. Then any order, any
-blocking and any device sums the same integers to the same result.
+to unit length in *fixed point*: integers whose products and sums float64 holds exactly. Then any order and any
+blocking sums the same integers to the same result. The Triton provider keeps both promises by one order for every
+pair of frames; its float32 sums differ from these by about 1e-6, so that a near tie may fall the other way.
 """
 
 import torch

@@ -7,9 +7,10 @@
     CPU thread                     runs and argmax of static frames
 
 Choosing is branches and tiny sorts, which leave a GPU idle; what crosses the bus is small. The result is that of
-the device, and like the native body this one reads the values and refuses those that mean nothing.
+the device, which takes NaN for the least importance; counts that mean nothing, which the device marks, are refused.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ Selected = tuple[Tensor, Tensor]
 _TRIALS = 5
 
 _workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="earlytom-static")
-_fastest: dict[torch.device, str] = {}
+_fastest: dict[tuple[Any, ...], str] = {}
 
 
 def select(
@@ -57,13 +58,14 @@ def select(
     return tokens, kept
 
 
-def fastest(device: torch.device, choices: Mapping[str, Callable[[], Selected]]) -> Selected:
-    """The result of the quicker choice; which one that is on ``device`` is measured at the first call."""
-    if device not in _fastest:
-        streams: Any = torch.get_device_module(device)
+def fastest(features: Tensor, budget: int, choices: Mapping[str, Callable[[], Selected]]) -> Selected:
+    """The result of the quicker choice; which one that is for this shape is measured at its first call."""
+    shape = features.device, *features.shape[1:], budget
+    if shape not in _fastest:
+        streams: Any = torch.get_device_module(features.device)
         seconds = {name: min(_timed(choice, streams) for _ in range(_TRIALS)) for name, choice in choices.items()}
-        _fastest[device] = min(seconds, key=lambda name: seconds[name])
-    return choices[_fastest[device]]()
+        _fastest[shape] = min(seconds, key=lambda name: seconds[name])
+    return choices[_fastest[shape]]()
 
 
 def _timed(choice: Callable[[], Selected], streams: Any) -> float:
@@ -94,6 +96,7 @@ def _static_rows(
     and their (frame within its video, token) [M, 2]."""
     if copied is not None:  # the CPU's own streams have no events
         copied.synchronize()
+    importance = torch.where(importance.isnan(), -math.inf, importance)
     videos = read_videos(importance, dynamic, counts, "select_tokens")
     quotas, firsts = list[int](), list[int]()
     for frames in videos:
@@ -109,7 +112,7 @@ def _static_rows(
     begins_static = torch.tensor([0, *wanted]).cumsum(0)
     place = begins[frame] + torch.arange(len(frame)) - begins_static[nth]
     where = torch.stack([frame - torch.tensor(firsts)[frame], token], dim=1)
-    return tuple(_pinned(x, importance) for x in (place, frame * tokens + token, where))  # type: ignore[return-value]
+    return tuple(_pinned(x, dynamic) for x in (place, frame * tokens + token, where))  # type: ignore[return-value]
 
 
 def _pinned(x: Tensor, like: Tensor) -> Tensor:

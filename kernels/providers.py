@@ -15,6 +15,7 @@ operator first meets a CUDA tensor: neither triton nor a driver is needed to imp
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class Provider:
     name: str
     module: str  # below this package; holds a function ``run`` with the operator's signature
     supports: Callable[..., bool]  # of the operator's arguments, fake tensors included
+
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether it can compute these inputs here: Triton is not on every machine that has CUDA."""
+        return find_spec("triton") is not None and self.supports(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = importlib.import_module(self.module, __package__).run
@@ -47,7 +52,7 @@ def provide(op: CustomOpDef, provider: Provider) -> None:
     _TABLE[name] = provider
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
-        return (provider if provider.supports(*args, **kwargs) else native)(*args, **kwargs)
+        return (provider if provider.takes(*args, **kwargs) else native)(*args, **kwargs)
 
     op.register_kernel("cuda")(dispatch)
 
@@ -55,6 +60,6 @@ def provide(op: CustomOpDef, provider: Provider) -> None:
 def provider_of(name: str, device_type: str, *args: Any, **kwargs: Any) -> str:
     """Name of the provider that computes operator ``name`` for these arguments, real or fake, on ``device_type``."""
     provider = _TABLE.get(name)
-    if device_type != "cuda" or provider is None or not provider.supports(*args, **kwargs):
+    if device_type != "cuda" or provider is None or not provider.takes(*args, **kwargs):
         return NATIVE
     return provider.name

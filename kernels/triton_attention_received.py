@@ -46,7 +46,8 @@ def run(query: Tensor, key: Tensor, scale: float) -> Tensor:
     programs = (frames * heads * blocks,)
     _row_statistics[programs](query, key, largest, inverse, *numbers, **options)
     _column_sums[programs](query, key, largest, inverse, received, *numbers, **options)
-    _mean_over_heads[(frames, triton.cdiv(tokens, _MEAN_BLOCK))](received, out, heads, tokens, BLOCK=_MEAN_BLOCK)
+    slices = (frames, triton.cdiv(tokens, _MEAN_BLOCK))
+    _mean_over_heads[slices](received, out, heads, tokens, BLOCK=_MEAN_BLOCK, enable_fp_fusion=False)
     return out
 
 

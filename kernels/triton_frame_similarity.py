@@ -48,7 +48,9 @@ def run(hidden: Tensor, band: int) -> Tensor:
         hidden, sums, *hidden.stride()[:2], frames, tokens, channels, reach, each, **options
     )
     programs = (triton.cdiv(frames * band, _MEAN_BLOCK),)
-    _mean[programs](sums, out, frames, band, reach, groups, tokens, GROUPS=_MOST_GROUPS, BLOCK=_MEAN_BLOCK)
+    _mean[programs](
+        sums, out, frames, band, reach, groups, tokens, GROUPS=_MOST_GROUPS, BLOCK=_MEAN_BLOCK, enable_fp_fusion=False
+    )
     return out
 
 
@@ -101,7 +103,7 @@ def _store(sums, total, row, column, frames, reach):
     tl.store(sums + row[:, None] * reach + back, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "reach"])
 def _sum_cosines(hidden, sums, frame_stride, token_stride, frames, tokens, channels, reach, each,
                  FRAMES: tl.constexpr, CHANNELS: tl.constexpr, SEVERAL: tl.constexpr,
                  UPCAST: tl.constexpr):  # fmt: skip
@@ -142,7 +144,7 @@ def _sum_cosines(hidden, sums, frame_stride, token_stride, frames, tokens, chann
         _store(sums, across, row, column, frames, reach)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "reach", "groups"])
 def _mean(sums, out, frames, band, reach, groups, tokens, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
     """Add up [groups, frames, reach] over the groups, always in the same order -> [frames, band]."""
     output = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -52,7 +52,7 @@ def _is_source(frame, weight, frames):
     return (frame >= 0) & (frame < frames) & (tl.abs(weight) < float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "n"])
 def _blend(x, source, weight, out, stride, frames, rest, n, BLOCK: tl.constexpr):
     """One block of one output row."""
     blocks = tl.cdiv(rest, BLOCK)

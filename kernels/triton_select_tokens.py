@@ -46,7 +46,7 @@ def run(
         "host": partial(host_selection.select, *inputs, partial(select_on_device, *inputs, only_dynamic=True)),
     }
     if static_selection == "auto":
-        return host_selection.fastest(features.device, choices)
+        return host_selection.fastest(features, budget, choices)
     return choices[static_selection]()
 
 
@@ -92,6 +92,7 @@ def frame_options(per_frame: int, channels: int) -> dict[str, int]:
         "ROWS": _ROWS,
         "CHANNELS": min(_CHANNELS, triton.next_power_of_2(max(1, channels))),
         "num_warps": 4 if padded <= 256 else 8,
+        "enable_fp_fusion": False,
     }
 
 

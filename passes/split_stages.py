@@ -17,7 +17,8 @@ After::
 
 The encoder's layers are known from their structure. Those of a language model are told by the path of the module
 that ran a node, which may be wrong: a cut in another place costs time, never the result. Cuts lie between nodes in
-the order of the graph, so whatever depends on that order (writes into tensors, autocast regions) keeps it.
+the order of the graph, so whatever depends on that order keeps it. None opens an autocast region, and none parts two
+views of one memory that somebody writes to, since pieces are compiled as if their inputs shared nothing.
 """
 
 import operator
@@ -33,6 +34,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .find_vision_encoder import Block
+from .graph_order import writes
 from .patterns import module_path, op_name, value_of
 
 _ENTER = frozenset(("_enter_autocast", "_enter_inference_mode"))
@@ -97,7 +99,8 @@ def split_stages(
     modules, pieces = dict[str, Any](), list[Piece]()
     sizes = _size_nodes(graph_module.graph)
     between = _encoder_cuts(nodes, blocks) | (_module_cuts(nodes) if by_module else set())
-    cuts = [0, *_outside_regions(nodes, between), len(nodes)]
+    between -= _inside_regions(nodes) | _between_written_views(graph_module.graph, nodes)
+    cuts = [0, *sorted(cut for cut in between if 0 < cut < len(nodes)), len(nodes)]
     for start, end in zip(cuts, cuts[1:], strict=False):
         name = f"piece_{len(pieces)}"
         part, read, made = _extract(nodes[start:end], sizes)
@@ -130,14 +133,38 @@ def _module_cuts(nodes: list[Node]) -> set[int]:
     return set(first.values()) | set(last.values())
 
 
-def _outside_regions(nodes: list[Node], cuts: set[int]) -> list[int]:
-    """The cuts in order, without those inside an autocast region or at an end."""
+def _inside_regions(nodes: list[Node]) -> set[int]:
+    """Positions inside an autocast region."""
     depth, inside = 0, set[int]()
     for position, node in enumerate(nodes):
         if depth > 0:
             inside.add(position)
         depth += (op_name(node) in _ENTER) - (op_name(node) in _EXIT)
-    return sorted(cut for cut in cuts - inside if 0 < cut < len(nodes))
+    return inside
+
+
+def _between_written_views(graph: Graph, nodes: list[Node]) -> set[int]:
+    """Positions that two tensors of one memory cross, if that memory is written to anywhere."""
+    place = {node: i for i, node in enumerate(nodes)}
+    targets = ((*node.args[:1], node.kwargs.get("out")) for node in nodes if writes(node))
+    written = {_memory(target) for either in targets for target in either} - {None}
+    crossing: dict[Any, list[tuple[int, int]]] = {}
+    for node in graph.nodes:
+        memory = _memory(node)
+        last = max((place[user] for user in node.users if user in place), default=-1)
+        if memory in written and last >= 0:
+            crossing.setdefault(memory, []).append((place.get(node, -1) + 1, last))
+    parted = set[int]()
+    for spans in crossing.values():
+        counts = Counter(position for begin, end in spans for position in range(begin, end + 1))
+        parted |= {position for position, count in counts.items() if count > 1}
+    return parted
+
+
+def _memory(node: Any) -> int | None:
+    """Equal for tensors that share memory."""
+    value = value_of(node) if isinstance(node, Node) else None
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def _own_nodes(block: Block, place: dict[Node, int]) -> set[Node]:
@@ -174,13 +201,20 @@ def _extract(members: list[Node], sizes: dict[Any, Node]) -> tuple[Graph, list[N
     read = list(dict.fromkeys([*read, *(node for node in named if node not in inside)]))
     made = [node for node in members if any(user not in inside for user in node.users)]
     graph, copies = Graph(), dict[Node, Node]()
-    for number, node in enumerate(read):
+    for number, node in enumerate(node for node in read if not _is_module(node)):
         copies[node] = graph.placeholder(f"input_{number}")
         copies[node].meta["example_value"] = value_of(node)
-    for node in members:
+    for node in (*filter(_is_module, read), *members):
         copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(tuple(copies[node] for node in made))
-    return graph, read, made
+    return graph, [node for node in read if not _is_module(node)], made
+
+
+def _is_module(node: Node) -> bool:
+    """True for the function a higher-order operator calls, which is part of a piece and no input."""
+    return node.op == "get_attr" and isinstance(
+        operator.attrgetter(str(node.target))(node.graph.owning_module), torch.nn.Module
+    )
 
 
 def _symbols(value: Any) -> set[Any]:

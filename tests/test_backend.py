@@ -91,7 +91,7 @@ def test_a_hundred_videos_compile_once(model, monkeypatch):
             frames.add(tuple(report(model).to_dict()["videos"][0]["frames"]))
             kinds = len(lowered) if seed == 0 else kinds
     assert len(frames) > 10, "the videos are too alike to show anything"
-    assert len(lowered) == kinds and graphs_and_breaks(compiled) == (1, 0, 0)
+    assert len(lowered) == kinds > 3 and graphs_and_breaks(compiled) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])

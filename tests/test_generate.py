@@ -1,6 +1,7 @@
 """``earlytom_compile.compile(model)``: the three promises, and greedy tokens equal to the oracle's."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import earlytom_compile
-from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning, report
+from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning, report
 
 OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
 NEW = 6
@@ -86,12 +87,83 @@ def test_the_prompt_is_compiled_once_for_all_lengths(model):
     assert first.shape == (1, NEW)
 
 
-def test_the_language_model_is_left_as_it_was(model):
+def test_restore_gives_the_language_model_back(model):
     language_model = model.model.language_model
     before = dict(language_model.__dict__)
     compiled(model, lowering="staged")
     new_tokens(model, video_inputs(model, 12))
+    earlytom_compile.restore(model)
     assert language_model.__dict__ == before
+
+
+def test_without_a_video_the_language_model_runs_its_own_code(model):
+    ids = video_inputs(model, 4, videos_per_row=(0,), after=9)["input_ids"]
+    with torch.no_grad():
+        expected = model(ids).logits
+        compiled(model, lowering="staged")
+        new_tokens(model, video_inputs(model, 12))
+        graphs = graphs_compiled()
+        assert torch.equal(model(ids).logits, expected)
+    assert graphs_compiled() == graphs
+
+
+def test_threads_do_not_meet(model):
+    """One generates about videos, the other about nothing, which must stay bit for bit what it was."""
+    text = {"input_ids": video_inputs(model, 4, videos_per_row=(0,), after=9)["input_ids"]}
+    inputs = video_inputs(model, 12)
+    with torch.no_grad():
+        expected = model(**text).logits
+        tokens = new_tokens(compiled(model, lowering="staged"), inputs)
+
+        def ask_text():
+            with torch.no_grad():
+                return [torch.equal(model(**text).logits, expected) for _ in range(30)]
+
+        with ThreadPoolExecutor(3) as pool:
+            answers = pool.submit(ask_text)
+            videos = [pool.submit(new_tokens, model, inputs) for _ in range(6)]
+            assert all(answers.result()) and all(torch.equal(video.result(), tokens) for video in videos)
+    earlytom_compile.restore(model)
+    assert "forward" not in model.model.language_model.__dict__
+
+
+def test_a_copy_compiles_for_itself(model):
+    inputs = video_inputs(model, 12)
+    tokens = new_tokens(compiled(model, lowering="staged"), inputs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.neg_()
+        twin.model.language_model.norm.weight.mul_(torch.linspace(-1, 1, len(twin.model.language_model.norm.weight)))
+    got = new_tokens(twin, inputs)
+    assert not torch.equal(got, tokens)
+    assert torch.equal(got, oracle_tokens(twin, inputs))
+    assert torch.equal(new_tokens(model, inputs), tokens)
+
+
+def test_pickling_says_what_to_do(model, tmp_path):
+    with pytest.raises(EarlyTomError, match="restore"):
+        torch.save(compiled(model), tmp_path / "model.pt")
+
+
+def test_another_torch_compile_around_it_still_compresses(model):
+    inputs = video_inputs(model, 12)
+    with torch.no_grad():
+        expected = compiled(model)(**inputs).logits
+        torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, expected)
+    assert expected.shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_chunks_of_the_prompt_are_a_reason(model):
+    inputs = video_inputs(model, 12)
+    plain = new_tokens(model, inputs, prefill_chunk_size=16)
+    with pytest.warns(EarlyTomFallbackWarning, match="prefill_chunk_size"):
+        assert torch.equal(new_tokens(compiled(model), inputs, prefill_chunk_size=16), plain)
+
+
+def test_the_compiled_prompt_is_in_the_report(model):
+    new_tokens(compiled(model, lowering="staged"), video_inputs(model, 12))
+    content = report(model).to_dict()
+    assert content["graphs"] == 2 and content["recompiles"] == 0 and content["reasons"] == []
 
 
 def test_compile_llm_can_be_turned_off(model):

@@ -15,6 +15,7 @@ import copy
 import itertools
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +80,12 @@ def compare(
         raise EarlyTomConfigError(f"repeats={repeats}: must be at least 1.")
     config = EarlyTomConfig.from_options(options)
     compiled = config.lowering != "eager"
-    full = full_model(loaded.model, compiled=compiled, compile_llm=compiled and config.compile_llm)
+    full = full_model(loaded.model, compiled=compiled)
     models = {"compressed": earlytom_compile.compile(loaded.model, **options), "full": full}
     answers, seconds = {}, {}
-    with progress_bars(progress_on) as progress:
+    with progress_bars(progress_on) as progress, ExitStack() as stack:
+        if compiled and config.compile_llm:
+            stack.enter_context(CompiledPrefill(full.model.language_model).active())
         for name, model in models.items():
             task = progress.add_task(f"{name} model: compile and answer", total=None)
             answers[name], seconds[name] = timed_answer(model, inputs, max_new_tokens)
@@ -99,14 +102,12 @@ def compare(
     return Comparison(full_arm, compressed_arm, content, explanation)
 
 
-def full_model(model: Any, *, compiled: bool, compile_llm: bool = False) -> Any:
-    """A second model that shares the weights, compiled by plain Inductor as the compressed one is."""
+def full_model(model: Any, *, compiled: bool) -> Any:
+    """A second model that shares the weights, and whose vision encoder plain Inductor compiles."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     twin = copy.deepcopy(model, shared)
     if compiled:
         twin.model.vision_tower.compile()
-    if compile_llm:
-        CompiledPrefill(twin.model.language_model).install()
     return twin
 
 

@@ -12,6 +12,7 @@
 original one. Videos are encoded one at a time, so that a row's answer does not depend on its batch.
 """
 
+import copy
 import functools
 import inspect
 import types
@@ -24,7 +25,7 @@ from torch.fx import GraphModule
 
 from ..backend import compile_graph
 from ..config import EarlyTomConfig
-from ..errors import EarlyTomConfigError
+from ..errors import EarlyTomConfigError, EarlyTomError
 from ..prompt import PromptCut, UncuttablePrompt
 from ..reporting import Counts, GraphRecord, forget
 from ..stages import CompressedGraph, fall_back
@@ -53,6 +54,8 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     model.__dict__[_HANDLE] = handle
     for name in _REPLACED:
         model.__dict__[name] = _Method(handle, name, getattr(model, name))
+    if config.compile_llm and config.lowering != "eager":
+        handle.prefill = CompiledPrefill(handle.model.model.language_model)
     return model
 
 
@@ -64,6 +67,8 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
             if isinstance(model.__dict__.get(name), _Method):  # not a wrapper that somebody put there since
                 del model.__dict__[name]
         model.__dict__.update({k: v for k, v in handle.replaced.items() if k not in model.__dict__})
+        if handle.prefill is not None:
+            handle.prefill.remove()
         forget(model)
     return model
 
@@ -80,11 +85,20 @@ class CompiledModel:
         self.videos: list[tuple[GraphRecord, Counts]] = []
         self.record = GraphRecord("", False)
         self._paths: dict[Any, _VisionPath] = {}
-        self._prefill: CompiledPrefill | None = None
+        self.prefill: CompiledPrefill | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
-        return {**self.__dict__, "_paths": {}, "_prefill": None, "videos": []}
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        state = {**self.__dict__, "_paths": {}, "videos": []}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise EarlyTomError(
+            "a model compiled by earlytom_compile.compile() cannot be pickled, since compiled code cannot: call "
+            "earlytom_compile.restore(model), save it, and compile it again where it is loaded."
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -94,7 +108,7 @@ class CompiledModel:
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` with compressed videos; see :func:`compile`."""
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        reason = self._reason_to_leave_alone(ids, kwargs)
+        reason = self._reason_to_leave_alone(ids, kwargs, args=args)
         cut = None if reason else self._compress(ids, kwargs)  # type: ignore[arg-type]
         if cut is None:
             arguments = (inputs, *args) if inputs is not None or args else ()
@@ -111,8 +125,10 @@ class CompiledModel:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward`` with compressed videos: logits have the cut length."""
         own = self.own["forward"]
-        if torch.compiler.is_compiling() and kwargs.get("pixel_values_videos") is None:
-            return own(*args, **kwargs)  # transformers compiles decoding steps: let it see the model alone
+        if torch.compiler.is_compiling():
+            if kwargs.get("pixel_values_videos") is None:
+                return own(*args, **kwargs)  # transformers compiles decoding steps: let it see the model alone
+            return _untraced(self.forward)(*args, **kwargs)
         if args:
             names = list(inspect.signature(own).parameters)
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -125,13 +141,11 @@ class CompiledModel:
             return own(**cut[1])
 
     def _compiled_prefill(self) -> AbstractContextManager[None]:
-        if not self.config.compile_llm or self.config.lowering == "eager":
-            return nullcontext()
-        if self._prefill is None:
-            self._prefill = CompiledPrefill(self.model.model.language_model)
-        return self._prefill.installed()
+        return nullcontext() if self.prefill is None else self.prefill.active()
 
-    def _reason_to_leave_alone(self, ids: Any, kwargs: dict[str, Any], forward: bool = False) -> str | None:
+    def _reason_to_leave_alone(
+        self, ids: Any, kwargs: dict[str, Any], args: tuple[Any, ...] = (), forward: bool = False
+    ) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
         videos = kwargs.get("pixel_values_videos")
         if videos is None or len(videos) == 0:
@@ -141,6 +155,8 @@ class CompiledModel:
         reason = _reason_against(ids, kwargs)
         if reason is None and forward:
             reason = self._reason_against_forward(kwargs)
+        elif reason is None and self._generation_option("prefill_chunk_size", kwargs, args[0] if args else None):
+            reason = "prefill_chunk_size cuts the prompt by its ids", "Leave it out: the cut prompt is short"
         if reason is None:
             _check_shapes(ids, videos, kwargs.get("attention_mask"))
             return None
@@ -247,6 +263,11 @@ class CompiledModel:
             new_tokens = name.replace("_length", "_new_tokens")
             if limit and given and self._generation_option(new_tokens, kwargs, config) is None:
                 kwargs[name] = max(limit - dropped, 0)
+
+
+def _untraced(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Behind a graph break: traced by another ``torch.compile``, our own would do nothing."""
+    return torch.compiler.disable(call)
 
 
 class _VisionPath:

@@ -1,64 +1,79 @@
 """The language model's pass over the prompt, compiled once for prompts of every length.
 
-    with prefill.installed():          # model.language_model.forward -> compiled for a whole prompt,
-        model.generate(...)            #                                 the model's own for one token at a time
+    prefill = CompiledPrefill(model.model.language_model)   # its forward() is replaced ...
+    with prefill.active():                                  # ... and compiles prompts here, in this thread only
+        model.generate(...)
+    prefill.remove()
 
 One compilation serves all decoder layers (passes/split_stages.py). Decoding is left to transformers, which compiles
 it itself for static caches; its trace of the model goes straight through to the model's own code.
 """
 
+import copy
 import functools
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from ..reporting import GraphRecord, add_record
 from ..stages import lower_stages
 
 
 class CompiledPrefill:
-    """Stands in for the ``forward`` of a language model while a prompt is processed."""
+    """Stands in for the ``forward`` of a language model."""
 
     def __init__(self, language_model: torch.nn.Module) -> None:
         self._module = language_model
+        self._before = language_model.__dict__.get("forward")
         self._own = language_model.forward
+        self._reset()
+        functools.update_wrapper(self, self._own)
+        language_model.__dict__["forward"] = self
+
+    def _reset(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._forward = self._make_forward()
+        self._active: ContextVar[bool] = ContextVar("earlytom_prefill", default=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledPrefill":
+        # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_active")}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        twin._reset()
+        return twin
+
+    def remove(self) -> None:
+        """Put the language model's own ``forward`` back, unless somebody has replaced ours since."""
+        if self._module.__dict__.get("forward") is self:
+            del self._module.__dict__["forward"]
+            if self._before is not None:
+                self._module.__dict__["forward"] = self._before
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Compile prompts inside this context."""
-        before = self._module.__dict__.get("forward")
-        self.install()
+    def active(self) -> Iterator[None]:
+        """Compile prompts inside this context; other threads and other calls run the model's own code."""
+        token = self._active.set(True)
         try:
             yield
         finally:
-            if before is None:
-                del self._module.__dict__["forward"]
-            else:
-                self._module.__dict__["forward"] = before
+            self._active.reset(token)
 
-    def install(self) -> None:
-        """Compile prompts from now on."""
-        self._module.__dict__["forward"] = self._forward
-
-    def _make_forward(self) -> Callable[..., Any]:
-        own = self._own
-
-        @functools.wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            embeds = kwargs.get("inputs_embeds")
-            if torch.compiler.is_compiling() or torch.is_grad_enabled() or embeds is None or embeds.shape[1] < 2:
-                return own(*args, **kwargs)
-            mask = kwargs.get("attention_mask")
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all()):
-                kwargs["attention_mask"] = None  # causal attention needs no mask then, and traced code cannot look
-            return self._compiled_for(kwargs)(own, args, kwargs)
-
-        return forward
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._active.get() or torch.is_grad_enabled():
+            return self._own(*args, **kwargs)
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or embeds.shape[1] < 2:
+            return self._own(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all()):
+            kwargs["attention_mask"] = None  # causal attention needs no mask then, and traced code cannot look
+        return self._compiled_for(kwargs)(self._own, args, kwargs)
 
     def _compiled_for(self, kwargs: dict[str, Any]) -> Callable[..., Any]:
         """The compiled code for prompts of this kind: one row or several, masked or not, its sort of cache."""
@@ -91,4 +106,13 @@ def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _compile_layers(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    return lower_stages(graph_module).run
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    record = GraphRecord(str(compile_id), bool(compile_id and compile_id.frame_compile_id), lowering="staged")
+    start = time.perf_counter()
+    stages = lower_stages(graph_module, example_inputs)
+    record.seconds["language model"] = time.perf_counter() - start
+    record.stages = stages.pieces, stages.kinds
+    for reason in stages.eager:
+        record.note(reason)
+    add_record(record, example_inputs)
+    return stages.run

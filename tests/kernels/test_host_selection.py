@@ -62,15 +62,23 @@ def test_the_device_leaves_static_frames_alone():
     "change, says",
     [
         ({"counts": torch.tensor([3, 3])}, "counts="),
-        ({"scores": torch.full((5, 6), float("nan"))}, "NaN"),
         ({"counts": torch.tensor([4, 1])}, "budget=8"),
     ],
 )
 def test_refuses_what_the_native_body_refuses(change, says):
     values, scores, dynamic, counts = selection(7, [3, 2], 6, 4)
-    inputs = values, change.get("scores", scores), dynamic, change.get("counts", counts)
+    inputs = values, scores, dynamic, change["counts"]
     with pytest.raises(ValueError, match=f"select_tokens.*{says}"):
         select(inputs, 8, "host")
+
+
+def test_nan_is_the_least_importance_as_on_the_device():
+    values, scores, dynamic, counts = selection(7, [3, 2], 6, 4)
+    scores[:, ::2] = float("nan")
+    for one, other in zip(
+        *(select((values, scores, dynamic, counts), 8, place) for place in ("host", "device")), strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_auto_measures_once_and_takes_the_quicker(monkeypatch):
@@ -85,12 +93,12 @@ def test_auto_measures_once_and_takes_the_quicker(monkeypatch):
 
         return run
 
-    device = torch.device(DEVICE)
+    features = torch.zeros(5, 4, 3, device=DEVICE)
     choices = {"device": choice("device", 0.02), "host": choice("host", 0.0)}
-    assert host_selection.fastest(device, choices) == "host"
+    assert host_selection.fastest(features, 7, choices) == "host"
     assert calls.count("device") == calls.count("host") - 1
     calls.clear()
-    assert host_selection.fastest(device, choices) == "host" and calls == ["host"]
+    assert host_selection.fastest(features, 7, choices) == "host" and calls == ["host"]
 
 
 def test_auto_gives_the_same_result(monkeypatch):

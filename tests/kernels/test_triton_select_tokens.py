@@ -247,7 +247,7 @@ ALIGNED = ("channels", "frame_stride", "token_stride")
 TYPES = {"kept": "*i64", "dynamic": "*i1", "counts": "*i64", "table": "*i64"}
 
 def compile_into(path, kernel, features, importance, constants):
-    warps = constants.pop("num_warps")
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     types = TYPES | {"features": features, "tokens": features, "importance": importance}
     kinds = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {
@@ -255,7 +255,7 @@ def compile_into(path, kernel, features, importance, constants):
         for place, (name, kind) in enumerate(kinds.items()) if kind[0] == "*" or name in ALIGNED
     }
     source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
-    asm = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
+    asm = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
     open(path + ".cubin", "wb").write(asm["cubin"])
     open(path + ".ptx", "w").write(asm["ptx"])
 

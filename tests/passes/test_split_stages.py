@@ -7,6 +7,7 @@ from tracing import trace
 
 from earlytom_compile.passes.find_vision_encoder import find_vision_encoder
 from earlytom_compile.passes.split_stages import split_stages
+from earlytom_compile.stages import lower_stages
 
 
 class Layer(nn.Module):
@@ -125,6 +126,57 @@ class WritesInPlace(nn.Module):
             x = layer(x + total)
             total += x
         return total
+
+
+class WritesUnderAView(nn.Module):
+    """One layer reads through a view what another has written."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        total = torch.zeros_like(x)
+        row = total[0]
+        for layer in self.layers:
+            x = layer(x + row)
+            total += x
+            x = x + row
+        for layer in self.head:
+            x = layer(x)
+        return x
+
+
+def test_views_of_memory_that_is_written_stay_in_one_piece():
+    model, x = WritesUnderAView().eval(), torch.randn(2, 4)
+
+    def backend(graph_module, example_inputs):
+        _, pieces = split_stages(graph_module)
+        assert len(pieces) == 1 + 3  # the layers with the view, then each of the head
+        return lower_stages(graph_module, example_inputs).run
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
+
+
+def test_functions_of_higher_order_operators_belong_to_their_piece():
+    class Conditional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                x = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+            return x
+
+    model, x = Conditional().eval(), torch.randn(2, 4)
+    traced, stages, pieces = split(model, x)
+    assert len(pieces) > 3
+    with torch.no_grad():
+        assert torch.equal(stages(*traced.inputs)[0], model(x))
 
 
 def test_writes_keep_their_order():
