@@ -68,6 +68,23 @@ def test_equals_the_oracle_in_one_graph(model, variant, lowering):
         assert len(expected.kept[0]) == round(0.2 * before)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lowering", ["eager", "staged", "whole"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_on_a_gpu_it_is_what_it_is_on_the_cpu(variant, lowering):
+    """In float32 with exact products, so that the oracle on the CPU decides."""
+    options = {"variant": variant, "lowering": lowering, "retain_ratio": 0.2}
+    model = tiny_llava_onevision(vision_layers=4, text_layers=1)
+    inputs = video_inputs(model, 16)
+    with torch.no_grad():
+        expected = compressed_forward(model, inputs, retain_ratio=0.2, variant=variant, **MERGE)
+        compiled = compress(model.cuda(), **options)
+        logits = compiled(**{name: x.cuda() for name, x in inputs.items()}).logits
+    torch.testing.assert_close(logits.cpu(), expected.logits, atol=1e-3, rtol=1e-3)
+    providers = report(compiled).to_dict()["providers"]
+    assert providers["frame_similarity"] == providers["attention_received"] == "triton"
+
+
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_new_videos_do_not_recompile(model, variant):
     compiled = compress(model, variant=variant, retain_ratio=0.2)
