@@ -100,6 +100,8 @@ def split_stages(
     sizes = _size_nodes(graph_module.graph)
     between = _encoder_cuts(nodes, blocks) | (_module_cuts(nodes) if by_module else set())
     between -= _inside_regions(nodes) | _between_written_views(graph_module.graph, nodes)
+    if any(op_name(node).startswith("_vmap_") for node in nodes):
+        between = set()  # such as the masks of flex_attention: a stack of transforms that all nodes in it share
     cuts = [0, *sorted(cut for cut in between if 0 < cut < len(nodes)), len(nodes)]
     for start, end in zip(cuts, cuts[1:], strict=False):
         name = f"piece_{len(pieces)}"
@@ -164,7 +166,9 @@ def _between_written_views(graph: Graph, nodes: list[Node]) -> set[int]:
 def _memory(node: Any) -> int | None:
     """Equal for tensors that share memory."""
     value = value_of(node) if isinstance(node, Node) else None
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    return value.untyped_storage()._cdata
 
 
 def _own_nodes(block: Block, place: dict[Node, int]) -> set[Node]:

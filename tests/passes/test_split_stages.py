@@ -179,6 +179,18 @@ def test_functions_of_higher_order_operators_belong_to_their_piece():
         assert torch.equal(stages(*traced.inputs)[0], model(x))
 
 
+def test_no_cut_where_functorch_transforms_are_active():
+    class Mapped(Stack):
+        def forward(self, x):
+            return torch.vmap(torch.sin)(super().forward(x)[0])
+
+    model, x = Mapped([16, 16, 16]).eval(), torch.randn(4, 6, 3)
+    traced, stages, pieces = split(model, x)
+    assert len(pieces) == 1 and "_vmap_" in traced.code()
+    with torch.no_grad():
+        assert torch.equal(stages(*traced.inputs)[0], model(x))
+
+
 def test_writes_keep_their_order():
     model, x = WritesInPlace().eval(), torch.randn(2, 4)
     traced, stages, pieces = split(model, x)
