@@ -1,9 +1,5 @@
 """The Triton provider of attention_received: against the definition, the native body, itself, and ptxas."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +8,8 @@ from hypothesis import strategies as st
 from op_inputs import DEVICE, DTYPES, dtypes, laid_out, layouts, ops, seeds
 
 triton = pytest.importorskip("triton")
+import hopper  # noqa: E402
+
 from earlytom_compile.kernels import triton_attention_received  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
@@ -186,16 +184,9 @@ compiled(module._mean_over_heads, {"received": "*fp32", "out": "*fp32"}, {"BLOCK
 
 
 def test_compiles_for_hopper_without_spills_onto_tensor_cores_with_wide_loads(tmp_path):
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    if not all(os.path.exists(os.path.join(tools, tool)) for tool in ("ptxas", "cuobjdump")):
-        pytest.skip("this triton brings no ptxas or cuobjdump")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=environment, check=True, timeout=300)
-    binaries = sorted(tmp_path.glob("*.cubin"))
+    binaries = hopper.compiled(COMPILE, tmp_path)
     assert len(binaries) == 12
     for binary in binaries:
-        command = [os.path.join(tools, "cuobjdump"), "--dump-resource-usage", str(binary)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "STACK:0" in usage and "LOCAL:0" in usage, f"{binary.stem} spills: {usage}"
+        hopper.no_spills(binary)
         ptx = binary.with_suffix(".ptx").read_text()
         assert "wgmma.mma_async" in ptx and "cp.async.cg.shared.global" in ptx, binary.stem

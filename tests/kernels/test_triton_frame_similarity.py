@@ -1,9 +1,6 @@
 """The Triton provider of frame_similarity: against the definition, the native body, itself, and ptxas."""
 
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import plain_python
@@ -14,6 +11,8 @@ from hypothesis import strategies as st
 from op_inputs import DEVICE, DTYPES, counts_lists, dtypes, laid_out, layouts, ops, per_video, seeds, video
 
 triton = pytest.importorskip("triton")
+import hopper  # noqa: E402
+
 from earlytom_compile.kernels import triton_frame_similarity  # noqa: E402
 from earlytom_compile.kernels.frame_similarity import frame_similarity as declared  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
@@ -184,18 +183,11 @@ compiled(module._mean, {"sums": "*fp32", "out": "*fp32"}, constants, {}, "mean")
 
 
 def test_compiles_for_hopper_without_spills_and_with_wide_loads(tmp_path):
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    if not all(os.path.exists(os.path.join(tools, tool)) for tool in ("ptxas", "cuobjdump")):
-        pytest.skip("this triton brings no ptxas or cuobjdump")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=environment, check=True, timeout=300)
-    binaries = sorted(tmp_path.glob("*.cubin"))
+    binaries = hopper.compiled(COMPILE, tmp_path)
     assert len(binaries) == 13
     multiplied = {}
     for binary in binaries:
-        command = [os.path.join(tools, "cuobjdump"), "--dump-resource-usage", str(binary)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "STACK:0" in usage and "LOCAL:0" in usage, f"{binary.stem} spills: {usage}"
+        hopper.no_spills(binary)
         ptx = binary.with_suffix(".ptx").read_text()
         assert "cp.async.cg.shared.global" in ptx or binary.stem == "mean", binary.stem
         instructions = set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)[.\w]+", ptx))

@@ -1,9 +1,5 @@
 """The Triton provider of merge_frames: against the native body, bit for bit where it copies, and ptxas."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +8,8 @@ from op_inputs import DEVICE, DTYPES, dtypes, laid_out, layouts, ops, seeds
 from test_merge_frames import merge_plans
 
 triton = pytest.importorskip("triton")
+import hopper  # noqa: E402
+
 from earlytom_compile.kernels import triton_merge_frames  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
@@ -175,16 +173,9 @@ for name in ("fp32", "fp16", "bf16"):
 
 
 def test_compiles_for_hopper_without_spills_and_with_wide_loads_and_stores(tmp_path):
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    if not all(os.path.exists(os.path.join(tools, tool)) for tool in ("ptxas", "cuobjdump")):
-        pytest.skip("this triton brings no ptxas or cuobjdump")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=environment, check=True, timeout=300)
-    binaries = sorted(tmp_path.glob("*.cubin"))
+    binaries = hopper.compiled(COMPILE, tmp_path)
     assert len(binaries) == 3
     for binary in binaries:
-        command = [os.path.join(tools, "cuobjdump"), "--dump-resource-usage", str(binary)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "STACK:0" in usage and "LOCAL:0" in usage, f"{binary.stem} spills: {usage}"
+        hopper.no_spills(binary)
         ptx = binary.with_suffix(".ptx").read_text()
         assert "v4.b32" in ptx and "st.global.v4.b32" in ptx, binary.stem

@@ -1,10 +1,7 @@
 """The Triton providers of plan_merge and dynamic_frames: the native decisions to the last bit, and ptxas."""
 
 import math
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import test_ops_golden
@@ -14,6 +11,8 @@ from hypothesis import strategies as st
 from op_inputs import DEVICE, SEGMENT, counts_lists, ops, per_video, seeds, variants
 
 triton = pytest.importorskip("triton")
+import hopper  # noqa: E402
+
 from earlytom_compile.kernels import triton_dynamic_frames, triton_plan_merge  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
@@ -225,17 +224,10 @@ for paper, segment in itertools.product((True, False), repeat=2):
 
 
 def test_compiles_for_hopper_without_spills_and_rounds_like_the_native_body(tmp_path):
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    if not all(os.path.exists(os.path.join(tools, tool)) for tool in ("ptxas", "cuobjdump")):
-        pytest.skip("this triton brings no ptxas or cuobjdump")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], env=environment, check=True, timeout=300)
-    binaries = sorted(tmp_path.glob("*.cubin"))
+    binaries = hopper.compiled(COMPILE, tmp_path)
     assert len(binaries) == 8
     for binary in binaries:
-        command = [os.path.join(tools, "cuobjdump"), "--dump-resource-usage", "--dump-sass", str(binary)]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "STACK:0" in listing and "LOCAL:0" in listing, f"{binary.stem} spills"
+        listing = hopper.no_spills(binary)
         fused = re.findall(r"FFMA R\d+, (?!RZ)", listing)  # RZ is 0: part of a division of float64
         assert "FMUL" in listing and not fused and ".FTZ" not in listing, binary.stem
         ptx = binary.with_suffix(".ptx").read_text()
