@@ -19,7 +19,7 @@ from .integrations.tracing import make_traceable
 from .passes.manager import Rewrite, run_passes
 from .passes.reasons import NotApplicable
 from .reporting import GraphRecord, add_record, discard_record
-from .stages import fall_back, lower, lower_compressed
+from .stages import fall_back, inductor_options, lower, lower_compressed
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -64,7 +64,7 @@ def compile_graph(
                 fall_back(found.reason, found.cure, config, record)
             except EarlyTomError as error:
                 return _raising(error)
-        return lower(original, example_inputs, config.lowering, mode)
+        return lower(original, example_inputs, config.lowering, inductor_options(mode))
     except EarlyTomConfigError as error:
         return _raising(error)
     except Exception:

@@ -45,16 +45,23 @@ _CANNOT_LOWER = (
 Runnable = Callable[..., Sequence[Any]]
 
 
-def lower(graph_module: GraphModule, example_inputs: Sequence[Any], lowering: str, mode: str | None) -> Runnable:
+_CUDA_GRAPHS = "triton.cudagraphs"
+
+
+def inductor_options(mode: str | None) -> dict[str, Any]:
+    """What ``torch.compile``'s ``mode`` means to Inductor."""
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def lower(
+    graph_module: GraphModule, example_inputs: Sequence[Any], lowering: str, options: Mapping[str, Any]
+) -> Runnable:
     """Compile a graph with Inductor, or leave it to the interpreter of Python (``"eager"``)."""
     if lowering == "eager":
         return graph_module.forward
     from torch._inductor.compile_fx import compile_fx
 
-    options = torch._inductor.list_mode_options(mode) if mode else {}
-    # CUDA graphs replay fixed sizes and cannot hold a wait for the host; frame counts change, and are waited for.
-    options.pop("triton.cudagraphs", None)
-    return cast(Runnable, compile_fx(graph_module, list(example_inputs), config_patches=options or None))
+    return cast(Runnable, compile_fx(graph_module, list(example_inputs), config_patches=dict(options) or None))
 
 
 def lower_compressed(
@@ -66,26 +73,30 @@ def lower_compressed(
 ) -> "CompressedGraph":
     """Lower a rewritten graph whose counts are handed out beside its own outputs."""
     outputs = _append_counts(state)
+    options = inductor_options(mode)
+    if options.pop(_CUDA_GRAPHS, False):
+        # They replay fixed sizes and cannot hold a wait for the host; frame counts change, and are waited for.
+        record.note(f"mode={mode!r} without its CUDA graphs, which frame counts that change do not allow")
     start = time.perf_counter()
     with data_dependent_sizes():
-        compiled = _lower(state, example_inputs, mode, record)
+        compiled = _lower(state, example_inputs, options, record)
     record.seconds["lowering"] = time.perf_counter() - start
     return CompressedGraph(compiled, original, outputs, _expected(state), state, record)
 
 
-def _lower(state: Rewrite, example_inputs: Sequence[Any], mode: str | None, record: GraphRecord) -> Runnable:
+def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, Any], record: GraphRecord) -> Runnable:
     assert state.boundary is not None
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
         cut_language_model = state.config.variant == "paper"
         blocks = state.boundary.encoder.blocks
-        stages = lower_stages(state.graph_module, example_inputs, blocks, by_module=cut_language_model, mode=mode)
+        stages = lower_stages(state.graph_module, example_inputs, blocks, by_module=cut_language_model, options=options)
         record.stages = stages.pieces, stages.kinds
         for reason in stages.eager:
             record.note(reason)
         return stages.run
     try:
-        return lower(state.graph_module, example_inputs, state.config.lowering, mode)
+        return lower(state.graph_module, example_inputs, state.config.lowering, options)
     except _CANNOT_LOWER as error:
         # Left to Dynamo, some of these would become a silent graph break.
         record.lowering = "eager"
@@ -109,7 +120,7 @@ def lower_stages(
     blocks: Sequence[Block] = (),
     *,
     by_module: bool = True,
-    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Stages:
     """Compile one piece of each kind. Pieces that hold only operators of ours have nothing to compile, and a piece
     that Inductor cannot compile runs as it is, with a warning."""
@@ -124,7 +135,7 @@ def lower_stages(
         key = piece.key
         if key not in compiled:
             try:
-                compiled[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", mode))
+                compiled[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options or {}))
             except _CANNOT_LOWER as error:
                 compiled[key] = None
                 eager.append(_not_compiled(f"a part of the model ({piece.where})", error))

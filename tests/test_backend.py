@@ -16,6 +16,7 @@ from earlytom_compile import (
     EarlyTomCompileError,
     EarlyTomConfigError,
     EarlyTomFallbackWarning,
+    backend,
     report,
     stages,
 )
@@ -95,6 +96,21 @@ def test_new_videos_do_not_recompile(model, variant):
         counts.add(tuple(expected.frames_after[0]))
     assert len(counts) > 4, "the videos are too alike to show anything"
     assert graphs_and_breaks(compiled) == (1, 0, 0)
+
+
+def test_cuda_graphs_are_left_out_only_of_what_is_compressed(model, monkeypatch):
+    given = []
+    monkeypatch.setattr(stages, "lower", lambda *args: given.append(args[3]) or args[0].forward)
+    monkeypatch.setattr(backend, "lower", lambda *args: given.append(args[3]) or args[0].forward)
+    compiled = torch.compile(model, backend="earlytom", mode="reduce-overhead", dynamic=False)
+    with torch.no_grad():
+        compiled(**video_inputs(model, 8))
+        assert given and not any(options.get("triton.cudagraphs") for options in given)
+        assert any("CUDA graphs" in reason for reason in report(compiled).to_dict()["reasons"])
+        given.clear()
+        with pytest.warns(EarlyTomFallbackWarning):
+            compiled(**video_inputs(model, 8, videos_per_row=(0,)))
+    assert any(options["triton.cudagraphs"] for options in given)
 
 
 def test_a_hundred_videos_compile_once(model, monkeypatch):

@@ -1,6 +1,7 @@
 """``earlytom_compile.compile(model)``: the three promises, and greedy tokens equal to the oracle's."""
 
 import copy
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -153,6 +154,32 @@ def test_another_torch_compile_around_it_still_compresses(model):
         expected = compiled(model)(**inputs).logits
         torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, expected)
     assert expected.shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_videos_given_by_position_compress_inside_another_compile(model):
+    inputs = video_inputs(model, 12)
+    names = list(inspect.signature(model.forward).parameters)
+    place = names.index("pixel_values_videos")
+    arguments = [inputs.get(name) for name in names[: place + 1]]
+    with torch.no_grad():
+        expected = compiled(model)(**inputs).logits
+        torch.testing.assert_close(torch.compile(model, backend="eager")(*arguments).logits, expected)
+
+
+def test_a_switched_off_dynamo_is_not_silent(model):
+    inputs = video_inputs(model, 12)
+    plain = new_tokens(model, inputs)
+    for first in (True, False):  # before anything was compiled, and after
+        compiled(model)
+        if not first:
+            new_tokens(model, inputs)
+        says = pytest.warns(EarlyTomFallbackWarning, match="Dynamo did not trace")
+        with torch.compiler.set_stance("force_eager"), says:
+            assert torch.equal(new_tokens(model, inputs), plain)
+        assert report(model).to_dict()["videos"] == []
+    compiled(model, strict=True)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(EarlyTomCompileError, match="Dynamo did not trace"):
+        new_tokens(model, inputs)
 
 
 def test_chunks_of_the_prompt_are_a_reason(model):

@@ -11,7 +11,6 @@ share their weights, and of both Inductor compiles the vision encoder and the la
 prompt: what differs is the compression.
 """
 
-import copy
 import itertools
 import statistics
 import time
@@ -26,6 +25,7 @@ from rich.table import Table
 
 import earlytom_compile
 
+from ..benchmark.arms import twin_of
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.prefill import CompiledPrefill
@@ -104,8 +104,7 @@ def compare(
 
 def full_model(model: Any, *, compiled: bool) -> Any:
     """A second model that shares the weights, and whose vision encoder plain Inductor compiles."""
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared)
+    twin = twin_of(model)
     if compiled:
         twin.model.vision_tower.compile()
     return twin

@@ -87,9 +87,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", default="cpu-small", metavar="NAME", help="random weights in this shape (%(default)s)"
     )
-    parser.add_argument(
-        "--frames", type=_numbers(int), default=(16,), metavar="N,N", help="frames, one table each (16)"
-    )
+    parser.add_argument("--frames", type=_numbers(int), metavar="N,N", help="one table each (default: the shape's)")
     parser.add_argument("--batch", type=int, default=1, help="prompts, one video each (%(default)s)")
     parser.add_argument("--prompt-length", type=int, default=32, help="words beside the video (%(default)s)")
     parser.add_argument("--retain-ratios", type=_numbers(float), default=(0.1,), metavar="R,R", help="EarlyTom's (0.1)")

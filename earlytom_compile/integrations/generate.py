@@ -15,6 +15,7 @@ original one. Videos are encoded one at a time, so that a row's answer does not 
 import copy
 import functools
 import inspect
+import time
 import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -125,13 +126,14 @@ class CompiledModel:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward`` with compressed videos: logits have the cut length."""
         own = self.own["forward"]
-        if torch.compiler.is_compiling():
-            if kwargs.get("pixel_values_videos") is None:
-                return own(*args, **kwargs)  # transformers compiles decoding steps: let it see the model alone
-            return _untraced(self.forward)(*args, **kwargs)
         if args:
             names = list(inspect.signature(own).parameters)
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if torch.compiler.is_compiling():
+            if kwargs.get("pixel_values_videos") is None:
+                return own(**kwargs)  # transformers compiles decoding steps: let it see the model alone
+            # Behind a graph break: traced by another torch.compile, our own would do nothing.
+            return torch.compiler.disable(self.forward)(**kwargs)
         ids = kwargs.get("input_ids")
         reason = self._reason_to_leave_alone(ids, kwargs, forward=True)
         cut = None if reason else self._compress(ids, kwargs, forward=True)  # type: ignore[arg-type]
@@ -205,12 +207,19 @@ class CompiledModel:
         """(rows [K, C], rows it would have had uncompressed) of one video [F, 3, H, W]; adds to ``counts``."""
         key = (tuple(video.shape), video.dtype, video.device, repr(choices))
         path = self._paths.get(key) or self._paths.setdefault(key, _VisionPath(self.config))
-        rows, before = path(self.model, video, choices)
-        if path.graph is not None:
-            record = path.graph.record
-            if record.last_counts is not None:
-                counts.append((record, record.last_counts))
-        return rows, before
+        rows, graph = path(self.model, video, choices)
+        if graph is not None:
+            assert graph.record.last_counts is not None
+            counts.append((graph.record, graph.record.last_counts))
+            return rows, graph.rows_per_video
+        if not path.told:
+            fall_back(
+                "Dynamo did not trace the vision path: it is switched off, or a mode that it skips is active",
+                "Call without torch.compiler.set_stance, TORCHDYNAMO_DISABLE and TorchDispatchModes around it",
+                self.config,
+                self.record,
+            )
+        return rows, len(rows)
 
     def _embed(self, ids: torch.Tensor, video_rows: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Embeddings [R, S', C] of the cut prompt, images encoded by the model's own code."""
@@ -265,32 +274,33 @@ class CompiledModel:
                 kwargs[name] = max(limit - dropped, 0)
 
 
-def _untraced(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Behind a graph break: traced by another ``torch.compile``, our own would do nothing."""
-    return torch.compiler.disable(call)
-
-
 class _VisionPath:
     """The compiled vision path for one video shape."""
 
     def __init__(self, config: EarlyTomConfig) -> None:
         self._config = config
         self._graphs: list[CompressedGraph] = []
+        self._traced = False
         # Dynamo's recompile limit counts per code object; every frame count gets one of its own.
         code = _video_rows.__code__.replace(co_name=f"video_rows_{id(self)}")
         function = types.FunctionType(code, globals(), code.co_name)
         self._compiled = torch.compile(function, backend=self._backend, dynamic=False)
 
     @property
-    def graph(self) -> CompressedGraph | None:
-        """The compressed graph of the last call, None if there is none."""
-        return max(self._graphs, key=lambda graph: graph.record.last_call, default=None)
+    def told(self) -> bool:
+        """Whether compiling gave reasons, in warnings, why calls run uncompressed."""
+        return self._traced and not self._graphs
 
-    def __call__(self, model: Any, video: torch.Tensor, choices: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    def __call__(
+        self, model: Any, video: torch.Tensor, choices: dict[str, Any]
+    ) -> tuple[torch.Tensor, CompressedGraph | None]:
+        """Rows [K, C], and the graph that compressed them in this call, None if none did."""
+        start = time.monotonic()
         rows = self._compiled(model, video.unsqueeze(0), choices)[0]
-        return rows, self.graph.rows_per_video if self.graph is not None else len(rows)
+        return rows, next((graph for graph in self._graphs if graph.record.last_call >= start), None)
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._traced = True
         compiled = compile_graph(graph_module, example_inputs, self._config, features_only=True)
         if isinstance(compiled, CompressedGraph):
             self._graphs.append(compiled)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from earlytom_compile.cli.main import main
+from earlytom_compile.cli.main import build_parser, main
 from earlytom_compile.cli.tiny_checkpoint import TinySize, write_checkpoint
 
 
@@ -37,6 +37,11 @@ def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
     assert all(f"| {name} |" in text and name in printed for name in names)
     assert all(len(result["ttft"]) == 2 and min(result["ttft"]) > 0 for result in workload["results"])
     assert workload["results"][2]["frames"][0][0] == 8
+
+
+def test_frames_are_the_shapes_own_unless_given():
+    parse = build_parser().parse_args
+    assert parse(["bench"]).frames is None and parse(["bench", "--frames", "8,16"]).frames == (8, 16)
 
 
 @pytest.mark.parametrize(
