@@ -31,7 +31,6 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,7 @@ from rich.table import Table
 from torch import Tensor
 
 from earlytom_compile import EarlyTomConfig
+from earlytom_compile.benchmark.ceilings import Clock, ceilings
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from earlytom_compile.kernels.providers import provider_of
 
@@ -243,51 +243,17 @@ def one_after_the_other(first: Case, second: Case, target: str) -> Case:
 # Measuring.
 
 
-class Clock:
-    """Times calls on one device. On a GPU it reads a large block before each, about half a millisecond on an H200,
-    so that the launches of a call are in the queue when it starts: they cost nothing between other work either."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device == "cuda"
-        self.cache = torch.cuda.get_device_properties(device).L2_cache_size if self.on_gpu else 0
-        self.ahead = torch.zeros(1 << 29 if self.on_gpu else 0, device=device)
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        if not self.on_gpu:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.ahead.amax()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    def take_turns(self, case: Case, repeats: int) -> dict[str, list[float]]:
-        """Seconds of each arm; every call gets the next set of inputs, which together are twice the cache."""
-        size = sum(x.nbytes for x in case.inputs)
-        copies = min(32, max(1, math.ceil(2 * self.cache / size)))
-        sets = itertools.cycle([case.inputs, *(tuple(x.clone() for x in case.inputs) for _ in range(copies))])
-        seconds: dict[str, list[float]] = {name: [] for name in case.arms}
-        for _ in range(repeats):
-            for name, arm in case.arms.items():
-                inputs = next(sets)
-                seconds[name].append(self.seconds(lambda arm=arm, inputs=inputs: arm(*inputs)))
-        return seconds
-
-
-def ceilings(clock: Clock, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Bytes per second of a large copy, read and written; operations per second of a large matrix product."""
-    length, side = (1 << 30, 8192) if clock.on_gpu else (1 << 26, 1024)
-    block = torch.empty(length, dtype=torch.uint8, device=device)
-    target, matrix = torch.empty_like(block), torch.randn(side, side, device=device).to(dtype)
-    calls = {"copy": lambda: target.copy_(block), "matmul": lambda: matrix @ matrix}
-    for call in calls.values():
-        call()
-    seconds = {name: statistics.median(clock.seconds(call) for _ in range(10)) for name, call in calls.items()}
-    return {"copy": 2 * length / seconds["copy"], "matmul": 2 * side**3 / seconds["matmul"]}
+def take_turns(clock: Clock, case: Case, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each arm; every call gets the next set of inputs, which together are twice the cache."""
+    size = sum(x.nbytes for x in case.inputs)
+    copies = min(32, max(1, math.ceil(2 * clock.cache / size)))
+    sets = itertools.cycle([case.inputs, *(tuple(x.clone() for x in case.inputs) for _ in range(copies))])
+    seconds: dict[str, list[float]] = {name: [] for name in case.arms}
+    for _ in range(repeats):
+        for name, arm in case.arms.items():
+            inputs = next(sets)
+            seconds[name].append(clock.seconds(lambda arm=arm, inputs=inputs: arm(*inputs)))
+    return seconds
 
 
 def error(result: Any, expected: tuple[Tensor, ...]) -> float:
@@ -306,7 +272,7 @@ def measure(case: Case, clock: Clock, ceiling: dict[str, float], repeats: int) -
     results = {name: arm(*case.inputs) for name, arm in case.arms.items()}
     errors = {name: error(result, case.expected) for name, result in results.items() if name != "sdpa"}
     del results
-    seconds = clock.take_turns(case, repeats)
+    seconds = take_turns(clock, case, repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     work, kind = (case.flops, "matmul") if case.flops else (case.bytes, "copy")
     for name, values in seconds.items():
