@@ -31,7 +31,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from earlytom_compile import EarlyTomConfig
 from earlytom_compile.benchmark.ceilings import Clock, ceilings
@@ -70,7 +71,7 @@ class Case:
     """An operator on inputs of one shape, and other ways to the same result."""
 
     op: str
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Any, ...]  # tensors, and lists of them
     arms: dict[str, Callable[..., Any]]  # each takes the inputs
     expected: tuple[Tensor, ...]  # may end before the results do
     provider: str
@@ -90,9 +91,12 @@ def plain_similarity(hidden: Tensor, band: int) -> Tensor:
     return torch.where(earlier >= 0, similarity, 0.0)
 
 
-def plain_merge(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
-    first, second = x[source[:n, 0]], x[source[:n, 1]]
-    return (first.float() * weight[:n, 0, None, None] + second.float() * weight[:n, 1, None, None]).to(x.dtype)
+def plain_merge(tensors: Sequence[Tensor], source: Tensor, weight: Tensor, n: int) -> list[Tensor]:
+    def blended(x: Tensor) -> Tensor:
+        weights = weight[:n].reshape(n, 2, *[1] * (x.dim() - 1))
+        return (x[source[:n, 0]].float() * weights[:, 0] + x[source[:n, 1]].float() * weights[:, 1]).to(x.dtype)
+
+    return [blended(x) for x in tensors]
 
 
 def plain_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -131,10 +135,10 @@ def naive_similarity(hidden: Tensor, band: int) -> Tensor:
     return out
 
 
-def naive_merge(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
-    rows = zip(source[:n].tolist(), weight[:n].tolist(), strict=True)
-    return torch.stack([x[a] if a == b else (wa * x[a].float() + wb * x[b].float()).to(x.dtype)
-                        for (a, b), (wa, wb) in rows])  # fmt: skip
+def naive_merge(tensors: Sequence[Tensor], source: Tensor, weight: Tensor, n: int) -> list[Tensor]:
+    rows = list(zip(source[:n].tolist(), weight[:n].tolist(), strict=True))
+    return [torch.stack([x[a] if a == b else (wa * x[a].float() + wb * x[b].float()).to(x.dtype)
+                         for (a, b), (wa, wb) in rows]) for x in tensors]  # fmt: skip
 
 
 def naive_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -179,14 +183,12 @@ def cases(frames: int, shape: Shape, dtype: torch.dtype, device: str, inductor: 
     planning = {**segmentation, "tau_merge": math.nan, "min_frames": config.min_frames(frames)}
     torch.compiler.reset()  # the arms of other frame counts count as recompilations
 
-    def case(
-        op: str, inputs: tuple[Tensor, ...], options: dict[str, Any], plain: Any, naive: Any, **facts: Any
-    ) -> Case:
+    def case(op: str, inputs: tuple[Any, ...], options: dict[str, Any], plain: Any, naive: Any, **facts: Any) -> Case:
         arms = {"earlytom": functools.partial(getattr(ops, op), **options)}
         if inductor and plain:
             arms["inductor"] = functools.partial(torch.compile(plain, dynamic=False), **options)
         arms["naive"] = functools.partial(naive, **options)
-        inputs = tuple(x.to(device) for x in inputs)
+        inputs = tree_map(lambda x: x.to(device), inputs)
         return Case(op, inputs, arms, provider=provider_of(op, device, *inputs, **options), **facts)
 
     hidden = scenes(frames, shape.tokens, shape.channels).to(dtype)
@@ -198,10 +200,11 @@ def cases(frames: int, shape: Shape, dtype: torch.dtype, device: str, inductor: 
     counts = torch.tensor([frames])
     source, weight, merged_counts = plan = ops.plan_merge(similarity, counts, **planning)
     n = int(merged_counts.sum())
-    merged = ops.merge_frames(hidden, source, weight, n)
-    moved = int((weight != 0).sum()) * hidden[0].nbytes + merged.nbytes
-    yield case("merge_frames", (hidden, source, weight), {"n": n}, plain_merge, naive_merge,
-               expected=(merged,), bytes=moved, target=">= 70 % at 32 frames")  # fmt: skip
+    carried = [hidden, torch.rand(frames, shape.tokens)]  # importance rides along
+    merged, scores = ops.merge_frames(carried, source, weight, n)
+    moved = int((weight != 0).sum()) * sum(x[0].nbytes for x in carried) + merged.nbytes + scores.nbytes
+    yield case("merge_frames", (carried, source, weight), {"n": n}, plain_merge, naive_merge,
+               expected=(merged, scores), bytes=moved, target=">= 70 % at 32 frames")  # fmt: skip
 
     query, key, scale = *queries_and_keys(frames, shape, dtype), (shape.channels // shape.heads) ** -0.5
     few = ops.attention_received(query[:4], key[:4], scale)  # rows of frames are independent
@@ -245,9 +248,9 @@ def one_after_the_other(first: Case, second: Case, target: str) -> Case:
 
 def take_turns(clock: Clock, case: Case, repeats: int) -> dict[str, list[float]]:
     """Seconds of each arm; every call gets the next set of inputs, which together are twice the cache."""
-    size = sum(x.nbytes for x in case.inputs)
+    size = sum(x.nbytes for x in tree_leaves(case.inputs))
     copies = min(32, max(1, math.ceil(2 * clock.cache / size)))
-    sets = itertools.cycle([case.inputs, *(tuple(x.clone() for x in case.inputs) for _ in range(copies))])
+    sets = itertools.cycle([case.inputs, *(tree_map(torch.clone, case.inputs) for _ in range(copies))])
     seconds: dict[str, list[float]] = {name: [] for name in case.arms}
     for _ in range(repeats):
         for name, arm in case.arms.items():
@@ -259,7 +262,7 @@ def take_turns(clock: Clock, case: Case, repeats: int) -> dict[str, list[float]]
 def error(result: Any, expected: tuple[Tensor, ...]) -> float:
     """Largest difference over largest value; NaN and missing values count as infinite."""
     worst = 0.0
-    for actual, right in zip(result if isinstance(result, tuple) else (result,), expected, strict=False):
+    for actual, right in zip((result,) if isinstance(result, Tensor) else result, expected, strict=False):
         actual, right = actual.double().cpu().flatten()[: right.numel()], right.double().flatten()
         if actual.shape != right.shape or actual.isnan().any():
             return math.inf

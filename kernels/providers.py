@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import CustomOpDef
 
 NATIVE = "native"
@@ -38,7 +39,8 @@ class Provider:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = importlib.import_module(self.module, __package__).run
-        with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whatever its arguments say
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with torch.cuda.device_of(first):  # Triton launches on the current device, whatever its arguments say
             return run(*args, **kwargs)
 
 

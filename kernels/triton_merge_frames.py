@@ -1,15 +1,17 @@
-"""merge_frames on a GPU: gather and blend in one pass, and the plan stays where it is.
+"""merge_frames on a GPU: gather and blend in one pass, all that rides along included, and the plan stays where it is.
 
 ::
 
-    x [32, 729, 1152], plan, n = 20   ->   a program for each 4096 elements of an output row: one source is copied,
-                                           or two are read, blended in float32 and written
+    hidden [32, 729, 1152], importance [32, 729], plan, n = 20
+        ->   for each output row a program for each 4096 elements of hidden, and one more for importance:
+             one source is copied, or two are read, blended in float32 and written
 
 The native body reads the plan on the host to check it. Here a row that no plan can mean is NaN, and no element
-outside ``x`` is touched whatever the plan says.
+outside the tensors is touched whatever the plan says.
 """
 
 import math
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -20,24 +22,39 @@ from .merge_frames import check_shapes
 _BLOCK = 4096  # with 128 threads four loads of 16 bytes each from 2-byte rows
 
 
-def run(x: Tensor, source: Tensor, weight: Tensor, n: int) -> Tensor:
+def run(tensors: Sequence[Tensor], source: Tensor, weight: Tensor, n: int) -> list[Tensor]:
     """As ``merge_frames``, but a plan that it refuses for its values gives NaN. Never waits for the device.
 
-    NaN are the rows whose sources lie outside ``x`` or whose weights are not finite or both 0, and all rows if the
-    plan has more than ``n``.
+    One launch for every two tensors. NaN are the rows whose sources lie outside the frames or whose weights are not
+    finite or both 0, and all rows if the plan has more than ``n``.
     """
-    check_shapes(x, source, weight, n)
-    frames, rest = x.shape[0], math.prod(x.shape[1:])
-    out = x.new_empty((n, *x.shape[1:]))
-    if out.numel():
-        flat = x.reshape(frames, rest)
-        flat = flat if flat.stride(1) == 1 or rest == 1 else flat.contiguous()
-        block = min(_BLOCK, triton.next_power_of_2(rest))
-        _blend[(n * triton.cdiv(rest, block),)](
-            flat, source.contiguous(), weight.contiguous(), out, flat.stride(0), frames, rest, n, BLOCK=block,
-            enable_fp_fusion=False,
+    check_shapes(tensors, source, weight, n)
+    source, weight = source.contiguous(), weight.contiguous()
+    merged: list[Tensor] = []
+    for start in range(0, len(tensors), 2):
+        merged += _launch(tensors[start : start + 2], source, weight, n)
+    return merged
+
+
+def _launch(tensors: Sequence[Tensor], source: Tensor, weight: Tensor, n: int) -> list[Tensor]:
+    """Merge one or two tensors; without a second one its place holds the first, with no elements."""
+    outputs = [x.new_empty((n, *x.shape[1:])) for x in tensors]
+    flat = [_rows(x) for x in tensors]
+    lengths = [x.shape[1] for x in flat] + [0] * (2 - len(flat))
+    blocks = [min(_BLOCK, triton.next_power_of_2(max(1, length))) for length in lengths]
+    programs = n * sum(map(triton.cdiv, lengths, blocks))
+    if programs:
+        _merge[(programs,)](
+            flat[0], flat[-1], outputs[0], outputs[-1], flat[0].stride(0), flat[-1].stride(0), *lengths,
+            source, weight, len(source), n, BLOCK=blocks[0], RIDER_BLOCK=blocks[1], enable_fp_fusion=False,
         )  # fmt: skip
-    return out
+    return outputs
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, rest], each row one piece of memory."""
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 @triton.jit
@@ -53,18 +70,35 @@ def _is_source(frame, weight, frames):
 
 
 @triton.jit(do_not_specialize=["frames", "n"])
-def _blend(x, source, weight, out, stride, frames, rest, n, BLOCK: tl.constexpr):
-    """One block of one output row."""
+def _merge(
+    x, rider, out, rider_out, stride, rider_stride, rest, rider_rest,
+    source, weight, frames, n, BLOCK: tl.constexpr, RIDER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one output row, of ``x`` or of what rides along."""
     blocks = tl.cdiv(rest, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    programs = blocks + tl.cdiv(rider_rest, RIDER_BLOCK)
+    row = (tl.program_id(0) // programs).to(tl.int64)
+    block = tl.program_id(0) % programs
     first, second, first_weight, second_weight = _pair(row, source, weight)
     _, _, after, after_too = _pair(tl.minimum(n, frames - 1), source, weight)
     complete = (n == frames) | ((after == 0.0) & (after_too == 0.0))
     good = _is_source(first, first_weight, frames) & _is_source(second, second_weight, frames) & complete
     good = good & ((first_weight != 0.0) | (second_weight != 0.0))
-    copy = (first_weight == 1.0) & (second_weight == 0.0)
+    if block < blocks:
+        _blend(x, out, stride, rest, row, block, first, second, first_weight, second_weight, good, BLOCK)
+    else:
+        _blend(
+            rider, rider_out, rider_stride, rider_rest, row, block - blocks,
+            first, second, first_weight, second_weight, good, RIDER_BLOCK,
+        )  # fmt: skip
 
+
+@triton.jit
+def _blend(
+    x, out, stride, rest, row, block, first, second, first_weight, second_weight, good, BLOCK: tl.constexpr
+):  # fmt: skip
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    copy = (first_weight == 1.0) & (second_weight == 0.0)
     # What must not be read, or need not, is masked: a copy reads half of what a blend does.
     one = tl.load(x + first * stride + column, mask=column < tl.where(good, rest, 0), other=0.0)
     two_rest = tl.where(copy, 0, tl.where(good, rest, 0))

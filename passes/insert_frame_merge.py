@@ -3,15 +3,18 @@
 Before: ``h7 = layer7(h6)``  # [T, S, D]
 After:  ``sim = frame_similarity(h6); source, weight, counts = plan_merge(sim, counts)``
         ``n = counts.sum().item()                    # the only value the host waits for``
-        ``h7 = layer7(merge_frames(h6, source, weight, n))  # [n, S, D], n unknown until run time``
+        ``h6, = merge_frames([h6], source, weight, n)  # [n, S, D], n unknown until run time``
+        ``h7 = layer7(h6)``
 
 The last merge layer also yields what token selection needs: the importance of every token (the attention it
-receives in that layer, merged like its frame) and which frames begin or end a segment. Frame counts differ
-between videos, so they travel as a tensor; videos stay consecutive and never mix.
+receives in that layer, which rides along with its frame: ``merge_frames([h23, importance], ...)``) and which frames
+begin or end a segment. Frame counts differ between videos, so they travel as a tensor; videos stay consecutive and
+never mix.
 """
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +57,12 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig)
         if boundary.frames < _FEWEST_MERGEABLE:
             counts.append(counts[-1])
             continue
-        merge = _Merge(graph, blocks[layer], counts[-1], boundary, config)
+        riders = [importance] if blocks[layer] is scored else []
+        merge = _merge_behind(graph, blocks[layer], riders, counts[-1], boundary, config)
         counts.append(merge.counts)
         axes.append(ResizedAxis(merge.hidden, 0, f"frames after layer {layer}", merge.size))
-        if blocks[layer] is scored:
-            features, importance = merge.hidden, merge.carry(importance)
+        if riders:
+            features, (importance,) = merge.hidden, merge.riders
     with graph.inserting_before(_behind(features, importance)):
         band = config.similarity_band(boundary.frames)
         similarity = insert(graph, torch.ops.earlytom.frame_similarity.default, features, band)
@@ -68,40 +72,41 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig)
     return MergedVideo(importance, dynamic, tuple(counts), tuple(axes))
 
 
+@dataclass(frozen=True)
 class _Merge:
-    """The ops of one merge layer, inserted right behind its block."""
+    """What one merge layer leaves."""
 
-    def __init__(self, graph: Graph, block: Block, counts: Node, boundary: Boundary, config: EarlyTomConfig) -> None:
-        self.graph = graph
-        ops = torch.ops.earlytom
-        before = block.output
-        consumers = list(before.users)
-        options = {
-            **_segmentation(config),
-            "tau_merge": math.nan if config.tau_merge == "segment" else float(config.tau_merge),
-            "min_frames": config.min_frames(boundary.frames),
-        }
-        with graph.inserting_before(before.next):
-            band = config.similarity_band(boundary.frames)
-            similarity = insert(graph, ops.frame_similarity.default, before, band)
-            plan = insert(graph, ops.plan_merge.default, similarity, counts, **options)
-            self.source, self.weight, self.counts = (insert(graph, operator.getitem, plan, i) for i in range(3))
-            self.size = insert(graph, "item", insert(graph, torch.sum, self.counts))
-            # The range of the unbacked size: at least a frame a video, at most what there was.
-            insert(graph, torch._check, insert(graph, operator.ge, self.size, boundary.videos))
-            insert(graph, torch._check, insert(graph, operator.le, self.size, boundary.videos * boundary.frames))
-            self.hidden = self._merge_frames(before)
-            self.hidden.meta["example_value"] = value_of(before)
-        for consumer in consumers:
-            consumer.replace_input_with(before, self.hidden)
+    hidden: Node  # [n, S, D]
+    riders: list[Node]  # [n, ...], what was merged with the frames
+    counts: Node  # int64 [V]
+    size: Node  # n, their sum
 
-    def _merge_frames(self, x: Node) -> Node:
-        return insert(self.graph, torch.ops.earlytom.merge_frames.default, x, self.source, self.weight, self.size)
 
-    def carry(self, x: Node) -> Node:
-        """Merge ``x`` [T, ...], which rides along with the frames, by the same weights."""
-        with self.graph.inserting_before(self.hidden.next):
-            return self._merge_frames(x)
+def _merge_behind(
+    graph: Graph, block: Block, riders: Sequence[Node], counts: Node, boundary: Boundary, config: EarlyTomConfig
+) -> _Merge:
+    """Insert the ops of one merge layer right behind its block; whoever read the block reads the merged frames."""
+    ops, before = torch.ops.earlytom, block.output
+    consumers = list(before.users)
+    options = {
+        **_segmentation(config),
+        "tau_merge": math.nan if config.tau_merge == "segment" else float(config.tau_merge),
+        "min_frames": config.min_frames(boundary.frames),
+    }
+    with graph.inserting_before(before.next):
+        similarity = insert(graph, ops.frame_similarity.default, before, config.similarity_band(boundary.frames))
+        plan = insert(graph, ops.plan_merge.default, similarity, counts, **options)
+        source, weight, counts = (insert(graph, operator.getitem, plan, i) for i in range(3))
+        size = insert(graph, "item", insert(graph, torch.sum, counts))
+        # The range of the unbacked size: at least a frame a video, at most what there was.
+        insert(graph, torch._check, insert(graph, operator.ge, size, boundary.videos))
+        insert(graph, torch._check, insert(graph, operator.le, size, boundary.videos * boundary.frames))
+        merged = insert(graph, ops.merge_frames.default, [before, *riders], source, weight, size)
+        hidden = insert(graph, operator.getitem, merged, 0, like=value_of(before))
+        riders = [insert(graph, operator.getitem, merged, i) for i in range(1, len(riders) + 1)]
+    for consumer in consumers:
+        consumer.replace_input_with(before, hidden)
+    return _Merge(hidden, riders, counts, size)
 
 
 def _frame_counts(graph: Graph, boundary: Boundary) -> Node:

@@ -185,7 +185,9 @@ def _own_nodes(block: Block, place: dict[Node, int]) -> set[Node]:
 
 
 def _is_ours(node: Node) -> bool:
-    return str(node.target).startswith("earlytom.")
+    """True for an operator of ours and for one of its results."""
+    made = node.args[0] if node.target is operator.getitem else node
+    return isinstance(made, Node) and str(made.target).startswith("earlytom.")
 
 
 def _size_nodes(graph: Graph) -> dict[Any, Node]:

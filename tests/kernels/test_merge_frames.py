@@ -36,11 +36,34 @@ def merge_plans(draw):
 def test_is_the_weighted_sum_of_the_sources(seed, plan, rest, dtype, layout):
     source, weight, n = plan
     x = torch.randn(len(source), *rest, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    actual = ops.merge_frames(laid_out(x, layout), source, weight, n)
+    (actual,) = ops.merge_frames([laid_out(x, layout)], source, weight, n)
     rows = plan_rows(source[:n], weight[:n], 0)
     expected = torch.from_numpy(np.asarray(plain_python.merge(x.double().numpy(), rows))).to(dtype)
     assert actual.dtype == dtype and actual.shape == (n, *rest) and actual.is_contiguous()
     torch.testing.assert_close(actual, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@operator_settings
+@given(
+    seed=seeds,
+    plan=merge_plans(),
+    riders=st.lists(
+        st.tuples(st.lists(st.integers(0, 4), max_size=3), st.sampled_from([*DTYPES, torch.float64]), layouts),
+        min_size=2,
+        max_size=4,
+    ),
+)
+def test_what_rides_along_merges_as_it_would_alone(seed, plan, riders):
+    generator = torch.Generator().manual_seed(seed)
+    source, weight, n = plan
+    tensors = [
+        laid_out(torch.randn(len(source), *rest, generator=generator).to(dtype), layout)
+        for rest, dtype, layout in riders
+    ]
+    together = ops.merge_frames(tensors, source, weight, n)
+    for merged, x in zip(together, tensors, strict=True):
+        (alone,) = ops.merge_frames([x], source, weight, n)
+        assert merged.dtype == x.dtype and merged.is_contiguous() and torch.equal(merged, alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +74,7 @@ def test_untouched_frames_are_exact_copies_whatever_they_hold(dtype):
         torch.tensor([[0, 0], [1, 2], [3, 3], [0, 0]]),
         torch.tensor([[1, 0], [0.5, 0.5], [1, 0], [0, 0.0]]),
     )
-    out = ops.merge_frames(x, source, weight, 3)
+    (out,) = ops.merge_frames([x], source, weight, 3)
     bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
     assert torch.equal(out[[0, 2]].view(bits), x[[0, 3]].view(bits))
     assert out.data_ptr() != x.data_ptr()
@@ -60,30 +83,30 @@ def test_untouched_frames_are_exact_copies_whatever_they_hold(dtype):
 def test_a_frame_of_weight_zero_cannot_leak_in():
     x = torch.tensor([[1.0], [float("inf")]])
     source, weight = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert ops.merge_frames(x, source, weight, 1).tolist() == [[1.0]]
+    assert ops.merge_frames([x], source, weight, 1)[0].tolist() == [[1.0]]
 
 
 def test_halves_are_blended_in_float32():
     x = torch.tensor([[60000.0], [60000.0]], dtype=torch.float16)
     source, weight = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[1.5, -0.5], [0, 0]])
-    assert ops.merge_frames(x, source, weight, 1).tolist() == [[60000.0]]
+    assert ops.merge_frames([x], source, weight, 1)[0].tolist() == [[60000.0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_not_rounded_to_the_dtype_of_the_frames(dtype):
     x = torch.tensor([[70.0], [-30.0]], dtype=dtype)
     source, weight = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[0.3, 0.7], [0.0, 0.0]])
-    assert ops.merge_frames(x, source, weight, 1).item() == pytest.approx(0, abs=1e-5)
+    assert ops.merge_frames([x], source, weight, 1)[0].item() == pytest.approx(0, abs=1e-5)
 
 
 def plan(**changes):
     parts = {
-        "x": torch.ones(3, 2),
+        "tensors": [torch.ones(3, 2)],
         "source": torch.tensor([[0, 0], [1, 2], [0, 0]]),
         "weight": torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]]),
         "n": 2,
     } | changes
-    return parts["x"], parts["source"], parts["weight"], parts["n"]
+    return parts["tensors"], parts["source"], parts["weight"], parts["n"]
 
 
 @pytest.mark.parametrize(
@@ -93,8 +116,11 @@ def plan(**changes):
         ({"n": 1}, r"n=1, but the rows .* are \[0, 1\]"),
         ({"n": 0}, r"n=0, but the rows .* are \[0, 1\]"),
         ({"weight": torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.5, 0.5]])}, r"rows .* are \[0, 2\]"),
-        ({"x": torch.ones(4, 2)}, "over 3 frames cannot merge x with 4"),
-        ({"x": torch.ones(3, 2, dtype=torch.int64)}, "int64"),
+        ({"tensors": [torch.ones(4, 2)]}, "over 3 frames cannot merge a tensor with 4"),
+        ({"tensors": [torch.ones(3, 2), torch.ones(2)]}, "over 3 frames cannot merge a tensor with 2"),
+        ({"tensors": [torch.ones(3, 2), torch.tensor(1.0)]}, "float32 with 0 axes"),
+        ({"tensors": []}, "no tensors"),
+        ({"tensors": [torch.ones(3, 2, dtype=torch.int64)]}, "int64"),
         ({"source": torch.tensor([[0, 0], [1, 3], [0, 0]])}, r"source \(1, 3\)"),
         ({"source": torch.tensor([[0, 0], [-1, 1], [0, 0]])}, r"source \(-1, 1\)"),
         ({"source": torch.zeros(3, 2)}, "float32 with 2 axes"),

@@ -54,7 +54,7 @@ def test_a_plan_is_the_references_for_each_video(seed, counts, size, dtype, opti
     hidden = video(seed, sum(counts), *size, dtype)
     assume(all(similarities_are_apart(hidden[rows]) for rows in per_video(counts)))
     source, weight, merged = merge_once(hidden, counts, options, tau_merge, min_frames)
-    out = ops.merge_frames(hidden, source, weight, int(merged.sum()))
+    (out,) = ops.merge_frames([hidden], source, weight, int(merged.sum()))
     for rows, kept in zip(per_video(counts), per_video(merged.tolist()), strict=True):
         plan = plan_frame_merge(
             hidden[rows],
@@ -93,8 +93,7 @@ def test_merges_and_selection_are_the_references_for_each_video(
         assume(all(similarities_are_apart(one) for one, _ in expected))
         source, weight, merged = merge_once(hidden, counts, options, SEGMENT, min_frames)
         n, counts = int(merged.sum()), merged.tolist()
-        hidden = ops.merge_frames(hidden, source, weight, n)
-        importance = ops.merge_frames(importance, source, weight, n)
+        hidden, importance = ops.merge_frames([hidden, importance], source, weight, n)
         plans = [plan_frame_merge(one, **reference_options(options), min_frames=min_frames) for one, _ in expected]
         expected = [(plan.apply(a), plan.apply(b)) for plan, (a, b) in zip(plans, expected, strict=True)]
 
@@ -142,10 +141,7 @@ def test_the_chain_gives_the_same_bits_every_time():
     def run():
         source, weight, merged = merge_once(hidden, [8, 6], options, SEGMENT, 2)
         n = int(merged.sum())
-        out, scores = (
-            ops.merge_frames(hidden, source, weight, n),
-            ops.merge_frames(importance, source, weight, n),
-        )
+        out, scores = ops.merge_frames([hidden, importance], source, weight, n)
         dynamic = ops.dynamic_frames(ops.frame_similarity(out, 7), merged, **options)
         return source, weight, merged, out, *ops.select_tokens(out, scores, dynamic, merged, 11)
 

@@ -82,9 +82,9 @@ def test_one_merge_layer(scalars, tensors):
     source, weight, n = merge(hidden, scalars)
     assert n == scalars["n_out"]
     assert_close(as_matrix(source, weight, n, len(hidden)), tensors["source_weights"])
-    merged = ops.merge_frames(hidden, source, weight, n)
+    merged, attention = ops.merge_frames([hidden, tensors["attention"]], source, weight, n)
     assert_close(merged, tensors["merged_hidden"])
-    assert_close(ops.merge_frames(tensors["attention"], source, weight, n), tensors["merged_attention"])
+    assert_close(attention, tensors["merged_attention"])
     assert torch.equal(dynamic(hidden, scalars), ends(tensors["coarse_frames"], len(hidden)))
     if scalars["last_layer"]:
         assert torch.equal(dynamic(merged, scalars), ends(tensors["selected_frames"], n))
@@ -100,8 +100,7 @@ def test_three_merge_layers(scalars, tensors):
         matrix = as_matrix(source, weight, n, len(hidden)) @ matrix
         if call < 3:
             assert torch.equal(dynamic(hidden, scalars), ends(tensors[f"selected_frames_{call}"], len(hidden)))
-        hidden = ops.merge_frames(hidden, source, weight, n)
-        attention = ops.merge_frames(attention, source, weight, n)
+        hidden, attention = ops.merge_frames([hidden, attention], source, weight, n)
         assert_close(hidden, tensors[f"merged_hidden_{call}"])
         assert_close(attention, tensors[f"merged_attention_{call}"])
     assert torch.equal(dynamic(hidden, scalars), ends(tensors["selected_frames_3"], len(hidden)))

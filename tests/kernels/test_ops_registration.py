@@ -9,6 +9,7 @@ import torch
 from op_inputs import DEVICE, SEGMENT, laid_out, ops, video
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
+from torch.utils._pytree import tree_map
 
 SEGMENTATION = {"variant": "paper", "tau_seg": 0.3, "alpha": 0.9, "max_window": 0}
 VIDEO = 7
@@ -16,7 +17,7 @@ SCHEMAS = [
     "frame_similarity(Tensor hidden, SymInt band) -> Tensor",
     "plan_merge(Tensor similarity, Tensor counts, *, str variant, float tau_seg, float alpha, "
     "SymInt max_window, float tau_merge, SymInt min_frames) -> (Tensor, Tensor, Tensor)",
-    "merge_frames(Tensor x, Tensor source, Tensor weight, SymInt n) -> Tensor",
+    "merge_frames(Tensor[] tensors, Tensor source, Tensor weight, SymInt n) -> Tensor[]",
     "dynamic_frames(Tensor similarity, Tensor counts, *, str variant, float tau_seg, float alpha, "
     "SymInt max_window) -> Tensor",
     "attention_received(Tensor query, Tensor key, float scale) -> Tensor",
@@ -64,7 +65,7 @@ def calls(dtype, layout):
     return [
         (ops.frame_similarity, (hidden, 4), {}),
         (ops.plan_merge, (similarity, counts), SEGMENTATION | {"tau_merge": SEGMENT, "min_frames": 1}),
-        (ops.merge_frames, (hidden, source, weight, int(merged.sum())), {}),
+        (ops.merge_frames, ([hidden, importance], source, weight, int(merged.sum())), {}),
         (ops.dynamic_frames, (similarity, counts), SEGMENTATION),
         (ops.attention_received, (query, key, 0.5), {}),
         (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {}),
@@ -80,8 +81,9 @@ def calls(dtype, layout):
 @pytest.mark.parametrize("index", range(len(SCHEMAS)), ids=[schema.split("(")[0] for schema in SCHEMAS])
 def test_opcheck(index, dtype, layout):
     op, args, kwargs = calls(dtype, layout)[index]
-    args = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]  # on a GPU: the Triton providers
-    opcheck(op.default, tuple(args), kwargs)
+    # On a GPU these are the Triton providers.
+    args = tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, args)
+    opcheck(op.default, args, kwargs)
 
 
 def merge_layer(hidden, counts, importance):
@@ -89,11 +91,8 @@ def merge_layer(hidden, counts, importance):
     source, weight, merged = ops.plan_merge(similarity, counts, **SEGMENTATION, tau_merge=SEGMENT, min_frames=1)
     n = merged.sum().item()
     torch._check(n >= 1)
-    return (
-        ops.merge_frames(hidden, source, weight, n),
-        merged,
-        ops.merge_frames(importance, source, weight, n),
-    )
+    hidden, importance = ops.merge_frames([hidden, importance], source, weight, n)
+    return hidden, merged, importance
 
 
 def compressed_encoder(hidden, counts, query, key):
@@ -165,7 +164,8 @@ def test_fakes_put_no_guard_on_sizes_that_depend_on_content():
         counts = torch.empty(2, dtype=torch.int64)
         similarity = ops.frame_similarity(hidden, n)
         source, weight, merged = ops.plan_merge(similarity, counts, **SEGMENTATION, tau_merge=math.nan, min_frames=n)
-        assert free_unbacked_symbols(ops.merge_frames(hidden, source, weight, n).shape)
+        for x in ops.merge_frames([hidden, importance], source, weight, n):
+            assert free_unbacked_symbols(x.shape)
         dynamic = ops.dynamic_frames(similarity, counts, **SEGMENTATION)
         tokens, kept = ops.select_tokens(hidden, importance, dynamic, counts, 5)
         assert tokens.shape == (2, 5, 6) and kept.shape == (2, 5, 2)

@@ -1,6 +1,7 @@
 """The Triton provider of merge_frames: against the native body, bit for bit where it copies, and ptxas."""
 
 import pytest
+import test_ops_golden
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,17 @@ from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 BITS = {2: torch.int16, 4: torch.int32}
 
 
+def merged_together(tensors, source, weight, n):
+    moved = [x.to(DEVICE) for x in tensors]
+    return [x.cpu() for x in triton_merge_frames.run(moved, source.to(DEVICE), weight.to(DEVICE), n)]
+
+
 def merged(x, source, weight, n):
-    return triton_merge_frames.run(x.to(DEVICE), source.to(DEVICE), weight.to(DEVICE), n).cpu()
+    return merged_together([x], source, weight, n)[0]
+
+
+def native(x, source, weight, n):
+    return ops.merge_frames([x], source, weight, n)[0]
 
 
 @settings(deadline=None, max_examples=25)
@@ -31,12 +41,48 @@ def merged(x, source, weight, n):
 def test_is_the_native_operator(seed, plan, rest, dtype, layout):
     source, weight, n = plan
     x = torch.randn(len(source), *rest, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    actual = triton_merge_frames.run(laid_out(x.to(DEVICE), layout), source.to(DEVICE), weight.to(DEVICE), n)
+    moved = laid_out(x.to(DEVICE), layout), source.to(DEVICE), weight.to(DEVICE)
+    (actual,) = triton_merge_frames.run([moved[0]], *moved[1:], n)
     assert actual.dtype == dtype and actual.shape == (n, *rest) and actual.is_contiguous()
-    expected = ops.merge_frames(x, source, weight, n)
+    expected = native(x, source, weight, n)
     torch.testing.assert_close(actual.cpu(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     copies = weight[:n, 0] == 1
     assert torch.equal(actual.cpu()[copies], x[source[:n, 0][copies]])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=seeds,
+    plan=merge_plans(),
+    hidden=st.sampled_from([(5,), (729, 2), (33, 130), (0,)]),
+    riders=st.lists(st.sampled_from([(), (1,), (729,), (5001,), (0,)]), min_size=1, max_size=2),
+    kinds=st.lists(dtypes, min_size=3, max_size=3),
+    layout=layouts,
+)
+def test_what_rides_along_has_the_bits_it_would_have_alone(seed, plan, hidden, riders, kinds, layout):
+    source, weight, n = plan
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [
+        laid_out(torch.randn(len(source), *rest, generator=generator).to(dtype), layout)
+        for rest, dtype in zip([hidden, *riders], kinds, strict=False)
+    ]
+    for x, out in zip(tensors, merged_together(tensors, source, weight, n), strict=True):
+        assert out.dtype == x.dtype and torch.equal(out, merged(x, source, weight, n))
+
+
+@pytest.mark.parametrize("tensors, launches", [(1, 1), (2, 1), (3, 2)])
+def test_two_tensors_take_one_launch(tensors, launches, monkeypatch):
+    count, kernel = [], triton_merge_frames._merge
+    monkeypatch.setattr(
+        triton_merge_frames,
+        "_merge",
+        type("Counted", (), {"__getitem__": lambda _, grid: count.append(grid) or kernel[grid]})(),
+    )
+    x = torch.randn(3, 4)
+    source, weight = torch.tensor([[0, 1], [2, 2], [0, 0]]), torch.tensor([[0.25, 0.75], [1.0, 0.0], [0.0, 0.0]])
+    for out in merged_together([x] * tensors, source, weight, 2):
+        torch.testing.assert_close(out, native(x, source, weight, 2))
+    assert len(count) == launches
 
 
 @pytest.mark.parametrize("layout", ["rows apart", "plan apart"])
@@ -47,7 +93,7 @@ def test_strides_of_frames_and_plan(layout):
         x = x[::2]
     else:
         x, source, weight = x[:3], source.t().contiguous().t(), weight.t().contiguous().t()
-    torch.testing.assert_close(merged(x, source, weight, 2), ops.merge_frames(x, source, weight, 2))
+    torch.testing.assert_close(merged(x, source, weight, 2), native(x, source, weight, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,15 +141,15 @@ def test_a_row_that_no_plan_means_is_nan_and_no_other_is(sources, weights, dtype
     source = torch.tensor([[0, 0], sources, [3, 3], [0, 0]])
     weight = torch.tensor([[1.0, 0.0], weights, [1.0, 0.0], [0.0, 0.0]])
     with pytest.raises(ValueError, match="merge_frames"):
-        ops.merge_frames(x, source, weight, 3)
-    out = merged(x, source, weight, 3)
-    assert out[1].isnan().all() and out[[0, 2]].eq(1).all()
+        native(x, source, weight, 3)
+    for out in merged_together([x, x[:, 0].float()], source, weight, 3):
+        assert out[1].isnan().all() and out[[0, 2]].eq(1).all()
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_everything_is_nan_if_the_plan_has_more_rows_than_n(n):
     source, weight = torch.tensor([[0, 0], [1, 1], [2, 2]]), torch.tensor([[1.0, 0.0]] * 3)
-    assert merged(torch.ones(3, 5), source, weight, n).isnan().all()
+    assert all(out.isnan().all() for out in merged_together([torch.ones(3, 5), torch.ones(3)], source, weight, n))
 
 
 @pytest.mark.parametrize("n, rest", [(0, (5,)), (2, (0,)), (2, (3, 0)), (0, ())])
@@ -125,7 +171,7 @@ def test_a_video_has_the_same_bits_in_any_batch_and_in_20_runs():
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"x": torch.ones(4, 2)}, "over 3 frames cannot merge x with 4"),
+        ({"x": torch.ones(4, 2)}, "over 3 frames cannot merge a tensor with 4"),
         ({"x": torch.ones(3, 2, dtype=torch.int64)}, "int64"),
         ({"source": torch.zeros(3, 2)}, "float32 with 2 axes"),
         ({"n": 4}, "n=4 of 3"),
@@ -139,17 +185,41 @@ def test_refuses_what_its_shape_tells(changes, says):
         "weight": torch.tensor([[1.0, 0.0]] * 3),
         "n": 3,
     } | changes
-    for merge in (merged, ops.merge_frames):
+    for merge in (merged, native):
         with pytest.raises(ValueError, match=f"merge_frames.*{says}"):
             merge(*given_.values())
 
 
 def test_is_the_provider_of_what_it_can_blend_in_float32():
     plan = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
+    wide = torch.ones(3, 4, dtype=torch.float64)
     for dtype in DTYPES:
-        assert provider_of("merge_frames", "cuda", torch.ones(3, 4, dtype=dtype), *plan, 2) == "triton"
-    assert provider_of("merge_frames", "cuda", torch.ones(3, 4, dtype=torch.float64), *plan, 2) == "native"
-    assert provider_of("merge_frames", "cpu", torch.ones(3, 4), *plan, 2) == "native"
+        x = torch.ones(3, 4, dtype=dtype)
+        assert provider_of("merge_frames", "cuda", [x], *plan, 2) == "triton"
+        assert provider_of("merge_frames", "cuda", [x, x[:, 0].float()], *plan, 2) == "triton"
+        assert provider_of("merge_frames", "cuda", [x, wide], *plan, 2) == "native"
+        assert provider_of("merge_frames", "cpu", [x], *plan, 2) == "native"
+
+
+class Providers:
+    """The operators of the golden chain, with that of this file as Triton computes it."""
+
+    plan_merge = ops.plan_merge
+    dynamic_frames = ops.dynamic_frames
+    frame_similarity = ops.frame_similarity
+    merge_frames = staticmethod(merged_together)
+
+
+@test_ops_golden.golden("stage1")
+def test_golden_merge_layer(scalars, tensors, monkeypatch):
+    monkeypatch.setattr(test_ops_golden, "ops", Providers)
+    test_ops_golden.test_one_merge_layer(scalars, tensors)
+
+
+@test_ops_golden.golden("stage1_chain")
+def test_golden_chain(scalars, tensors, monkeypatch):
+    monkeypatch.setattr(test_ops_golden, "ops", Providers)
+    test_ops_golden.test_three_merge_layers(scalars, tensors)
 
 
 COMPILE = """
@@ -158,13 +228,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from earlytom_compile.kernels import triton_merge_frames as module
 
-kernel = module._blend
+kernel = module._merge
+BLOCKS = {"BLOCK": module._BLOCK, "RIDER_BLOCK": 1024}  # the importance of 729 tokens
 for name in ("fp32", "fp16", "bf16"):
-    pointers = {"x": "*" + name, "source": "*i64", "weight": "*fp32", "out": "*" + name}
-    kinds = {arg: "constexpr" if arg == "BLOCK" else pointers.get(arg, "i32") for arg in kernel.arg_names}
+    types = {"source": "*i64", "weight": "*fp32", "rider": "*fp32", "rider_out": "*fp32"}
+    types |= {"x": "*" + name, "out": "*" + name}
+    kinds = {arg: "constexpr" if arg in BLOCKS else types.get(arg, "i32") for arg in kernel.arg_names}
     whole = ("stride", "rest")  # 729 * 1152 elements: multiples of 16
-    aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kinds) if arg in pointers or arg in whole}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs={"BLOCK": module._BLOCK}, attrs=aligned)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kinds) if arg in types or arg in whole}
+    source = ASTSource(fn=kernel, signature=kinds, constexprs=BLOCKS, attrs=aligned)
     options = {"enable_fp_fusion": False}
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     open(f"{sys.argv[1]}/{name}.cubin", "wb").write(binary.asm["cubin"])
