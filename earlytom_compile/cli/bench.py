@@ -14,6 +14,7 @@ from ..benchmark.results import Workload, environment, table, to_dict, to_markdo
 from ..benchmark.workload import make_inputs, random_model
 from ..errors import EarlyTomConfigError
 from ..shapes import config_of, shape_of
+from .bench_load import check_load, measure_loads
 from .loading import load_checkpoint, progress_bars, resolve_device, resolve_dtype
 from .toolchain import require_toolchain
 
@@ -31,6 +32,9 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     require_toolchain(model.device, options)
     options = {name: value for name, value in options.items() if name != "retain_ratio"}
     about, workloads = environment(model.device), []
+    if arguments.concurrency:
+        measure_loads(arguments, model, options, frame_counts, about, console, progress_on)
+        return
     for frames in frame_counts:
         inputs = make_inputs(
             model,
@@ -69,6 +73,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise EarlyTomConfigError(f"decode_tokens={arguments.decode_tokens}: must be at least 0.")
     if arguments.frames and min(arguments.frames) < 1:
         raise EarlyTomConfigError(f"frames={min(arguments.frames)}: must be at least 1.")
+    if arguments.concurrency:
+        check_load(arguments)
     bad = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
     if bad:
         raise EarlyTomConfigError(f"retain_ratio={bad[0]}: must be in (0, 1].")

@@ -96,6 +96,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--decode-tokens", type=int, default=8, help="tokens decoded behind the first (%(default)s)")
     _add_repeats(parser)
+    parser.add_argument(
+        "--concurrency", type=_numbers(int), metavar="C,C", help="measure load instead: so many clients, one table each"
+    )
+    parser.add_argument("--max-batch", type=int, default=8, help="most requests of a call under load (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write every single number there")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
     parser.add_argument("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
@@ -133,7 +137,11 @@ def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
     """``"8,16"`` -> (8, 16), for argparse."""
 
     def numbers(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part) for part in text.split(","))
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError as error:
+            example = "8,16" if kind is int else "0.1,0.2"
+            raise argparse.ArgumentTypeError(f"{text!r}: must be numbers with commas between, as {example}.") from error
 
     return numbers
 
