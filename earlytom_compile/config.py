@@ -64,12 +64,15 @@ class EarlyTomConfig:
     lowering: Literal["staged", "whole", "eager"] = "staged"
     """``"staged"``: one compiled layer for all of a kind; ``"whole"``: one Inductor graph; ``"eager"``: the rewritten
     graph as it is, nothing compiled."""
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    """What ``torch.compile`` calls mode, for Inductor. ``"reduce-overhead"`` and ``"max-autotune"`` ask for CUDA graphs,
+    which replay the layers between two waits for the host where that measures faster, under ``lowering="staged"``."""
     compile_llm: bool = True
     """``compile()`` compiles the language model's pass over the prompt too, unless ``lowering="eager"``; with
     ``torch.compile`` the language model is part of the graph in any case."""
     static_selection: Literal["auto", "device", "host"] = "auto"
-    """Where ``variant="paper"`` selects static frames' tokens on a GPU: ``"host"`` is the CPU, meanwhile; ``"auto"`` is
-    what a measurement at the first call says. The result is the same; on the CPU all three are."""
+    """Where static frames' tokens are selected on a GPU: ``"host"`` is the CPU, meanwhile; ``"auto"`` is what a
+    measurement at the first call says. The result is the same; on the CPU all three are."""
     inner_layer: int | None = None
     """Merging inside the language model (algorithm.md, stage 3): not available yet, leave None."""
     inner_drop_ratio: float = 0.5

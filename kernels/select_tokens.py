@@ -57,14 +57,10 @@ def select_tokens(
             that gets no token, for want of tokens or of counts that add up, with 0 and its ``kept`` with -1.
     """
     check_shapes(features, importance, dynamic, counts, "select_tokens")
-    check_place(static_selection)
+    check_place(static_selection, "select_tokens")
     videos = read_videos(importance, dynamic, counts, "select_tokens")
-    tokens = features.shape[1]
-    quotas: list[int] = []
-    for frames in videos:
-        check_budget(budget, len(frames), tokens)
-        quotas += paper_quotas(frames, budget)
-    frame, token = keep_tokens(importance, dynamic, quotas)
+    quotas = paper_quotas(videos, budget, features.shape[1])
+    frame, token = keep_tokens(importance, dynamic, sum(quotas, []))
     first = _first_frames(videos, importance.device)
     kept = torch.stack([frame - first[frame], token], dim=1)
     shape = (len(videos), budget)
@@ -81,7 +77,7 @@ def _(
     *,
     static_selection: str = "device",
 ) -> tuple[Tensor, Tensor]:
-    check_place(static_selection)
+    check_place(static_selection, "select_tokens")
     _check(features, importance, dynamic, counts, "select_tokens")
     videos = counts.shape[0]
     kept = counts.new_empty((videos, budget, 2), device=features.device)
@@ -90,7 +86,14 @@ def _(
 
 @torch.library.custom_op("earlytom::select_tokens_released", mutates_args=())
 def select_tokens_released(
-    features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, frames: int, retain_ratio: float
+    features: Tensor,
+    importance: Tensor,
+    dynamic: Tensor,
+    counts: Tensor,
+    frames: int,
+    retain_ratio: float,
+    *,
+    static_selection: str = "device",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Released variant: the ratio of each frame depends on how many frames its video has left.
 
@@ -102,6 +105,7 @@ def select_tokens_released(
         features, importance, dynamic, counts: as in ``select_tokens``.
         frames: frames each video had before any merge, at least 1.
         retain_ratio: share of the tokens to keep, in (0, 1].
+        static_selection: as in ``select_tokens``.
 
     Returns:
         tokens: [M, D], dtype of ``features``.
@@ -112,9 +116,10 @@ def select_tokens_released(
         ValueError: as ``select_tokens``; or ``frames`` or ``retain_ratio`` out of range.
     """
     check_shapes(features, importance, dynamic, counts, "select_tokens_released")
+    check_place(static_selection, "select_tokens_released")
     check_ratio(frames, retain_ratio)
     videos = read_videos(importance, dynamic, counts, "select_tokens_released")
-    per_video = [released_quotas(video, frames, retain_ratio, features.shape[1]) for video in videos]
+    per_video = released_quotas(videos, frames, retain_ratio, features.shape[1])
     frame, token = keep_tokens(importance, dynamic, sum(per_video, []))
     first = _first_frames(videos, importance.device)
     video_of = torch.tensor([index for index, video in enumerate(videos) for _ in video]).to(frame.device)
@@ -125,8 +130,16 @@ def select_tokens_released(
 
 @select_tokens_released.register_fake
 def _(
-    features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, frames: int, retain_ratio: float
+    features: Tensor,
+    importance: Tensor,
+    dynamic: Tensor,
+    counts: Tensor,
+    frames: int,
+    retain_ratio: float,
+    *,
+    static_selection: str = "device",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_place(static_selection, "select_tokens_released")
     _check(features, importance, dynamic, counts, "select_tokens_released")
     rows = torch.library.get_ctx().new_dynamic_size(min=1)
     kept = counts.new_empty((rows, 3), device=features.device)
@@ -165,11 +178,10 @@ def check_budget(budget: int, frames: int, tokens: int) -> None:
         )
 
 
-def check_place(static_selection: str) -> None:
+def check_place(static_selection: str, op: str) -> None:
     if static_selection not in _PLACES:
         raise ValueError(
-            f"earlytom::select_tokens: static_selection={static_selection!r}; use one of "
-            f"{', '.join(map(repr, _PLACES))}"
+            f"earlytom::{op}: static_selection={static_selection!r}; use one of {', '.join(map(repr, _PLACES))}"
         )
 
 
@@ -199,17 +211,28 @@ def read_videos(importance: Tensor, dynamic: Tensor, counts: Tensor, op: str) ->
     return [flags[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
-def paper_quotas(frames: list[bool], budget: int) -> list[int]:
-    base, left = divmod(budget, len(frames))
-    order = sorted(range(len(frames)), key=lambda frame: not frames[frame])
+def paper_quotas(videos: list[list[bool]], budget: int, tokens: int) -> list[list[int]]:
+    """How many of its ``tokens`` each frame of each video keeps, from the frames' dynamic flags."""
+    for video in videos:
+        check_budget(budget, len(video), tokens)
+    return [_share_out(video, budget) for video in videos]
+
+
+def _share_out(video: list[bool], budget: int) -> list[int]:
+    base, left = divmod(budget, len(video))
+    order = sorted(range(len(video)), key=lambda frame: not video[frame])
     favoured = set(order[:left])
-    return [base + (frame in favoured) for frame in range(len(frames))]
+    return [base + (frame in favoured) for frame in range(len(video))]
 
 
-def released_quotas(video: list[bool], frames: int, retain_ratio: float, tokens: int) -> list[int]:
-    ratio = min(retain_ratio / (len(video) / frames), 1.0)
-    dynamic, static = math.ceil(tokens * ratio), max(1, round(tokens * ratio))
-    return [dynamic if flag else static for flag in video]
+def released_quotas(videos: list[list[bool]], frames: int, retain_ratio: float, tokens: int) -> list[list[int]]:
+    """As ``paper_quotas``, by the released code's arithmetic."""
+    quotas = []
+    for video in videos:
+        ratio = min(retain_ratio / (len(video) / frames), 1.0)
+        dynamic, static = math.ceil(tokens * ratio), max(1, round(tokens * ratio))
+        quotas.append([dynamic if flag else static for flag in video])
+    return quotas
 
 
 def _first_frames(videos: list[list[bool]], device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import host_selection
-from .select_tokens import check_budget, check_place, check_shapes
+from .select_tokens import check_budget, check_place, check_shapes, paper_quotas
 
 _PAIRS = 4096  # comparisons in flight
 _ROWS = 16
@@ -39,15 +39,12 @@ def run(
     static_selection: str = "device",
 ) -> tuple[Tensor, Tensor]:
     """As ``select_tokens``: [N, P, D], float [N, P], bool [N], int64 [V] -> [V, budget, D], int64 [V, budget, 2]."""
-    check_place(static_selection)
-    inputs = features, importance, dynamic, counts, budget
-    choices = {
-        "device": partial(select_on_device, *inputs),
-        "host": partial(host_selection.select, *inputs, partial(select_on_device, *inputs, only_dynamic=True)),
-    }
-    if static_selection == "auto":
-        return host_selection.fastest(features, budget, choices)
-    return choices[static_selection]()
+    check_place(static_selection, "select_tokens")
+    inputs = features, importance, dynamic, counts
+    quotas = partial(paper_quotas, budget=budget, tokens=importance.shape[1])
+    on_device = partial(select_on_device, *inputs, budget)
+    tokens, kept = host_selection.select_at(static_selection, inputs, budget, quotas, on_device)
+    return tokens, kept
 
 
 def select_on_device(

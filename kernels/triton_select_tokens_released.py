@@ -11,27 +11,58 @@ are those of the native body, in Python's float64, and all its checks are made.
 """
 
 import itertools
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .select_tokens import check_ratio, check_shapes, read_videos, released_quotas
+from . import host_selection
+from .select_tokens import check_place, check_ratio, check_shapes, read_videos, released_quotas
 from .triton_select_tokens import frame_arguments, frame_options, select_frame, slices
 
 
 def run(
-    features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, frames: int, retain_ratio: float
+    features: Tensor,
+    importance: Tensor,
+    dynamic: Tensor,
+    counts: Tensor,
+    frames: int,
+    retain_ratio: float,
+    *,
+    static_selection: str = "device",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``select_tokens_released``: [N, P, D], float [N, P], bool [N], int64 [V] -> [M, D], [M, 3], [V]."""
+    check_place(static_selection, "select_tokens_released")
+    inputs = features, importance, dynamic, counts
+    amount = frames, retain_ratio
+    quotas = partial(released_quotas, frames=frames, retain_ratio=retain_ratio, tokens=importance.shape[1])
+    on_device = partial(select_on_device, *inputs, *amount)
+    tokens, kept, kept_counts = host_selection.select_at(static_selection, inputs, amount, quotas, on_device)
+    return tokens, kept, kept_counts
+
+
+def select_on_device(
+    features: Tensor,
+    importance: Tensor,
+    dynamic: Tensor,
+    counts: Tensor,
+    frames: int,
+    retain_ratio: float,
+    *,
+    only_dynamic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``only_dynamic`` leaves the rows of static frames empty."""
     check_shapes(features, importance, dynamic, counts, "select_tokens_released")
     check_ratio(frames, retain_ratio)
     total, per_frame, channels = features.shape
     videos = read_videos(importance, dynamic, counts, "select_tokens_released")
-    per_video = [released_quotas(video, frames, retain_ratio, per_frame) for video in videos]
+    per_video = released_quotas(videos, frames, retain_ratio, per_frame)
     quotas = sum(per_video, [])
     begins = [0, *itertools.accumulate(quotas)]
+    if only_dynamic:
+        quotas = [quota if flag else 0 for quota, flag in zip(quotas, sum(videos, []), strict=True)]
     places = [(video, frame) for video, flags in enumerate(videos) for frame in range(len(flags))]
     rows = [(begin, quota, *place) for begin, quota, place in zip(begins, quotas, places, strict=False)]
     host = torch.tensor([field for row in rows for field in row] + [sum(quota) for quota in per_video])

@@ -58,7 +58,8 @@ def _select_released(
     graph: Graph, boundary: Boundary, operands: tuple[Node, ...], config: EarlyTomConfig
 ) -> SelectedTokens:
     ops = torch.ops.earlytom
-    selected = insert(graph, ops.select_tokens_released.default, *operands, boundary.frames, config.retain_ratio)
+    op, amount = ops.select_tokens_released.default, (boundary.frames, config.retain_ratio)
+    selected = insert(graph, op, *operands, *amount, static_selection=config.static_selection)
     rows = insert(graph, operator.getitem, selected, 0)
     kept_counts = insert(graph, operator.getitem, selected, 2)
     if boundary.separator is not None:

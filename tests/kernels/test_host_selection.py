@@ -1,5 +1,7 @@
 """Static frames selected on the CPU: the same result, whatever the device does meanwhile."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,12 +10,22 @@ from op_inputs import DEVICE, ops
 from test_triton_select_tokens import selection, selections
 
 pytest.importorskip("triton")
-from earlytom_compile.kernels import host_selection, triton_select_tokens  # noqa: E402
+from earlytom_compile.kernels import host_selection, triton_select_tokens, triton_select_tokens_released  # noqa: E402
+from earlytom_compile.kernels.select_tokens import paper_quotas, released_quotas  # noqa: E402
+
+PROVIDERS = {"paper": triton_select_tokens, "released": triton_select_tokens_released}
+OPERATORS = {"paper": ops.select_tokens, "released": ops.select_tokens_released}
+both_variants = pytest.mark.parametrize("variant, amount", [("paper", (8,)), ("released", (6, 0.4))])
 
 
-def select(inputs, budget, place):
+def select(inputs, *amount, place, variant="paper"):
     moved = [x.to(DEVICE) for x in inputs]
-    return [x.cpu() for x in triton_select_tokens.run(*moved, budget, static_selection=place)]
+    return [x.cpu() for x in PROVIDERS[variant].run(*moved, *amount, static_selection=place)]
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 def most(counts, per_frame):
@@ -25,60 +37,82 @@ def most(counts, per_frame):
 def test_is_what_the_device_selects(inputs, share):
     values, _, _, counts = inputs
     budget = max(1, round(share * most(counts.tolist(), values.shape[1])))
-    expected = ops.select_tokens(*inputs, budget)
-    for actual, wanted in zip(select(inputs, budget, "host"), expected, strict=True):
-        assert actual.dtype == wanted.dtype and torch.equal(actual, wanted)
+    assert_same(select(inputs, budget, place="host"), ops.select_tokens(*inputs, budget))
 
 
+@settings(deadline=None, max_examples=15)
+@given(inputs=selections(), merged=st.integers(0, 9), ratio=st.floats(0.01, 1))
+def test_released_is_what_the_device_selects(inputs, merged, ratio):
+    amount = int(inputs[3].max()) + merged, ratio
+    actual = select(inputs, *amount, place="host", variant="released")
+    assert_same(actual, ops.select_tokens_released(*inputs, *amount))
+
+
+@both_variants
 @pytest.mark.parametrize("flag", [True, False], ids=["all dynamic", "all static"])
-def test_frames_of_one_kind(flag):
+def test_frames_of_one_kind(flag, variant, amount):
     values, scores, _, counts = selection(3, [5, 4], 12, 8)
     inputs = values, scores, torch.full((9,), flag), counts
-    for actual, wanted in zip(select(inputs, 14, "host"), ops.select_tokens(*inputs, 14), strict=True):
-        assert torch.equal(actual, wanted)
+    assert_same(select(inputs, *amount, place="host", variant=variant), OPERATORS[variant](*inputs, *amount))
 
 
-def test_the_device_leaves_static_frames_alone():
+@both_variants
+def test_the_device_leaves_static_frames_alone(variant, amount):
     """Else ``host`` would only do once more what the device has done."""
-    values, scores, dynamic, counts = selection(5, [6], 8, 4)
-    poison = [torch.full((1, 12, 4), float("nan")), torch.full((1, 12, 2), -9)]
-    moved = [x.to(DEVICE) for x in (values, scores, dynamic, counts)]
+    values, scores, dynamic, counts = inputs = selection(5, [6], 8, 4)
+    expected = OPERATORS[variant](*inputs, *amount)
+    static = torch.isin(expected[1][..., -2], (~dynamic).nonzero())
+    assert static.any() and not static.all()
+    moved = tuple(x.to(DEVICE) for x in inputs)
 
     def dynamic_only():
-        tokens, kept = triton_select_tokens.select_on_device(*moved, 12, only_dynamic=True)
-        empty = torch.isin(ops.select_tokens(values, scores, dynamic, counts, 12)[1][..., 0], (~dynamic).nonzero())
-        assert empty.any() and not empty.all()
-        return (
-            torch.where(empty[..., None].to(DEVICE), poison[0].to(DEVICE), tokens),
-            torch.where(empty[..., None].to(DEVICE), poison[1].to(DEVICE), kept),
-        )
+        tokens, kept, *rest = PROVIDERS[variant].select_on_device(*moved, *amount, only_dynamic=True)
+        rows = static.to(DEVICE)
+        assert not torch.equal(kept[rows].cpu(), expected[1][static])
+        tokens[rows], kept[rows] = float("nan"), -9
+        return (tokens, kept, *rest)
 
-    actual = host_selection.select(*moved, 12, dynamic_only)
-    for one, other in zip(actual, ops.select_tokens(values, scores, dynamic, counts, 12), strict=True):
-        assert torch.equal(one.cpu(), other)
+    quotas = {
+        "paper": partial(paper_quotas, budget=8, tokens=8),
+        "released": partial(released_quotas, frames=6, retain_ratio=0.4, tokens=8),
+    }[variant]
+    assert_same([x.cpu() for x in host_selection.select(moved, quotas, dynamic_only)], expected)
 
 
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        ({"counts": torch.tensor([3, 3])}, "counts="),
-        ({"counts": torch.tensor([4, 1])}, "budget=8"),
-    ],
-)
-def test_refuses_what_the_native_body_refuses(change, says):
-    values, scores, dynamic, counts = selection(7, [3, 2], 6, 4)
-    inputs = values, scores, dynamic, change["counts"]
-    with pytest.raises(ValueError, match=f"select_tokens.*{says}"):
-        select(inputs, 8, "host")
+@both_variants
+def test_refuses_counts_as_the_native_body_does(variant, amount):
+    values, scores, dynamic, _ = selection(7, [3, 2], 6, 4)
+    with pytest.raises(ValueError, match=r"select_tokens.*counts=\[3, 3\]"):
+        select((values, scores, dynamic, torch.tensor([3, 3])), *amount, place="host", variant=variant)
+
+
+def test_refuses_a_budget_as_the_native_body_does():
+    values, scores, dynamic, _ = selection(7, [3, 2], 6, 4)
+    with pytest.raises(ValueError, match="select_tokens.*budget=8"):
+        select((values, scores, dynamic, torch.tensor([4, 1])), 8, place="host")
 
 
 def test_nan_is_the_least_importance_as_on_the_device():
     values, scores, dynamic, counts = selection(7, [3, 2], 6, 4)
     scores[:, ::2] = float("nan")
-    for one, other in zip(
-        *(select((values, scores, dynamic, counts), 8, place) for place in ("host", "device")), strict=True
-    ):
-        assert torch.equal(one, other)
+    host, device = (select((values, scores, dynamic, counts), 8, place=place) for place in ("host", "device"))
+    assert_same(host, device)
+
+
+@pytest.mark.parametrize("place", ["host", "device", "auto"])
+def test_released_refuses_nan_everywhere(place):
+    values, scores, dynamic, counts = selection(7, [3, 2], 6, 4)
+    scores[3, 1] = float("nan")
+    with pytest.raises(ValueError, match="select_tokens_released: importance holds NaN"):
+        select((values, scores, dynamic, counts), 6, 0.4, place=place, variant="released")
+
+
+@both_variants
+def test_the_same_bits_in_20_runs(variant, amount):
+    inputs = selection(13, [2, 1], 12, 2)
+    expected = OPERATORS[variant](*inputs, *amount)
+    for _ in range(20):
+        assert_same(select(inputs, *amount, place="host", variant=variant), expected)
 
 
 def test_auto_measures_once_and_takes_the_quicker(monkeypatch):
@@ -101,25 +135,28 @@ def test_auto_measures_once_and_takes_the_quicker(monkeypatch):
     assert host_selection.fastest(features, 7, choices) == "host" and calls == ["host"]
 
 
-def test_auto_gives_the_same_result(monkeypatch):
+@both_variants
+def test_auto_gives_the_same_result(variant, amount, monkeypatch):
     monkeypatch.setattr(host_selection, "_fastest", {})
-    inputs = selection(11, [5, 7], 9, 8)
-    for actual, wanted in zip(select(inputs, 20, "auto"), ops.select_tokens(*inputs, 20), strict=True):
-        assert torch.equal(actual, wanted)
+    inputs = selection(11, [2, 1], 9, 2)
+    expected = OPERATORS[variant](*inputs, *amount)
+    assert_same(select(inputs, *amount, place="auto", variant=variant), expected)
+    assert_same(select(inputs, *amount, place="auto", variant=variant), expected)
+    assert len(host_selection._fastest) == 1
 
 
-def test_a_place_that_does_not_exist():
+@both_variants
+def test_a_place_that_does_not_exist(variant, amount):
     inputs = selection(0, [3], 4, 2)
-    with pytest.raises(ValueError, match="static_selection='gpu'; use one of 'device', 'host', 'auto'"):
-        ops.select_tokens(*inputs, 2, static_selection="gpu")
+    with pytest.raises(ValueError, match="select_tokens.*static_selection='gpu'; use one of 'device', 'host', 'auto'"):
+        OPERATORS[variant](*inputs, *amount, static_selection="gpu")
     with pytest.raises(ValueError, match="static_selection='gpu'"):
-        select(inputs, 2, "gpu")
+        select(inputs, *amount, place="gpu", variant=variant)
 
 
+@both_variants
 @pytest.mark.parametrize("place", ["host", "auto"])
-def test_without_a_gpu_all_places_are_the_same(place):
+def test_without_a_gpu_all_places_are_the_same(place, variant, amount):
     inputs = selection(2, [5, 4], 6, 4)
-    for actual, wanted in zip(
-        ops.select_tokens(*inputs, 9, static_selection=place), ops.select_tokens(*inputs, 9), strict=True
-    ):
-        assert torch.equal(actual, wanted)
+    op = OPERATORS[variant]
+    assert_same(op(*inputs, *amount, static_selection=place), op(*inputs, *amount))

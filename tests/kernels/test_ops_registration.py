@@ -24,7 +24,7 @@ SCHEMAS = [
     "select_tokens(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, SymInt budget, "
     '*, str static_selection="device") -> (Tensor, Tensor)',
     "select_tokens_released(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, "
-    "SymInt frames, float retain_ratio) -> (Tensor, Tensor, Tensor)",
+    'SymInt frames, float retain_ratio, *, str static_selection="device") -> (Tensor, Tensor, Tensor)',
     "append_separators(Tensor tokens, Tensor kept_counts, Tensor separator) -> Tensor",
     "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) -> Tensor",
     "keep_positions_ragged(Tensor input_ids, Tensor kept, SymInt video_token, SymInt before) -> Tensor",
