@@ -24,34 +24,37 @@ from .workload import Inputs, with_video
 
 First = tuple[Tensor, Any]
 """The first token [R, 1] and the cache behind it."""
+_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to the first token; ``model`` is what the report of its last call belongs to, if it compresses."""
+    """A way to the first token."""
 
     name: str
     first_token: Callable[[], First]
     retain_ratio: float = 1.0
     model: Any = None
+    frames: int = 0  # of each video, as the model gets it
+    compresses: bool = False  # then the report of the last call belongs to ``model``
+    called: tuple[str, ...] = ()  # submodules of ``model.model`` that Python calls, so that hooks on them fire
 
 
 def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict[str, Any]) -> Iterator[Arm]:
     """Every arm for ``inputs``; nothing is compiled before its first call."""
-    yield Arm("transformers", partial(_forward, model, inputs))
+    frames = inputs["pixel_values_videos"].shape[1]
+    yield Arm("transformers", partial(_forward, model, inputs), 1.0, model, frames, called=_PARTS)
     inductor = torch.compile(model, dynamic=False)
-    yield Arm("inductor", partial(_forward, inductor, inputs))
+    yield Arm("inductor", partial(_forward, inductor, inputs), 1.0, model, frames)
     for ratio in ratios:
         chosen = {**options, "retain_ratio": ratio}
         yield _in_place(model, inputs, chosen)
         yield _backend(model, inputs, chosen)
-    frames = inputs["pixel_values_videos"].shape[1]
     for ratio in ratios:
+        few = max(1, round(ratio * frames))
         for name, fewer in (("subsampling", _subsampled), ("average pooling", _averaged)):
-            shorter = _with_fewer_frames(
-                model, inputs, fewer(inputs["pixel_values_videos"], max(1, round(ratio * frames)))
-            )
-            yield Arm(f"{name} {ratio:g}", partial(_forward, inductor, shorter), ratio)
+            shorter = _with_fewer_frames(model, inputs, fewer(inputs["pixel_values_videos"], few))
+            yield Arm(f"{name} {ratio:g}", partial(_forward, inductor, shorter), ratio, model, few)
 
 
 def twin_of(model: Any) -> Any:
@@ -68,14 +71,28 @@ def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         output = twin.generate(**inputs, **choices)
         return output.sequences[:, -1:], output.past_key_values
 
-    return Arm(f"earlytom {options['retain_ratio']:g}", first_token, options["retain_ratio"], twin)
+    return Arm(
+        f"earlytom {options['retain_ratio']:g}",
+        first_token,
+        options["retain_ratio"],
+        twin,
+        inputs["pixel_values_videos"].shape[1],
+        compresses=True,
+        called=("language_model",),
+    )
 
 
 def _backend(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
     twin = twin_of(model)
     fast = torch.compile(twin, backend="earlytom", options=options, dynamic=False)
-    name = f"earlytom {options['retain_ratio']:g} (backend)"
-    return Arm(name, partial(_forward, fast, inputs), options["retain_ratio"], twin)
+    return Arm(
+        f"earlytom {options['retain_ratio']:g} (backend)",
+        partial(_forward, fast, inputs),
+        options["retain_ratio"],
+        twin,
+        inputs["pixel_values_videos"].shape[1],
+        compresses=True,
+    )
 
 
 def _forward(model: Any, inputs: Inputs) -> First:

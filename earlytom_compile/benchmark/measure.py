@@ -66,7 +66,7 @@ def measure(
             result.cold, _ = timed(arm.first_token, device)
             _, first = timed(arm.first_token, device)
             result.cache_tokens = first[1].get_seq_length()
-            if arm.model is not None:
+            if arm.compresses:
                 result.frames = [video["frames"] for video in earlytom_compile.report(arm.model).to_dict()["videos"]]
         for number in range(repeats):
             for arm, result in zip(arms, results, strict=True):

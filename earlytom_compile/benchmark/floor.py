@@ -1,0 +1,95 @@
+"""How fast a first token could be on a machine that always ran at its measured best.
+
+    work_of(model, schedules=[(32, 27, 25, 24)], prompt=660)   ->   {"encoder": Work(17.2e12, 3.1e9), ...}
+    floor(work, {"matmul": 7e14, "copy": 4e12})                ->   seconds
+
+A part takes at least its operations at the rate of a large matrix product, or its bytes at that of a large copy,
+whichever is more, and the parts wait for each other.
+
+Operations are those of ``flops.count(protocol="exact")``, but causal attention is the triangle that it needs and not
+the full square. Bytes are what must move if nothing outlives a layer in a cache: every weight once, pixels once, the
+sequence into and out of every layer, keys and values into the cache, what the projector reads and writes. What goes
+on inside a layer, and the small operands of our operators, move nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..config import EarlyTomConfig
+from ..flops import count
+from ..shapes import ModelShape
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations (a multiply-add counts as two) and bytes."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """All work of a first token, and the seconds below which no machine with these ceilings comes."""
+
+    flops: float
+    bytes: float
+    seconds: float
+
+
+def floor(work: Mapping[str, Work], ceilings: Mapping[str, float]) -> Floor:
+    """``ceilings``: ``matmul`` in operations and ``copy`` in bytes per second."""
+    seconds = sum(max(part.flops / ceilings["matmul"], part.bytes / ceilings["copy"]) for part in work.values())
+    return Floor(sum(part.flops for part in work.values()), sum(part.bytes for part in work.values()), seconds)
+
+
+def work_of(
+    model: Any, *, schedules: Sequence[Sequence[int]], prompt: int, merge_layers: Sequence[int] | None = None
+) -> dict[str, Work]:
+    """Work of one batch of prompts with one video each.
+
+    Args:
+        model: a LLaVA-OneVision; its weights are counted as they are stored.
+        schedules: frames of each video, at first and after each merge layer; just the first where nothing merges.
+        prompt: positions in the language model, the same in every row.
+        merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
+
+    Raises:
+        EarlyTomConfigError: a model whose work cannot be counted, see :meth:`ModelShape.from_config`.
+    """
+    shape, inner, item = ModelShape.from_config(model.config), model.model, model.dtype.itemsize
+    chosen = None if merge_layers is None else tuple(merge_layers)
+    merges = EarlyTomConfig(merge_layers=chosen).resolve_merge_layers(shape.vision_layers)
+    counts = [
+        count(shape, protocol="exact", frames_schedule=schedule, llm_tokens=prompt, merge_layers=merges)
+        for schedule in schedules
+    ]
+    pixels = 3 * shape.image_size**2 * sum(schedule[0] for schedule in schedules)
+    tokens = shape.frame_tokens * sum(_frames_of_all_layers(schedule, merges, shape) for schedule in schedules)
+    features = shape.frame_tokens * sum(schedule[-1] for schedule in schedules)
+    positions = len(schedules) * prompt * shape.llm_layers
+    keys = shape.llm_width * shape.llm_kv_heads // shape.llm_heads
+    above_diagonal = len(schedules) * shape.llm_layers * 2 * prompt * (prompt - 1) * shape.llm_width
+    moved = {
+        "encoder": _weights(inner.vision_tower) + item * (pixels + 2 * tokens * shape.vision_width),
+        "operators": 0,
+        "projector": _weights(inner.multi_modal_projector) + item * features * (shape.vision_width + shape.llm_width),
+        "llm": _weights(inner.language_model.layers) + item * positions * (2 * shape.llm_width + 2 * keys),
+        "lm_head": _weights(model.lm_head),
+    }
+    done = {part: sum(getattr(counted, part) for counted in counts) for part in moved}
+    done["llm"] -= above_diagonal
+    return {part: Work(done[part], moved[part]) for part in moved}
+
+
+def _frames_of_all_layers(schedule: Sequence[int], merges: Sequence[int], shape: ModelShape) -> int:
+    """Frames in the encoder, summed over its layers."""
+    starts = [0, *(layer + 1 for layer in merges)] if len(schedule) > 1 else [0]
+    layers = (end - start for start, end in pairwise([*starts, shape.vision_layers]))
+    return sum(frames * length for frames, length in zip(schedule, layers, strict=True))
+
+
+def _weights(module: Any) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,0 +1,109 @@
+"""A real call under the profiler: every product of the model lies in the range of its stage, in every arm."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_models import tiny_llava_onevision
+
+from earlytom_compile.benchmark import profile as profiling
+from earlytom_compile.benchmark.arms import make_arms
+from earlytom_compile.benchmark.breakdown import LLM, OVERHEAD, STAGES, TOKENS, VISION, stage_range
+from earlytom_compile.benchmark.profile import profile_arms
+from earlytom_compile.benchmark.workload import make_inputs
+
+VISION_LAYERS, TEXT_LAYERS, ROWS = 3, 1, 2
+PRODUCTS = {"aten::linear", "aten::addmm", "aten::mm", "aten::matmul"}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def profiled(request):
+    """(model, breakdowns, complete events of the trace, graphs compiled meanwhile)."""
+    torch._dynamo.reset()
+    model = tiny_llava_onevision(vision_layers=VISION_LAYERS, text_layers=TEXT_LAYERS).to(request.param)
+    inputs = make_inputs(model, frames=8, batch=ROWS, redundancy=0.7)
+    arms = list(make_arms(model, inputs, (0.25,), {"lowering": "eager", "merge_layers": (0, 1), "tau_seg": 0.3}))[:4]
+    with torch.inference_mode():
+        for _ in range(2):
+            for arm in arms:
+                arm.first_token()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    breakdowns, trace = profile_arms(model, arms)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
+    trace = json.loads(json.dumps(trace))
+    return model, breakdowns, [event for event in trace["traceEvents"] if event.get("ph") == "X"], compiled
+
+
+ARMS = ["transformers", "inductor", "earlytom 0.25", "earlytom 0.25 (backend)"]
+
+
+def ranges(events, name):
+    """[(begin, end), ...] of the ranges of this name."""
+    found = [e for e in events if e["name"] == name and e["cat"] == "user_annotation"]
+    return sorted((e["ts"], e["ts"] + e["dur"]) for e in found)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_parts_are_not_negative_and_add_up_to_the_wall_time(profiled, arm):
+    breakdown = profiled[1][arm]
+    assert list(breakdown.parts) == [VISION, TOKENS, LLM, OVERHEAD]
+    assert all(breakdown.stages[stage] > 0 for stage in STAGES) and breakdown.overhead >= 0
+    assert sum(breakdown.parts.values()) == pytest.approx(breakdown.wall)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_stages_of_a_call_follow_each_other_without_gaps(profiled, arm):
+    events = profiled[2]
+    ((begin, end),) = ranges(events, arm)
+    stages = sorted((*span, stage) for stage in STAGES for span in ranges(events, stage_range(arm, stage)))
+    assert all(first[1] == pytest.approx(second[0]) for first, second in pairwise(stages))
+    assert begin <= stages[0][0] and stages[-1][1] == pytest.approx(end)
+    # generate() encodes the videos of a batch one after the other
+    passes = ROWS if arm == "earlytom 0.25" else 1
+    assert [stage for _, _, stage in stages] == [VISION, TOKENS] * passes + [LLM]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_product_lies_in_the_stage_of_its_weight(profiled, arm):
+    events = profiled[2]
+    products = [e for e in events if e["cat"] == "cpu_op" and (e["name"] in PRODUCTS or "earlytom::" in e["name"])]
+    outermost, end = [], 0.0
+    for event in sorted(products, key=lambda e: (e["ts"], -e["dur"])):
+        if event["ts"] >= end:
+            outermost.append(event)
+            end = event["ts"] + event["dur"]
+    passes = ROWS if arm == "earlytom 0.25" else 1
+    expected = {VISION: passes * 6 * VISION_LAYERS, TOKENS: passes * 2, LLM: 7 * TEXT_LAYERS + 1}
+    for stage in STAGES:
+        spans = ranges(events, stage_range(arm, stage))
+        inside = [e for e in outermost if any(begin <= e["ts"] < end for begin, end in spans)]
+        assert sum(e["name"] in PRODUCTS for e in inside) == expected[stage]
+
+
+def test_profiling_compiles_nothing_and_leaves_nothing_behind(profiled):
+    from torch._inductor.select_algorithm import extern_kernels
+
+    model, _, _, compiled = profiled
+    assert compiled == 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    kernels = [*vars(extern_kernels).values(), torch._C._nn.linear]
+    assert kernels and not any("watched" in getattr(kernel, "__qualname__", "") for kernel in kernels)
+
+
+def test_ranges_are_nvtx_ranges_too_where_there_is_a_gpu(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", said.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: said.append("pop"))
+    weight = torch.ones(2, 2)
+
+    def first_token():
+        torch._C._nn.linear(torch.ones(1, 2), torch.ones(2, 2))
+        torch._C._nn.linear(torch.ones(1, 2), weight)
+        torch._C._nn.linear(torch.ones(1, 2), weight)
+
+    arm = profiling.Arm("a", first_token)
+    with profiling._marked(arm, {weight.data_ptr(): TOKENS}, on_gpu=True):
+        arm.first_token()
+    assert said == [f"a: {VISION}", "pop", f"a: {TOKENS}", "pop"]
