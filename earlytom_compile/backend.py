@@ -31,12 +31,13 @@ def earlytom(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """Backend for ``torch.compile``; ``options`` are those of :class:`EarlyTomConfig`, ``mode`` is Inductor's."""
+    """Backend for ``torch.compile``; ``options`` are those of :class:`EarlyTomConfig`, one of which is ``mode``, since
+    ``torch.compile`` takes either of the two."""
     try:
-        config = EarlyTomConfig.from_options(options)
+        config = EarlyTomConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
     except EarlyTomConfigError as error:
         return _raising(error)
-    return compile_graph(graph_module, example_inputs, config, mode=mode)
+    return compile_graph(graph_module, example_inputs, config)
 
 
 def compile_graph(
@@ -44,7 +45,6 @@ def compile_graph(
     example_inputs: Sequence[Any],
     config: EarlyTomConfig,
     *,
-    mode: str | None = None,
     features_only: bool = False,
 ) -> Compiled:
     """Compress and lower one Dynamo graph.
@@ -57,14 +57,14 @@ def compile_graph(
     try:
         run_passes(state)
         _describe(state, record)
-        return lower_compressed(state, original, example_inputs, mode, record)
+        return lower_compressed(state, original, example_inputs, record)
     except NotApplicable as found:
         if _computes(original):
             try:
                 fall_back(found.reason, found.cure, config, record)
             except EarlyTomError as error:
                 return _raising(error)
-        return lower(original, example_inputs, config.lowering, inductor_options(mode))
+        return lower(original, example_inputs, config.lowering, inductor_options(config.mode))
     except EarlyTomConfigError as error:
         return _raising(error)
     except Exception:

@@ -37,6 +37,7 @@ _TABLE_8: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
     "videomme-0.5b": ((0.6, (8, 21, 23)), (0.5, (8, 21, 23)), (0.4, (8, 21, 23)), (0.3, (8, 21, 23))),
 }
 PRESETS = tuple(_TABLE_8)
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class EarlyTomConfig:
         if self.max_window is not None and not (_is_int(self.max_window) and self.max_window >= 2):
             raise _bad("max_window", self.max_window, "None or a whole number of frames, at least 2")
         _require_choice("lowering", self.lowering, ("staged", "whole", "eager"))
+        if self.mode is not None:
+            _require_choice("mode", self.mode, _MODES)
         _require_choice("static_selection", self.static_selection, ("auto", "device", "host"))
         if self.inner_layer is not None:
             raise _bad("inner_layer", self.inner_layer, "None: merging inside the language model is not available")

@@ -31,6 +31,7 @@ class GraphRecord:
     reasons: list[str] = field(default_factory=list)
     lowering: str = ""
     stages: tuple[int, int] | None = None  # pieces of the graph, kinds of them that were compiled
+    cuda_graphs: list["TimedGraph"] = field(default_factory=list)
     last_call: float = 0.0  # time.monotonic(), 0 = never
     last_counts: "Counts | None" = None
     prompt: tuple[int, int] | None = None
@@ -62,6 +63,25 @@ class Counts:
 
     frames: Sequence[torch.Tensor]  # int64 [V] each: at first, then after each merge layer
     tokens: torch.Tensor | None  # int64 [V] where it depends on the content, else the record's budget
+
+
+@dataclass(frozen=True)
+class TimedGraph:
+    """A CUDA graph against plain calls; the faster of the two is used."""
+
+    part: str  # of the model
+    seconds: float
+    plain_seconds: float
+
+    @property
+    def used(self) -> bool:
+        """Whether the graph is replayed."""
+        return self.seconds < self.plain_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        milliseconds = {"graph_ms": round(1e3 * self.seconds, 3), "plain_ms": round(1e3 * self.plain_seconds, 3)}
+        return {"part": self.part, "used": self.used, **milliseconds}
 
 
 _RECORDS: list[GraphRecord] = []
@@ -117,6 +137,7 @@ class Report:
             "providers": dict(last.providers) if last else {},
             "lowering": last.lowering if last else None,
             "stages": list(last.stages) if last and last.stages else None,
+            "cuda_graphs": [graph.to_dict() for record in self.records for graph in record.cuda_graphs],
             "videos": [video for record, counts in calls for video in record.describe(counts)],
             "prompt": list(prompt) if prompt else None,
             "reasons": list(dict.fromkeys(reasons)),
@@ -141,6 +162,11 @@ class Report:
                 f"computed by      {providers}",
                 f"lowering         {content['lowering']}{_describe_stages(content['stages'])}",
             ]
+        for graph in content["cuda_graphs"]:
+            better = "replayed" if graph["used"] else "not used"
+            lines.append(
+                f"CUDA graph       {better}: {graph['graph_ms']} ms, plain {graph['plain_ms']} ms, {graph['part']}"
+            )
         for index, video in enumerate(content["videos"]):
             frames = " -> ".join(map(str, video["frames"]))
             before, after = video["tokens"]

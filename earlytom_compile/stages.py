@@ -11,7 +11,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 
 from .config import EarlyTomConfig
+from .cuda_graphs import replay_runs
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
 from .passes.find_vision_encoder import Block
 from .passes.manager import Rewrite, data_dependent_sizes
@@ -68,15 +68,14 @@ def lower_compressed(
     state: Rewrite,
     original: GraphModule,
     example_inputs: Sequence[Any],
-    mode: str | None,
     record: GraphRecord,
 ) -> "CompressedGraph":
     """Lower a rewritten graph whose counts are handed out beside its own outputs."""
     outputs = _append_counts(state)
-    options = inductor_options(mode)
-    if options.pop(_CUDA_GRAPHS, False):
-        # They replay fixed sizes and cannot hold a wait for the host; frame counts change, and are waited for.
-        record.note(f"mode={mode!r} without its CUDA graphs, which frame counts that change do not allow")
+    options = inductor_options(state.config.mode)
+    if state.config.lowering != "staged" and options.pop(_CUDA_GRAPHS, False):
+        # They cannot hold a wait for the host, and one graph of everything waits for frame counts.
+        record.note(f'mode={state.config.mode!r} without its CUDA graphs, which need lowering="staged"')
     start = time.perf_counter()
     with data_dependent_sizes():
         compiled = _lower(state, example_inputs, options, record)
@@ -89,12 +88,15 @@ def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, 
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
         cut_language_model = state.config.variant == "paper"
-        blocks = state.boundary.encoder.blocks
-        stages = lower_stages(state.graph_module, example_inputs, blocks, by_module=cut_language_model, options=options)
-        record.stages = stages.pieces, stages.kinds
-        for reason in stages.eager:
-            record.note(reason)
-        return stages.run
+        return lower_stages(
+            state.graph_module,
+            example_inputs,
+            record,
+            options,
+            state.boundary.encoder.blocks,
+            by_module=cut_language_model,
+            frames=state.boundary.videos * state.boundary.frames,
+        )
     try:
         return lower(state.graph_module, example_inputs, state.config.lowering, options)
     except _CANNOT_LOWER as error:
@@ -104,45 +106,44 @@ def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, 
         return state.graph_module.forward
 
 
-@dataclass(frozen=True)
-class Stages:
-    """A graph in pieces, compiled."""
-
-    run: Runnable
-    pieces: int
-    kinds: int  # of compiled pieces; identical ones share their code
-    eager: tuple[str, ...]  # why pieces run as they are
-
-
 def lower_stages(
     graph_module: GraphModule,
     example_inputs: Sequence[Any],
+    record: GraphRecord,
+    options: Mapping[str, Any] | None = None,
     blocks: Sequence[Block] = (),
     *,
     by_module: bool = True,
-    options: Mapping[str, Any] | None = None,
-) -> Stages:
+    frames: int = 0,
+) -> Runnable:
     """Compile one piece of each kind. Pieces that hold only operators of ours have nothing to compile, and a piece
-    that Inductor cannot compile runs as it is, with a warning."""
+    that Inductor cannot compile runs as it is, with a warning. CUDA graphs among Inductor's ``options`` are ours,
+    which know of the ``frames`` that a size known at run time only can be at most."""
+    options = dict(options or {})
+    cuda_graphs = options.pop(_CUDA_GRAPHS, False)
     stages, pieces = split_stages(graph_module, blocks, by_module=by_module)
     inputs = [value_of(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     given = {id(value): example for value, example in zip(inputs, example_inputs, strict=True)}
-    compiled: dict[str, _Compiled | None] = {}
-    eager: list[str] = []
+    kinds: dict[str, _Compiled | None] = {}
+    compiled = set[str]()
     for piece in pieces:
         if not piece.computes:
             continue
         key = piece.key
-        if key not in compiled:
+        if key not in kinds:
             try:
-                compiled[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options or {}))
+                kinds[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options))
             except _CANNOT_LOWER as error:
-                compiled[key] = None
-                eager.append(_not_compiled(f"a part of the model ({piece.where})", error))
-        run = compiled[key]
+                kinds[key] = None
+                record.note(_not_compiled(f"a part of the model ({piece.where})", error))
+        run = kinds[key]
         if run is not None:
             stages.add_submodule(piece.name, run)
-    return Stages(stages.forward, len(pieces), sum(run is not None for run in compiled.values()), tuple(eager))
+            compiled.add(piece.name)
+    record.stages = len(pieces), sum(run is not None for run in kinds.values())
+    if cuda_graphs:
+        replay_runs(stages, pieces, compiled, frames, record)
+    return cast(Runnable, stages.forward)
 
 
 def _not_compiled(what: str, error: Exception) -> str:

@@ -105,12 +105,13 @@ def split_stages(
     cuts = [0, *sorted(cut for cut in between if 0 < cut < len(nodes)), len(nodes)]
     for start, end in zip(cuts, cuts[1:], strict=False):
         name = f"piece_{len(pieces)}"
-        part, read, made = _extract(nodes[start:end], sizes)
+        part, read, made = extract(nodes[start:end], sizes)
         modules[name] = GraphModule(graph_module, part)
         pieces.append(Piece(name, modules[name]))
         call = top.call_module(name, tuple(copies[node] for node in read))
         for position, node in enumerate(made):
             copies[node] = top.call_function(operator.getitem, (call, position))
+            copies[node].meta["example_value"] = value_of(node)
     top.output(map_arg(output.args[0], lambda node: copies[node]))
     for node in top.nodes:
         if node.op == "get_attr":
@@ -149,10 +150,10 @@ def _between_written_views(graph: Graph, nodes: list[Node]) -> set[int]:
     """Positions that two tensors of one memory cross, if that memory is written to anywhere."""
     place = {node: i for i, node in enumerate(nodes)}
     targets = ((*node.args[:1], node.kwargs.get("out")) for node in nodes if writes(node))
-    written = {_memory(target) for either in targets for target in either} - {None}
+    written = {memory_of(target) for either in targets for target in either} - {None}
     crossing: dict[Any, list[tuple[int, int]]] = {}
     for node in graph.nodes:
-        memory = _memory(node)
+        memory = memory_of(node)
         last = max((place[user] for user in node.users if user in place), default=-1)
         if memory in written and last >= 0:
             crossing.setdefault(memory, []).append((place.get(node, -1) + 1, last))
@@ -163,7 +164,7 @@ def _between_written_views(graph: Graph, nodes: list[Node]) -> set[int]:
     return parted
 
 
-def _memory(node: Any) -> int | None:
+def memory_of(node: Any) -> int | None:
     """Equal for tensors that share memory."""
     value = value_of(node) if isinstance(node, Node) else None
     if not isinstance(value, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
@@ -197,8 +198,8 @@ def _size_nodes(graph: Graph) -> dict[Any, Node]:
     return {symbol: node for symbol, node in sizes if symbol.is_Symbol}
 
 
-def _extract(members: list[Node], sizes: dict[Any, Node]) -> tuple[Graph, list[Node], list[Node]]:
-    """(the members as a graph, what it reads, what others read of it)."""
+def extract(members: list[Node], sizes: dict[Any, Node]) -> tuple[Graph, list[Node], list[Node]]:
+    """(the members as a graph, what it reads, what others read of it); ``sizes`` tells what else knows a symbol."""
     inside = set(members)
     read = list(dict.fromkeys(source for node in members for source in node.all_input_nodes if source not in inside))
     # A size such as (s // 14)**2 does not tell s, which compiled code needs.

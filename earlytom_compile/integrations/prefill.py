@@ -16,22 +16,24 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from ..reporting import GraphRecord, add_record
-from ..stages import lower_stages
+from ..stages import inductor_options, lower_stages
 
 
 class CompiledPrefill:
-    """Stands in for the ``forward`` of a language model."""
+    """Stands in for the ``forward`` of a language model; ``mode`` is Inductor's."""
 
-    def __init__(self, language_model: torch.nn.Module) -> None:
+    def __init__(self, language_model: torch.nn.Module, mode: str | None = None) -> None:
         self._module = language_model
         self._before = language_model.__dict__.get("forward")
         self._own = language_model.forward
+        self._mode = mode
         self._reset()
         functools.update_wrapper(self, self._own)
         language_model.__dict__["forward"] = self
@@ -88,7 +90,7 @@ class CompiledPrefill:
             # Dynamo's recompile limit counts per code object; every kind gets one of its own.
             code = _call.__code__.replace(co_name=f"prefill_{id(self)}_{len(self._compiled)}")
             function = types.FunctionType(code, globals(), code.co_name)
-            self._compiled[kind] = torch.compile(function, backend=_compile_layers)
+            self._compiled[kind] = torch.compile(function, backend=partial(_compile_layers, self._mode))
         return self._compiled[kind]
 
 
@@ -105,14 +107,11 @@ def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return own(*args, **kwargs)
 
 
-def _compile_layers(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compile_layers(mode: str | None, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     compile_id = torch._guards.CompileContext.current_compile_id()
     record = GraphRecord(str(compile_id), bool(compile_id and compile_id.frame_compile_id), lowering="staged")
     start = time.perf_counter()
-    stages = lower_stages(graph_module, example_inputs)
+    run = lower_stages(graph_module, example_inputs, record, inductor_options(mode))
     record.seconds["language model"] = time.perf_counter() - start
-    record.stages = stages.pieces, stages.kinds
-    for reason in stages.eager:
-        record.note(reason)
     add_record(record, example_inputs)
-    return stages.run
+    return run

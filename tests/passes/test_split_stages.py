@@ -7,6 +7,7 @@ from tracing import trace
 
 from earlytom_compile.passes.find_vision_encoder import find_vision_encoder
 from earlytom_compile.passes.split_stages import split_stages
+from earlytom_compile.reporting import GraphRecord
 from earlytom_compile.stages import lower_stages
 
 
@@ -154,7 +155,7 @@ def test_views_of_memory_that_is_written_stay_in_one_piece():
     def backend(graph_module, example_inputs):
         _, pieces = split_stages(graph_module)
         assert len(pieces) == 1 + 3  # the layers with the view, then each of the head
-        return lower_stages(graph_module, example_inputs).run
+        return lower_stages(graph_module, example_inputs, GraphRecord("", False))
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))

@@ -1,0 +1,179 @@
+"""Which compiled pieces a CUDA graph can replay: those between two waits for the host, as runs.
+
+    before | layer 0 ... layer 6 | merge | layer 7 ... layer 20 | layer 21 | merge | ...     pieces of split_stages
+             `----- a run -----'           `----- a run ------'   scores                     (operators of ours: no run)
+
+A graph replays fixed sizes on fixed memory. So a run holds no operator of ours, makes no size that depends on the
+data, writes to none of its inputs and hands none out. Where its number of frames is known at run time only, it
+must also be frame-wise: every operator computes each frame (axis 0) from that frame alone, so that frames added to
+fill up a graph's buffers change nothing in the others.
+"""
+
+import operator
+import sys
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .find_vision_encoder import NORMS
+from .graph_order import writes
+from .patterns import ACTIVATIONS, MOVES, argument, op_name, value_of
+from .split_stages import Piece, extract, memory_of
+
+_ELEMENTWISE = ACTIVATIONS | {"add", "sub", "mul", "truediv", "div", "neg", "pow", "rsqrt", "iadd", "isub", "imul"}
+_FEWEST_AXES = {"linear": 2, "scaled_dot_product_attention": 3, "chunk": 1, "split": 1}  # of which axis 0 stays apart
+_SIZES = frozenset(("size", "sym_size", "sym_size.int"))
+
+
+@dataclass
+class Run:
+    """Pieces in a row that one graph can replay."""
+
+    device: torch.device
+    frames: sympy.Symbol | None  # the size of axis 0 that is known at run time only, None if every size is
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        """The part of the model, for messages."""
+        return f"{self.pieces[0].where} ({len(self.pieces)} pieces)"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a run reads and makes."""
+
+    inputs: tuple[str, ...]
+    """One of each argument: a ``"weight"`` or buffer of the model, which stays where it is; ``"frames"``, a tensor with
+    a frame on each place of axis 0; another ``"tensor"``; the ``"count"`` of frames; another ``"number"``."""
+    framed_outputs: tuple[bool, ...]
+
+
+def find_runs(pieces: Sequence[Piece], compiled: Container[str]) -> tuple[list[Run], list[str]]:
+    """(runs of pieces that a graph can replay, why compiled pieces without operators of ours are in none)."""
+    runs, reasons, follows = list[Run](), dict[str, list[str]](), False
+    for piece in pieces:
+        reason = reason_not_to_capture(piece) if piece.name in compiled else ""
+        if reason is None:
+            device, frames = next(_tensors(piece.inputs)).device, next(iter(free_unbacked_symbols(piece.inputs)), None)
+            if not (follows and (runs[-1].device, runs[-1].frames) == (device, frames)):
+                runs.append(Run(device, frames))
+            runs[-1].pieces.append(piece)
+        elif reason:
+            reasons.setdefault(reason, []).append(piece.where)
+        follows = reason is None
+    return runs, [f"no CUDA graph of {where[0]} ({len(where)} pieces): {reason}" for reason, where in reasons.items()]
+
+
+def reason_not_to_capture(piece: Piece) -> str | None:
+    """None if a graph can replay the piece; empty if it cannot and nobody would expect it."""
+    nodes = list(piece.graph_module.graph.nodes)
+    values = [value for node in nodes for value in _leaves(value_of(node))]
+    (output,) = (node for node in nodes if node.op == "output")
+    inputs = {memory_of(node) for node in nodes if node.op == "placeholder"} - {None}
+    targets = {memory_of(x) for node in nodes if writes(node) for x in (*node.args[:1], node.kwargs.get("out"))}
+    sizes = free_unbacked_symbols(piece.inputs)
+    if any(str(node.target).startswith("earlytom.") for node in nodes):
+        return ""
+    if len({value.device for value in _tensors(values)}) != 1:
+        return "its tensors are on several devices"
+    if any(is_traceable_wrapper_subclass(value) for value in _tensors(values)):
+        return "it holds tensor subclasses"
+    if any(node.op == "get_attr" for node in nodes):
+        return "it calls functions of its own, as higher-order operators do"
+    if targets & inputs:
+        return "it writes to its inputs, such as a static cache"
+    if not all(memory_of(node) and memory_of(node) not in inputs for node in output.all_input_nodes):
+        return "it hands out sizes or its inputs"
+    if free_unbacked_symbols(values) - sizes:
+        return "it makes a size that depends on the data"
+    if sizes and not (len(sizes) == 1 and all(is_frame_wise(node, *sizes) for node in nodes)):
+        return "it is not known to compute each frame from that frame alone"
+    return None
+
+
+def is_frame_wise(node: Node, frames: sympy.Symbol) -> bool:
+    """Whether every frame (axis 0, of size ``frames``) of what ``node`` makes depends on no other frame."""
+    name, made = op_name(node), [value for value in _leaves(value_of(node)) if _mentions(value, frames)]
+    read = [x for source in node.all_input_nodes for x in _leaves(value_of(source)) if _mentions(x, frames)]
+    if node.op in ("placeholder", "output"):
+        return all(_counts_axis_0(value, frames) for value in made)
+    if not any(isinstance(value, torch.Tensor) for value in (*made, *read)):
+        return True  # a size, or the same for all frames
+    if name in _SIZES:
+        return True
+    if not made or not all(isinstance(value, torch.Tensor) and _counts_axis_0(value, frames) for value in made):
+        return False
+    if name in MOVES:
+        return True  # elements keep their order or whole axes swap: what is still on axis 0 is still a frame
+    if not all(isinstance(value, torch.Tensor) for value in read):
+        return False  # computes with the number of frames
+    if name in _ELEMENTWISE:
+        return True
+    first = value_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+    if not isinstance(first, torch.Tensor):
+        return name == "getitem"  # one of the parts that chunk or split makes
+    if name in NORMS:
+        return len(argument(node, 1, "normalized_shape")) < first.dim()
+    return first.dim() >= _FEWEST_AXES.get(name, sys.maxsize)
+
+
+def gather(stages: GraphModule, run: Run, name: str) -> Signature:
+    """Put the pieces of ``run`` into one submodule of the graph that calls them, called ``name``."""
+    names, graph = {piece.name for piece in run.pieces}, stages.graph
+    calls = {node for node in graph.nodes if node.op == "call_module" and node.target in names}
+    members = [node for node in graph.nodes if node in calls or not calls.isdisjoint(node.all_input_nodes[:1])]
+    members = [node for node in members if node in calls or node.target is operator.getitem]
+    part, read, made = extract(members, {})
+    stages.add_submodule(name, GraphModule(stages, part))
+    with graph.inserting_before(members[-1].next):
+        call = graph.call_module(name, tuple(read))
+        for position, node in enumerate(made):
+            result = graph.call_function(operator.getitem, (call, position))
+            result.meta["example_value"] = value_of(node)
+            node.replace_all_uses_with(result)
+    for node in reversed(members):
+        graph.erase_node(node)
+    stages.recompile()
+    framed = tuple(run.frames is not None and _mentions(value_of(node), run.frames) for node in made)
+    return Signature(tuple(_kind(node, run.frames) for node in read), framed)
+
+
+def _kind(node: Node, frames: sympy.Symbol | None) -> str:
+    value = value_of(node)
+    static = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+    if node.op == "get_attr" or static or isinstance(value, torch.nn.Parameter):
+        return "weight"
+    framed = frames is not None and _mentions(value, frames)
+    if isinstance(value, torch.Tensor):
+        return "frames" if framed else "tensor"
+    return "count" if framed else "number"
+
+
+def _mentions(value: Any, frames: sympy.Symbol) -> bool:
+    return frames in free_unbacked_symbols(value)
+
+
+def _counts_axis_0(value: Any, frames: sympy.Symbol) -> bool:
+    """Whether ``frames`` is the size of the first axis and of nothing else, or the value itself."""
+    first, *others = value.shape if isinstance(value, torch.Tensor) else [value]
+    return isinstance(first, torch.SymInt) and first.node.expr == frames and not _mentions(others, frames)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors and numbers in a value, which may be several."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, (torch.Tensor, *torch.types.py_sym_types)):
+        yield value
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    return (value for value in values if isinstance(value, torch.Tensor))
