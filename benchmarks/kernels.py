@@ -7,15 +7,23 @@
                        inductor           ...         ... GB/s   ... %
                        naive              ...         ... GB/s   ... %
 
-    inductor   torch.compile of the formula in plain PyTorch, float32 where the operator is
+    inductor   torch.compile of the formula in plain PyTorch, float32 where the operator is; where decisions follow
+               one another, unrolled over the frames of one video (the native body takes them on the host, which
+               Dynamo cannot trace)
     naive      loops over frames, decisions on the host; attention maps in the model's dtype, all of them kept
     sdpa       one forward of scaled_dot_product_attention on the same queries and keys
+    host       select_tokens with static_selection="host"; without a GPU the same as on the device
+    auto       with static_selection="auto", likewise
 
 GB/s counts what has to be read and written once, TFLOP/s the products that have to be computed, whatever an arm
 really does; the ceilings are a large copy and a large matrix product on the same machine. On a GPU, events time a
 call that was queued behind other work, its inputs out of the cache; what waits for the host shows that too. On a
 CPU shapes are small and the operators native. The error is the largest difference from the native operator on the
 CPU over its largest value, red above the tolerance of the dtype. Targets are for an H200.
+
+The last line sets all operators of one prefill against the time to the first token of that prefill, in turn, on a
+model with random weights: their calls are noted in the model and called again by themselves, the host's waits for
+frame counts included.
 """
 
 import argparse
@@ -31,6 +39,7 @@ import platform
 import shlex
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,12 +52,18 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+import earlytom_compile
 from earlytom_compile import EarlyTomConfig
 from earlytom_compile.benchmark.ceilings import Clock, ceilings
+from earlytom_compile.benchmark.measure import timed
+from earlytom_compile.benchmark.replay import record, replay
+from earlytom_compile.benchmark.workload import make_inputs, random_model
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from earlytom_compile.kernels.providers import provider_of
+from earlytom_compile.shapes import config_of, shape_of
 
 ops = torch.ops.earlytom
+RETAIN_RATIO = 0.1
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -78,6 +93,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     target: str = ""
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # of arms
 
 
 # What the operators compute, as plain PyTorch that Inductor can fuse.
@@ -101,6 +117,55 @@ def plain_merge(tensors: Sequence[Tensor], source: Tensor, weight: Tensor, n: in
 
 def plain_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return torch.softmax(query.float() @ key.float().transpose(-1, -2) * scale, dim=-1).mean((1, 2))
+
+
+def plain_heads(near: Tensor, tau_seg: float, alpha: float) -> Tensor:
+    """int64 [T]: the first frame of each frame's segment, from similarities to the frame before [T]."""
+    smoothed, head = torch.ones_like(near[0]), torch.zeros_like(near[0], dtype=torch.int64)
+    heads = [head]
+    for frame in range(1, len(near)):
+        smoothed = alpha * near[frame] + (1 - alpha) * smoothed
+        cut = smoothed < tau_seg
+        smoothed, head = torch.where(cut, 1.0, smoothed), torch.where(cut, frame, head)
+        heads.append(head)
+    return torch.stack(heads)
+
+
+def plain_dynamic(similarity: Tensor, counts: Tensor, *, tau_seg: float, alpha: float, **_: Any) -> Tensor:
+    """One video, paper: bool [T]."""
+    heads = plain_heads(similarity[:, 0], tau_seg, alpha)
+    is_head = heads == torch.arange(len(heads), device=heads.device)
+    return is_head | torch.cat([is_head[1:], is_head[:1]])  # frame 0 is a head, as the frame behind the last would be
+
+
+def plain_plan(
+    similarity: Tensor, counts: Tensor, *, tau_seg: float, alpha: float, min_frames: int, **_: Any
+) -> tuple[Tensor, ...]:
+    """One video, paper, without a window, threshold "segment"."""
+    frames = len(similarity)
+    place = torch.arange(frames, device=similarity.device)
+    near = F.pad(similarity[:, 0], (0, 2))
+    alike, following = near[1 : frames + 1], near[2 : frames + 2]
+    heads = plain_heads(near[:frames], tau_seg, alpha)
+    is_tail = torch.cat([heads[1:] == place[1:], torch.ones_like(heads[:1], dtype=torch.bool)])
+    tails = torch.where(is_tail, place, frames).flip(0).cummin(0).values.flip(0)
+    threshold = similarity[tails].gather(1, (tails - heads - 1).clamp_min(0)[:, None])[:, 0]
+    good = (place > heads) & (place + 1 < tails) & (alike >= threshold) & (alike >= following)
+    taken = [good[0]]
+    for frame in range(1, frames):
+        taken.append(good[frame] & ~taken[-1])
+    merges = torch.stack(taken)
+    order = torch.argsort(torch.where(merges, alike, -math.inf), descending=True, stable=True)
+    merges = merges & (torch.empty_like(order).scatter_(0, order, place) < max(0, frames - min_frames))
+    one, two = alike.clamp_min(0), following.clamp_min(0)
+    share = torch.where(one + two == 0, 0.5, one / (one + two))
+    pair = torch.stack([share, 1 - share], 1)
+    alone = torch.tensor([1.0, 0.0], device=pair.device)
+    stays = ~torch.cat([torch.zeros_like(merges[:1]), merges[:-1]])
+    row = torch.where(stays, stays.cumsum(0) - 1, frames)
+    source = place.new_zeros(frames + 1, 2).index_copy(0, row, torch.stack([place, place + merges], 1))
+    weight = pair.new_zeros(frames + 1, 2).index_copy(0, row, torch.where(merges[:, None], pair, alone))
+    return source[:frames], weight[:frames], stays.sum()[None]
 
 
 def plain_select(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, budget: int) -> Tensor:
@@ -150,6 +215,10 @@ def naive_plan(similarity: Tensor, counts: Tensor, **options: Any) -> tuple[Tens
     return tuple(part.to(similarity.device) for part in plan)
 
 
+def naive_dynamic(similarity: Tensor, counts: Tensor, **options: Any) -> Tensor:
+    return ops.dynamic_frames(similarity.cpu(), counts.cpu(), **options).to(similarity.device)
+
+
 def naive_select(features: Tensor, importance: Tensor, dynamic: Tensor, counts: Tensor, budget: int) -> Tensor:
     flags = dynamic.tolist()
     base, left = divmod(budget, len(flags))
@@ -178,7 +247,7 @@ def scenes(frames: int, *shape: int) -> Tensor:
 
 def cases(frames: int, shape: Shape, dtype: torch.dtype, device: str, inductor: bool) -> Iterator[Case]:
     """Built one after the other: not all inputs of 128 frames need to be on the device at once."""
-    config = EarlyTomConfig(retain_ratio=0.1)
+    config = EarlyTomConfig(retain_ratio=RETAIN_RATIO)
     segmentation = {"variant": "paper", "tau_seg": config.tau_seg, "alpha": config.alpha, "max_window": config.window()}
     planning = {**segmentation, "tau_merge": math.nan, "min_frames": config.min_frames(frames)}
     torch.compiler.reset()  # the arms of other frame counts count as recompilations
@@ -214,15 +283,21 @@ def cases(frames: int, shape: Shape, dtype: torch.dtype, device: str, inductor: 
     yield attention
     del attention
 
-    planner = case("plan_merge", (similarity, counts), planning, None, naive_plan, expected=plan)
+    planner = case("plan_merge", (similarity, counts), planning, plain_plan, naive_plan, expected=plan)
     yield planner
-    dynamic = ops.dynamic_frames(ops.frame_similarity(merged, **band), merged_counts, **segmentation)
+    similarity = ops.frame_similarity(merged, **band)
+    dynamic = ops.dynamic_frames(similarity, merged_counts, **segmentation)
+    yield case("dynamic_frames", (similarity, merged_counts), segmentation, plain_dynamic, naive_dynamic,
+               expected=(dynamic,))  # fmt: skip
     features = torch.randn(n, shape.pooled, shape.features).to(dtype)
     importance = torch.rand(n, shape.pooled)
     budget = {"budget": config.token_budget(frames, shape.pooled)}
     tokens = ops.select_tokens(features, importance, dynamic, merged_counts, **budget)[0]
     selector = case("select_tokens", (features, importance, dynamic, merged_counts), budget, plain_select, naive_select,
                     expected=(tokens,), bytes=2 * tokens.nbytes + importance.nbytes)  # fmt: skip
+    for place in ("host", "auto"):
+        selector.arms[place] = functools.partial(ops.select_tokens, **budget, static_selection=place)
+        selector.notes[place] = "" if device == "cuda" else "= device: no GPU"
     yield selector
     yield one_after_the_other(planner, selector, target="<= 60 us")
 
@@ -291,10 +366,54 @@ def measure(case: Case, clock: Clock, ceiling: dict[str, float], repeats: int) -
             "times_sdpa": medians[name] / medians["sdpa"] if "sdpa" in medians else None,
             "error": errors.get(name),
             "target": case.target if name == "earlytom" else None,
+            "note": case.notes.get(name) or None,
         }
 
 
+# One prefill.
+
+
+def measure_prefill(name: str, device: str, dtype: torch.dtype, repeats: int, lowering: str) -> dict[str, Any]:
+    """All operators of a prefill against the time to its first token, in turn, ready for JSON."""
+    frames = shape_of(name).frames
+    model: Any = random_model(config_of(name), device=device, dtype=dtype)
+    inputs = make_inputs(model, frames=frames)
+    earlytom_compile.compile(model, retain_ratio=RETAIN_RATIO, lowering=lowering, strict=True)
+
+    def first_token() -> object:
+        return model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+    for _ in range(2):
+        first_token()  # compiles
+    calls = record(first_token)
+    replay(calls)
+    clock = Clock(device)
+    seconds = [(timed(first_token, model.device)[0], clock.seconds(lambda: replay(calls))) for _ in range(repeats)]
+    first, alone = (statistics.median(values) for values in zip(*seconds, strict=True))
+    return {
+        "shape": name,
+        "retain_ratio": RETAIN_RATIO,
+        "lowering": lowering,
+        "frames": earlytom_compile.report(model).to_dict()["videos"][0]["frames"],
+        "calls": dict(Counter(call.name for call in calls)),
+        "first_token_ms": 1e3 * first,
+        "operators_ms": 1e3 * alone,
+        "share": alone / first,
+        "rounds_ms": [[1e3 * value for value in pair] for pair in seconds],
+        "target": "<= 2 %",
+    }
+
+
 # Reporting.
+
+
+def closing_line(prefill: dict[str, Any]) -> str:
+    frames = " -> ".join(map(str, prefill["frames"]))
+    return (
+        f"all operators of one prefill take {prefill['operators_ms']:.2f} ms = {prefill['share']:.1%} of the time to "
+        f"first token, {prefill['first_token_ms']:.1f} ms ({prefill['shape']}, {frames} frames, r = "
+        f"{prefill['retain_ratio']:g}, lowering {prefill['lowering']}; target {prefill['target']})"
+    )
 
 
 def table(rows: list[dict[str, Any]], title: str, tolerance: float) -> Table:
@@ -316,7 +435,7 @@ def table(rows: list[dict[str, Any]], title: str, tolerance: float) -> Table:
             f"{share:.0%}" if share else "",
             f"{row['times_earlytom']:.2f}",
             f"[red]{wrong}[/red]" if (row["error"] or 0) > tolerance else wrong,
-            (row["target"] or "") + (f", is {sdpa:.2f}" if sdpa and provider else ""),
+            (row["target"] or row["note"] or "") + (f", is {sdpa:.2f}" if sdpa and provider else ""),
         )
     return out
 
@@ -372,9 +491,13 @@ def main() -> int:
             here += [{"frames": frames, **row} for row in measure(case, clock, ceiling, arguments.repeats)]
         console.print(table(here, f"{frames} frames, {arguments.dtype}, {shape}", TOLERANCE[dtype]))
         rows += here
+    lowering = "eager" if arguments.quick and device == "cpu" else "staged"
+    name = "llava-onevision-7b" if device == "cuda" else "cpu-small"
+    prefill = measure_prefill(name, device, dtype, arguments.repeats, lowering)
+    console.print(closing_line(prefill), soft_wrap=True)
     if arguments.json:
         content = {**machine(device), "shape": dataclasses.asdict(shape), "dtype": arguments.dtype, "ceilings": ceiling}
-        arguments.json.write_text(json.dumps({**content, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**content, "rows": rows, "prefill": prefill}, indent=2) + "\n")
     return int(any((row["error"] or 0) > TOLERANCE[dtype] for row in rows))
 
 

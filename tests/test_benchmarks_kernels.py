@@ -1,15 +1,23 @@
 """The operator benchmark runs on a CPU, and its arms compute what they are compared with."""
 
+import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels.py"
 OPS = {
-    "frame_similarity", "merge_frames", "attention_received", "plan_merge", "select_tokens",
+    "frame_similarity", "merge_frames", "attention_received", "plan_merge", "dynamic_frames", "select_tokens",
     "plan_merge + select_tokens",
 }  # fmt: skip
+MORE_ARMS = {"attention_received": {"sdpa"}, "select_tokens": {"host", "auto"}}
 
 
 def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path):
@@ -24,9 +32,54 @@ def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path):
         assert {row["op"] for row in rows} == OPS
         for op in OPS:
             arms = {row["arm"]: row for row in rows if row["op"] == op}
-            assert arms.keys() == {"earlytom", "naive"} | ({"sdpa"} if op == "attention_received" else set())
+            assert arms.keys() == {"earlytom", "naive"} | MORE_ARMS.get(op, set())
             assert arms["earlytom"]["provider"] == "native"
         assert all(row["median_us"] > 0 for row in rows)
         assert all(row["error"] <= 1e-4 for row in rows if row["arm"] != "sdpa")
+        assert all(("no GPU" in (row["note"] or "")) == (row["arm"] in ("host", "auto")) for row in rows)
     for op in OPS:
         assert op in done.stdout
+
+    prefill = result["prefill"]
+    merges = len(prefill["frames"]) - 1
+    assert prefill["calls"] == {
+        "frame_similarity": merges + 1, "plan_merge": merges, "merge_frames": merges,
+        "attention_received": 1, "dynamic_frames": 1, "select_tokens": 1,
+    }  # fmt: skip
+    assert prefill["operators_ms"] > 0 and prefill["share"] * prefill["first_token_ms"] == pytest.approx(
+        prefill["operators_ms"]
+    )
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("all operators of one prefill take "))
+    assert f"= {prefill['share']:.1%} of the time to first token" in line
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("kernels_benchmark", BENCHMARK)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    frames=st.integers(1, 14),
+    levels=st.sampled_from([4, 1000]),
+    tau_seg=st.sampled_from([-1.0, 0.3, 0.6]),
+    min_frames=st.integers(1, 6),
+)
+def test_what_inductor_gets_of_the_decisions_is_what_the_operators_decide(
+    benchmark, seed, frames, levels, tau_seg, min_frames
+):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (frames, max(1, frames - 1))
+    similarity = torch.randint(-levels // 4, levels + 1, shape, generator=generator) / levels
+    counts = torch.tensor([frames])
+    segmentation = {"variant": "paper", "tau_seg": tau_seg, "alpha": 0.9, "max_window": 0}
+    planning = {**segmentation, "tau_merge": math.nan, "min_frames": min_frames}
+    expected = torch.ops.earlytom.plan_merge(similarity, counts, **planning)
+    torch.testing.assert_close(benchmark.plain_plan(similarity, counts, **planning), expected)
+    dynamic = torch.ops.earlytom.dynamic_frames(similarity, counts, **segmentation)
+    assert torch.equal(benchmark.plain_dynamic(similarity, counts, **segmentation), dynamic)
