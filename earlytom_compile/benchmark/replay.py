@@ -3,8 +3,8 @@
     calls = record(first_token)     # one call of the model
     replay(calls)                   # frame_similarity, plan_merge, N, merge_frames, ..., select_tokens: nothing else
 
-A replay includes the host's wait for N behind each plan, and without the model's work between them nothing hides
-their launches: they cost no more than that in the call itself.
+A replay includes the host's wait for N behind each plan. Nothing of the model runs between the calls that could hide
+their launches, which therefore count in full.
 """
 
 from collections.abc import Callable, Sequence
