@@ -10,7 +10,6 @@ fill up a graph's buffers change nothing in the others.
 """
 
 import operator
-import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +22,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .find_vision_encoder import NORMS
 from .graph_order import writes
-from .patterns import ACTIVATIONS, MOVES, argument, op_name, value_of
+from .patterns import ACTIVATIONS, MOVES, op_name, value_of
 from .split_stages import Piece, extract, memory_of
 
-_ELEMENTWISE = ACTIVATIONS | {"add", "sub", "mul", "truediv", "div", "neg", "pow", "rsqrt", "iadd", "isub", "imul"}
-_FEWEST_AXES = {"linear": 2, "scaled_dot_product_attention": 3, "chunk": 1, "split": 1}  # of which axis 0 stays apart
+_ELEMENTWISE = frozenset(("add", "sub", "mul", "truediv", "div", "neg", "pow", "rsqrt", "iadd", "isub", "imul"))
+# Computing across frames would take the number of frames as an argument, or have it on another axis than the first.
+_FRAME_WISE = _ELEMENTWISE | ACTIVATIONS | NORMS | {"linear", "chunk", "split"}
 _SIZES = frozenset(("size", "sym_size", "sym_size.int"))
 
 
@@ -114,14 +114,11 @@ def is_frame_wise(node: Node, frames: sympy.Symbol) -> bool:
         return True  # elements keep their order or whole axes swap: what is still on axis 0 is still a frame
     if not all(isinstance(value, torch.Tensor) for value in read):
         return False  # computes with the number of frames
-    if name in _ELEMENTWISE:
-        return True
-    first = value_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
-    if not isinstance(first, torch.Tensor):
-        return name == "getitem"  # one of the parts that chunk or split makes
-    if name in NORMS:
-        return len(argument(node, 1, "normalized_shape")) < first.dim()
-    return first.dim() >= _FEWEST_AXES.get(name, sys.maxsize)
+    if name == "scaled_dot_product_attention":
+        return all(value.dim() > 2 for value in read)  # between those of the last two axes
+    if name == "getitem":
+        return not isinstance(value_of(node.all_input_nodes[0]), torch.Tensor)  # one of the parts that chunk makes
+    return name in _FRAME_WISE
 
 
 def gather(stages: GraphModule, run: Run, name: str) -> Signature:

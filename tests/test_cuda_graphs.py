@@ -243,6 +243,16 @@ def test_fixed_sizes_have_a_graph_each_up_to_a_limit():
     assert any("more than 16 sizes" in reason for reason in run._record.reasons)
 
 
+def test_every_layout_has_a_graph_of_its_own():
+    device = FakeGraphs()
+    run = graphed(device=device)
+    for _ in range(3):
+        for frames in (torch.randn(5, 2, 3), torch.randn(5, 3, 2).transpose(1, 2)):
+            args = [frames, *arguments(5)[1:]]
+            assert_right(run(*args), args)
+    assert len(device.captured) == 2
+
+
 def test_sizes_that_never_come_again_cost_nothing():
     device = FakeGraphs()
     run = graphed(lambda x: [x + 1], Signature(("tensor",), (False,)), 0, device)

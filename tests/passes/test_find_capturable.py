@@ -71,6 +71,7 @@ MIXED = {
     "attention across frames": (lambda x: attention(*[x.transpose(0, 1)] * 3).transpose(0, 1), ("n", 4, 8)),
     "attention of pooled frames": (lambda x: attention(x, x, x), ("n", 8)),
     "all frames as one sequence": (lambda x: attention(*[x.reshape(1, -1, 8)] * 3).view(-1, 4, 8), ("n", 4, 8)),
+    "norm over frames": (lambda x: F.layer_norm(x, x.size()), ("n", 4, 8)),
     "divided by their number": (lambda x: x / x.size(0), ("n", 4, 8)),
     "frames are not first": (lambda x: x * 2, (4, "n", 8)),
     "two numbers of frames": (lambda x, y: (x * 2, y * 2), ("n", 4), ("m", 4)),
