@@ -66,8 +66,8 @@ class EarlyTomConfig:
     """``"staged"``: one compiled layer for all of a kind; ``"whole"``: one Inductor graph; ``"eager"``: the rewritten
     graph as it is, nothing compiled."""
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
-    """What ``torch.compile`` calls mode, for Inductor. ``"reduce-overhead"`` and ``"max-autotune"`` ask for CUDA graphs,
-    which replay the layers between two waits for the host where that measures faster, under ``lowering="staged"``."""
+    """That of ``torch.compile``. ``"reduce-overhead"`` and ``"max-autotune"`` ask for CUDA graphs, which replay the
+    layers between two waits for the host where that measures faster, under ``lowering="staged"``."""
     compile_llm: bool = True
     """``compile()`` compiles the language model's pass over the prompt too, unless ``lowering="eager"``; with
     ``torch.compile`` the language model is part of the graph in any case."""

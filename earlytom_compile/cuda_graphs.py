@@ -242,8 +242,8 @@ class GraphedRun(torch.nn.Module):
         fewest = self._in_place(args, graph.inputs, fewest_of_bucket(size, self._frames))
         plain = min(self._device.seconds(lambda: self._run(*fewest)) for _ in range(_TRIALS))
         replayed = min(self._device.seconds(lambda: self._replay(self._graph_for(args), args)) for _ in range(_TRIALS))
-        part = f"{self._where}, {size} frames" if size else self._where
-        self._record.cuda_graphs.append(TimedGraph(part, replayed, plain))
+        what = f"{size} frames" if size else next((str(list(x.shape)) for x in graph.inputs), "")
+        self._record.cuda_graphs.append(TimedGraph(f"{self._where}, {what}", replayed, plain))
         return replayed < plain
 
     def _replay(self, graph: _Graph | None, args: tuple[Any, ...]) -> list[Tensor]:

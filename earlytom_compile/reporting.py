@@ -69,7 +69,7 @@ class Counts:
 class TimedGraph:
     """A CUDA graph against plain calls; the faster of the two is used."""
 
-    part: str  # of the model
+    part: str  # of the model, and the size
     seconds: float
     plain_seconds: float
 
@@ -162,11 +162,8 @@ class Report:
                 f"computed by      {providers}",
                 f"lowering         {content['lowering']}{_describe_stages(content['stages'])}",
             ]
-        for graph in content["cuda_graphs"]:
-            better = "replayed" if graph["used"] else "not used"
-            lines.append(
-                f"CUDA graph       {better}: {graph['graph_ms']} ms, plain {graph['plain_ms']} ms, {graph['part']}"
-            )
+        if graphs := content["cuda_graphs"]:
+            lines.append(f"CUDA graphs      {sum(graph['used'] for graph in graphs)} of {len(graphs)} measured faster")
         for index, video in enumerate(content["videos"]):
             frames = " -> ".join(map(str, video["frames"]))
             before, after = video["tokens"]

@@ -42,7 +42,7 @@ class Run:
     @property
     def where(self) -> str:
         """The part of the model, for messages."""
-        return f"{self.pieces[0].where} ({len(self.pieces)} pieces)"
+        return _place([piece.where for piece in self.pieces])
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def find_runs(pieces: Sequence[Piece], compiled: Container[str]) -> tuple[list[R
         elif reason:
             reasons.setdefault(reason, []).append(piece.where)
         follows = reason is None
-    return runs, [f"no CUDA graph of {where[0]} ({len(where)} pieces): {reason}" for reason, where in reasons.items()]
+    return runs, [f"no CUDA graph of {_place(where)}: {reason}" for reason, where in reasons.items()]
 
 
 def reason_not_to_capture(piece: Piece) -> str | None:
@@ -140,6 +140,10 @@ def gather(stages: GraphModule, run: Run, name: str) -> Signature:
     stages.recompile()
     framed = tuple(run.frames is not None and _mentions(value_of(node), run.frames) for node in made)
     return Signature(tuple(_kind(node, run.frames) for node in read), framed)
+
+
+def _place(where: Sequence[str]) -> str:
+    return f"{where[0]} and {len(where) - 1} more" if len(where) > 1 else where[0]
 
 
 def _kind(node: Node, frames: sympy.Symbol | None) -> str:

@@ -21,6 +21,7 @@ from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
         {"max_window": 1},
         {"tau_merge": "frame"},
         {"lowering": "fast"},
+        {"mode": "fast"},
         {"static_selection": "gpu"},
         {"inner_layer": 18},
         {"inner_drop_ratio": 1.0},
