@@ -22,6 +22,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from(DTYPES)
+native_dtypes = st.sampled_from([*DTYPES, torch.float64])
+"""Of native bodies; providers leave float64 to them."""
 variants = st.sampled_from(["paper", "released"])
 layouts = st.sampled_from(["contiguous", "transposed", "strided"])
 counts_lists = st.lists(st.integers(1, 9), min_size=1, max_size=4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_inputs import DTYPES, dtypes, laid_out, layouts, operator_settings, ops, seeds
+from op_inputs import DTYPES, laid_out, layouts, native_dtypes, operator_settings, ops, seeds
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.integers(1, 9))
 
@@ -14,7 +14,7 @@ def query_and_key(seed, shape, dtype=torch.float32):
 
 
 @operator_settings
-@given(seed=seeds, shape=shapes, dtype=dtypes, layout=layouts, scale=st.sampled_from([0.125, 1.0, 3.0]))
+@given(seed=seeds, shape=shapes, dtype=native_dtypes, layout=layouts, scale=st.sampled_from([0.125, 1.0, 3.0]))
 def test_is_the_column_mean_of_the_attention_map(seed, shape, dtype, layout, scale):
     query, key = query_and_key(seed, shape, dtype)
     actual = ops.attention_received(laid_out(query, layout), laid_out(key, layout), scale)
@@ -34,6 +34,12 @@ def test_frames_are_independent_and_each_sums_to_one(shape, dtype):
         assert torch.equal(
             ops.attention_received(query[t : t + 1], key[t : t + 1], shape[3] ** -0.5), together[t : t + 1]
         )
+
+
+def test_has_the_same_bits_in_20_runs():
+    query, key = query_and_key(6, (2, 3, 50, 16))
+    expected = ops.attention_received(query, key, 0.25)
+    assert all(torch.equal(ops.attention_received(query, key, 0.25), expected) for _ in range(20))
 
 
 def test_heads_split_from_one_projection_need_no_copy_to_be_right():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from op_inputs import SEGMENT, dtypes, operator_settings, ops, per_video, plan_rows, seeds, variants, video
+from op_inputs import DTYPES, SEGMENT, dtypes, operator_settings, ops, per_video, plan_rows, seeds, variants, video
 
 from earlytom_compile.reference import plan_frame_merge, segment_frames, select_tokens
 
@@ -131,6 +131,28 @@ def test_a_still_video_is_planned_as_the_reference_plans_it(frames, variant):
     options = {"variant": variant, "tau_seg": 0.6, "alpha": 0.9, "max_window": 8}
     _, _, merged = merge_once(hidden, [frames], options, SEGMENT, 1)
     assert merged.item() == len(plan_frame_merge(hidden, **options).weights)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_video_of_one_frame_stays_as_it_is(dtype, tokens, variant):
+    hidden, counts = video(1, 1, tokens, 3, dtype), torch.tensor([1])
+    query, key = torch.randn(2, 1, 2, tokens, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    options = {"variant": variant, "tau_seg": 0.6, "alpha": 0.9, "max_window": 8}
+    similarity = ops.frame_similarity(hidden, 7)
+    assert similarity.tolist() == [[0.0] * 7]
+    source, weight, merged = ops.plan_merge(similarity, counts, **options, tau_merge=SEGMENT, min_frames=1)
+    assert (source.tolist(), weight.tolist(), merged.tolist()) == ([[0, 0]], [[1.0, 0.0]], [1])
+    importance = ops.attention_received(query, key, 0.3)
+    out, scores = ops.merge_frames([hidden, importance], source, weight, 1)
+    assert torch.equal(out, hidden) and torch.equal(scores, importance)
+    dynamic = ops.dynamic_frames(similarity, counts, **options)
+    assert dynamic.tolist() == [True]
+    for kept in select(out, scores, dynamic, [1], variant, 1, 1.0):
+        assert kept.tolist() == [[0, token] for token in range(tokens)]
+    (best,) = select(out, scores, dynamic, [1], variant, 1, 0.1)
+    assert best.tolist() == [[0, int(scores.argmax())]]
 
 
 def test_the_chain_gives_the_same_bits_every_time():

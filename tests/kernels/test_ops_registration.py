@@ -77,7 +77,10 @@ def calls(dtype, layout):
     ]
 
 
-@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.bfloat16, "transposed")])
+@pytest.mark.parametrize(
+    "dtype, layout",
+    [(torch.float32, "contiguous"), (torch.bfloat16, "transposed"), (torch.float16, "strided")],
+)
 @pytest.mark.parametrize("index", range(len(SCHEMAS)), ids=[schema.split("(")[0] for schema in SCHEMAS])
 def test_opcheck(index, dtype, layout):
     op, args, kwargs = calls(dtype, layout)[index]

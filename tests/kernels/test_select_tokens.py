@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from op_inputs import (
     DTYPES,
     counts_lists,
-    dtypes,
     laid_out,
     layouts,
+    native_dtypes,
     operator_settings,
     ops,
     per_video,
@@ -24,10 +24,10 @@ def selections(draw):
     tokens, channels = draw(st.integers(1, 20)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(seeds))
     levels = draw(st.sampled_from([1, 3, 1000]))
-    features = torch.randn(sum(counts), tokens, channels, generator=generator).to(draw(dtypes))
+    features = torch.randn(sum(counts), tokens, channels, generator=generator).to(draw(native_dtypes))
     importance = torch.randint(-levels, levels + 1, (sum(counts), tokens), generator=generator) / levels
     dynamic = torch.rand(sum(counts), generator=generator) < 0.5
-    return features, importance.to(draw(dtypes)), dynamic, counts
+    return features, importance.to(draw(native_dtypes)), dynamic, counts
 
 
 @operator_settings

@@ -1,7 +1,6 @@
 """The Triton provider of merge_frames: against the native body, bit for bit where it copies, and ptxas."""
 
 import pytest
-import test_ops_golden
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,27 +198,6 @@ def test_is_the_provider_of_what_it_can_blend_in_float32():
         assert provider_of("merge_frames", "cuda", [x, x[:, 0].float()], *plan, 2) == "triton"
         assert provider_of("merge_frames", "cuda", [x, wide], *plan, 2) == "native"
         assert provider_of("merge_frames", "cpu", [x], *plan, 2) == "native"
-
-
-class Providers:
-    """The operators of the golden chain, with that of this file as Triton computes it."""
-
-    plan_merge = ops.plan_merge
-    dynamic_frames = ops.dynamic_frames
-    frame_similarity = ops.frame_similarity
-    merge_frames = staticmethod(merged_together)
-
-
-@test_ops_golden.golden("stage1")
-def test_golden_merge_layer(scalars, tensors, monkeypatch):
-    monkeypatch.setattr(test_ops_golden, "ops", Providers)
-    test_ops_golden.test_one_merge_layer(scalars, tensors)
-
-
-@test_ops_golden.golden("stage1_chain")
-def test_golden_chain(scalars, tensors, monkeypatch):
-    monkeypatch.setattr(test_ops_golden, "ops", Providers)
-    test_ops_golden.test_three_merge_layers(scalars, tensors)
 
 
 COMPILE = """

@@ -116,11 +116,15 @@ def test_has_the_same_bits_in_20_runs_and_for_any_strides(variant):
     similarity = torch.rand(32, 31, generator=torch.Generator().manual_seed(1))
     counts = torch.tensor([20, 12])
     options = SEGMENTATION | MERGE | {"variant": variant, "tau_seg": 0.3, "min_frames": 15}
-    first = plan_merge(similarity, counts, **options)
+    segmentation = {name: options[name] for name in SEGMENTATION}
+    first, dynamic = plan_merge(similarity, counts, **options), dynamic_frames(similarity, counts, **segmentation)
     assert first[2].sum() < 32
+    apart = similarity.t().contiguous().t(), torch.stack([counts, -counts], 1)[:, 0]
     for run in range(20):
-        again = plan_merge(similarity if run else similarity.t().contiguous().t(), counts, **options)
+        inputs = (similarity, counts) if run else apart
+        again = plan_merge(*inputs, **options)
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+        assert torch.equal(dynamic_frames(*inputs, **segmentation), dynamic)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_provider_needs_counts_beside_the_similarity():
 
 
 class Providers:
-    """The operators of the golden chain, with those of this file as Triton computes them."""
+    """The operators of a golden merge layer, with those of this file as Triton computes them."""
 
     plan_merge = staticmethod(plan_merge)
     dynamic_frames = staticmethod(dynamic_frames)
@@ -188,12 +192,6 @@ class Providers:
 def test_golden_merge_layer(scalars, tensors, monkeypatch):
     monkeypatch.setattr(test_ops_golden, "ops", Providers)
     test_ops_golden.test_one_merge_layer(scalars, tensors)
-
-
-@test_ops_golden.golden("stage1_chain")
-def test_golden_chain(scalars, tensors, monkeypatch):
-    monkeypatch.setattr(test_ops_golden, "ops", Providers)
-    test_ops_golden.test_three_merge_layers(scalars, tensors)
 
 
 COMPILE = """

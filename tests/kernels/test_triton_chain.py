@@ -1,0 +1,68 @@
+"""The Triton providers one after another, without a native operator between them."""
+
+import pytest
+import test_ops_chain
+import test_ops_golden
+import torch
+from op_inputs import DEVICE, DTYPES
+from torch.utils._pytree import tree_map_only
+
+pytest.importorskip("triton")
+from earlytom_compile.kernels import (  # noqa: E402
+    triton_attention_received,
+    triton_dynamic_frames,
+    triton_frame_similarity,
+    triton_merge_frames,
+    triton_plan_merge,
+    triton_select_tokens,
+    triton_select_tokens_released,
+)
+
+MODULES = {
+    "attention_received": triton_attention_received,
+    "dynamic_frames": triton_dynamic_frames,
+    "frame_similarity": triton_frame_similarity,
+    "merge_frames": triton_merge_frames,
+    "plan_merge": triton_plan_merge,
+    "select_tokens": triton_select_tokens,
+    "select_tokens_released": triton_select_tokens_released,
+}
+
+
+def provider(module):
+    """Takes and gives tensors of the CPU."""
+
+    def run(*args, **kwargs):
+        args = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), args)
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, module.run(*args, **kwargs))
+
+    return run
+
+
+Providers = type("Providers", (), {name: staticmethod(provider(module)) for name, module in MODULES.items()})
+
+
+@pytest.fixture(autouse=True)
+def every_operator_is_triton(monkeypatch):
+    monkeypatch.setattr(test_ops_golden, "ops", Providers)
+    monkeypatch.setattr(test_ops_chain, "ops", Providers)
+
+
+TIES = [case for case in test_ops_golden.golden("stage1").args[1] if case.values[0]["exact_arithmetic"]]
+
+
+@pytest.mark.parametrize("scalars, tensors", TIES)
+def test_golden_ties(scalars, tensors):
+    test_ops_golden.test_one_merge_layer(scalars, tensors)
+
+
+@test_ops_golden.golden("stage1_chain")
+def test_golden_chain(scalars, tensors):
+    test_ops_golden.test_three_merge_layers(scalars, tensors)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_video_of_one_frame_stays_as_it_is(dtype, tokens, variant):
+    test_ops_chain.test_a_video_of_one_frame_stays_as_it_is(dtype, tokens, variant)
