@@ -8,38 +8,28 @@ from op_inputs import DEVICE, DTYPES
 from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton")
-from earlytom_compile.kernels import (  # noqa: E402
-    triton_attention_received,
-    triton_dynamic_frames,
-    triton_frame_similarity,
-    triton_merge_frames,
-    triton_plan_merge,
-    triton_select_tokens,
-    triton_select_tokens_released,
-)
-
-MODULES = {
-    "attention_received": triton_attention_received,
-    "dynamic_frames": triton_dynamic_frames,
-    "frame_similarity": triton_frame_similarity,
-    "merge_frames": triton_merge_frames,
-    "plan_merge": triton_plan_merge,
-    "select_tokens": triton_select_tokens,
-    "select_tokens_released": triton_select_tokens_released,
-}
+from earlytom_compile.kernels import providers  # noqa: E402
 
 
-def provider(module):
+def on_device(provider):
     """Takes and gives tensors of the CPU."""
 
     def run(*args, **kwargs):
         args = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), args)
-        return tree_map_only(torch.Tensor, torch.Tensor.cpu, module.run(*args, **kwargs))
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, provider(*args, **kwargs))
 
-    return run
+    return staticmethod(run)
 
 
-Providers = type("Providers", (), {name: staticmethod(provider(module)) for name, module in MODULES.items()})
+Providers = type("Providers", (), {name: on_device(provider) for name, provider in providers._TABLE.items()})
+
+
+def test_every_operator_that_touches_frames_has_a_provider():
+    assert {provider.name for provider in providers._TABLE.values()} == {"triton"}
+    assert providers._TABLE.keys() == {
+        "attention_received", "dynamic_frames", "frame_similarity", "merge_frames", "plan_merge", "select_tokens",
+        "select_tokens_released",
+    }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
