@@ -44,7 +44,7 @@ def bucket(count: int, most: int) -> int:
 
 
 def fewest_of_bucket(size: int, most: int) -> int:
-    """The fewest frames that ``bucket`` rounds up to ``size``."""
+    """The least count that ``bucket`` rounds up to ``size``."""
     return (size - 1) // _step(most) * _step(most) + 1
 
 
@@ -112,9 +112,9 @@ def device_for(device: torch.device) -> Device | None:
 
 
 def replay_runs(
-    stages: GraphModule, pieces: Sequence[Piece], compiled: set[str], frames: int, record: GraphRecord
+    stages: GraphModule, pieces: Sequence[Piece], compiled: set[str], frames: range, record: GraphRecord
 ) -> None:
-    """Let graphs replay the pieces of ``stages`` that they can; ``frames`` is the most a run can get."""
+    """Let graphs replay the pieces of ``stages`` that they can; ``frames`` are the counts that a run can get."""
     runs, reasons = find_runs(pieces, compiled)
     for reason in reasons:
         record.note(reason)
@@ -140,13 +140,13 @@ _replaying = threading.Lock()
 
 
 class GraphedRun(torch.nn.Module):
-    """Calls ``run``, or replays a graph of it where that has measured faster; ``frames`` is the most it can get."""
+    """Calls ``run``, or replays a graph of it where that has measured faster; ``frames`` are the counts it can get."""
 
     def __init__(
         self,
         run: Callable[..., Sequence[Any]],
         signature: Signature,
-        frames: int,
+        frames: range,
         device: Device,
         where: str,
         record: GraphRecord,
@@ -154,6 +154,11 @@ class GraphedRun(torch.nn.Module):
         super().__init__()
         self._run = run
         self._signature = signature
+        kinds = list(enumerate(signature.inputs))
+        self._weights_at = [i for i, kind in kinds if kind == "weight"]
+        self._changing_at = [i for i, kind in kinds if kind != "weight"]
+        self._tensors_at = [i for i, kind in kinds if kind in ("frames", "tensor")]
+        self._frames_at = [i for i, kind in kinds if kind == "frames"]
         self._frames = frames
         self._device = device
         self._where = where
@@ -182,14 +187,14 @@ class GraphedRun(torch.nn.Module):
 
     def _graph_for(self, args: tuple[Any, ...]) -> _Graph | None:
         """The graph to replay for ``args``, None to call ``run``."""
-        weights = tuple(weight.data_ptr() for weight in self._of_kind(args, "weight"))
+        weights = tuple(args[i].data_ptr() for i in self._weights_at)
         if weights != self._weights:
             self._forget(weights)  # updates in place are seen by a replay, weights in another place are not
-        layout = tuple(_layout(kind, arg) for kind, arg in zip(self._signature.inputs, args, strict=True))
         frames = self._frames_of(args)
-        if frames > self._frames:
+        if self._frames_at and frames not in self._frames:
             return None
-        size = bucket(frames, self._frames)
+        layout = tuple(_layout(self._signature.inputs[i], args[i]) for i in self._changing_at)
+        size = bucket(frames, self._frames[-1]) if frames else 0
         key = layout, size
         if key in self._graphs:
             return self._graphs[key]
@@ -221,14 +226,11 @@ class GraphedRun(torch.nn.Module):
     def _capture(self, layout: Any, size: int, args: tuple[Any, ...]) -> _Graph:
         if layout not in self._memory:
             self._memory[layout] = [
-                _static(x, self._frames if kind == "frames" else None)
-                for kind, x in zip(self._signature.inputs, args, strict=True)
-                if kind in ("frames", "tensor")
+                _static(args[i], self._frames[-1] if i in self._frames_at else None) for i in self._tensors_at
             ]
         static = self._in_place(args, self._memory[layout], size)
-        inputs = self._of_kind(static, "frames", "tensor")
-        for buffer, x in zip(inputs, self._of_kind(args, "frames", "tensor"), strict=True):
-            _fill(buffer, x)
+        inputs = [static[i] for i in self._tensors_at]
+        self._fill(inputs, args)
         outputs, replay = self._device.capture(lambda: self._run(*static))
         for output, framed in zip(outputs, self._signature.framed_outputs, strict=True):
             if framed:
@@ -239,7 +241,8 @@ class GraphedRun(torch.nn.Module):
         """Whether a replay takes less than the plain call with the fewest frames that it would stand in for."""
         (_, size), graph = key, self._graphs[key]
         assert graph is not None
-        fewest = self._in_place(args, graph.inputs, fewest_of_bucket(size, self._frames))
+        least = max(fewest_of_bucket(size, self._frames[-1]), self._frames[0]) if size else 0
+        fewest = self._in_place(args, graph.inputs, least)
         plain = min(self._device.seconds(lambda: self._run(*fewest)) for _ in range(_TRIALS))
         replayed = min(self._device.seconds(lambda: self._replay(self._graph_for(args), args)) for _ in range(_TRIALS))
         what = f"{size} frames" if size else next((str(list(x.shape)) for x in graph.inputs), "")
@@ -248,9 +251,7 @@ class GraphedRun(torch.nn.Module):
 
     def _replay(self, graph: _Graph | None, args: tuple[Any, ...]) -> list[Tensor]:
         assert graph is not None
-        given = self._of_kind(args, "frames", "tensor")
-        for buffer, x in zip(graph.inputs, given, strict=True):
-            _fill(buffer, x)
+        self._fill(graph.inputs, args)
         graph.replay()
         count, framed = self._frames_of(args), self._signature.framed_outputs
         wanted = [x[:count] if cut else x for x, cut in zip(graph.outputs, framed, strict=True)]
@@ -260,10 +261,11 @@ class GraphedRun(torch.nn.Module):
 
     def _frames_of(self, args: Sequence[Any]) -> int:
         """How many frames there are, 0 where that is a fixed size."""
-        return next((len(x) for x in self._of_kind(args, "frames")), 0)
+        return len(args[self._frames_at[0]]) if self._frames_at else 0
 
-    def _of_kind(self, args: Sequence[Any], *kinds: str) -> list[Any]:
-        return [arg for kind, arg in zip(self._signature.inputs, args, strict=True) if kind in kinds]
+    def _fill(self, buffers: Sequence[Tensor], args: Sequence[Any]) -> None:
+        for buffer, i in zip(buffers, self._tensors_at, strict=True):
+            _fill(buffer, args[i])
 
     def _in_place(self, args: Sequence[Any], buffers: Sequence[Tensor], size: int) -> list[Any]:
         """``args`` with ``buffers`` in the place of tensors that change, and ``size`` frames of them."""

@@ -87,7 +87,7 @@ def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, 
     assert state.boundary is not None
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
-        cut_language_model = state.config.variant == "paper"
+        cut_language_model, videos = state.config.variant == "paper", state.boundary.videos
         return lower_stages(
             state.graph_module,
             example_inputs,
@@ -95,7 +95,7 @@ def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, 
             options,
             state.boundary.encoder.blocks,
             by_module=cut_language_model,
-            frames=state.boundary.videos * state.boundary.frames,
+            frames=range(videos, videos * state.boundary.frames + 1),
         )
     try:
         return lower(state.graph_module, example_inputs, state.config.lowering, options)
@@ -114,11 +114,11 @@ def lower_stages(
     blocks: Sequence[Block] = (),
     *,
     by_module: bool = True,
-    frames: int = 0,
+    frames: range = range(0),
 ) -> Runnable:
     """Compile one piece of each kind. Pieces that hold only operators of ours have nothing to compile, and a piece
     that Inductor cannot compile runs as it is, with a warning. CUDA graphs among Inductor's ``options`` are ours,
-    which know of the ``frames`` that a size known at run time only can be at most."""
+    for which ``frames`` are the values of sizes known at run time only."""
     options = dict(options or {})
     cuda_graphs = options.pop(_CUDA_GRAPHS, False)
     stages, pieces = split_stages(graph_module, blocks, by_module=by_module)

@@ -10,7 +10,7 @@ fill up a graph's buffers change nothing in the others.
 """
 
 import operator
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ def find_runs(pieces: Sequence[Piece], compiled: Container[str]) -> tuple[list[R
     for piece in pieces:
         reason = reason_not_to_capture(piece) if piece.name in compiled else ""
         if reason is None:
-            device, frames = next(_tensors(piece.inputs)).device, next(iter(free_unbacked_symbols(piece.inputs)), None)
+            device, frames = next(_tensors(_values(piece))).device, next(iter(_unknown_sizes(piece)), None)
             if not (follows and (runs[-1].device, runs[-1].frames) == (device, frames)):
                 runs.append(Run(device, frames))
             runs[-1].pieces.append(piece)
@@ -74,28 +74,49 @@ def find_runs(pieces: Sequence[Piece], compiled: Container[str]) -> tuple[list[R
 def reason_not_to_capture(piece: Piece) -> str | None:
     """None if a graph can replay the piece; empty if it cannot and nobody would expect it."""
     nodes = list(piece.graph_module.graph.nodes)
-    values = [value for node in nodes for value in _leaves(value_of(node))]
-    (output,) = (node for node in nodes if node.op == "output")
-    inputs = {memory_of(node) for node in nodes if node.op == "placeholder"} - {None}
-    targets = {memory_of(x) for node in nodes if writes(node) for x in (*node.args[:1], node.kwargs.get("out"))}
-    sizes = free_unbacked_symbols(piece.inputs)
     if any(str(node.target).startswith("earlytom.") for node in nodes):
         return ""
+    if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in nodes):
+        return "it holds higher-order operators"
+    values = _values(piece)
+    if any(_is_wrapped(value) for value in values):
+        return "it holds tensors that stand for others"
     if len({value.device for value in _tensors(values)}) != 1:
         return "its tensors are on several devices"
-    if any(is_traceable_wrapper_subclass(value) for value in _tensors(values)):
-        return "it holds tensor subclasses"
-    if any(node.op == "get_attr" for node in nodes):
-        return "it calls functions of its own, as higher-order operators do"
-    if targets & inputs:
+    inputs = {memory_of(node) for node in nodes if node.op == "placeholder"} - {None}
+    if not inputs.isdisjoint(memory_of(target) for node in nodes if writes(node) for target in _targets(node)):
         return "it writes to its inputs, such as a static cache"
+    (output,) = (node for node in nodes if node.op == "output")
     if not all(memory_of(node) and memory_of(node) not in inputs for node in output.all_input_nodes):
         return "it hands out sizes or its inputs"
+    sizes = _unknown_sizes(piece)
     if free_unbacked_symbols(values) - sizes:
         return "it makes a size that depends on the data"
     if sizes and not (len(sizes) == 1 and all(is_frame_wise(node, *sizes) for node in nodes)):
         return "it is not known to compute each frame from that frame alone"
     return None
+
+
+def _values(piece: Piece) -> list[Any]:
+    return [value for node in piece.graph_module.graph.nodes for value in _leaves(value_of(node))]
+
+
+def _unknown_sizes(piece: Piece) -> Set[sympy.Symbol]:
+    """Those of its inputs that are known at run time only."""
+    return free_unbacked_symbols(list(_leaves(piece.inputs)))
+
+
+def _is_wrapped(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (
+        is_traceable_wrapper_subclass(value) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def _targets(node: Node) -> Iterable[Any]:
+    """What ``node``, which writes, may write to; a custom operator to any of its arguments."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.all_input_nodes
+    return (*node.args[:1], node.kwargs.get("out"))
 
 
 def is_frame_wise(node: Node, frames: sympy.Symbol) -> bool:
@@ -158,7 +179,7 @@ def _kind(node: Node, frames: sympy.Symbol | None) -> str:
 
 
 def _mentions(value: Any, frames: sympy.Symbol) -> bool:
-    return frames in free_unbacked_symbols(value)
+    return frames in free_unbacked_symbols(list(_leaves(value)))
 
 
 def _counts_axis_0(value: Any, frames: sympy.Symbol) -> bool:

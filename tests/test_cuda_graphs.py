@@ -71,7 +71,8 @@ def frames_times_weight(frames, weight, scale, count):
 SIGNATURE = Signature(("frames", "weight", "tensor", "count"), (True, False))
 
 
-def graphed(run=frames_times_weight, signature=SIGNATURE, frames=16, device=None):
+def graphed(run=frames_times_weight, signature=SIGNATURE, most=16, device=None, least=1):
+    frames = range(least, most + 1)
     return GraphedRun(run, signature, frames, device or FakeGraphs(), "layers", GraphRecord("", False))
 
 
@@ -157,15 +158,16 @@ def test_a_graph_that_is_not_faster_is_not_replayed():
     assert not timed.used and timed.part == "layers, 6 frames"
 
 
-def test_plain_calls_are_timed_with_the_fewest_frames_of_the_bucket():
+@pytest.mark.parametrize("least, fewest", [(1, 9), (10, 10)])
+def test_plain_calls_are_timed_with_the_fewest_frames_of_the_bucket(least, fewest):
     counts = []
 
     def run(frames, *rest):
         counts.append(len(frames))
         return frames_times_weight(frames, *rest)
 
-    repeat(graphed(run, frames=32), arguments(12), times=2)
-    assert set(counts) == {12, 9}  # 12 is its own bucket, of 9 to 12 frames
+    repeat(graphed(run, most=32, least=least), arguments(12), times=2)
+    assert set(counts) == {12, fewest}  # 12 is its own bucket, of 9 to 12 frames
 
 
 def test_a_capture_that_fails_is_told_and_not_tried_again():
@@ -196,8 +198,9 @@ def test_memory_that_a_buffer_cannot_imitate_runs_plainly(frames, reason):
     assert_right(run(*args), args)
 
 
-def test_more_frames_than_promised_run_plainly():
-    run, args = graphed(frames=4), arguments(5)
+@pytest.mark.parametrize("promised", [{"most": 4}, {"least": 6}])
+def test_frame_counts_that_were_not_promised_run_plainly(promised):
+    run, args = graphed(**promised), arguments(5)
     assert_right(repeat(run, args), args)
     assert not run._device.captured
 
@@ -234,7 +237,7 @@ def test_another_thread_runs_plainly_while_one_replays():
 
 def test_fixed_sizes_have_a_graph_each_up_to_a_limit():
     device = FakeGraphs()
-    run = graphed(lambda x, n: [x * n], Signature(("tensor", "number"), (False,)), 0, device)
+    run = graphed(lambda x, n: [x * n], Signature(("tensor", "number"), (False,)), device=device)
     for length in range(1, 25):
         x = torch.randn(length, 3)
         assert torch.equal(repeat(run, (x, 2))[0], x * 2)
@@ -255,7 +258,7 @@ def test_every_layout_has_a_graph_of_its_own():
 
 def test_sizes_that_never_come_again_cost_nothing():
     device = FakeGraphs()
-    run = graphed(lambda x: [x + 1], Signature(("tensor",), (False,)), 0, device)
+    run = graphed(lambda x: [x + 1], Signature(("tensor",), (False,)), device=device)
     for length in range(100):
         run(torch.randn(length))
     assert not device.captured

@@ -108,6 +108,34 @@ def test_unfit_pieces_say_why(function, reason):
     assert reason in reason_not_to_capture(piece_of(function, (5, 4)))
 
 
+@torch.library.custom_op("capturable_test::store", mutates_args={"cache"})
+def store(x: torch.Tensor, cache: torch.Tensor) -> None:
+    cache.copy_(x)
+
+
+def test_custom_operators_write_to_any_of_their_arguments():
+    def into_cache(x, cache):
+        torch.ops.capturable_test.store.default(x, cache)
+        return x * cache
+
+    assert "writes to its inputs" in reason_not_to_capture(piece_of(into_cache, (5, 4), (5, 4)))
+
+
+def test_higher_order_operators_are_left_alone():
+    traced = trace(lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)) + 1, torch.randn(4))
+    assert "higher-order" in reason_not_to_capture(Piece("piece", traced.module))
+
+
+def test_tensors_inside_a_transform_are_left_alone():
+    traced = trace(lambda x: torch.vmap(torch.sin)(x) + 1, torch.randn(4))
+    assert "stand for others" in reason_not_to_capture(Piece("piece", traced.module))
+
+
+def test_a_piece_needs_no_inputs():
+    runs, _ = find_runs([piece_of(lambda: torch.ones(4).add(1))], {"piece"})
+    assert [run.device for run in runs] == [torch.device("cpu")]
+
+
 def test_writing_to_own_memory_is_fine():
     assert reason_not_to_capture(piece_of(lambda x: (x * 2).add_(1), (5, 4))) is None
 
