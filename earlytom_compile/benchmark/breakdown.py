@@ -18,7 +18,7 @@ from typing import Any
 
 VISION, TOKENS, LLM = "vision encoding", "visual token processing", "LLM prefill"
 STAGES = (VISION, TOKENS, LLM)
-OVERHEAD = "overhead"
+OVERHEAD, NOT_SEPARABLE = "overhead", "not separable"
 
 Event = dict[str, Any]
 """A complete event of a Chrome trace: ``name``, ``cat``, ``ts`` and ``dur`` in microseconds, ``tid``, ``args``."""
@@ -34,7 +34,7 @@ _MICRO = 1e-6
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds of one profiled call; the stages and the overhead add up to the wall time.
+    """Seconds of one profiled call.
 
     ``stages`` is None where they cannot be told apart: one launch held several, or nothing showed where one began.
     ``overhead`` is None where no device event was recorded although there was a device.
@@ -46,9 +46,9 @@ class Breakdown:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Everything that is known, by name."""
-        known = dict(self.stages or {})
-        return known if self.overhead is None else {**known, OVERHEAD: self.overhead}
+        """What is known, by name; together the wall time."""
+        overhead = {} if self.overhead is None else {OVERHEAD: self.overhead}
+        return {**(self.stages or {NOT_SEPARABLE: self.wall - sum(overhead.values())}), **overhead}
 
 
 def stage_range(call: str, stage: str) -> str:

@@ -16,6 +16,8 @@ from torch import Tensor
 import earlytom_compile
 
 from .arms import Arm, First
+from .breakdown import Breakdown
+from .floor import Floor
 
 Progress = Callable[[str], None]
 
@@ -33,6 +35,9 @@ class Result:
     peak_memory: int | None = None  # None where the device does not tell
     recompiles: int = 0  # graphs compiled after the first call
     frames: list[list[int]] = field(default_factory=list)  # of each video: at first, then after each merge layer
+    merge_layers: list[int] = field(default_factory=list)
+    breakdown: Breakdown | None = None  # of a call of its own, under a profiler
+    floor: Floor | None = None
 
     @property
     def median(self) -> float:
@@ -43,6 +48,11 @@ class Result:
     def decode_rate(self) -> float | None:
         """Tokens a second of one row."""
         return 1 / statistics.median(self.decode) if self.decode else None
+
+    @property
+    def times_floor(self) -> float | None:
+        """How many times the floor the median is."""
+        return self.median / self.floor.seconds if self.floor else None
 
     @property
     def retention(self) -> float | None:
@@ -67,7 +77,9 @@ def measure(
             _, first = timed(arm.first_token, device)
             result.cache_tokens = first[1].get_seq_length()
             if arm.compresses:
-                result.frames = [video["frames"] for video in earlytom_compile.report(arm.model).to_dict()["videos"]]
+                report = earlytom_compile.report(arm.model).to_dict()
+                result.frames = [video["frames"] for video in report["videos"]]
+                result.merge_layers = report["merge_layers"]
         for number in range(repeats):
             for arm, result in zip(arms, results, strict=True):
                 progress(f"round {number + 1} of {repeats}: {arm.name}")

@@ -1,8 +1,11 @@
-"""What ``earlytom bench`` prints and writes: one table a workload, the same as JSON and Markdown, and plots.
+"""What ``earlytom bench`` prints and writes: two tables a workload, the same as JSON and Markdown, and plots.
 
 | arm           | cold s | TTFT ms | min | max | speed | frames left | prompt | tokens/s | memory | recompiles |
 | inductor      |   48.1 |    2902 | ... | ... | 1.00x |             |    820 |     21.0 |        |          0 |
 | earlytom 0.1  |   31.0 |    1398 | ... | ... | 2.08x |         74% |    115 |     23.9 |        |          0 |
+
+| arm           | vision encoding | token processing | LLM prefill | overhead | profiled ms | TFLOP | floor ms | ...
+| inductor      |       900 (30%) |          60 (2%) |  1960 (66%) |  60 (2%) |        2980 |   1.2 |     1500 | ...
 """
 
 import dataclasses
@@ -11,21 +14,30 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from rich import box
 from rich.table import Table
 
 from ..errors import EarlyTomConfigError
+from .breakdown import LLM, NOT_SEPARABLE, OVERHEAD, STAGES, TOKENS, VISION, Breakdown
 from .measure import Result, speeds
 
 REFERENCE = "inductor"
 _HEADINGS = (
     "arm", "first call s", "TTFT ms", "range", "speed", "frames left", "prompt", "tokens/s", "peak GiB", "recompiles",
 )  # fmt: skip
+_BREAKDOWN_HEADINGS = (
+    "arm", "vision encoding", "token processing", "LLM prefill", "overhead", "profiled ms", "TFLOP", "GB", "floor ms",
+    "TTFT / floor",
+)  # fmt: skip
+_COLOURS = {
+    VISION: "tab:blue", TOKENS: "tab:orange", LLM: "tab:green", NOT_SEPARABLE: "tab:olive", OVERHEAD: "tab:gray",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,8 @@ class Workload:
     batch: int
     prompt_length: int
     results: list[Result]
+    dtype: str = ""
+    ceilings: dict[str, float] = field(default_factory=dict)  # operations and bytes a second
 
     @property
     def title(self) -> str:
@@ -46,6 +60,19 @@ class Workload:
         """Cells of the table, a row for each arm."""
         speed = speeds(self.results, REFERENCE)
         return [_row(result, speed[result.name]) for result in self.results]
+
+    @property
+    def breakdown_title(self) -> str:
+        """What the second table holds, and the ceilings behind its floor."""
+        title = "where the time goes: ms of one profiled call"
+        if not self.ceilings:
+            return title
+        matmul, copy = self.ceilings["matmul"] / 1e12, self.ceilings["copy"] / 1e9
+        return f"{title}; floor at {matmul:.3g} TFLOP/s ({self.dtype}) and {copy:.0f} GB/s"
+
+    def breakdown_rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table of stages and floors, a row for each arm."""
+        return [(result.name, *_breakdown_cells(result.breakdown), *_floor_cells(result)) for result in self.results]
 
 
 def _row(result: Result, speed: float) -> tuple[str, ...]:
@@ -64,6 +91,29 @@ def _row(result: Result, speed: float) -> tuple[str, ...]:
     )
 
 
+def _breakdown_cells(breakdown: Breakdown | None) -> tuple[str, ...]:
+    if breakdown is None:
+        return ("",) * 5
+
+    def cell(seconds: float | None) -> str:
+        return "" if seconds is None else f"{_milliseconds(seconds)} ({seconds / breakdown.wall:.0%})"
+
+    stages = [cell(breakdown.stages[name]) for name in STAGES] if breakdown.stages else [NOT_SEPARABLE, "", ""]
+    return (*stages, cell(breakdown.overhead), _milliseconds(breakdown.wall))
+
+
+def _floor_cells(result: Result) -> tuple[str, ...]:
+    if result.floor is None:
+        return ("",) * 4
+    floor = result.floor
+    sizes = f"{floor.flops / 1e12:.3g}", f"{floor.bytes / 1e9:.3g}"
+    return (*sizes, _milliseconds(floor.seconds), f"{result.times_floor:.2f}")
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Machine, versions, date and command: what a number needs beside it."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -77,12 +127,20 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def table(workload: Workload) -> Table:
+def tables(workload: Workload) -> list[Table]:
     """For people at a terminal."""
-    result = Table(title=workload.title, title_justify="left")
-    for heading in _HEADINGS:
+    return [
+        _table(workload.title, _HEADINGS, workload.rows()),
+        _table(workload.breakdown_title, _BREAKDOWN_HEADINGS, workload.breakdown_rows()),
+    ]
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    # Ten columns fit into 120 characters without lines between them.
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
         result.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading == "arm")
-    for row in workload.rows():
+    for row in rows:
         result.add_row(*row)
     return result
 
@@ -97,9 +155,14 @@ def to_markdown(workloads: Sequence[Workload], about: dict[str, Any]) -> str:
     lines = [f"`{about['command']}`", ""]
     lines += [", ".join(f"{name} {value}" for name, value in about.items() if name != "command"), ""]
     for workload in workloads:
-        lines += [f"{workload.title}:", "", _markdown_row(_HEADINGS), _markdown_row(["---"] * len(_HEADINGS))]
-        lines += [*(_markdown_row(row) for row in workload.rows()), ""]
+        lines += _markdown_table(workload.title, _HEADINGS, workload.rows())
+        lines += _markdown_table(workload.breakdown_title, _BREAKDOWN_HEADINGS, workload.breakdown_rows())
     return "\n".join(lines)
+
+
+def _markdown_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    head = [_markdown_row(headings), _markdown_row(["---"] * len(headings))]
+    return [f"{title}:", "", *head, *(_markdown_row(row) for row in rows), ""]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -107,29 +170,71 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def write_plots(workloads: Sequence[Workload], folder: Path) -> list[Path]:
-    """Time to the first token against the number of frames, and of each arm; PNG files in ``folder``."""
+    """PNG files in ``folder``: for each workload, stages of the time to the first token (as Figure 3 of the paper)
+    and that time against the work; for several, it against the number of frames."""
     pyplot = _pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
+
+    def save(name: str, figure: Any) -> None:
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+        pyplot.close(figure)
+
     for workload in workloads:
-        figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(workload.results) + 1.5), layout="constrained")
-        names = [result.name for result in reversed(workload.results)]
-        axes.barh(names, [1e3 * result.median for result in reversed(workload.results)])
-        axes.set(xlabel="time to first token (ms)", title=workload.title)
-        written.append(folder / f"ttft-{workload.frames}-frames.png")
-        figure.savefig(written[-1], dpi=150)
-        pyplot.close(figure)
+        save(f"ttft-{workload.frames}-frames", _plot_stages(pyplot, workload))
+        if any(result.floor for result in workload.results):
+            save(f"ttft-against-flops-{workload.frames}-frames", _plot_against_flops(pyplot, workload))
     if len(workloads) > 1:
-        figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        for index, result in enumerate(workloads[0].results):
-            medians = [1e3 * workload.results[index].median for workload in workloads]
-            axes.plot([workload.frames for workload in workloads], medians, marker="o", label=result.name)
-        axes.set(xlabel="frames", ylabel="time to first token (ms)", xscale="log", yscale="log")
-        axes.legend()
-        written.append(folder / "ttft-against-frames.png")
-        figure.savefig(written[-1], dpi=150)
-        pyplot.close(figure)
+        save("ttft-against-frames", _plot_against_frames(pyplot, workloads))
     return written
+
+
+def _plot_stages(pyplot: Any, workload: Workload) -> Any:
+    """Stacked bars of the profiled calls, and beside each the median of the timed ones."""
+    results = workload.results[::-1]
+    names = [result.name for result in results]
+    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(results) + 2), layout="constrained")
+    parts = [result.breakdown.parts if result.breakdown else {} for result in results]
+    before = [0.0] * len(results)
+    for part, colour in _COLOURS.items():
+        lengths = [1e3 * known.get(part, 0.0) for known in parts]
+        axes.barh(names, lengths, left=before, label=part if any(lengths) else None, color=colour)
+        before = [start + length for start, length in zip(before, lengths, strict=True)]
+    axes.plot([1e3 * result.median for result in results], names, "k|", markersize=16, label="median, not profiled")
+    axes.set(xlabel="time to first token (ms)", title=workload.title)
+    axes.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def _plot_against_flops(pyplot: Any, workload: Workload) -> Any:
+    """A point for each arm, and the line on which the machine's largest products would lie."""
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    most = 0.0
+    for result in workload.results:
+        if result.floor is not None:
+            work, most = result.floor.flops / 1e12, max(most, result.floor.flops / 1e12)
+            axes.scatter([work], [1e3 * result.median], label=result.name)
+    axes.plot([0, most], [0, 1e15 * most / workload.ceilings["matmul"]], "k--", label="matrix products alone")
+    axes.set(xlabel="TFLOP", ylabel="time to first token (ms)", title=workload.title, xlim=(0, None), ylim=(0, None))
+    axes.legend()
+    return figure
+
+
+def _plot_against_frames(pyplot: Any, workloads: Sequence[Workload]) -> Any:
+    """Time, and memory where the device tells it, against the number of frames."""
+    costs = {"time to first token (ms)": lambda result: 1e3 * result.median}
+    if all(result.peak_memory is not None for workload in workloads for result in workload.results):
+        costs["peak memory (GiB)"] = lambda result: result.peak_memory / 2**30
+    figure, panels = pyplot.subplots(1, len(costs), figsize=(7 * len(costs), 5), layout="constrained", squeeze=False)
+    for axes, (label, cost) in zip(panels[0], costs.items(), strict=True):
+        for index, result in enumerate(workloads[0].results):
+            costs_of_arm = [cost(workload.results[index]) for workload in workloads]
+            axes.plot([workload.frames for workload in workloads], costs_of_arm, marker="o", label=result.name)
+        axes.set(xlabel="frames", ylabel=label, xscale="log", yscale="log")
+    panels[0][0].legend()
+    return figure
 
 
 def _pyplot() -> Any:

@@ -2,18 +2,22 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from ..benchmark.arms import make_arms
-from ..benchmark.measure import measure
-from ..benchmark.results import Workload, environment, table, to_dict, to_markdown, write_plots
+from ..benchmark.arms import Arm, make_arms
+from ..benchmark.ceilings import Clock, ceilings
+from ..benchmark.floor import Work, floor, work_of
+from ..benchmark.measure import Result, measure
+from ..benchmark.profile import Trace, profile_arms
+from ..benchmark.results import Workload, environment, tables, to_dict, to_markdown, write_plots
 from ..benchmark.workload import make_inputs, random_model
 from ..errors import EarlyTomConfigError
-from ..shapes import config_of, shape_of
+from ..shapes import ModelShape, config_of, shape_of
 from .bench_load import check_load, measure_loads
 from .loading import load_checkpoint, progress_bars, resolve_device, resolve_dtype
 from .toolchain import require_toolchain
@@ -35,26 +39,72 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     if arguments.concurrency:
         measure_loads(arguments, model, options, frame_counts, about, console, progress_on)
         return
+    rates = _ceilings(model, console)
     for frames in frame_counts:
-        inputs = make_inputs(
-            model,
-            frames=frames,
-            batch=arguments.batch,
-            prompt_length=arguments.prompt_length,
-            redundancy=arguments.redundancy,
-        )
         with progress_bars(progress_on) as progress:
             task = progress.add_task(f"{frames} frames", total=None)
-            results = measure(
+            results, trace = _measure(
+                arguments,
                 model,
-                make_arms(model, inputs, arguments.retain_ratios, options),
-                repeats=arguments.repeats,
-                decode_tokens=arguments.decode_tokens,
-                progress=lambda text, task=task, bar=progress: bar.update(task, description=text),  # type: ignore[misc]
+                options,
+                frames,
+                rates,
+                lambda text, task=task, bar=progress: bar.update(task, description=text),  # type: ignore[misc]
             )
-        workloads.append(Workload(frames, arguments.batch, arguments.prompt_length, results))
-        console.print(table(workloads[-1]))
+        dtype = str(model.dtype).removeprefix("torch.")
+        workloads.append(Workload(frames, arguments.batch, arguments.prompt_length, results, dtype, rates))
+        console.print(*tables(workloads[-1]))
+        if arguments.trace:
+            path = _trace_path(Path(arguments.trace), frames if len(frame_counts) > 1 else None)
+            path.write_text(json.dumps(trace), encoding="utf-8")
+            console.print(f"wrote {path}")
     _write(arguments, workloads, about, console)
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    model: Any,
+    options: dict[str, Any],
+    frames: int,
+    rates: dict[str, float],
+    progress: Callable[[str], None],
+) -> tuple[list[Result], Trace]:
+    """Every arm: timed in turn, then one call each under the profiler, and its floor."""
+    inputs = make_inputs(
+        model,
+        frames=frames,
+        batch=arguments.batch,
+        prompt_length=arguments.prompt_length,
+        redundancy=arguments.redundancy,
+    )
+    arms = list(make_arms(model, inputs, arguments.retain_ratios, options))
+    results = measure(model, arms, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, progress=progress)
+    breakdowns, trace = profile_arms(model, arms, progress)
+    for arm, result in zip(arms, results, strict=True):
+        result.breakdown = breakdowns[arm.name]
+        if rates:
+            result.floor = floor(_work(model, arm, result, arguments.batch), rates)
+    return results, trace
+
+
+def _ceilings(model: Any, console: Console) -> dict[str, float]:
+    """Those of the machine; none where the work of the model cannot be counted."""
+    try:
+        ModelShape.from_config(model.config)
+    except EarlyTomConfigError as reason:
+        console.print(f"no floor: {reason}")
+        return {}
+    return ceilings(Clock(model.device), model.dtype, model.device)
+
+
+def _work(model: Any, arm: Arm, result: Result, batch: int) -> dict[str, Work]:
+    schedules = result.frames or [[arm.frames]] * batch
+    return work_of(model, schedules=schedules, prompt=result.cache_tokens, merge_layers=result.merge_layers or None)
+
+
+def _trace_path(path: Path, frames: int | None) -> Path:
+    """The file asked for, or one for each number of frames."""
+    return path if frames is None else path.with_stem(f"{path.stem}-{frames}-frames")
 
 
 def _model(arguments: argparse.Namespace) -> Any:
@@ -75,6 +125,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise EarlyTomConfigError(f"frames={min(arguments.frames)}: must be at least 1.")
     if arguments.concurrency:
         check_load(arguments)
+        if arguments.trace:
+            raise EarlyTomConfigError(f"trace={arguments.trace!r} with --concurrency: calls are traced without load.")
     bad = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
     if bad:
         raise EarlyTomConfigError(f"retain_ratio={bad[0]}: must be in (0, 1].")

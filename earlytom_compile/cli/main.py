@@ -80,8 +80,9 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Times the way to the first token and decoding behind it: transformers, Inductor, EarlyTom in both "
-        "spellings, and fewer frames in two trivial ways, all in turn in one process. The video is synthetic; how "
-        "far its frames merge is printed beside every row."
+        "spellings, and fewer frames in two trivial ways, all in turn in one process; then one call of each under a "
+        "profiler, for where the time goes. The video is synthetic; how far its frames merge is printed beside every "
+        "row."
     )
     _add_model(parser, required=False, fallback="")
     parser.add_argument(
@@ -103,6 +104,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write every single number there")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
     parser.add_argument("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
+    parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace of one call of every arm there")
     add_config_flags(parser, leave_out=("retain_ratio",))
 
 

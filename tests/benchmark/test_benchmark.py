@@ -1,17 +1,22 @@
 """What is compared is what it says, it is measured in turn, and the numbers come out as they went in."""
 
+import dataclasses
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_models import tiny_llava_onevision, tokens_per_frame
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmark import measure as measuring
 from earlytom_compile.benchmark.arms import Arm, make_arms
+from earlytom_compile.benchmark.breakdown import STAGES, Breakdown
+from earlytom_compile.benchmark.floor import Floor
 from earlytom_compile.benchmark.measure import Result, decode, measure
-from earlytom_compile.benchmark.results import Workload, to_dict, to_markdown, write_plots
+from earlytom_compile.benchmark.results import Workload, _plot_stages, tables, to_dict, to_markdown, write_plots
 from earlytom_compile.benchmark.workload import make_inputs, make_video, random_model
 
 EAGER = {"lowering": "eager", "merge_layers": (0, 2), "tau_seg": 0.3}
@@ -76,7 +81,7 @@ def test_arms_share_the_weights(model):
     arms = arms_of(model, make_inputs(model, frames=8))
     own = {parameter.data_ptr() for parameter in model.parameters()}
     for arm in arms.values():
-        assert arm.model is None or {parameter.data_ptr() for parameter in arm.model.parameters()} == own
+        assert {parameter.data_ptr() for parameter in arm.model.parameters()} == own
     assert "_earlytom" not in model.__dict__
 
 
@@ -136,9 +141,11 @@ def workloads():
 
     return [
         Workload(frames, 1, 32, [
-            result("inductor", [0.4, 0.5, 0.6]),
-            result("earlytom 0.1", [0.1, 0.1, 0.2], frames=[[32, 24], [32, 16]], peak_memory=3 << 30),
-        ])
+            result("inductor", [0.4, 0.5, 0.6], breakdown=Breakdown(0.6, 0.2, None), floor=Floor(2e12, 3e9, 0.25)),
+            result("earlytom 0.1", [0.1, 0.1, 0.2], frames=[[32, 24], [32, 16]], peak_memory=3 << 30,
+                   breakdown=Breakdown(0.2, 0.05, dict(zip(STAGES, (0.1, 0.02, 0.03), strict=True))),
+                   floor=Floor(1e12, 2e9, 0.08)),
+        ], "bfloat16", {"matmul": 8e12, "copy": 4e9})
         for frames in (8, 16)
     ]  # fmt: skip
 
@@ -149,23 +156,73 @@ def test_rows_of_the_table():
     assert compressed == ("earlytom 0.1", "4.0", "100", "100-200", "5.00x", "62%", "100", "20.0", "3.00", "0")
 
 
+def test_rows_of_the_table_of_stages():
+    full, compressed = workloads()[0].breakdown_rows()
+    assert full == ("inductor", "not separable", "", "", "200 (33%)", "600", "2", "3", "250", "2.00")
+    stages = ("100 (50%)", "20.0 (10%)", "30.0 (15%)", "50.0 (25%)")
+    assert compressed == ("earlytom 0.1", *stages, "200", "1", "2", "80.0", "1.25")
+    assert "8 TFLOP/s (bfloat16) and 4 GB/s" in workloads()[0].breakdown_title
+
+
+def test_arms_that_nobody_profiled_leave_their_cells_empty():
+    workload = Workload(8, 1, 32, [Result("inductor", 1.0, ttft=[0.5])])
+    assert workload.breakdown_rows() == [("inductor", *[""] * 9)]
+    assert "floor" not in workload.breakdown_title
+
+
+def test_tables_fit_into_120_columns():
+    """Names and numbers as long as those of a 7B model."""
+    long = Result("earlytom 0.25 (backend)", 0.25, cold=148.2, ttft=[1.08, 1.09, 1.15], decode=[0.012],
+                  cache_tokens=6305, peak_memory=23 << 30, frames=[[32, 24]],
+                  breakdown=Breakdown(1.2, 0.12, dict(zip(STAGES, (0.48, 0.12, 0.48), strict=True))),
+                  floor=Floor(119.6e12, 17.3e9, 0.156))  # fmt: skip
+    workload = Workload(32, 1, 32, [dataclasses.replace(long, name="inductor"), long], "bfloat16",
+                        {"matmul": 7.1e14, "copy": 4.1e12})  # fmt: skip
+    console = Console(width=120, file=io.StringIO())
+    for printed in tables(workload):
+        console.print(printed)
+    lines = console.file.getvalue().splitlines()
+    for row in (workload.rows()[1], workload.breakdown_rows()[1]):
+        assert any(line.split() == " ".join(row).split() for line in lines)
+
+
 def test_json_and_markdown_hold_the_numbers():
     about = {"command": "earlytom bench", "machine": "x", "date": "2026-01-01"}
     content = json.loads(json.dumps(to_dict(workloads(), about)))
     assert content["workloads"][0]["results"][0]["ttft"] == [0.4, 0.5, 0.6] and content["date"] == "2026-01-01"
+    assert content["workloads"][0]["results"][1]["breakdown"]["stages"]["vision encoding"] == 0.1
+    assert content["workloads"][1]["results"][0]["floor"] == {"flops": 2e12, "bytes": 3e9, "seconds": 0.25}
+    assert content["workloads"][0]["ceilings"] == {"matmul": 8e12, "copy": 4e9}
     text = to_markdown(workloads(), about)
+    assert "| earlytom 0.1 | 100 (50%) | 20.0 (10%) | 30.0 (15%) | 50.0 (25%) | 200 |" in text
     assert "| earlytom 0.1 | 4.0 | 100 | 100-200 | 5.00x | 62% |" in text and "machine x" in text
-    assert text.count("| arm |") == 2
+    assert text.count("| arm |") == 4
 
 
 def test_plots_are_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     written = write_plots(workloads(), tmp_path / "plots")
-    assert len(written) == 3 and all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    names = [f"{kind}-{frames}-frames" for frames in (8, 16) for kind in ("ttft", "ttft-against-flops")]
+    assert [path.stem for path in written] == [*names, "ttft-against-frames"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_bars_are_the_parts_one_after_the_other():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure = _plot_stages(pyplot, workloads()[0])
+    bars = {}
+    for bar in figure.axes[0].patches:
+        if bar.get_width():
+            bars.setdefault(bar.get_y(), []).append((bar.get_x(), bar.get_width()))
+    compressed, full = (bars[y] for y in sorted(bars))
+    assert [width for _, width in compressed] == pytest.approx([100, 20, 30, 50])
+    assert [begin for begin, _ in compressed] == pytest.approx([0, 100, 120, 150])
+    assert full == [(0, pytest.approx(400)), (pytest.approx(400), pytest.approx(200))]
+    pyplot.close(figure)
 
 
 def test_the_model_is_left_as_it_was(model):
     before = dict(model.__dict__)
-    arms = [arm for name, arm in arms_of(model, make_inputs(model, frames=8)).items() if "0.2" not in name or arm.model]
-    measure(model, [arm for arm in arms if arm.name != "inductor"], repeats=1, decode_tokens=1)
+    arms = arms_of(model, make_inputs(model, frames=8)).values()
+    measure(model, [arm for arm in arms if arm.compresses or arm.called], repeats=1, decode_tokens=1)
     assert model.__dict__ == before and earlytom_compile.restore(model) is model

@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earlytom_compile.benchmark.breakdown import LLM, OVERHEAD, STAGES, TOKENS, VISION, break_down, stage_range
+from earlytom_compile.benchmark.breakdown import (
+    LLM,
+    NOT_SEPARABLE,
+    OVERHEAD,
+    STAGES,
+    TOKENS,
+    VISION,
+    break_down,
+    stage_range,
+)
 
 CALL = "earlytom 0.1"
 THREAD, OTHER = 1, 2
@@ -71,14 +80,15 @@ def test_other_calls_in_the_trace_do_not_matter():
 
 def test_a_device_that_recorded_nothing_leaves_only_the_wall_time():
     breakdown = break_down(call(0, 100, [(VISION, 0), (TOKENS, 30), (LLM, 60)]), CALL, on_gpu=True)
-    assert (breakdown.stages, breakdown.overhead, breakdown.wall) == (None, None, pytest.approx(100e-6))
+    assert (breakdown.stages, breakdown.overhead) == (None, None)
+    assert breakdown.parts == {NOT_SEPARABLE: breakdown.wall} and breakdown.wall == pytest.approx(100e-6)
 
 
 @pytest.mark.parametrize("seen", [[], [TOKENS], [LLM], [VISION, LLM]])
 def test_stages_that_never_showed_where_they_begin_are_not_guessed(seen):
     events = call(0, 100, [(stage, 10) for stage in seen]) + [event("cpu_op", "aten::mm", 20, 60)]
     breakdown = break_down(events, CALL, on_gpu=False)
-    assert breakdown.stages is None and parts(breakdown) == micro(overhead=60)
+    assert breakdown.stages is None and breakdown.parts == pytest.approx({NOT_SEPARABLE: 40e-6, OVERHEAD: 60e-6})
 
 
 def test_on_a_cpu_operators_and_compiled_graphs_are_work_and_the_rest_is_overhead():

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from earlytom_compile.cli.bench import _ceilings, _trace_path
 from earlytom_compile.cli.main import build_parser, main
 from earlytom_compile.cli.tiny_checkpoint import TinySize, write_checkpoint
+from earlytom_compile.shapes import config_of
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +20,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
-    files = {name: str(tmp_path / f"bench.{name}") for name in ("json", "markdown")}
+    files = {name: str(tmp_path / f"bench.{name}") for name in ("json", "markdown", "trace")}
     arguments = ["bench", "--model", checkpoint, "--frames", "8", "--repeats", "2", "--decode-tokens", "1"]
     arguments += [
         "--lowering",
@@ -27,6 +31,8 @@ def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
         files["json"],
         "--markdown",
         files["markdown"],
+        "--trace",
+        files["trace"],
     ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
@@ -37,6 +43,27 @@ def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
     assert all(f"| {name} |" in text and name in printed for name in names)
     assert all(len(result["ttft"]) == 2 and min(result["ttft"]) > 0 for result in workload["results"])
     assert workload["results"][2]["frames"][0][0] == 8
+    for result in workload["results"]:
+        breakdown = result["breakdown"]
+        assert sum(breakdown["stages"].values()) + breakdown["overhead"] == pytest.approx(breakdown["wall"])
+        assert result["floor"]["seconds"] > 0 and workload["ceilings"].keys() == {"copy", "matmul"}
+    assert printed.count("earlytom 0.25 (backend)") == 2 and "TTFT / floor" in text
+    trace = json.loads(Path(files["trace"]).read_text())["traceEvents"]
+    ranges = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
+    stages = ("vision encoding", "visual token processing", "LLM prefill")
+    assert {*names, *(f"{name}: {stage}" for name in names for stage in stages)} <= ranges
+
+
+def test_a_trace_for_each_number_of_frames():
+    assert _trace_path(Path("out/t.json"), None) == Path("out/t.json")
+    assert _trace_path(Path("out/t.json"), 16) == Path("out/t-16-frames.json")
+
+
+def test_a_model_whose_work_cannot_be_counted_has_no_floor(capsys):
+    config = config_of("cpu-small")
+    config.vision_feature_layer = [-2, -1]
+    assert _ceilings(SimpleNamespace(config=config), Console()) == {}
+    assert "no floor:" in capsys.readouterr().out
 
 
 def test_frames_are_the_shapes_own_unless_given():
@@ -52,6 +79,7 @@ def test_frames_are_the_shapes_own_unless_given():
         (["--retain-ratios", "0.1,2"], r"retain_ratio=2.0: must be in (0, 1]"),
         (["--shape", "gpt"], "no shape 'gpt'"),
         (["--decode-tokens", "-1"], "decode_tokens=-1"),
+        (["--concurrency", "2", "--trace", "t.json"], "trace='t.json' with --concurrency"),
     ],
 )
 def test_bench_says_what_is_wrong(arguments, says, capsys):
