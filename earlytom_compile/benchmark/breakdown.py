@@ -119,12 +119,15 @@ class _StageOf:
 def _device_work(events: Sequence[Event], stages: _StageOf, window: Interval) -> Iterator[tuple[float, float, str]]:
     """(start, stop, stage) of what ran on the device and was launched inside ``window``."""
     launches = {event["args"].get("correlation"): event for event in events if event["cat"] in _LAUNCHES}
-    for event in events:
-        if event["cat"] in _ON_DEVICE:
-            launch = launches.get(event["args"].get("correlation"), event)
-            if window[0] <= launch["ts"] <= window[1]:
-                start, stop = _clipped(_interval(event), window)
-                yield start, stop, stages(launch["ts"], launch["tid"])
+    stage = VISION
+    for event in sorted((event for event in events if event["cat"] in _ON_DEVICE), key=_interval):
+        launch = launches.get(event["args"].get("correlation"))
+        if launch is not None:
+            stage = stages(launch["ts"], launch["tid"])
+        # Without its launch, a kernel ran when it ran, in the stage of the one before.
+        if window[0] <= (launch or event)["ts"] <= window[1]:
+            start, stop = _clipped(_interval(event), window)
+            yield start, stop, stage
 
 
 def _host_work(events: Sequence[Event], stages: _StageOf, window: Interval) -> Iterator[tuple[float, float, str]]:

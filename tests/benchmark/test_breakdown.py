@@ -68,6 +68,13 @@ def test_two_streams_at_once_count_once_for_the_one_that_began_first():
     assert parts(break_down(events, CALL, on_gpu=True)) == micro(vision=30, tokens=20, llm=30, overhead=20)
 
 
+def test_a_kernel_whose_launch_was_not_recorded_belongs_with_the_one_before():
+    events = call(0, 100, [(VISION, 0), (TOKENS, 10), (LLM, 20)])
+    events += launched(1, 1, 30, 40) + launched(2, 11, 50, 60)
+    events += [event("kernel", "lost", 40, 50, 7, correlation=98), event("kernel", "later", 60, 65, 7, correlation=99)]
+    assert parts(break_down(events, CALL, on_gpu=True)) == micro(vision=20, tokens=15, llm=0, overhead=65)
+
+
 def test_other_calls_in_the_trace_do_not_matter():
     events = call(0, 100, [(VISION, 0), (TOKENS, 30), (LLM, 60)]) + launched(1, 10, 20, 50)
     alone = break_down(events, CALL, on_gpu=True)
