@@ -1,0 +1,13 @@
+"""A small world of moving shapes, questions about it, and a Video-LLM trained from scratch to answer them.
+
+world.py      videos: scenes, cuts, pans, flashes, drawn as uint8 frames, or encoded as mp4
+questions.py  multiple-choice questions with answers that are known by construction
+language.py   the words of those questions and their tokenizer
+model.py      a LlavaOnevisionForConditionalGeneration of their size, and its checkpoint folder
+train.py      the training script
+methods.py    ways to fewer video tokens: EarlyTom, its parts, and trivial baselines
+evaluate.py   accuracy by method, ratio and category
+
+In the repository this folder is ``examples/toyworld``; installed it is ``earlytom_compile.toyworld``, so that
+``earlytom demo`` and ``earlytom eval --toy`` find it.
+"""
