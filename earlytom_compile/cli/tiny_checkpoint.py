@@ -61,20 +61,31 @@ class TinySize:
     vision_width: int = 128
     text_layers: int = 8
     text_width: int = 384
+    initializer_range: float = 0.08  # with the usual 0.02 every video would get the same answer
 
 
 def write_checkpoint(folder: str | Path, size: TinySize | None = None, *, seed: int = 0) -> Path:
     """Build the model and its tokenizer and save both in ``folder``, which is made when missing."""
-    size = size or TinySize()
+    tokenizer = build_tokenizer()
+    model = build_model(size or TinySize(), tokenizer, seed=seed)
+    model.generation_config.suppress_tokens = _not_words(tokenizer)
+    return save_checkpoint(folder, model, tokenizer, CHAT_TEMPLATE)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: LlavaOnevisionForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str,
+) -> Path:
+    """Save a model, its tokenizer and the settings of its processor in ``folder``, which is made when missing."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    model = build_model(size, tokenizer, seed=seed)
-    model.generation_config.suppress_tokens = _not_words(tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    for name, settings in _processor_files(size).items():
+    (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    vision = model.config.vision_config
+    for name, settings in _processor_files(vision.image_size, vision.patch_size).items():
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -127,7 +138,7 @@ def build_model(
         num_attention_heads=size.text_width // 32,
         num_key_value_heads=2,
         max_position_embeddings=32768,
-        initializer_range=0.08,  # with the usual 0.02 every video would get the same answer
+        initializer_range=size.initializer_range,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -146,10 +157,10 @@ def build_model(
         return LlavaOnevisionForConditionalGeneration(config).eval()
 
 
-def _processor_files(size: TinySize) -> dict[str, dict[str, Any]]:
+def _processor_files(image: int, patch: int) -> dict[str, dict[str, Any]]:
     pixels: dict[str, Any] = {
         "do_resize": True,
-        "size": {"height": size.image, "width": size.image},
+        "size": {"height": image, "width": image},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -157,11 +168,11 @@ def _processor_files(size: TinySize) -> dict[str, dict[str, Any]]:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    grid = [[size.image, size.image], [size.image, 2 * size.image]]
+    grid = [[image, image], [image, 2 * image]]
     return {
         "processor_config.json": {
             "processor_class": "LlavaOnevisionProcessor",
-            "num_image_tokens": (size.image // size.patch) ** 2,
+            "num_image_tokens": (image // patch) ** 2,
             "vision_feature_select_strategy": "full",
             "image_token": "<image>",
             "video_token": "<video>",

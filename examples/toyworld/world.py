@@ -54,6 +54,8 @@ _CONTRAST = 12
 _RADII = (9.0, 12.0)
 _MOST_THINGS = 4
 _Y, _X = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+_Y.setflags(write=False)
+_X.setflags(write=False)
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,16 @@ class Scene:
         return picture
 
     def _draw_background(self, time: float) -> np.ndarray:
+        dark = np.array(self.background, np.uint8)
+        return np.stack([dark, dark + np.uint8(_CONTRAST)])[self._pattern(time)]
+
+    def _pattern(self, time: float) -> np.ndarray:
+        """Which pixels are bright, 0 or 1, [96, 96]."""
         x, y = self._shift(time)
-        columns = ((_X - x) // (_PERIOD / 2) % 2).astype(np.int16)
-        rows = ((_Y - y) // (_PERIOD / 2) % 2).astype(np.int16)
-        pattern = {"plain": 0 * rows, "columns": columns, "rows": rows, "checks": columns ^ rows}[self.texture]
-        return (np.array(self.background, np.int16) + _CONTRAST * pattern[..., None]).astype(np.uint8)
+        columns = ((_X[:1] - x) // (_PERIOD / 2) % 2).astype(np.int8)
+        rows = ((_Y[:, :1] - y) // (_PERIOD / 2) % 2).astype(np.int8)
+        pattern = {"plain": np.int8(0), "columns": columns, "rows": rows, "checks": columns ^ rows}[self.texture]
+        return np.broadcast_to(pattern, (SIZE, SIZE))
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class Video:
 
 def mask_of(thing: Thing, centre: tuple[float, float]) -> np.ndarray:
     """bool [96, 96]: where ``thing`` is drawn when its centre is there."""
-    dx, dy, r = _X - centre[0], _Y - centre[1], thing.radius
+    dx, dy, r = _X[:1] - centre[0], _Y[:, :1] - centre[1], thing.radius  # a row and a column: shapes broadcast
     if thing.shape == "circle":
         return dx**2 + dy**2 <= r**2
     if thing.shape == "ring":
