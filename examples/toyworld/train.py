@@ -1,0 +1,343 @@
+"""Train the toy world's model from nothing: about an hour on two CPU cores, minutes on a GPU.
+
+    python -m earlytom_compile.toyworld.train --output runs/0 --seed 0
+    accelerate launch -m earlytom_compile.toyworld.train --output runs/0 --seed 0
+
+Phases: the vision encoder learns to say what each patch shows; with the encoder frozen, the language model
+learns first what is where and then what moves; last, all of it together. Of the video tokens, a random part
+is dropped in training: a model that has only ever seen whole videos answers worse once the tokens that remain
+are numbered anew, and an accuracy measured with it would tell more about positions than about compression.
+
+A run that finds its own state in ``--output`` continues there. At the end the folder holds ``checkpoint``,
+``history.jsonl`` and ``curves.png``.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from .batches import BEFORE, IDS, IGNORED, PatchBatch, QuestionBatch, patch_batch, question_batch
+from .model import SHAPE, VIDEO_TOKENS, build_model, save
+from .questions import CATEGORIES, TRAINING_CATEGORIES
+from .world import COLORS, SHAPES
+
+QUESTIONS_OF_EACH = 12
+CHECK_VIDEOS = 200
+CHECK_EVERY = 250  # steps
+SAVE_EVERY = 120.0  # seconds
+_MOST_NOISE = 6.0  # standard deviation, in grey levels of 255
+_FEWEST_TOKENS = 0.08
+_WARM_UP = 100  # steps
+_LAST_RATE = 0.05  # of the highest
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``weights`` of the categories of questions, in the order of TRAINING_CATEGORIES; None: patch labels.
+
+    ``drop`` is the share of batches that lose video tokens.
+    """
+
+    name: str
+    steps: int
+    videos: int
+    rate: float
+    weights: tuple[float, ...] | None = None
+    encoder: bool = False
+    drop: float = 0.0
+
+
+PHASES = (
+    Phase("patches", 2000, 16, 2e-3, encoder=True),
+    Phase("binding", 1200, 16, 2e-3, (1, 0, 1, 1, 1, 4), drop=0.3),
+    Phase("motion", 2000, 16, 2e-3, (1, 3, 1, 1.5, 1, 2), drop=0.5),
+    Phase("together", 1800, 16, 1e-3, (1, 3, 1, 1.5, 1, 1), encoder=True, drop=0.6),
+)
+
+
+class PatchTrainee(nn.Module):
+    """The vision tower with a head for each label of a patch; the heads are thrown away afterwards."""
+
+    def __init__(self, model: LlavaOnevisionForConditionalGeneration) -> None:
+        super().__init__()
+        width = SHAPE.vision_width
+        self.tower = model.model.vision_tower
+        self.norm = nn.LayerNorm(width)
+        self.color = nn.Linear(width, 1 + len(COLORS))
+        self.shape = nn.Linear(width, 1 + len(SHAPES))
+        self.offset = nn.Linear(width, 2)
+
+    def forward(self, batch: PatchBatch) -> dict[str, torch.Tensor]:
+        hidden = self.norm(self.tower(normalized(batch.frames), output_hidden_states=True).hidden_states[-1])
+        something = batch.color > 0
+        return {
+            "color": F.cross_entropy(self.color(hidden).flatten(0, 1), batch.color.flatten()),
+            "shape": F.cross_entropy(self.shape(hidden).flatten(0, 1), batch.shape.flatten()),
+            "offset": F.smooth_l1_loss(self.offset(hidden)[something], batch.offset[something], beta=0.1),
+        }
+
+
+class AnswerTrainee(nn.Module):
+    """The whole model on rows of questions; the encoder only runs forward where it is frozen."""
+
+    def __init__(self, model: LlavaOnevisionForConditionalGeneration, phase: Phase) -> None:
+        super().__init__()
+        self.model, self.phase = model, phase
+        model.model.vision_tower.requires_grad_(phase.encoder)
+
+    def forward(self, batch: QuestionBatch) -> dict[str, torch.Tensor]:
+        keep = None
+        if torch.rand(()) < self.phase.drop:
+            keep = max(1, round(VIDEO_TOKENS * (_FEWEST_TOKENS + (1 - _FEWEST_TOKENS) * torch.rand(()).item())))
+        labels = batch.labels[batch.labels != IGNORED]
+        return {"answers": F.cross_entropy(answer_logits(self.model, batch, keep, noisy=True), labels)}
+
+
+def normalized(frames: torch.Tensor, *, noisy: bool = True) -> torch.Tensor:
+    """uint8 RGB [F, 96, 96, 3] as the processor gives it to the model, [F, 3, 96, 96]; with noise like a codec's."""
+    pixels = frames.permute(0, 3, 1, 2).float()
+    if noisy:
+        strength = _MOST_NOISE * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+        pixels = (pixels + strength * torch.randn_like(pixels)).clamp(0, 255)
+    return pixels / 127.5 - 1
+
+
+def answer_logits(
+    model: LlavaOnevisionForConditionalGeneration,
+    batch: QuestionBatch,
+    keep: int | None = None,
+    *,
+    noisy: bool = False,
+) -> torch.Tensor:
+    """Logits [labels of the batch, words] with all video tokens, or with ``keep`` of each video at random."""
+    inner = model.model
+    videos = len(batch.index)
+    hidden = inner.vision_tower(normalized(batch.frames, noisy=noisy), output_hidden_states=True).hidden_states[-1]
+    tokens = inner.apply_pooling(inner.multi_modal_projector(hidden))[batch.index].reshape(videos, VIDEO_TOKENS, -1)
+    if keep is not None:
+        order = torch.rand(videos, VIDEO_TOKENS, device=tokens.device).argsort(1)[:, :keep].sort(1).values
+        tokens = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
+    embed = model.get_input_embeddings()
+    before = embed(torch.tensor([IDS[word] for word in BEFORE], device=tokens.device))
+    parts = (before.expand(videos, -1, -1), tokens, inner.image_newline.expand(videos, 1, -1), embed(batch.ids))
+    prefix = sum(part.shape[1] for part in parts[:3])
+    position = torch.arange(prefix, device=tokens.device).expand(videos, -1)
+    hidden = inner.language_model(
+        inputs_embeds=torch.cat(parts, 1),
+        attention_mask=_row_mask(batch, prefix)[:, None],
+        position_ids=torch.cat([position, prefix + batch.position], 1),
+        use_cache=False,
+    ).last_hidden_state[:, prefix:]
+    return model.lm_head(hidden[batch.labels != IGNORED])
+
+
+def _row_mask(batch: QuestionBatch, prefix: int) -> torch.Tensor:
+    """bool [V, prefix + L, prefix + L], True where a position (row) sees another (column)."""
+    question = F.pad(batch.question, (prefix, 0), value=-2)
+    length = question.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=question.device).tril()
+    same = question[:, :, None] == question[:, None, :]
+    return causal & (same | (question == -2)[:, None, :])
+
+
+@torch.no_grad()
+def accuracies(
+    model: LlavaOnevisionForConditionalGeneration, videos: int, split: str = "validation", keep: int | None = None
+) -> dict[str, float]:
+    """Share of right answers by category; the highest logit of all words counts."""
+    right, asked = ([0] * len(CATEGORIES) for _ in range(2))
+    device = next(model.parameters()).device
+    for first in range(0, videos, 50):
+        weights = dict.fromkeys(CATEGORIES, 1.0)
+        batch = question_batch(range(first, first + 50), weights, QUESTIONS_OF_EACH, split).to(device)
+        best = answer_logits(model, batch, keep).argmax(-1)
+        labelled = batch.labels != IGNORED
+        labels, categories = batch.labels[labelled], batch.category[labelled]
+        for category, hit in zip(categories[::2].tolist(), (best == labels)[::2].tolist(), strict=True):
+            asked[category] += 1
+            right[category] += hit
+    return {name: r / max(n, 1) for name, r, n in zip(CATEGORIES, right, asked, strict=True)}
+
+
+# --- The loop -----------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training run in one folder: where it is, its state on disk, its history."""
+
+    def __init__(self, folder: Path, seed: int, accelerator: Accelerator) -> None:
+        self.folder, self.seed, self.accelerator = folder, seed, accelerator
+        self.phase, self.step = 0, 0
+        self.saved = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._progress.exists():
+            progress = json.loads(self._progress.read_text())
+            if progress["seed"] != seed:
+                raise SystemExit(f"{folder} holds a run with seed {progress['seed']}, not {seed}: name another folder.")
+            self.phase, self.step = progress["phase"], progress["step"]
+
+    @property
+    def _progress(self) -> Path:
+        return self.folder / "state" / "progress.json"
+
+    def load(self) -> None:
+        """What was saved, into what was prepared."""
+        if self._progress.exists():
+            self.accelerator.load_state(str(self.folder / "state"))
+
+    def save(self) -> None:
+        """Everything that going on needs."""
+        self.accelerator.save_state(str(self.folder / "state"))
+        if self.accelerator.is_main_process:
+            self._progress.write_text(json.dumps({"seed": self.seed, "phase": self.phase, "step": self.step}))
+        self.saved = time.monotonic()
+
+    def record(self, **values: Any) -> None:
+        """A line of the history."""
+        if self.accelerator.is_main_process:
+            with open(self.folder / "history.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+            print(json.dumps(values), flush=True)
+
+
+def train(folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: bool = False) -> Path:
+    """Run what is left of ``phases`` and return the checkpoint's folder."""
+    accelerator = Accelerator(cpu=cpu)
+    set_seed(seed)
+    run = Run(folder, seed, accelerator)
+    model = build_model(seed).train()
+    while run.phase < len(phases):
+        _run_phase(run, model, phases[run.phase], sum(p.steps * p.videos for p in phases[: run.phase]))
+        run.phase, run.step = run.phase + 1, 0
+    save(model.eval(), folder / "checkpoint")
+    draw_curves(folder / "history.jsonl", folder / "curves.png")
+    return folder / "checkpoint"
+
+
+def _run_phase(run: Run, model: LlavaOnevisionForConditionalGeneration, phase: Phase, first_seed: int) -> None:
+    accelerator = run.accelerator
+    trainee = PatchTrainee(model) if phase.weights is None else AnswerTrainee(model, phase)
+    optimizer = torch.optim.AdamW(
+        [p for p in trainee.parameters() if p.requires_grad], lr=phase.rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    trainee, optimizer = accelerator.prepare(trainee, optimizer)
+    if run.step == 0:
+        run.save()  # from here on, what is on disk belongs to this phase
+    run.load()
+    for batch in _batches(run, phase, first_seed):
+        for group in optimizer.param_groups:
+            group["lr"] = phase.rate * _rate(run.step, phase.steps)
+        losses = trainee(batch.to(accelerator.device))
+        accelerator.backward(sum(losses.values()))
+        accelerator.clip_grad_norm_(trainee.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.step += 1
+        if run.step % 50 == 0:
+            run.record(phase=phase.name, step=run.step, **{k: v.item() for k, v in losses.items()})
+        if phase.weights and (run.step % CHECK_EVERY == 0 or run.step == phase.steps):
+            run.record(phase=phase.name, step=run.step, validation=_check(model))
+        if time.monotonic() - run.saved > SAVE_EVERY:
+            run.save()
+    accelerator.free_memory()
+
+
+def _batches(run: Run, phase: Phase, first_seed: int) -> Iterator[Any]:
+    """The batches of the steps that are left: every video once in the whole run, whatever the processes."""
+    processes, process = run.accelerator.num_processes, run.accelerator.process_index
+
+    def batch(step: int) -> Any:
+        first = processes * first_seed + (processes * step + process) * phase.videos
+        seeds = range(first, first + phase.videos)
+        if phase.weights is None:
+            return patch_batch(seeds)
+        return question_batch(seeds, dict(zip(TRAINING_CATEGORIES, phase.weights, strict=True)), QUESTIONS_OF_EACH)
+
+    # Drawing takes a tenth of a step on a CPU; only a GPU would wait for it.
+    workers = 8 if run.accelerator.device.type == "cuda" else 0
+    dataset: Any = _Steps(batch)
+    yield from torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=range(run.step, phase.steps), num_workers=workers
+    )
+
+
+class _Steps:
+    def __init__(self, batch: Callable[[int], Any]) -> None:
+        self.batch = batch
+
+    def __getitem__(self, step: int) -> Any:
+        return self.batch(step)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine."""
+    fall = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / _WARM_UP) * (_LAST_RATE + (1 - _LAST_RATE) * fall)
+
+
+def _check(model: LlavaOnevisionForConditionalGeneration) -> dict[str, float]:
+    model.eval()
+    found = accuracies(model, CHECK_VIDEOS)
+    model.train()
+    return found
+
+
+def draw_curves(history: Path, picture: Path) -> None:
+    """Losses above, accuracy on the validation videos below, against the steps of the whole run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    starts: dict[str, int] = {}
+    for line in lines:
+        starts.setdefault(line["phase"], sum(_last_steps(lines, starts)))
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    for name in ("color", "shape", "offset", "answers"):
+        points = [(starts[line["phase"]] + line["step"], line[name]) for line in lines if name in line]
+        top.plot(*zip(*points, strict=True), label=name) if points else None
+    checks = [line for line in lines if "validation" in line]
+    for name in CATEGORIES:
+        points = [(starts[line["phase"]] + line["step"], line["validation"][name]) for line in checks]
+        bottom.plot(*zip(*points, strict=True), label=name) if points else None
+    for axes in (top, bottom):
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.grid(alpha=0.3)
+        for start in starts.values():
+            axes.axvline(start, color="grey", linewidth=0.5)
+    top.set(yscale="log", ylabel="loss", title=" | ".join(starts))
+    bottom.set(ylim=(0, 1), ylabel="accuracy, validation", xlabel="step")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def _last_steps(lines: list[dict[str, Any]], phases: dict[str, int]) -> list[int]:
+    """Steps of each of these phases."""
+    return [max(line["step"] for line in lines if line["phase"] == phase) for phase in phases]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of what is random in training (0)")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    arguments = parser.parse_args()
+    print(f"checkpoint in {train(arguments.output, arguments.seed, cpu=arguments.cpu)}")
+
+
+if __name__ == "__main__":
+    main()
