@@ -8,7 +8,7 @@ question sees the video and itself and has the positions it would have if it wer
 several times are encoded once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from .language import SPECIAL_TOKENS, WORDS, prompt
 from .model import GRID, SHAPE
-from .questions import Question, all_questions, draw
+from .questions import TRAINING_CATEGORIES, Question, all_questions, draw
 from .world import COLORS, FRAMES, SHAPES, Video, mask_of, rng_of, sample_video
 
 IDS = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
@@ -26,7 +26,7 @@ BEFORE, AFTER = (text.split() for text in prompt("|").split("<video> | "))
 END = IDS["<|im_end|>"]
 IGNORED = -100
 """Label of a position without one, as in torch.nn.functional.cross_entropy."""
-_FILLS = (0, 0, -1, IGNORED, 0)  # behind the end of a row, in the order of QuestionBatch
+_FILLS = (0, 0, -1, IGNORED, 0)  # behind the end of a row, in the order of Rows
 _LEAST_COVER = 0.12  # share of a patch that a thing must cover to be its label
 _NOTHING = 0
 
@@ -37,8 +37,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Any:
         """The same record there."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return type(self)(**moved)
+        return type(self)(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,25 @@ class PatchBatch(Batch):
 
 
 @dataclass(frozen=True)
-class QuestionBatch(Batch):
-    """``frames`` uint8 [U, 96, 96, 3] are the distinct ones, ``index`` int64 [V, 8] says where in the videos
-    they occur. The others are int64 [V, L], rows padded on the right: ``ids``; ``position`` from the end of the
-    video on; ``question`` numbers the questions of a row, -1 for padding; ``labels`` of the answers' words and
-    ends, IGNORED elsewhere; ``category`` of the question."""
+class Rows(Batch):
+    """Questions, int64 [V, L] each, rows padded on the right: ``ids``; ``position`` from the end of the video on;
+    ``question`` numbers the questions of a row, -1 for padding; ``labels`` of the answers' words and ends, IGNORED
+    elsewhere; ``category`` by its place in TRAINING_CATEGORIES."""
 
-    frames: torch.Tensor
-    index: torch.Tensor
     ids: torch.Tensor
     position: torch.Tensor
     question: torch.Tensor
     labels: torch.Tensor
     category: torch.Tensor
+
+
+@dataclass(frozen=True)
+class QuestionBatch(Batch):
+    """``frames`` uint8 [U, 96, 96, 3] are the distinct ones; ``index`` int64 [V, 8] says which a video shows when."""
+
+    frames: torch.Tensor
+    index: torch.Tensor
+    rows: Rows
 
 
 def patch_batch(seeds: Iterable[int], split: str = "train", frames_of_each: int = 2) -> PatchBatch:
@@ -101,7 +106,8 @@ def question_batch(
     seeds: Iterable[int], weights: Mapping[str, float], count: int, split: str = "train"
 ) -> QuestionBatch:
     """``count`` questions about each of these videos, or all where it has fewer; ``weights`` by category."""
-    frames, index, rows = [], [], []
+    frames: list[np.ndarray] = []
+    index, asked = [], []
     for seed in seeds:
         video = sample_video(split, seed)
         known: dict[bytes, int] = {}
@@ -112,9 +118,14 @@ def question_batch(
                 frames.append(frame)
             where.append(known[key])
         index.append(where)
-        rows.append(_row(_pick(all_questions(video), weights, count, rng_of(split, seed, stream=2)), weights))
-    columns = (_padded(rows_, fill) for rows_, fill in zip(zip(*rows, strict=True), _FILLS, strict=True))
-    return QuestionBatch(torch.from_numpy(np.stack(frames)), torch.tensor(index), *columns)
+        asked.append(_pick(all_questions(video), weights, count, rng_of(split, seed, stream=2)))
+    return QuestionBatch(torch.from_numpy(np.stack(frames)), torch.tensor(index), rows_of(asked))
+
+
+def rows_of(asked: Sequence[Sequence[Question]]) -> Rows:
+    """A row for each of these lists of questions."""
+    rows = [_row(questions) for questions in asked]
+    return Rows(*(_padded(column, fill) for column, fill in zip(zip(*rows, strict=True), _FILLS, strict=True)))
 
 
 def _pick(
@@ -131,17 +142,15 @@ def _pick(
     return picked
 
 
-def _row(questions: list[Question], weights: Mapping[str, float]) -> list[np.ndarray]:
+def _row(questions: Sequence[Question]) -> list[np.ndarray]:
     """ids, position, question, labels and category of a row."""
     columns: list[list[int]] = [[] for _ in range(5)]
-    categories = list(weights)
     for number, question in enumerate(questions):
         ids = [IDS[word] for word in (*question.text.split(), *AFTER, question.answer)]
         labels = [IGNORED] * (len(ids) - 2) + [ids[-1], END]
-        category = [categories.index(question.category)] * len(ids)
-        for column, values in zip(
-            columns, (ids, range(len(ids)), [number] * len(ids), labels, category), strict=True
-        ):
+        category = [TRAINING_CATEGORIES.index(question.category)] * len(ids)
+        parts = (ids, range(len(ids)), [number] * len(ids), labels, category)
+        for column, values in zip(columns, parts, strict=True):
             column.extend(values)
     return [np.array(column, np.int64) for column in columns]
 

@@ -28,13 +28,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from .batches import BEFORE, IDS, IGNORED, PatchBatch, QuestionBatch, patch_batch, question_batch
+from .answers import answer_logits, normalized
+from .batches import IGNORED, PatchBatch, QuestionBatch, patch_batch, question_batch
 from .model import SHAPE, VIDEO_TOKENS, build_model, save
 from .questions import CATEGORIES, TRAINING_CATEGORIES
 from .world import COLORS, SHAPES
 
 QUESTIONS_OF_EACH = 12
 CHECK_VIDEOS = 200
+_CHECK_AT_ONCE = 50
 CHECK_EVERY = 250  # steps
 SAVE_EVERY = 120.0  # seconds
 _MOST_NOISE = 6.0  # standard deviation, in grey levels of 255
@@ -80,7 +82,7 @@ class PatchTrainee(nn.Module):
         self.offset = nn.Linear(width, 2)
 
     def forward(self, batch: PatchBatch) -> dict[str, torch.Tensor]:
-        hidden = self.norm(self.tower(normalized(batch.frames), output_hidden_states=True).hidden_states[-1])
+        hidden = self.norm(self.tower(normalized(noisy(batch.frames)), output_hidden_states=True).hidden_states[-1])
         something = batch.color > 0
         return {
             "color": F.cross_entropy(self.color(hidden).flatten(0, 1), batch.color.flatten()),
@@ -98,74 +100,48 @@ class AnswerTrainee(nn.Module):
         model.model.vision_tower.requires_grad_(phase.encoder)
 
     def forward(self, batch: QuestionBatch) -> dict[str, torch.Tensor]:
-        keep = None
+        tokens = video_tokens(self.model, noisy(batch.frames), batch.index)
         if torch.rand(()) < self.phase.drop:
-            keep = max(1, round(VIDEO_TOKENS * (_FEWEST_TOKENS + (1 - _FEWEST_TOKENS) * torch.rand(()).item())))
-        labels = batch.labels[batch.labels != IGNORED]
-        return {"answers": F.cross_entropy(answer_logits(self.model, batch, keep, noisy=True), labels)}
+            share = _FEWEST_TOKENS + (1 - _FEWEST_TOKENS) * torch.rand(()).item()
+            tokens = some_of(tokens, round(VIDEO_TOKENS * share))
+        logits, labels = answer_logits(self.model, list(tokens), batch.rows)
+        return {"answers": F.cross_entropy(logits, labels)}
 
 
-def normalized(frames: torch.Tensor, *, noisy: bool = True) -> torch.Tensor:
-    """uint8 RGB [F, 96, 96, 3] as the processor gives it to the model, [F, 3, 96, 96]; with noise like a codec's."""
-    pixels = frames.permute(0, 3, 1, 2).float()
-    if noisy:
-        strength = _MOST_NOISE * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
-        pixels = (pixels + strength * torch.randn_like(pixels)).clamp(0, 255)
-    return pixels / 127.5 - 1
+def noisy(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 RGB [F, 96, 96, 3] with as much noise as a codec leaves, float32."""
+    strength = _MOST_NOISE * torch.rand(len(frames), 1, 1, 1, device=frames.device)
+    return (frames + strength * torch.randn(frames.shape, device=frames.device)).clamp(0, 255)
 
 
-def answer_logits(
-    model: LlavaOnevisionForConditionalGeneration,
-    batch: QuestionBatch,
-    keep: int | None = None,
-    *,
-    noisy: bool = False,
+def video_tokens(
+    model: LlavaOnevisionForConditionalGeneration, frames: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [labels of the batch, words] with all video tokens, or with ``keep`` of each video at random."""
+    """[V, 128, C]: encodes the distinct ``frames`` and puts them where ``index`` [V, 8] says."""
     inner = model.model
-    videos = len(batch.index)
-    hidden = inner.vision_tower(normalized(batch.frames, noisy=noisy), output_hidden_states=True).hidden_states[-1]
-    tokens = inner.apply_pooling(inner.multi_modal_projector(hidden))[batch.index].reshape(videos, VIDEO_TOKENS, -1)
-    if keep is not None:
-        order = torch.rand(videos, VIDEO_TOKENS, device=tokens.device).argsort(1)[:, :keep].sort(1).values
-        tokens = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
-    embed = model.get_input_embeddings()
-    before = embed(torch.tensor([IDS[word] for word in BEFORE], device=tokens.device))
-    parts = (before.expand(videos, -1, -1), tokens, inner.image_newline.expand(videos, 1, -1), embed(batch.ids))
-    prefix = sum(part.shape[1] for part in parts[:3])
-    position = torch.arange(prefix, device=tokens.device).expand(videos, -1)
-    hidden = inner.language_model(
-        inputs_embeds=torch.cat(parts, 1),
-        attention_mask=_row_mask(batch, prefix)[:, None],
-        position_ids=torch.cat([position, prefix + batch.position], 1),
-        use_cache=False,
-    ).last_hidden_state[:, prefix:]
-    return model.lm_head(hidden[batch.labels != IGNORED])
+    hidden = inner.vision_tower(normalized(frames), output_hidden_states=True).hidden_states[-1]
+    pooled = inner.apply_pooling(inner.multi_modal_projector(hidden))
+    return pooled[index].flatten(1, 2)
 
 
-def _row_mask(batch: QuestionBatch, prefix: int) -> torch.Tensor:
-    """bool [V, prefix + L, prefix + L], True where a position (row) sees another (column)."""
-    question = F.pad(batch.question, (prefix, 0), value=-2)
-    length = question.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=question.device).tril()
-    same = question[:, :, None] == question[:, None, :]
-    return causal & (same | (question == -2)[:, None, :])
+def some_of(tokens: torch.Tensor, keep: int) -> torch.Tensor:
+    """``keep`` of each row's tokens [V, T, C], at random, in their order."""
+    order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(1)[:, :keep].sort(1).values
+    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 @torch.no_grad()
-def accuracies(
-    model: LlavaOnevisionForConditionalGeneration, videos: int, split: str = "validation", keep: int | None = None
-) -> dict[str, float]:
-    """Share of right answers by category; the highest logit of all words counts."""
+def accuracies(model: LlavaOnevisionForConditionalGeneration, videos: int) -> dict[str, float]:
+    """Share of right answers by category, on the first validation videos with all tokens."""
     right, asked = ([0] * len(CATEGORIES) for _ in range(2))
     device = next(model.parameters()).device
-    for first in range(0, videos, 50):
-        weights = dict.fromkeys(CATEGORIES, 1.0)
-        batch = question_batch(range(first, first + 50), weights, QUESTIONS_OF_EACH, split).to(device)
-        best = answer_logits(model, batch, keep).argmax(-1)
-        labelled = batch.labels != IGNORED
-        labels, categories = batch.labels[labelled], batch.category[labelled]
-        for category, hit in zip(categories[::2].tolist(), (best == labels)[::2].tolist(), strict=True):
+    for first in range(0, videos, _CHECK_AT_ONCE):
+        seeds = range(first, first + _CHECK_AT_ONCE)
+        batch = question_batch(seeds, dict.fromkeys(CATEGORIES, 1.0), QUESTIONS_OF_EACH, "validation").to(device)
+        logits, labels = answer_logits(model, list(video_tokens(model, batch.frames, batch.index)), batch.rows)
+        categories = batch.rows.category[batch.rows.labels != IGNORED]
+        hits = logits.argmax(-1) == labels
+        for category, hit in zip(categories[::2].tolist(), hits[::2].tolist(), strict=True):
             asked[category] += 1
             right[category] += hit
     return {name: r / max(n, 1) for name, r, n in zip(CATEGORIES, right, asked, strict=True)}

@@ -1,0 +1,54 @@
+"""From video tokens and questions to answers: one pass of the language model over rows of questions.
+
+Every question sees the video and itself and has the positions it would have if it were asked alone, so the
+answers are those of ``generate`` (tests/toyworld/test_answers.py), for a fraction of its time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from .batches import BEFORE, IDS, IGNORED, Rows
+
+_PREFIX, _NOT_THERE = -2, -3  # beside the numbers of the questions
+
+
+def normalized(frames: torch.Tensor) -> torch.Tensor:
+    """RGB from 0 to 255, [F, 96, 96, 3], as the processor gives it to the model: float32 [F, 3, 96, 96]."""
+    return frames.permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def answer_logits(
+    model: LlavaOnevisionForConditionalGeneration, videos: Sequence[torch.Tensor], rows: Rows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [A, words], labels [A]) of all labelled positions, row by row.
+
+    ``videos``: the tokens of each row's video, [K, C], without the newline; K may differ.
+    """
+    inner, device = model.model, rows.ids.device
+    embed = model.get_input_embeddings()
+    before = embed(torch.tensor([IDS[word] for word in BEFORE], device=device))
+    prefixes = [torch.cat([before, tokens, inner.image_newline[None]]) for tokens in videos]
+    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+    prefix = pad_sequence(prefixes, batch_first=True)
+    hidden = inner.language_model(
+        inputs_embeds=torch.cat([prefix, embed(rows.ids)], 1),
+        attention_mask=_mask(lengths, rows.question)[:, None],
+        position_ids=torch.cat(
+            [torch.arange(prefix.shape[1], device=device).expand(len(videos), -1), lengths[:, None] + rows.position], 1
+        ),
+        use_cache=False,
+    ).last_hidden_state[:, prefix.shape[1] :]
+    labelled = rows.labels != IGNORED
+    return model.lm_head(hidden[labelled]), rows.labels[labelled]
+
+
+def _mask(lengths: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+    """bool [V, S, S], True where a position (row) sees another (column)."""
+    index = torch.arange(int(lengths.max()), device=question.device)
+    prefix = torch.where(index < lengths[:, None], _PREFIX, _NOT_THERE)
+    group = torch.cat([prefix, question], 1)
+    causal = torch.ones(group.shape[1], group.shape[1], dtype=torch.bool, device=question.device).tril()
+    return causal & ((group[:, :, None] == group[:, None, :]) | (group == _PREFIX)[:, None, :])
