@@ -10,7 +10,7 @@ from .config import EarlyTomConfig
 from .errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
 
 if TYPE_CHECKING:
-    from .integrations.generate import compile, restore
+    from .integrations.generate import compile, encode_videos, restore
     from .reporting import Report, report
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "EarlyTomFallbackWarning",
     "Report",
     "compile",
+    "encode_videos",
     "report",
     "restore",
 ]
@@ -28,7 +29,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; options, errors and `earlytom --help` need neither.
-    if name in ("compile", "restore"):
+    if name in ("compile", "encode_videos", "restore"):
         from .integrations import generate
 
         return getattr(generate, name)

@@ -74,6 +74,21 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def encode_videos(model: torch.nn.Module, pixel_values_videos: Any) -> list[torch.Tensor]:
+    """The compressed tokens of each video, as the language model gets them: for many questions about one video.
+
+    ``model`` is what :func:`compile` returned; ``pixel_values_videos`` [V, F, 3, H, W], or a sequence of videos
+    [F, 3, H, W]. Returns ``V`` tensors [K + 1, C] in the model's dtype, the newline last. Put them in the place of
+    the ``<video>`` placeholders in ``inputs_embeds``. Raises :class:`EarlyTomConfigError` if the model is not
+    compiled or a video has another shape.
+    """
+    handle = model.__dict__.get(_HANDLE)
+    if handle is None:
+        raise EarlyTomConfigError("the model is not compiled: call earlytom_compile.compile(model) first.")
+    _check_videos(pixel_values_videos)
+    return handle.encode_videos(pixel_values_videos)
+
+
 class CompiledModel:
     """What :func:`compile` adds to a model: its options, its compiled vision paths, and the last call's numbers."""
 
@@ -200,6 +215,12 @@ class CompiledModel:
             changed["labels"] = plan.take(kwargs["labels"], -100)
         kept = {k: v for k, v in kwargs.items() if k not in _CONSUMED}
         return new_ids, {**kept, **changed}, plan
+
+    @torch.no_grad()
+    def encode_videos(self, videos: Any) -> list[torch.Tensor]:
+        """See :func:`encode_videos`."""
+        self.prompt, self.videos = None, []
+        return [self._encode(video, {}, self.videos)[0] for video in videos]
 
     def _encode(
         self, video: torch.Tensor, choices: dict[str, Any], counts: list[tuple[GraphRecord, Counts]]
@@ -397,14 +418,18 @@ def _reason_against(ids: Any, kwargs: dict[str, Any]) -> tuple[str, str] | None:
 def _check_shapes(ids: torch.Tensor, videos: Any, mask: torch.Tensor | None) -> None:
     if ids.dim() != 2:
         raise EarlyTomConfigError(f"input_ids have shape {tuple(ids.shape)}; they must be [rows, prompt length].")
+    _check_videos(videos)
+    if mask is not None and mask.shape != ids.shape:
+        raise EarlyTomConfigError(
+            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; they must be equal."
+        )
+
+
+def _check_videos(videos: Any) -> None:
     if any(video.dim() != 4 for video in videos):
         shape = tuple(videos.shape) if isinstance(videos, torch.Tensor) else [tuple(v.shape) for v in videos]
         raise EarlyTomConfigError(
             f"pixel_values_videos have shape {shape}; they must be [videos, frames, channels, height, width]."
-        )
-    if mask is not None and mask.shape != ids.shape:
-        raise EarlyTomConfigError(
-            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; they must be equal."
         )
 
 
