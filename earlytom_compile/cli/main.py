@@ -1,15 +1,17 @@
-"""The ``earlytom`` command: ``demo``, ``run``, ``explain``, ``bench`` and ``flops``.
+"""The ``earlytom`` command: ``demo``, ``run``, ``explain``, ``bench``, ``flops`` and ``eval``.
 
 Only the parser lives here. What a command needs (torch, transformers) is imported when it runs, so that
 ``earlytom --help`` answers at once.
 """
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..config import EarlyTomConfig
 from ..errors import EarlyTomError
 from .options import add_config_flags, given_options
 
@@ -40,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_explain(commands.add_parser("explain", help="show what the compiler does to a checkpoint"))
     _add_bench(commands.add_parser("bench", help="time all tokens against fewer, side by side"))
     _add_flops(commands.add_parser("flops", help="count the work of a prefill, full and compressed"))
+    _add_eval(commands.add_parser("eval", help="count right answers, with all tokens and with fewer"))
     return parser
 
 
@@ -133,6 +136,34 @@ def _add_flops(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-length", type=int, default=32, help="words beside the video, if exact (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write every number there")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Asks a small model, trained for it, about synthetic videos: with all tokens, with EarlyTom, with parts of it "
+        "and with trivial ways to fewer tokens, and counts right answers by category."
+    )
+    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld (the only one so far)")
+    parser.add_argument("--model", metavar="FOLDER", help="a checkpoint trained on it (default: the one here)")
+    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)"
+    )
+    parser.add_argument("--videos", type=int, default=1000, metavar="N", help="how many (%(default)s)")
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
+    parser.add_argument(
+        "--retain-ratios",
+        type=_numbers(float),
+        default=(0.25, 0.2, 0.15, 0.1),
+        metavar="R,R",
+        help="shares of the video tokens (0.25,0.2,0.15,0.1)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every number there")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there")
+    parser.add_argument("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
+    algorithm = ("merge_layers", "tau_seg", "alpha", "max_window", "tau_merge")
+    names = [field.name for field in dataclasses.fields(EarlyTomConfig)]
+    add_config_flags(parser, leave_out=[name for name in names if name not in algorithm])
 
 
 def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
