@@ -1,4 +1,4 @@
-"""The toy world's Video-LLM: transformers' own LlavaOnevisionForConditionalGeneration, 1.2 M parameters.
+"""The toy world's Video-LLM: transformers' own LlavaOnevisionForConditionalGeneration, 1.5 M parameters.
 
     model = build_model(seed=0)              # random weights, to be trained
     save(model, "folder")                    # the layout of a real checkpoint
@@ -19,9 +19,7 @@ from earlytom_compile.cli.tiny_checkpoint import build_model as build_tiny_model
 from .language import CHAT_TEMPLATE, build_tokenizer
 from .world import FRAMES, SIZE
 
-SHAPE = TinySize(
-    image=SIZE, patch=12, vision_layers=8, vision_width=64, text_layers=4, text_width=128, initializer_range=0.02
-)
+SHAPE = TinySize(image=SIZE, patch=12, vision_layers=8, vision_width=64, text_layers=4, text_width=128)
 GRID = SIZE // SHAPE.patch
 """Patches of a frame in each direction."""
 POOLED = (GRID + 1) // 2

@@ -21,7 +21,7 @@ HEADINGS = ("method", "ratio", "tokens", "accuracy (95% CI)", "of all tokens'", 
 
 def rows(results: Sequence[Result], chance: dict[str, float]) -> list[tuple[str, ...]]:
     """Cells: accuracies in percent, a row for each result, and guessing last."""
-    full = next((result for result in results if result.method == ALL_TOKENS), None)
+    full = next((result.accuracy() for result in results if result.method == ALL_TOKENS), 0.0)
     cells = []
     for result in results:
         low, high = result.interval()
@@ -31,7 +31,7 @@ def rows(results: Sequence[Result], chance: dict[str, float]) -> list[tuple[str,
                 "" if result.retain_ratio is None else f"{result.retain_ratio:.0%}",
                 f"{result.tokens:.0f}",
                 f"{100 * result.accuracy():.1f} ({100 * low:.1f}-{100 * high:.1f})",
-                f"{result.accuracy() / full.accuracy():.1%}" if full and full is not result else "",
+                f"{result.accuracy() / full:.1%}" if full and result.method != ALL_TOKENS else "",
                 *(f"{100 * result.accuracy(category):.1f}" for category in CATEGORIES),
             )
         )

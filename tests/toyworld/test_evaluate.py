@@ -1,0 +1,161 @@
+"""Counting right answers: what is counted, how sure it is, and the command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from earlytom_compile.cli.main import main
+from earlytom_compile.toyworld.answers import answer_logits
+from earlytom_compile.toyworld.evaluate import Result, arms, evaluate, load_questions
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, method
+from earlytom_compile.toyworld.model import build_model, save
+from earlytom_compile.toyworld.questions import CATEGORIES
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(seed=5).eval()
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return load_questions("validation", first=7, videos=12)
+
+
+def result_of(right, asked):
+    return Result("some", 0.1, 13.0, np.array(right, bool), np.array(asked, bool))
+
+
+def test_questions_are_the_same_in_every_run(questions):
+    again = load_questions("validation", first=7, videos=12)
+    assert torch.equal(questions.frames, again.frames) and questions.asked == again.asked
+    assert all(len({q.category for q in asked}) == len(asked) > 0 for asked in questions.asked)
+
+
+def test_chance_is_one_over_the_choices(questions):
+    for category, chance in questions.chance.items():
+        of_category = [q for asked in questions.asked for q in asked if q.category == category]
+        assert chance == pytest.approx(np.mean([1 / len(q.choices) for q in of_category]))
+
+
+def test_a_model_that_always_says_one_word_is_right_where_that_is_the_answer(model, questions, monkeypatch):
+    said = questions.asked[0][0].answer
+
+    def only(model, videos, rows):
+        logits, labels = answer_logits(model, videos, rows)
+        from earlytom_compile.toyworld.batches import IDS
+
+        logits[:, IDS[said]] = 1e9
+        return logits, labels
+
+    monkeypatch.setattr("earlytom_compile.toyworld.evaluate.answer_logits", only)
+    found = evaluate(model, questions, ALL_TOKENS, None)
+    expected = [[q.answer == said for q in asked] for asked in questions.asked]
+    assert found.right.sum() == sum(map(sum, expected)) > 0
+    assert found.asked.sum() == sum(map(len, expected))
+    for video, asked in enumerate(questions.asked):
+        for question in asked:
+            column = CATEGORIES.index(question.category)
+            assert found.asked[video, column]
+            assert found.right[video, column] == (question.answer == said)
+
+
+def test_every_arm_can_be_evaluated(model, questions):
+    found = {(name, ratio): evaluate(model, questions, name, ratio) for name, ratio in arms((0.1,))}
+    assert {name for name, _ in found} == {ALL_TOKENS, NO_TOKENS, STAGE_1, *METHODS}
+    assert found[ALL_TOKENS, None].tokens == 128
+    assert found[NO_TOKENS, None].tokens == 0
+    assert found["earlytom paper", 0.1].tokens == 13
+
+
+def test_options_reach_the_methods(model, questions):
+    never = evaluate(model, questions, STAGE_1, None, {"tau_merge": 2.0})
+    assert never.tokens == 128 > evaluate(model, questions, STAGE_1, None).tokens
+
+
+def test_tokens_and_accuracy_of_a_chunked_run_are_those_of_one_chunk(model, questions, monkeypatch):
+    whole = evaluate(model, questions, "random tokens", 0.25)
+    monkeypatch.setattr("earlytom_compile.toyworld.evaluate._AT_ONCE", 5)
+    parts = evaluate(model, questions, "random tokens", 0.25)
+    assert np.array_equal(whole.right, parts.right) and np.array_equal(whole.asked, parts.asked)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(5, 60))
+def test_accuracy_lies_in_its_interval(seed, videos):
+    rng = np.random.default_rng(seed)
+    asked = rng.random((videos, 5)) < 0.7
+    asked[:, 0] = True
+    found = result_of(asked & (rng.random((videos, 5)) < 0.6), asked)
+    low, high = found.interval()
+    assert 0 <= low <= found.accuracy() <= high <= 1
+    assert found.accuracy() == found.right.sum() / asked.sum()
+
+
+def test_the_interval_narrows_with_videos_and_matches_the_binomial():
+    rng = np.random.default_rng(0)
+    asked = np.zeros((1000, 5), bool)
+    asked[:, 0] = True  # one question a video: a binomial
+    low, high = result_of(asked & (rng.random((1000, 5)) < 0.8), asked).interval()
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.8 * 0.2 / 1000), rel=0.15)
+
+
+def test_questions_of_a_video_count_together():
+    right = np.repeat(np.random.default_rng(0).random((400, 1)) < 0.5, 5, axis=1)  # all right or all wrong
+    asked = np.ones_like(right)
+    low, high = result_of(right, asked).interval()
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 400), rel=0.15)  # not over 2000 questions
+
+
+def test_the_loss_is_paired_by_video():
+    right = np.random.default_rng(0).random((300, 5)) < 0.5
+    asked = np.ones_like(right)
+    worse = right.copy()
+    worse[np.flatnonzero(right[:, 0])[:30], 0] = False
+    loss, low, high = result_of(worse, asked).loss_against(result_of(right, asked))
+    assert loss == pytest.approx(30 / 1500)
+    assert 0 < low < loss < high < 0.03
+
+
+def test_a_category_nobody_asked_about_has_no_interval():
+    asked = np.zeros((4, 5), bool)
+    asked[:, 0] = True
+    assert np.isnan(result_of(asked, asked).interval("needle")).all()
+
+
+def test_the_command_writes_what_it_prints(model, tmp_path, capsys):
+    folder = save(model, tmp_path / "model")
+    files = [str(tmp_path / name) for name in ("a.json", "a.md", "plots")]
+    command = ["eval", "--toy", "--model", str(folder), "--videos", "6", "--retain-ratios", "0.25,0.1"]
+    assert main([*command, "--device", "cpu", "--json", files[0], "--markdown", files[1], "--plot", files[2]]) == 0
+    content = json.loads((tmp_path / "a.json").read_text())
+    assert len(content["results"]) == 3 + 2 * len(METHODS)
+    assert content["split"] == "test" and content["torch"] == torch.__version__
+    table = (tmp_path / "a.md").read_text()
+    printed = capsys.readouterr().out
+    for name in (ALL_TOKENS, NO_TOKENS, STAGE_1, *METHODS, "guessing"):
+        assert name in printed and f"| {name} |" in table
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"accuracy.png", "categories.png"}
+
+
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        (["eval"], "--toy"),
+        (["eval", "--toy", "--videos", "0"], "videos=0"),
+        (["eval", "--toy", "--first", "-1"], "first=-1"),
+        (["eval", "--toy", "--retain-ratios", "0.1,2"], "2.0"),
+        (["eval", "--toy", "--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_named(wrong, word, capsys):
+    assert main(wrong) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_a_method_without_tokens_still_answers(model, questions):
+    assert len(method(NO_TOKENS, model, 0.1)(torch.zeros(8, 3, 96, 96))) == 0
