@@ -84,7 +84,7 @@ def save_checkpoint(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    vision = model.config.vision_config
+    vision: Any = model.config.vision_config
     for name, settings in _processor_files(vision.image_size, vision.patch_size).items():
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder
