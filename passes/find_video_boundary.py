@@ -8,6 +8,7 @@ stay one batch up to the 2-D pooling, and only then join with the tokens of thei
 regrouped or sliced right after the projector, so they never match and are never touched.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +70,12 @@ def _match(encoder: Encoder) -> Boundary | None:
     pixels = _video_input(encoder)
     if pixels is None:
         return None
-    pool = _path_to_pool(encoder)
+    # The features may be taken before the last layer, which runs for the caller alone then (transformers 5.24).
+    lengths = range(len(encoder.blocks), 0, -1)
+    used, pool = next(((n, pool) for n in lengths if (pool := _path_to_pool(encoder.blocks[n - 1].output))), (0, None))
     if pool is None:
         return None
+    encoder = Encoder(encoder.blocks[:used])
     # Frame counts and resolutions are part of what a compiled video path is specialised to: int() guards them.
     videos, frames = (int(size) for size in shape_of(pixels)[:2])  # type: ignore[index]
     features, flat = _flatten_after(pool, videos, frames)
@@ -108,19 +112,42 @@ def _video_input(encoder: Encoder) -> Node | None:
     return pixels if len(shape_of(pixels) or ()) == 5 else None
 
 
-def _path_to_pool(encoder: Encoder) -> Node | None:
-    """Walk from the last layer through a position-wise projector to a 2-D pooling; None if it goes elsewhere."""
-    node = encoder.blocks[-1].output
+def _path_to_pool(node: Node) -> Node | None:
+    """Walk from a layer's output through a position-wise projector to a 2-D pooling; None if it goes elsewhere."""
     for _ in range(64):
-        following = readers(node)
-        if len(following) != 1:
+        following = _way_on(node)
+        if following is None or op_name(following) in POOLS:
+            return following
+        if op_name(following) not in _PROJECTOR:
             return None
-        node = following[0]
-        if op_name(node) in POOLS:
-            return node
-        if op_name(node) not in _PROJECTOR:
-            return None
+        node = following
     return None
+
+
+def _way_on(node: Node) -> Node | None:
+    """The one reader of ``node`` that matters, None if several do.
+
+    Transformers 5.24 returns the encoder's own outputs beside the logits, so that a norm reads the last layer for
+    the caller alone: nothing computed from it meets anything computed from the features.
+    """
+    following = readers(node)
+    if len(following) < 2:
+        return following[0] if following else None
+    reached = {user: set(_downstream(user)) for user in following}
+    ways = [user for user in following if any(op_name(other) in POOLS for other in reached[user])]
+    if len(ways) != 1 or any(reached[user] & reached[ways[0]] for user in following if user is not ways[0]):
+        return None
+    return ways[0]
+
+
+def _downstream(node: Node) -> Iterator[Node]:
+    """``node`` and everything computed from it, without the graph's output."""
+    pending, seen = [node], {node}
+    while pending:
+        yield (current := pending.pop())
+        following = {user for user in current.users if user.op != "output"} - seen
+        seen |= following
+        pending += following
 
 
 def _flatten_after(pool: Node, videos: int, frames: int) -> tuple[Node, Node]:

@@ -68,7 +68,12 @@ def _select_released(
     if boundary.rows is not None:
         rows.meta["example_value"] = value_of(boundary.rows)
         _replace(boundary.rows, rows)
-        axis = ResizedAxis(rows, 0, "selected tokens", _size(graph, rows))
+        axes = [ResizedAxis(rows, 0, "selected tokens", _size(graph, rows))]
+        if any(user.op == "output" for user in boundary.end.users):
+            # The caller gets the features too (transformers 5.24): as one batch, since videos differ in length.
+            batch = insert(graph, "unsqueeze", rows, 0, like=value_of(boundary.rows).unsqueeze(0))
+            _replace(boundary.end, batch)
+            axes.append(ResizedAxis(batch, 1, "selected tokens", axes[0].size))
     else:
         if boundary.videos > 1:
             raise NotApplicable(
@@ -78,8 +83,8 @@ def _select_released(
             )
         batch = insert(graph, "unsqueeze", rows, 0, like=value_of(boundary.end))
         _replace(boundary.end, batch)
-        axis = ResizedAxis(batch, 1, "selected tokens", _size(graph, rows))
-    return SelectedTokens(None, kept_counts, (axis,))
+        axes = [ResizedAxis(batch, 1, "selected tokens", _size(graph, rows))]
+    return SelectedTokens(None, kept_counts, tuple(axes))
 
 
 def _pool_like_features(graph: Graph, boundary: Boundary, importance: Node) -> Node:

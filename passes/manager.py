@@ -86,7 +86,8 @@ def _find_encoder(state: Rewrite) -> None:
     state.encoders = find_vision_encoder(state.graph_module.graph)
     if not state.encoders:
         raise NotApplicable(
-            "this graph has no vision encoder: a text-only call, or a model without one",
+            "this graph has no vision encoder: a text-only call, a video given as features (mm_encoder_outputs), or a "
+            "model without one",
             "Pass a video (pixel_values_videos), or leave this model to another backend",
         )
 

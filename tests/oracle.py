@@ -293,6 +293,12 @@ def compressed_forward(model, inputs: dict, **options) -> OracleResult:
 
 
 @torch.no_grad()
+def compressed_videos(model, inputs: dict, **options) -> list[CompressedVideo]:
+    """What is left of each video. ``options``: the fields of Options, by name."""
+    return _compress(model, inputs, Options(**options))[0]
+
+
+@torch.no_grad()
 def compressed_generate(
     model,
     inputs: dict,

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import compressed_forward
+from oracle import compressed_forward, compressed_videos
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
 
 import earlytom_compile
@@ -20,6 +20,7 @@ from earlytom_compile import (
     report,
     stages,
 )
+from earlytom_compile.integrations.caches import cache_of
 
 _LOWER = stages.lower
 MERGE = {"merge_layers": (0, 2), "tau_seg": 0.3}
@@ -50,6 +51,13 @@ def graphs_and_breaks(model):
     return content["graphs"], content["recompiles"], sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
+def returned_features(output, kind):
+    """Rows [N, C] of all images or videos that the model returns beside the logits, by its names for them."""
+    if hasattr(output, f"{kind}_outputs"):
+        return torch.cat(list(output[f"{kind}_outputs"].pooler_output))
+    return output[f"{kind}_hidden_states"]
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_llava_onevision(vision_layers=4, text_layers=1)
@@ -64,9 +72,23 @@ def test_equals_the_oracle_in_one_graph(model, variant, lowering):
     assert expected.frames_after[0][-1] < 16, "nothing merged, the test would compare too little"
     assert graphs_and_breaks(compiled) == (1, 0, 0)
     before = 16 * tokens_per_frame(model)
-    assert output.past_key_values.get_seq_length() == expected.logits.shape[1]
+    assert cache_of(output).get_seq_length() == expected.logits.shape[1]
     if variant == "paper":
         assert len(expected.kept[0]) == round(0.2 * before)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "staged"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("videos_per_row", [(1,), (2,), (1, 1)])
+def test_returned_features_are_those_the_language_model_gets(model, videos_per_row, variant, lowering):
+    inputs = video_inputs(model, 12, videos_per_row=videos_per_row, left_padding=2)
+    compiled = compress(model, variant=variant, lowering=lowering)
+    output, expected = assert_equals_oracle(model, compiled, inputs, variant=variant)
+    videos = compressed_videos(model, inputs, retain_ratio=0.2, variant=variant, **MERGE)
+    features = returned_features(output, "video")
+    torch.testing.assert_close(features, torch.cat([v.features for v in videos]), atol=1e-4, rtol=1e-4)
+    if hasattr(output, "video_outputs"):
+        assert len(output.video_outputs.last_hidden_state) == sum(frames[-1] for frames in expected.frames_after)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -231,7 +253,7 @@ def test_images_in_the_same_graph_are_untouched(model):
     output, _ = assert_equals_oracle(model, compiled, inputs)
     with torch.no_grad():
         plain = model(**inputs)
-    assert torch.equal(output.image_hidden_states, plain.image_hidden_states)
+    assert torch.equal(returned_features(output, "image"), returned_features(plain, "image"))
     assert graphs_and_breaks(compiled) == (1, 0, 0)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 import earlytom_compile
 from earlytom_compile import EarlyTomFallbackWarning, cuda_graphs, report, stages
 from earlytom_compile.cuda_graphs import GraphedRun, bucket, fewest_of_bucket
+from earlytom_compile.integrations.caches import cache_of
 from earlytom_compile.passes.find_capturable import Signature
 from earlytom_compile.reporting import GraphRecord
 
@@ -310,7 +311,7 @@ def test_videos_through_graphs_are_what_they_are_without(model, variant, videos)
     assert len(frames) > videos // 2, "the videos are too alike to show anything"
     for output, logits in kept:
         torch.testing.assert_close(output.logits, logits, atol=1e-4, rtol=1e-4)
-        assert all(x.isfinite().all() for layer in output.past_key_values.layers for x in (layer.keys, layer.values))
+        assert all(x.isfinite().all() for layer in cache_of(output).layers for x in (layer.keys, layer.values))
     content = report(model).to_dict()
     parts = [graph["part"] for graph in content["cuda_graphs"] if graph["used"]]
     assert sum("frames" in part for part in parts) >= 3 and len(parts) == len(device.captured) < device.replays

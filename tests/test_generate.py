@@ -8,12 +8,23 @@ import pytest
 import torch
 from oracle import compressed_forward, compressed_generate
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    LlavaOnevisionForConditionalGeneration,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning, report
+from earlytom_compile.integrations.caches import cache_name, cache_of
 
+NEW_NAME = cache_name(LlavaOnevisionForConditionalGeneration.forward) == "cache"
+takes_features = pytest.mark.skipif(
+    "mm_encoder_outputs" not in inspect.signature(LlavaOnevisionForConditionalGeneration.forward).parameters,
+    reason="this transformers takes no features in place of pixels",
+)
 OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
 NEW = 6
 
@@ -40,6 +51,11 @@ def new_tokens(model, inputs, **kwargs):
     prompt = inputs["input_ids"]
     assert torch.equal(output[:, : prompt.shape[1]], prompt.repeat_interleave(len(output) // len(prompt), 0))
     return output[:, prompt.shape[1] :]
+
+
+def given(model, cache):
+    """A cache as an argument of the model, by the name that its transformers gives it."""
+    return {cache_name(model.forward): cache}
 
 
 def oracle_tokens(model, inputs, **options):
@@ -215,11 +231,11 @@ def test_decoding_compiled_by_somebody_else_sees_the_model_alone(model):
     compiled(model)
     expected = new_tokens(model, inputs)
     cache = DynamicCache(config=model.config.text_config)
-    step = model.generate(**inputs, max_new_tokens=1, do_sample=False, past_key_values=cache, pad_token_id=0)
+    step = model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0, **given(model, cache))
     position = torch.tensor([[cache.get_seq_length()]])
     with torch.no_grad():
         decode = torch.compile(model.__call__, backend="eager", fullgraph=True)
-        logits = decode(input_ids=step[:, -1:], past_key_values=cache, position_ids=position).logits
+        logits = decode(input_ids=step[:, -1:], position_ids=position, **given(model, cache)).logits
     assert logits[:, -1].argmax(-1) == expected[:, 1]
 
 
@@ -351,16 +367,95 @@ def test_stopping_criteria_and_logits_processors_see_the_callers_prompt(model):
 def test_the_next_turn_cannot_continue_a_cut_cache(model):
     inputs = video_inputs(model, 12)
     output = compiled(model).generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
-    with pytest.raises(EarlyTomConfigError, match="Start the next turn without past_key_values"):
-        model.generate(input_ids=output.sequences, past_key_values=output.past_key_values, max_new_tokens=2)
+    with pytest.raises(EarlyTomConfigError, match="Start the next turn without a cache"):
+        model.generate(input_ids=output.sequences, max_new_tokens=2, **given(model, cache_of(output)))
 
 
 def test_a_filled_cache_runs_uncompressed(model):
     inputs = video_inputs(model, 12)
     with torch.no_grad():
-        cache = model(inputs["input_ids"][:, :2], use_cache=True).past_key_values
+        cache = cache_of(model(inputs["input_ids"][:, :2], use_cache=True))
     with pytest.warns(EarlyTomFallbackWarning, match="already filled"):
-        compiled(model).generate(**inputs, past_key_values=cache, max_new_tokens=1)
+        compiled(model).generate(**inputs, max_new_tokens=1, **given(model, cache))
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_names_that_transformers_deprecates_are_not_used(model):
+    inputs = video_inputs(model, 12)
+    first = compiled(model, lowering="staged").generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    assert cache_of(first).get_seq_length() < inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        model(**inputs)
+
+
+@pytest.mark.skipif(not NEW_NAME, reason="transformers before 5.24 has one name only")
+@pytest.mark.filterwarnings("default::FutureWarning")
+def test_a_cache_by_its_old_name_is_seen(model):
+    inputs = video_inputs(model, 12)
+    output = compiled(model).generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(EarlyTomConfigError, match="Start the next turn without a cache"):
+        model.generate(input_ids=output.sequences, past_key_values=cache_of(output), max_new_tokens=2)
+
+
+# --- Features that the caller encoded before the call ---------------------------------------------
+
+
+def video_features(model, inputs):
+    videos = inputs.pop("pixel_values_videos")
+    with torch.no_grad():
+        return {"video": model.model.get_video_features(videos, return_dict=True)}
+
+
+@takes_features
+@pytest.mark.parametrize("call", ["generate", "forward", "forward in another compile"])
+def test_features_of_a_video_run_uncompressed_and_say_so(model, call):
+    inputs = video_inputs(model, 12)
+    inputs["mm_encoder_outputs"] = video_features(model, inputs)
+
+    def run():
+        if call == "generate":
+            return model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            return (model if call == "forward" else torch.compile(model, backend="eager"))(**inputs).logits
+
+    expected = run()
+    compiled(model)
+    with pytest.warns(EarlyTomFallbackWarning, match="given as features"):
+        torch.testing.assert_close(run(), expected)
+    assert "given as features" in report(model).to_dict()["reasons"][0]
+    compiled(model, strict=True)
+    with pytest.raises(EarlyTomCompileError, match="Pass pixel_values_videos"):
+        run()
+
+
+@takes_features
+def test_features_of_an_image_beside_a_video(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 1), images_per_row=(1, 0))
+    expected = new_tokens(compiled(model), inputs)
+    names = ("pixel_values", "image_sizes")
+    with torch.no_grad():
+        image = model.model.get_image_features(**{name: inputs.pop(name) for name in names}, return_dict=True)
+    assert torch.equal(new_tokens(model, inputs, mm_encoder_outputs={"image": image}), expected)
+
+
+@takes_features
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_pixels_and_features_of_one_video_are_refused_by_the_model(model, call):
+    inputs = video_inputs(model, 12)
+    inputs["mm_encoder_outputs"] = video_features(model, dict(inputs))
+    with pytest.raises(ValueError, match="You cannot"):
+        getattr(compiled(model), call)(**inputs)
+
+
+@takes_features
+def test_an_uncompressed_generate_gives_one_reason(model):
+    """It encodes the video by itself and hands the features to forward()."""
+    inputs = video_inputs(model, 12)
+    inputs["input_ids"][0, [0, 30]] = inputs["input_ids"][0, [30, 0]]
+    with pytest.warns(EarlyTomFallbackWarning) as warned:
+        new_tokens(compiled(model), inputs)
+    assert len(warned) == 1 and len(report(model).to_dict()["reasons"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import earlytom_compile
 
+from ..integrations.caches import cache_of
 from .workload import Inputs, with_video
 
 First = tuple[Tensor, Any]
@@ -69,7 +70,7 @@ def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
 
     def first_token() -> First:
         output = twin.generate(**inputs, **choices)
-        return output.sequences[:, -1:], output.past_key_values
+        return output.sequences[:, -1:], cache_of(output)
 
     return Arm(
         f"earlytom {options['retain_ratio']:g}",
@@ -97,7 +98,7 @@ def _backend(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
 
 def _forward(model: Any, inputs: Inputs) -> First:
     output = model(**inputs, logits_to_keep=1)
-    return output.logits[:, -1:].argmax(-1), output.past_key_values
+    return output.logits[:, -1:].argmax(-1), cache_of(output)
 
 
 def _with_fewer_frames(model: Any, inputs: Inputs, videos: Tensor) -> Inputs:

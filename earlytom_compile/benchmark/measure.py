@@ -15,6 +15,7 @@ from torch import Tensor
 
 import earlytom_compile
 
+from ..integrations.caches import cache_name
 from .arms import Arm, First
 from .breakdown import Breakdown
 from .floor import Floor
@@ -105,10 +106,10 @@ def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int) -> N
 def decode(model: Any, first: First, tokens: int) -> Tensor:
     """Greedy tokens [R, 1 + tokens] behind the first, with the model's own code."""
     token, cache = first
-    said = [token]
+    said, name = [token], cache_name(model.forward)
     for _ in range(tokens):
         position = torch.full((len(token), 1), cache.get_seq_length(), device=token.device)
-        logits = model(input_ids=said[-1], past_key_values=cache, position_ids=position).logits
+        logits = model(input_ids=said[-1], position_ids=position, **{name: cache}).logits
         said.append(logits[:, -1:].argmax(-1))
     return torch.cat(said, dim=1)
 

@@ -17,8 +17,9 @@ import functools
 import inspect
 import time
 import types
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ..errors import EarlyTomConfigError, EarlyTomError
 from ..prompt import PromptCut, UncuttablePrompt
 from ..reporting import Counts, GraphRecord, forget
 from ..stages import CompressedGraph, fall_back
+from .caches import cache_of, given_cache
 from .prefill import CompiledPrefill
 from .tracing import make_traceable
 
@@ -128,14 +130,15 @@ class CompiledModel:
         cut = None if reason else self._compress(ids, kwargs)  # type: ignore[arg-type]
         if cut is None:
             arguments = (inputs, *args) if inputs is not None or args else ()
-            return self.own["generate"](*arguments, **kwargs)
+            with _generating():
+                return self.own["generate"](*arguments, **kwargs)
         assert ids is not None
         new_ids, new_kwargs, plan = cut
         self._shorten_limits(new_kwargs, args, plan.dropped)
         _show_own_prompt(new_kwargs, ids, new_ids.shape[1])
-        with self._compiled_prefill():
+        with _generating(), self._compiled_prefill():
             output = self.own["generate"](new_ids, *args, **new_kwargs)
-        _mark_cache(getattr(output, "past_key_values", None), kwargs.get("past_key_values"))
+        _mark_cache(cache_of(output), given_cache(kwargs))
         return _with_own_prompt(output, ids, new_ids.shape[1])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +148,7 @@ class CompiledModel:
             names = list(inspect.signature(own).parameters)
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if torch.compiler.is_compiling():
-            if kwargs.get("pixel_values_videos") is None:
+            if kwargs.get("pixel_values_videos") is None and _features(kwargs).get("video") is None:
                 return own(**kwargs)  # transformers compiles decoding steps: let it see the model alone
             # Behind a graph break: traced by another torch.compile, our own would do nothing.
             return torch.compiler.disable(self.forward)(**kwargs)
@@ -166,8 +169,13 @@ class CompiledModel:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
         videos = kwargs.get("pixel_values_videos")
         if videos is None or len(videos) == 0:
-            _refuse_compressed_cache(kwargs.get("past_key_values"), ids, self.model.config.video_token_id)
+            _refuse_compressed_cache(given_cache(kwargs), ids, self.model.config.video_token_id)
+            if _features(kwargs).get("video") is not None and not _GENERATING.get():
+                self.prompt, self.videos = None, []
+                fall_back(*_ALREADY_ENCODED, self.config, self.record)
             return "no video"
+        if _pixels_and_features(kwargs, forward):
+            return "the model's own code refuses the call, with an error of its own"
         self.prompt, self.videos = None, []
         reason = _reason_against(ids, kwargs)
         if reason is None and forward:
@@ -246,22 +254,22 @@ class CompiledModel:
         """Embeddings [R, S', C] of the cut prompt, images encoded by the model's own code."""
         model = self.model.model
         embeds = model.get_input_embeddings()(ids)
-        if kwargs.get("pixel_values") is not None:
-            names = (
-                "pixel_values",
-                "image_sizes",
-                "vision_aspect_ratio",
-                "batch_num_images",
-                *_FEATURE_CHOICES,
-            )
-            given = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-            images = torch.cat(list(model.get_image_features(**given, return_dict=True).pooler_output), dim=0)
+        if (images := self._image_rows(kwargs)) is not None:
             images = images.to(embeds.device, embeds.dtype)
             mask, _ = model.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=images)
             embeds = embeds.masked_scatter(mask, images)
         video_rows = video_rows.to(embeds.device, embeds.dtype)
         mask = (ids == self.model.config.video_token_id).unsqueeze(-1)
         return embeds.masked_scatter(mask, video_rows)
+
+    def _image_rows(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Rows [N, C] of all images: encoded by the model's own code, or by the caller before."""
+        encoded = _features(kwargs).get("image")
+        if encoded is None and kwargs.get("pixel_values") is not None:
+            names = ("pixel_values", "image_sizes", "vision_aspect_ratio", "batch_num_images", *_FEATURE_CHOICES)
+            given = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
+            encoded = self.model.model.get_image_features(**given, return_dict=True)
+        return None if encoded is None else torch.cat(list(encoded.pooler_output), dim=0)
 
     def _cut_mask(
         self, ids: torch.Tensor, plan: PromptCut, kwargs: dict[str, Any], forward: bool
@@ -379,9 +387,38 @@ _CONSUMED = frozenset(
         "image_sizes_videos",
         "vision_aspect_ratio",
         "batch_num_images",
+        "mm_encoder_outputs",
         *_FEATURE_CHOICES,
     )
 )
+_ALREADY_ENCODED = (
+    "the video is given as features (mm_encoder_outputs), which reach the language model as they are",
+    "Pass pixel_values_videos to have it compressed",
+)
+_GENERATING = ContextVar("earlytom_generating", default=False)
+
+
+@contextmanager
+def _generating() -> Iterator[None]:
+    """Inside, features that reach ``forward`` are those of ``generate``, which encodes before the prompt's pass."""
+    token = _GENERATING.set(True)
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+def _features(kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """What the caller encoded before the call, by ``"image"`` and ``"video"``."""
+    return kwargs.get("mm_encoder_outputs") or {}
+
+
+def _pixels_and_features(kwargs: dict[str, Any], forward: bool) -> bool:
+    """Whether a call with pixels of videos also brings features that transformers refuses beside them."""
+    if forward:
+        return kwargs.get("mm_encoder_outputs") is not None
+    given = {"image": kwargs.get("pixel_values"), "video": kwargs.get("pixel_values_videos")}
+    return any(_features(kwargs).get(kind) is not None and pixels is not None for kind, pixels in given.items())
 
 
 def _require_supported(model: Any) -> None:
@@ -406,7 +443,7 @@ def _reason_against(ids: Any, kwargs: dict[str, Any]) -> tuple[str, str] | None:
     """(reason, cure) for a call with videos that is not a prompt with placeholders."""
     if not isinstance(ids, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
         return "the prompt is not given as input_ids", "Pass input_ids, not inputs_embeds"
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         return "the call continues a cache that is already filled", "Start with an empty cache"
     mask = kwargs.get("attention_mask")
@@ -446,8 +483,8 @@ def _mark_cache(*caches: Any) -> None:
 def _refuse_compressed_cache(cache: Any, ids: Any, video_token: int) -> None:
     if getattr(cache, _CACHE_MARK, False) and isinstance(ids, torch.Tensor) and bool((ids == video_token).any()):
         raise EarlyTomConfigError(
-            "past_key_values hold a prompt whose video tokens were cut, and input_ids still have all of them. Start "
-            "the next turn without past_key_values, with the whole conversation and its video."
+            "the cache holds a prompt whose video tokens were cut, and input_ids still have all of them. Start the "
+            "next turn without a cache, with the whole conversation and its video."
         )
 
 

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 
 from ..reporting import GraphRecord, add_record
 from ..stages import inductor_options, lower_stages
+from .caches import given_cache
 
 
 class CompiledPrefill:
@@ -85,7 +86,7 @@ class CompiledPrefill:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
         several = kwargs["inputs_embeds"].shape[0] > 1
         shapes = tuple((name, tensor.dim()) for name, tensor in tensors.items())
-        kind = (several, shapes, type(kwargs.get("past_key_values")))
+        kind = (several, shapes, type(given_cache(kwargs)))
         if kind not in self._compiled:
             # Dynamo's recompile limit counts per code object; every kind gets one of its own.
             code = _call.__code__.replace(co_name=f"prefill_{id(self)}_{len(self._compiled)}")

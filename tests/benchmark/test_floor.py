@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from earlytom_compile.benchmark.floor import Work, floor, work_of
 from earlytom_compile.benchmark.workload import make_inputs
+from earlytom_compile.integrations.caches import cache_of
 
 WORDS = 9
 
@@ -51,7 +52,7 @@ def test_bytes_of_each_part_are_those_of_the_tensors_that_cross_its_borders(mode
     parts += [(layer, "llm") for layer in inner.language_model.layers]
     hooks = [module.register_forward_hook(count_for(part), with_kwargs=True) for module, part in parts]
     with torch.no_grad():
-        cache = model(**inputs, logits_to_keep=1).past_key_values
+        cache = cache_of(model(**inputs, logits_to_keep=1))
     for hook in hooks:
         hook.remove()
     seen["llm"] += sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -1,0 +1,27 @@
+"""The cache of keys and values by the name it has: ``cache`` since transformers 5.24, ``past_key_values`` before.
+
+    model(input_ids, **{cache_name(model.forward): cache_of(output)})
+
+From 5.24 on the old name still works but warns, so our own code never uses it there.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_NEW, _OLD = "cache", "past_key_values"
+
+
+def cache_name(function: Callable[..., Any]) -> str:
+    """The name of the argument by which ``function`` takes a cache."""
+    return _NEW if _NEW in inspect.signature(function).parameters else _OLD
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a caller's arguments, by either name; None if there is none."""
+    return arguments.get(_OLD) if arguments.get(_NEW) is None else arguments[_NEW]
+
+
+def cache_of(output: Any) -> Any:
+    """The cache that a model or ``generate`` returns with its output; None if it returns none."""
+    return getattr(output, _NEW if hasattr(output, _NEW) else _OLD, None)
