@@ -9,28 +9,25 @@ from rich.console import Console
 
 import earlytom_compile
 
-from .clip import write_clip
+from ..toyworld.model import WEIGHTS
 from .comparison import timed_answer
-from .demo import QUESTION
+from .demo import write_demo_video
 from .loading import load_checkpoint, prepare_inputs, progress_bars
-from .tiny_checkpoint import write_checkpoint
 from .toolchain import require_toolchain
+
+_QUESTION = "what color is the circle ?"  # any will do: only the lengths are reported
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Call once, print the report."""
     progress_on = Console(stderr=True)
+    loaded = load_checkpoint(arguments.model or str(WEIGHTS), device=arguments.device, dtype=arguments.dtype)
+    require_toolchain(loaded.device, options)
     with tempfile.TemporaryDirectory(prefix="earlytom-explain-") as folder:
-        loaded = load_checkpoint(
-            arguments.model or str(write_checkpoint(Path(folder) / "checkpoint")),
-            device=arguments.device,
-            dtype=arguments.dtype,
-        )
-        require_toolchain(loaded.device, options)
         clip = arguments.video or Path(folder) / "clip.mp4"
         if not arguments.video:
-            write_clip(clip)
-        inputs = prepare_inputs(loaded, clip, QUESTION, frames=arguments.frames, progress_on=progress_on)
+            write_demo_video(clip)
+        inputs = prepare_inputs(loaded, clip, _QUESTION, frames=arguments.frames, progress_on=progress_on)
     model = earlytom_compile.compile(loaded.model, **options)
     with progress_bars(progress_on) as progress:
         progress.add_task("compile and answer", total=None)

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="earlytom", description="Video-LLMs that compress their video tokens inside the vision encoder."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands.add_parser("demo", help="compare full and compressed on a tiny model built on the spot"))
+    _add_demo(commands.add_parser("demo", help="compare full and compressed answers, with what comes along"))
     _add_run(commands.add_parser("run", help="ask a LLaVA-OneVision checkpoint about a video"))
     _add_explain(commands.add_parser("explain", help="show what the compiler does to a checkpoint"))
     _add_bench(commands.add_parser("bench", help="time all tokens against fewer, side by side"))
@@ -48,11 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Builds a tiny LLaVA-OneVision with random weights and a short video, asks a question with the full "
-        "and with the compressed model, and shows the difference. Everything but the weights is real."
+        "Draws a short video, asks questions with the full and with the compressed model, and shows the difference. "
+        "The model is a small LLaVA-OneVision that was trained on such videos and comes along."
     )
     parser.add_argument("--save", metavar="FOLDER", help="keep checkpoint and video there (default: thrown away)")
-    _add_frames(parser)
+    _add_frames(parser, 8)
     _add_max_new_tokens(parser, 16)
     _add_repeats(parser)
     add_config_flags(parser, retain_ratio=0.1)
@@ -180,7 +180,7 @@ def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
 
 
 def _add_model(
-    parser: argparse.ArgumentParser, *, required: bool, fallback: str = " (default: the demo's tiny model)"
+    parser: argparse.ArgumentParser, *, required: bool, fallback: str = " (default: the demo's)"
 ) -> None:
     parser.add_argument(
         "--model",
@@ -197,8 +197,8 @@ def _add_model(
     )
 
 
-def _add_frames(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--frames", type=int, default=32, help="frames taken evenly from the video (%(default)s)")
+def _add_frames(parser: argparse.ArgumentParser, default: int = 32) -> None:
+    parser.add_argument("--frames", type=int, default=default, help="frames taken evenly from the video (%(default)s)")
 
 
 def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:

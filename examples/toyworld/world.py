@@ -22,6 +22,8 @@ FRAMES = 8
 """Frames of a video as the model samples it."""
 FRAMES_BETWEEN = 9
 """Frames of an mp4 from one sampled frame to the next."""
+FILE_FRAMES = (FRAMES - 1) * FRAMES_BETWEEN + 1
+"""Frames of an mp4."""
 FPS = 12
 
 COLORS = {
@@ -180,7 +182,7 @@ def write_mp4(video: Video, path: str | Path) -> None:
     with av.open(str(path), "w") as container:
         stream = typing.cast(av.VideoStream, container.add_stream(codec, rate=FPS))
         stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
-        for index in range((FRAMES - 1) * FRAMES_BETWEEN + 1):
+        for index in range(FILE_FRAMES):
             picture = video.draw(index / FRAMES_BETWEEN)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
