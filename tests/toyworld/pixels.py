@@ -1,0 +1,55 @@
+"""What the pixels of a frame show, found without asking how they were drawn.
+
+Colours are exact and things stand apart, so each thing is one connected piece of one colour:
+
+    seen(frames)  ->  [Seen(frame=0, color="red", shape="ring", x=31.0, y=70.5, mask=bool [96, 96]), ...]
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from earlytom_compile.toyworld.world import COLORS
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A piece of one colour; ``x``, ``y``: mean of its pixels."""
+
+    frame: int
+    color: str
+    shape: str
+    x: float
+    y: float
+    mask: np.ndarray
+
+
+def pixels_of(color: str, frames: np.ndarray) -> np.ndarray:
+    """bool: where uint8 [..., 3] is exactly this colour."""
+    return (frames == np.array(COLORS[color], np.uint8)).all(-1)
+
+
+def seen(frames: np.ndarray) -> list[Seen]:
+    """Everything in frames [F, 96, 96, 3] without specks."""
+    found = []
+    for number, frame in enumerate(frames):
+        for color in COLORS:
+            pieces, count = ndimage.label(pixels_of(color, frame))
+            for piece in range(1, count + 1):
+                mask = pieces == piece
+                y, x = ndimage.center_of_mass(mask)
+                found.append(Seen(number, color, shape_of(mask), float(x), float(y), mask))
+    return found
+
+
+def shape_of(mask: np.ndarray) -> str:
+    """By holes, by how much of its box a piece fills, and by whether it is wider below."""
+    box = mask[ndimage.find_objects(mask.astype(int))[0]]
+    if ndimage.binary_fill_holes(box).sum() > box.sum():
+        return "ring"
+    filled = box.mean()
+    if filled > 0.68:
+        return "square" if filled > 0.9 else "circle"
+    half = len(box) // 2
+    return "triangle" if box[-half:].sum() > 1.5 * box[:half].sum() else "cross"

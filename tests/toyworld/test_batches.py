@@ -1,0 +1,182 @@
+"""Labels are what the pixels show, and rows are the prompts of their questions laid end to end."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from pixels import seen
+
+from earlytom_compile.toyworld.batches import IGNORED, patch_batch, patch_labels, question_batch, rows_of
+from earlytom_compile.toyworld.language import build_tokenizer, prompt
+from earlytom_compile.toyworld.questions import TRAINING_CATEGORIES, all_questions
+from earlytom_compile.toyworld.world import COLORS, FRAMES, SHAPES, sample_video
+
+EQUAL = dict.fromkeys(TRAINING_CATEGORIES, 1.0)
+LEAST_PIXELS = 0.12 * 12 * 12
+
+
+def same(a, b):
+    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "rows")
+
+
+# --- Patches -------------------------------------------------------------------------------------------
+
+
+def patches_of(mask):
+    """[64]: pixels of ``mask`` in each patch, row by row."""
+    return np.array([[mask[y : y + 12, x : x + 12].sum() for x in range(0, 96, 12)] for y in range(0, 96, 12)]).ravel()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_patches_are_labelled_with_what_covers_most_of_them(seed):
+    video = replace(sample_video("test", seed), specks={})
+    for time in (0, 3, 7):
+        things = seen(video.draw(time)[None])
+        covered = np.stack([patches_of(s.mask) for s in things])
+        color, shape, offset = patch_labels(video, time)
+        for patch in range(64):
+            best = covered[:, patch].argmax()
+            there = covered[best, patch] > LEAST_PIXELS
+            if there and (covered[:, patch] == covered[best, patch]).sum() > 1:
+                continue  # as much of one thing as of another
+            thing = things[best]
+            assert color[patch] == (1 + list(COLORS).index(thing.color) if there else 0)
+            assert shape[patch] == (1 + SHAPES.index(thing.shape) if there else 0)
+            if not there:
+                assert (offset[patch] == 0).all()
+            elif thing.shape == "circle":
+                middle = np.array([patch % 8, patch // 8]) * 12 + 5.5
+                np.testing.assert_allclose(middle + 12 * offset[patch], (thing.x, thing.y), atol=1.0)
+
+
+def test_patch_batch_holds_frames_of_each_video_and_their_labels():
+    batch = patch_batch(range(5), "test", frames_of_each=3)
+    assert batch.frames.shape == (15, 96, 96, 3) and batch.frames.dtype == torch.uint8
+    assert batch.color.shape == batch.shape.shape == (15, 64) and batch.color.dtype == batch.shape.dtype == torch.int64
+    assert batch.offset.shape == (15, 64, 2) and batch.offset.dtype == torch.float32
+    for seed in range(5):
+        video = sample_video("test", seed)
+        labels = [tuple(map(np.ndarray.tolist, patch_labels(video, time))) for time in range(FRAMES)]
+        pictures = video.frames()
+        times = []
+        for row in range(3 * seed, 3 * seed + 3):
+            of_row = tuple(column[row].tolist() for column in (batch.color, batch.shape, batch.offset))
+            shown = [t for t in range(FRAMES) if np.array_equal(pictures[t], batch.frames[row]) and labels[t] == of_row]
+            assert shown, (seed, row)
+            times.append(shown)
+        assert len({t for shown in times for t in shown}) >= 3  # three different times
+
+
+def test_same_seeds_same_patches():
+    assert same(patch_batch(range(4)), patch_batch(range(4)))
+    assert not same(patch_batch(range(4)), patch_batch(range(1, 5)))
+    assert not same(patch_batch(range(4)), patch_batch(range(4), "validation"))
+
+
+# --- Videos --------------------------------------------------------------------------------------------
+
+
+def test_index_puts_the_frames_of_each_video_together():
+    batch = question_batch(range(8), EQUAL, 2, "test")
+    for seed in range(8):
+        np.testing.assert_array_equal(batch.frames[batch.index[seed]], sample_video("test", seed).frames())
+        mine = batch.frames[batch.index[seed].unique()]
+        assert len(mine.flatten(1).unique(dim=0)) == len(mine)
+    assert batch.index.unique().tolist() == list(range(len(batch.frames)))
+    assert len(batch.frames) < 8 * FRAMES  # some of these videos show a frame twice
+
+
+def test_same_seeds_same_questions():
+    batch, again = question_batch(range(6), EQUAL, 5), question_batch(range(6), EQUAL, 5)
+    assert same(batch, again) and same(batch.rows, again.rows)
+    assert not same(batch, question_batch(range(6), EQUAL, 5, "validation"))
+
+
+def texts_of(row):
+    """question -> its words, out of one row of a batch."""
+    tokenizer = build_tokenizer()
+    numbers = [number for number in row.question.unique().tolist() if number >= 0]
+    words = [tokenizer.decode(row.ids[row.question == number]) for number in numbers]
+    return [text.split(" <|im_end|> <|im_start|> assistant ") for text in words]
+
+
+def row_of(rows, index):
+    return type(rows)(*(getattr(rows, field.name)[index] for field in fields(rows)))
+
+
+@pytest.mark.parametrize("count", [1, 4, 1000])
+def test_at_most_so_many_questions_of_a_video(count):
+    rows = question_batch(range(10), EQUAL, count, "test").rows
+    for seed in range(10):
+        there = sorted([q.text, q.answer] for q in all_questions(sample_video("test", seed)))
+        asked = sorted(texts_of(row_of(rows, seed)))
+        assert len(asked) == min(count, len(there))
+        assert asked == there if count == 1000 else all(asked.count(a) <= there.count(a) for a in asked)
+
+
+@pytest.mark.parametrize("category", TRAINING_CATEGORIES)
+def test_a_category_without_weight_is_left_out(category):
+    rows = question_batch(range(20), {**EQUAL, category: 0.0}, 1000, "test").rows
+    asked = {TRAINING_CATEGORIES[i] for i in rows.category[rows.question >= 0].unique()}
+    assert asked == set(TRAINING_CATEGORIES) - {category}
+
+
+def test_categories_are_drawn_by_weight():
+    rows = question_batch(range(400), {"counting": 3.0, "place": 1.0}, 1, "test").rows
+    both = [
+        seed
+        for seed in range(400)
+        if {"counting", "place"} <= {q.category for q in all_questions(sample_video("test", seed))}
+    ]
+    counting = rows.category[both, 0] == TRAINING_CATEGORIES.index("counting")
+    assert len(both) > 200
+    assert counting.float().mean().item() == pytest.approx(0.75, abs=0.08)
+
+
+# --- Rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return [all_questions(sample_video("test", seed))[:count] for seed, count in ((0, 5), (1, 1), (2, 3))]
+
+
+def test_rows_are_the_prompts_behind_the_video(asked):
+    tokenizer, rows = build_tokenizer(), rows_of(asked)
+    video = tokenizer.convert_tokens_to_ids("<video>")
+    for index, questions in enumerate(asked):
+        row = row_of(rows, index)
+        for number, question in enumerate(questions):
+            said = tokenizer(f"{prompt(question.text)} {question.answer} <|im_end|>").input_ids
+            said = said[said.index(video) + 1 :]
+            here = row.question == number
+            assert row.ids[here].tolist() == said[:-1]
+            assert row.position[here].tolist() == list(range(len(said) - 1))
+            assert row.category[here].unique().tolist() == [TRAINING_CATEGORIES.index(question.category)]
+            # A label is the token that comes next; only the answer and its end have one.
+            assert row.labels[here].tolist() == [IGNORED] * (len(said) - 3) + said[-2:]
+
+
+def test_questions_stand_one_behind_the_other_and_padding_is_ignored(asked):
+    rows = rows_of(asked)
+    for index, questions in enumerate(asked):
+        row = row_of(rows, index)
+        length = int((row.question >= 0).sum())
+        numbers = row.question[:length].tolist()
+        assert numbers == sorted(numbers) and set(numbers) == set(range(len(questions)))
+        assert (row.question[length:] == -1).all() and (row.labels[length:] == IGNORED).all()
+    assert (rows.question >= 0).any(0).all()  # no longer than the longest
+    assert all(getattr(rows, f.name).dtype == torch.int64 for f in fields(rows))
+
+
+def test_a_row_may_have_no_question(asked):
+    rows = rows_of([asked[0], []])
+    assert (rows.question[1] == -1).all() and (rows.labels[1] == IGNORED).all()
+
+
+def test_batches_move_with_all_they_hold():
+    batch = question_batch(range(2), EQUAL, 2).to(torch.device("meta"))
+    assert {batch.frames.device, batch.index.device, batch.rows.ids.device, batch.rows.labels.device} == {
+        torch.device("meta")
+    }
