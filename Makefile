@@ -1,6 +1,6 @@
 # make demo         a video question through the compressed model, on a tiny model built on the spot
 # make test         ruff, mypy and the tests
-# make test-matrix  the tests once more with the oldest tried transformers, in an environment of its own
+# make test-matrix  the tests once more with older transformers, each in an environment of its own
 # make clean        remove the environments and every cache
 #
 # Each target makes the environment it needs and installs into it once. `pip install` is left as it is, so PyPI
@@ -13,6 +13,8 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Processes that run tests, one thread each: with more, processes and OpenMP threads would fight for the cores.
 TEST_JOBS ?= $(shell test $(CORES) -gt 4 && echo 4 || echo $(CORES))
 PYTEST := -m pytest -n $(TEST_JOBS)
+# The oldest transformers that was tried, and the last one before caches and features got other names.
+MATRIX := 5.17.0 5.23.0
 
 # Python would put the repository root on sys.path, where transformers' probe for a package named `kernels`
 # finds the folder of that name.
@@ -32,8 +34,8 @@ test: .venv/.installed-test
 	.venv/bin/python $(PYTEST)
 
 test-matrix: export OMP_NUM_THREADS := 1
-test-matrix: .venv-t517/.installed-test
-	.venv-t517/bin/python $(PYTEST)
+test-matrix: $(MATRIX:%=.venv-%/.installed-test)
+	set -e; for version in $(MATRIX); do .venv-$$version/bin/python $(PYTEST); done
 
 .venv/.installed: pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --editable .
@@ -43,8 +45,8 @@ test-matrix: .venv-t517/.installed-test
 	.venv/bin/python -m pip install --editable '.[test]'
 	touch .venv/.installed $@
 
-.venv-t517/.installed-test: pyproject.toml | .venv-t517/bin/python
-	.venv-t517/bin/python -m pip install --editable '.[test]' 'transformers==5.17.0'
+$(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .venv-%/bin/python
+	.venv-$*/bin/python -m pip install --editable '.[test]' 'transformers==$*'
 	touch $@
 
 %/bin/python:
@@ -52,4 +54,4 @@ test-matrix: .venv-t517/.installed-test
 	$(PYTHON) -m venv $*
 
 clean:
-	rm -rf .venv .venv-t517 build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(MATRIX:%=.venv-%) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -312,6 +312,8 @@ def test_videos_through_graphs_are_what_they_are_without(model, variant, videos)
     for output, logits in kept:
         torch.testing.assert_close(output.logits, logits, atol=1e-4, rtol=1e-4)
         assert all(x.isfinite().all() for layer in cache_of(output).layers for x in (layer.keys, layer.values))
+        if hasattr(output, "video_outputs"):
+            assert output.video_outputs.last_hidden_state.isfinite().all()
     content = report(model).to_dict()
     parts = [graph["part"] for graph in content["cuda_graphs"] if graph["used"]]
     assert sum("frames" in part for part in parts) >= 3 and len(parts) == len(device.captured) < device.replays

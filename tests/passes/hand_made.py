@@ -24,6 +24,8 @@ class Switches:
     newline: bool = False
     tail: str = "scatter"  # "features", "mean"
     masked: bool = True
+    beside: str = "nothing"  # "returned", "used": a norm of the last layer, by the caller or by the language model
+    after: int = 0  # layers behind the one whose output the language model gets
 
 
 class Layer(nn.Module):
@@ -90,12 +92,15 @@ class VideoModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
-    def encode(self, frames: Tensor) -> Tensor:
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         videos, count = frames.shape[:2]
         h = self.patches(frames.flatten(0, 1)).flatten(2).transpose(1, 2) + self.places
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers, 1):
             h = layer(h)
-        h = self.project(h)
+            if index == len(self.layers) - self.switches.after:
+                taken = h
+        last = F.layer_norm(h, h.shape[-1:])
+        h = self.project(taken)
         if self.switches.pool != "none":
             h = h.view(videos * count, 4, 4, -1).permute(0, 3, 1, 2)
             bilinear = self.switches.pool == "bilinear"
@@ -104,16 +109,19 @@ class VideoModel(nn.Module):
         h = h.reshape(videos, -1, h.shape[-1])
         if self.switches.newline:
             h = torch.cat((h, self.break_line[None, None].repeat(videos, 1, 1)), dim=1)
-        return h
+        return h, last
 
-    def forward(self, ids: Tensor, frames: Tensor) -> Tensor:
-        rows = self.encode(frames)
+    def forward(self, ids: Tensor, frames: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        rows, last = self.encode(frames)
         if self.switches.tail == "features":
             return rows
         if self.switches.tail == "mean":
             return rows.mean(1)
         embeds = self.words(ids).masked_scatter((ids == VIDEO).unsqueeze(-1), rows.flatten(0, 1))
-        return self.head(self.reader(embeds))
+        if self.switches.beside == "used":
+            embeds = embeds + last.mean()
+        logits = self.head(self.reader(embeds))
+        return (logits, last) if self.switches.beside == "returned" else logits
 
     def example(
         self, frames: int = 8, videos: int = 1, rows: int | None = None, seed: int = 0

@@ -80,6 +80,18 @@ def test_no_pooling_is_no_video_path():
     assert find_video_boundary(encoders_of(VideoModel(layers=2, pool="none"))) is None
 
 
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_what_only_the_caller_gets_is_no_other_way(after):
+    (encoder,) = encoders_of(VideoModel(layers=4, beside="returned", after=after))
+    assert len(encoder.blocks) == 4
+    assert find_video_boundary([encoder]).encoder.blocks == encoder.blocks[: 4 - after]
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_second_way_into_the_language_model_is_not_understood(after):
+    assert find_video_boundary(encoders_of(VideoModel(layers=3, beside="used", after=after))) is None
+
+
 def test_features_that_go_elsewhere_have_a_reason():
     with pytest.raises(NotApplicable, match="flow into mean"):
         find_video_boundary(encoders_of(VideoModel(layers=2, tail="mean")))

@@ -232,7 +232,7 @@ def test_a_weight_as_long_as_the_prompt_cannot_be_cut():
 
         def forward(self, ids, frames):
             embeds = self.words(ids) + self.order
-            rows = self.encode(frames).flatten(0, 1)
+            rows = self.encode(frames)[0].flatten(0, 1)
             return self.head(self.reader(embeds.masked_scatter((ids == VIDEO).unsqueeze(-1), rows)))
 
     ids, pixels = VideoModel().example()
