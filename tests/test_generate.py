@@ -389,7 +389,6 @@ def test_names_that_transformers_deprecates_are_not_used(model):
 
 
 @pytest.mark.skipif(not NEW_NAME, reason="transformers before 5.24 has one name only")
-@pytest.mark.filterwarnings("default::FutureWarning")
 def test_a_cache_by_its_old_name_is_seen(model):
     inputs = video_inputs(model, 12)
     output = compiled(model).generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
