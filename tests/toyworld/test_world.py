@@ -80,6 +80,7 @@ def test_what_is_drawn_for_one_video_is_told_apart_by_its_stream():
 def test_training_never_shows_the_held_out_pairs():
     shown = {thing.pair for seed in range(600) for thing in sample_video("train", seed).things}
     assert shown == set(PAIRS) - HELD_OUT
+    assert (len(PAIRS), len(HELD_OUT)) == (30, 4)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
