@@ -5,10 +5,12 @@
 
 What compression can destroy, one category each: ``appearance`` (colour and shape), ``motion`` (direction and
 speed), ``counting``, ``order`` (what came first, what changed after the cut) and ``needle`` (what is seen in one
-frame only). Every right answer of a category is as likely as every other (test_questions.py counts), so
-knowing the question is worth no more than guessing. ``place`` questions are for training only.
+frame only). The right answers of a template are about equally likely ("nowhere" a third more often than each
+direction), and test_questions.py counts: knowing the question is worth no more than guessing. ``place`` questions
+are for training only and not balanced.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,8 +61,9 @@ def ask(video: Video, rng: np.random.Generator) -> dict[str, Question]:
     Among the templates of a category, then among the questions of a template, all are equally likely.
     """
     drawn = {}
+    questions = all_questions(video)
     for category in CATEGORIES:
-        of_category = [question for question in all_questions(video) if question.category == category]
+        of_category = [question for question in questions if question.category == category]
         if of_category:
             drawn[category] = draw(of_category, rng)
     return drawn
@@ -136,17 +139,18 @@ def _order(video: Video) -> Iterator[Question]:
 
 
 def _what_came_first(video: Video) -> Iterator[Question]:
-    colors = Counter(color for color, _ in {thing.pair for thing in video.things})
-    for early in video.scenes:
-        for late in video.scenes[video.scenes.index(early) + 1 :]:
-            for first in early.things:
-                for second in late.things:
-                    if first.color != second.color and colors[first.color] == colors[second.color] == 1:
-                        choices = tuple(sorted((first.color, second.color)))
-                        # Both ways round, so that the place in the question says nothing.
-                        for a, b in ((first, second), (second, first)):
-                            text = f"which comes first , {a.color} or {b.color} ?"
-                            yield Question(text, first.color, choices, "order")
+    """Of colours that one thing each has, first seen in different scenes; what flashes is left out."""
+    pairs = Counter(color for color, _ in {thing.pair for thing in video.things})
+    flashes = {scene.flash.color for scene in video.scenes if scene.flash}
+    first_seen: dict[str, int] = {}
+    for index, scene in enumerate(video.scenes):
+        for thing in scene.things:
+            if pairs[thing.color] == 1 and thing.color not in flashes:
+                first_seen.setdefault(thing.color, index)
+    for a, b in itertools.permutations(first_seen, 2):  # both ways round: the place in the question says nothing
+        if first_seen[a] != first_seen[b]:
+            answer = min(a, b, key=lambda color: first_seen[color])
+            yield Question(f"which comes first , {a} or {b} ?", answer, tuple(sorted((a, b))), "order")
 
 
 def _needle(video: Video) -> Iterator[Question]:
@@ -177,8 +181,7 @@ def _follows(video: Video, scene: Scene) -> bool:
     index = video.scenes.index(scene)
     if index == 0 or len(scene.things) != len(video.scenes[index - 1].things):
         return False
-    pairs = zip(scene.things, video.scenes[index - 1].things, strict=True)
-    return sum(a.color != b.color for a, b in pairs) == 1 and all(
-        a.shape == b.shape and a.radius == b.radius
-        for a, b in zip(scene.things, video.scenes[index - 1].things, strict=True)
-    )
+    pairs = list(zip(scene.things, video.scenes[index - 1].things, strict=True))
+    same = [(a.shape, a.radius) == (b.shape, b.radius) for a, b in pairs]
+    changed = [a.color != b.color for a, b in pairs]
+    return all(same) and sum(changed) == 1

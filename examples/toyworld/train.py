@@ -41,7 +41,7 @@ CHECK_EVERY = 250  # steps
 SAVE_EVERY = 120.0  # seconds
 _MOST_NOISE = 6.0  # standard deviation, in grey levels of 255
 _FEWEST_TOKENS = 0.08
-_WARM_UP = 100  # steps
+_WARM_UP = 50  # steps
 _LAST_RATE = 0.05  # of the highest
 
 
@@ -62,10 +62,10 @@ class Phase:
 
 
 PHASES = (
-    Phase("patches", 2000, 16, 2e-3, encoder=True),
-    Phase("binding", 700, 16, 2e-3, (1, 0, 1, 1, 1, 4), drop=0.2),
-    Phase("motion", 1800, 16, 2e-3, (1, 3, 1, 1.5, 1.5, 2), drop=0.3),
-    Phase("together", 2200, 16, 1.5e-3, (1, 3, 1, 1.5, 1.5, 1), encoder=True, drop=0.6),
+    Phase("patches", 1000, 16, 2e-3, encoder=True),
+    Phase("binding", 500, 16, 4e-3, (1, 0, 1, 1, 1, 4), drop=0.2),
+    Phase("motion", 1700, 16, 4e-3, (1, 3, 1, 1.5, 2, 2), drop=0.3),
+    Phase("together", 2000, 16, 3e-3, (1, 3, 1, 1.5, 2, 1), encoder=True, drop=0.6),
 )
 
 
@@ -221,21 +221,19 @@ def train(folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: b
 def _run_phase(run: Run, model: LlavaOnevisionForConditionalGeneration, phase: Phase, first_seed: int) -> None:
     accelerator = run.accelerator
     trainee = PatchTrainee(model) if phase.weights is None else AnswerTrainee(model, phase)
-    optimizer = torch.optim.AdamW(
-        [p for p in trainee.parameters() if p.requires_grad], lr=phase.rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    trainee, optimizer = accelerator.prepare(trainee, optimizer)
+    trainee, *optimizers = accelerator.prepare(trainee, *_optimizers(trainee))
     if run.step == 0:
         run.save()  # from here on, what is on disk belongs to this phase
     run.load()
     for batch in _batches(run, phase, first_seed):
-        for group in optimizer.param_groups:
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = phase.rate * _rate(run.step, phase.steps)
         losses = trainee(batch.to(accelerator.device))
         accelerator.backward(sum(losses.values()))
         accelerator.clip_grad_norm_(trainee.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         run.step += 1
         if run.step % 50 == 0 or run.step == phase.steps:
             run.record(**{k: v.item() for k, v in losses.items()})
@@ -246,6 +244,20 @@ def _run_phase(run: Run, model: LlavaOnevisionForConditionalGeneration, phase: P
     accelerator.free_memory()
     if phase.weights is None:
         _match_scales(model, accelerator.device)
+
+
+def _optimizers(trainee: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between a layer's input and output, with which the language model learns to look things
+    up in half as many steps as with AdamW; AdamW for all else."""
+    matrices, others = [], []
+    for name, parameter in trainee.named_parameters():
+        if parameter.requires_grad:
+            inner = parameter.ndim == 2 and ("layers." in name or "projector." in name)
+            (matrices if inner else others).append(parameter)
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 @torch.no_grad()

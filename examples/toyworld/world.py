@@ -9,7 +9,7 @@ the split ``train``. Time is counted in sampled frames; it may lie between two.
 """
 
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -283,7 +283,8 @@ def _placed(
     frames: int,
     pan: str | None,
 ) -> tuple[Thing, ...] | None:
-    """Things that stay in the picture for ``frames`` frames and never touch; None if no such places were found."""
+    """Things that stay in the picture for ``frames`` frames and apart, but for a corner now and then; None if no such
+    places were found."""
     for _ in range(300):
         placed: list[Thing] = []
         for pair, way, speed in zip(pairs, ways, speeds, strict=True):
@@ -320,9 +321,3 @@ def _touch(a: Thing, b: Thing, frames: int) -> bool:
         if (ax - bx) ** 2 + (ay - by) ** 2 < apart**2:
             return True
     return False
-
-
-def sample_videos(split: str, first: int, count: int) -> Iterator[Video]:
-    """Videos ``first`` to ``first + count - 1`` of ``split``."""
-    for seed in range(first, first + count):
-        yield sample_video(split, seed)

@@ -25,9 +25,6 @@ TEMPLATES = (
     "at last", "which comes first", "what color flashes", "what shape flashes", "in which column", "in which row",
 )  # fmt: skip
 CENTRE_WITHIN = 3.0  # pixels: that of a triangle is not where its pixels have theirs
-WRONG_WHERE_BOTH_ARE_SEEN_AT_ONCE = pytest.mark.xfail(
-    strict=True, reason="which comes first is also asked about colors that are seen together from the start"
-)
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +95,7 @@ def way_of(right, down):
     return "down" if down > 0 else "up"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        pytest.param(name, marks=WRONG_WHERE_BOTH_ARE_SEEN_AT_ONCE if name == "which comes first" else ())
-        for name in TEMPLATES
-    ],
-)
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_answers_are_what_the_pixels_show(looked_at, template):
     asked, certain = 0, 0
     for seed, (things, questions) in enumerate(looked_at):
@@ -124,10 +115,7 @@ def test_every_question_is_of_a_known_template(looked_at):
             assert sum(template in question.text for template in TEMPLATES) == 1, question.text
 
 
-@pytest.mark.parametrize(
-    "category",
-    [pytest.param(c, marks=WRONG_WHERE_BOTH_ARE_SEEN_AT_ONCE if c == "order" else ()) for c in TRAINING_CATEGORIES],
-)
+@pytest.mark.parametrize("category", TRAINING_CATEGORIES)
 def test_no_question_of_a_video_has_two_answers(category):
     for seed in range(1000):
         answers = defaultdict(set)
