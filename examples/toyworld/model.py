@@ -13,9 +13,8 @@ from pathlib import Path
 
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from earlytom_compile.cli.tiny_checkpoint import TinySize, save_checkpoint
-from earlytom_compile.cli.tiny_checkpoint import build_model as build_tiny_model
-
+from .checkpoint import TinySize, save_checkpoint
+from .checkpoint import build_model as build_tiny_model
 from .language import CHAT_TEMPLATE, build_tokenizer
 from .world import FRAMES, SIZE
 

@@ -249,7 +249,8 @@ def _run_phase(run: Run, model: LlavaOnevisionForConditionalGeneration, phase: P
 def _optimizers(trainee: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between a layer's input and output, with which the language model learns to look things
     up in half as many steps as with AdamW; AdamW for all else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
         if parameter.requires_grad:
             inner = parameter.ndim == 2 and ("layers." in name or "projector." in name)
@@ -268,8 +269,9 @@ def _match_scales(model: LlavaOnevisionForConditionalGeneration, device: torch.d
     this, learning takes twice as many steps.
     """
     batch = question_batch(range(_CHECK_AT_ONCE), {"place": 1.0}, 1).to(device)
-    model.model.multi_modal_projector.linear_2.weight /= video_tokens(model, batch.frames, batch.index).std()
-    words = model.get_input_embeddings().weight
+    projector: Any = model.model.multi_modal_projector
+    projector.linear_2.weight /= video_tokens(model, batch.frames, batch.index).std()
+    words: Any = model.get_input_embeddings().weight
     words /= words.std()
 
 

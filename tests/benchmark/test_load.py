@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_checkpoint import TinySize, write_checkpoint
 from tiny_models import tiny_llava_onevision
 
 import earlytom_compile
@@ -22,7 +23,6 @@ from earlytom_compile.benchmark.load import (
 )
 from earlytom_compile.benchmark.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from earlytom_compile.cli.main import main
-from earlytom_compile.cli.tiny_checkpoint import TinySize, write_checkpoint
 
 EAGER = {"lowering": "eager", "merge_layers": (0, 2), "tau_seg": 0.3}
 
@@ -377,7 +377,7 @@ def calls(monkeypatch):
 
 
 def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls):
-    size = TinySize(image=32, vision_layers=3, vision_width=32, text_layers=1, text_width=64)
+    size = TinySize(image=32, patch=16, vision_layers=3, vision_width=32, text_layers=1, text_width=64)
     checkpoint = str(write_checkpoint(tmp_path / "tiny", size))
     files = {name: tmp_path / f"load.{name}" for name in ("json", "markdown")}
     arguments = ["bench", "--model", checkpoint, "--frames", "4", "--repeats", "1", "--decode-tokens", "1"]

@@ -1,10 +1,8 @@
 """A checkpoint folder and a video file, as a user has them; made once for all tests of a process."""
 
 import pytest
-
-from earlytom_compile.cli import demo, explain
-from earlytom_compile.cli.clip import write_clip
-from earlytom_compile.cli.tiny_checkpoint import TinySize, write_checkpoint
+from clip import write_clip
+from tiny_checkpoint import TinySize, write_checkpoint
 
 SMALL = TinySize(image=48, patch=8, vision_layers=4, vision_width=64, text_layers=2, text_width=64)
 
@@ -12,13 +10,6 @@ SMALL = TinySize(image=48, patch=8, vision_layers=4, vision_width=64, text_layer
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SMALL)
-
-
-@pytest.fixture
-def small_demo(monkeypatch):
-    """The demo's model, made small where its numbers do not matter."""
-    for command in (demo, explain):
-        monkeypatch.setattr(command, "write_checkpoint", lambda folder: write_checkpoint(folder, SMALL))
 
 
 @pytest.fixture(scope="session")

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from tiny_checkpoint import TinySize, write_checkpoint
 
 from earlytom_compile.cli.bench import _ceilings, _trace_path
 from earlytom_compile.cli.main import build_parser, main
-from earlytom_compile.cli.tiny_checkpoint import TinySize, write_checkpoint
 from earlytom_compile.shapes import config_of
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    size = TinySize(image=64, vision_layers=4, vision_width=32, text_layers=1, text_width=64)
+    size = TinySize(image=64, patch=16, vision_layers=4, vision_width=32, text_layers=1, text_width=64)
     return str(write_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", size))
 
 

@@ -45,16 +45,19 @@ def assert_compared(output):
     assert {"answer", "answers agree"} <= set(table)
 
 
-def test_demo_ends_in_table_and_report(earlytom, tmp_path):
-    status, output, _ = earlytom(
-        "demo", *EAGER, "--frames", FRAMES, "--repeats", 1, "--max-new-tokens", 2, "--save", tmp_path
-    )
+def test_demo_ends_in_table_report_and_true_answers(earlytom, tmp_path):
+    status, output, _ = earlytom("demo", *EAGER, "--repeats", 1, "--save", tmp_path)
     assert status == 0
-    table = rows(output)
-    tokens = FRAMES * 49  # of each frame: a 14x14 grid, pooled to 7x7
-    assert table["video tokens"] == [str(tokens), f"{round(0.1 * tokens)} (9.9%)"]
-    assert "random weights" in output
+    table = rows(output.split("More questions")[0])
+    assert table["frames"][0] == "8"
+    assert table["video tokens"] == ["128", "13 (10.2%)"]  # 16 of each frame
+    truth = re.search(r"^truth +(\w+)$", output, re.MULTILINE)[1]
+    assert table["answer"][0] == repr(truth)
     assert "vision_tower" in output.split("answers agree")[1]
+    more = rows(output.split("More questions")[1])
+    assert len(more) >= 2
+    right = [answers[1] == answers[0] for answers in more.values()]
+    assert sum(right) >= len(right) - 1  # the full model; it is right about nine times of ten
     assert (tmp_path / "checkpoint" / "model.safetensors").is_file() and (tmp_path / "clip.mp4").is_file()
 
 
@@ -84,7 +87,7 @@ def test_explain_prints_the_report(earlytom, checkpoint, clip):
     assert "vision_tower" in output and f"tokens {BEFORE} -> " in output
 
 
-def test_explain_without_a_checkpoint_takes_the_demos(earlytom, small_demo):
+def test_explain_without_a_checkpoint_takes_the_demos(earlytom):
     status, output, _ = earlytom("explain", "--frames", 4, *EAGER)
     assert status == 0
     assert "vision_tower" in output
@@ -133,7 +136,7 @@ def test_mistakes_exit_with_2_and_one_line(earlytom, checkpoint, clip, tmp_path)
         assert message in errors and "Traceback" not in errors
 
 
-def test_without_a_compiler_run_stops_and_demo_runs_eagerly(earlytom, checkpoint, clip, small_demo, monkeypatch):
+def test_without_a_compiler_run_stops_and_demo_runs_eagerly(earlytom, checkpoint, clip, monkeypatch):
     monkeypatch.setattr(toolchain, "get_cpp_compiler", _no_compiler)
     status, _, errors = earlytom("run", "--model", checkpoint, "--video", clip, "--prompt", "What?")
     assert status == 2 and "no C++ compiler was found" in errors and "--lowering eager" in errors

@@ -3,11 +3,11 @@
 import av
 import numpy as np
 import pytest
+from clip import FRAMES, HEIGHT, WIDTH, draw_frames
 from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.cli.clip import FRAMES, HEIGHT, WIDTH, draw_frames
 from earlytom_compile.integrations.video import read_video, sample_indices
 
 
