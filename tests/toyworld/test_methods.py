@@ -84,7 +84,8 @@ def test_average_pooling_averages_blocks(model, videos):
 @pytest.mark.parametrize("name", ["only stage 2", "frame subsampling"])
 def test_what_selects_without_merging_takes_tokens_as_they_are(model, videos, name):
     kept = methods.method(name, model, 0.1)(videos[2])
-    distances = torch.cdist(kept, uncompressed(model, videos[2]))
+    # Through a matrix product, as cdist computes large ones, equal rows would be 1e-2 apart.
+    distances = torch.cdist(kept, uncompressed(model, videos[2]), compute_mode="donot_use_mm_for_euclid_dist")
     assert distances.min(1).values.max() < 1e-3
 
 
