@@ -168,14 +168,15 @@ def _compiled_generate(model: Any) -> Callable[..., torch.Tensor]:
     return generate
 
 
-def make_prompts(model: Any, clients: int, *, frames: int, prompt_length: int, redundancy: float) -> list[Inputs]:
+def make_prompts(model: Any, clients: int, *, frames: int, prompt_length: int, **look: Any) -> list[Inputs]:
     """A video and a prompt for each client, on the model's device, which it sends with every request.
 
-    Prompts have from half of ``prompt_length`` to all of it in words, different ones for neighbours.
+    Prompts have from half of ``prompt_length`` to all of it in words, different ones for neighbours; ``look`` is what
+    else :func:`make_inputs` takes for videos.
     """
     lengths = (prompt_length - client % (prompt_length // 2 + 1) for client in range(clients))
     return [
-        make_inputs(model, frames=frames, prompt_length=length, redundancy=redundancy, seed=client)
+        make_inputs(model, frames=frames, prompt_length=length, seed=client, **look)
         for client, length in enumerate(lengths)
     ]
 

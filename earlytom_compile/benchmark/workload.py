@@ -1,7 +1,7 @@
 """A model and a prompt with a video, made for timing: sizes decide the time, not what weights and pixels mean.
 
 model = random_model(config_of("cpu-medium"), device="cpu", dtype=torch.float32)
-inputs = make_inputs(model, frames=16, batch=2, prompt_length=32, redundancy=0.9)
+inputs = make_inputs(model, frames=16, batch=2, prompt_length=32, scene_frames=4, redundancy=1.0)
 """
 
 from typing import Any
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..errors import EarlyTomConfigError
 
-SCENE_FRAMES = 8
+SCENE_FRAMES = 4
+"""EarlyTom keeps first and last frame of a segment and merges pairs between them: 3 of 4 alike stay, once and for all.
+That is 75 %, whatever the threshold; the paper's average is 73.9 %."""
 Inputs = dict[str, Tensor]
 """``input_ids``, ``attention_mask`` int64 [R, S] and ``pixel_values_videos`` [R, F, 3, H, W]."""
 
@@ -31,25 +33,38 @@ def random_model(config: Any, *, device: torch.device | str, dtype: torch.dtype,
     return model.eval().requires_grad_(False)
 
 
-def make_video(frames: int, size: int, redundancy: float, generator: torch.Generator) -> Tensor:
-    """[F, 3, size, size]: scenes of 8 frames, each frame ``redundancy`` of its scene and the rest of its own.
+def make_video(
+    frames: int, size: int, generator: torch.Generator, *, scene_frames: int = SCENE_FRAMES, redundancy: float = 1.0
+) -> Tensor:
+    """[F, 3, size, size]: scenes of ``scene_frames``, each frame ``redundancy`` of its scene and the rest of its own.
 
-    1: scenes stand still; 0: no two frames have anything in common.
+    1: scenes stand still; 0: no two frames have anything in common. In between, it does not say how many frames
+    merge: by default a pair is compared with the ends of its own segment, which move apart just as it does.
     """
     if not 0.0 <= redundancy <= 1.0:
         raise EarlyTomConfigError(f"redundancy={redundancy}: must be in [0, 1].")
-    scenes = torch.randn(-(-frames // SCENE_FRAMES), 3, size, size, generator=generator)
+    if scene_frames < 1:
+        raise EarlyTomConfigError(f"scene_frames={scene_frames}: must be at least 1.")
+    scenes = torch.randn(-(-frames // scene_frames), 3, size, size, generator=generator)
     own = torch.randn(frames, 3, size, size, generator=generator)
-    return redundancy * scenes.repeat_interleave(SCENE_FRAMES, 0)[:frames] + (1 - redundancy) * own
+    return redundancy * scenes.repeat_interleave(scene_frames, 0)[:frames] + (1 - redundancy) * own
 
 
 def make_inputs(
-    model: Any, *, frames: int, batch: int = 1, prompt_length: int = 32, redundancy: float = 0.9, seed: int = 0
+    model: Any,
+    *,
+    frames: int,
+    batch: int = 1,
+    prompt_length: int = 32,
+    scene_frames: int = SCENE_FRAMES,
+    redundancy: float = 1.0,
+    seed: int = 0,
 ) -> Inputs:
     """``batch`` prompts of one video and ``prompt_length`` words each, on the model's device."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     size = config.vision_config.image_size
-    videos = torch.stack([make_video(frames, size, redundancy, generator) for _ in range(batch)])
+    look: dict[str, Any] = {"scene_frames": scene_frames, "redundancy": redundancy}
+    videos = torch.stack([make_video(frames, size, generator, **look) for _ in range(batch)])
     high = config.text_config.vocab_size
     words = torch.randint(3, high, (batch, prompt_length), generator=generator)
     special = (words == config.video_token_id) | (words == config.image_token_id)

@@ -75,6 +75,7 @@ def _measure(
         frames=frames,
         batch=arguments.batch,
         prompt_length=arguments.prompt_length,
+        scene_frames=arguments.scene_frames,
         redundancy=arguments.redundancy,
     )
     arms = list(make_arms(model, inputs, arguments.retain_ratios, options))

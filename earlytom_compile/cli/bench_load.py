@@ -44,6 +44,7 @@ def measure_loads(
             max(arguments.concurrency),
             frames=frames,
             prompt_length=arguments.prompt_length,
+            scene_frames=arguments.scene_frames,
             redundancy=arguments.redundancy,
         )
         for clients in arguments.concurrency:

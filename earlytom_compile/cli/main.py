@@ -96,7 +96,14 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-length", type=int, default=32, help="words beside the video (%(default)s)")
     parser.add_argument("--retain-ratios", type=_numbers(float), default=(0.1,), metavar="R,R", help="EarlyTom's (0.1)")
     parser.add_argument(
-        "--redundancy", type=float, default=0.9, help="share of a frame that is its scene (%(default)s)"
+        "--scene-frames", type=int, default=4, metavar="N", help="frames of a scene; 4 alike merge to 3 (%(default)s)"
+    )
+    parser.add_argument(
+        "--redundancy",
+        type=float,
+        default=1.0,
+        help="share of a frame that is its scene; 1: scenes stand still; less noise is not always more merging "
+        "(%(default)s)",
     )
     parser.add_argument("--decode-tokens", type=int, default=8, help="tokens decoded behind the first (%(default)s)")
     _add_repeats(parser)

@@ -18,6 +18,7 @@ from earlytom_compile.benchmark.floor import Floor
 from earlytom_compile.benchmark.measure import Result, decode, measure
 from earlytom_compile.benchmark.results import Workload, _plot_stages, tables, to_dict, to_markdown, write_plots
 from earlytom_compile.benchmark.workload import make_inputs, make_video, random_model
+from earlytom_compile.shapes import config_of
 
 EAGER = {"lowering": "eager", "merge_layers": (0, 2), "tau_seg": 0.3}
 
@@ -32,12 +33,30 @@ def arms_of(model, inputs, ratios=(0.2,)):
 
 
 def test_redundancy_is_the_share_of_a_frame_that_is_its_scene():
-    still, noise = (make_video(16, 8, redundancy, torch.Generator().manual_seed(0)) for redundancy in (1.0, 0.0))
+    still, noise = (
+        make_video(16, 8, torch.Generator().manual_seed(0), scene_frames=8, redundancy=redundancy)
+        for redundancy in (1.0, 0.0)
+    )
     assert torch.equal(still[:8], still[:1].expand(8, -1, -1, -1)) and not torch.equal(still[7], still[8])
     similarity = torch.cosine_similarity(noise[:-1].flatten(1), noise[1:].flatten(1))
     assert similarity.abs().max() < 0.3
     with pytest.raises(EarlyTomConfigError, match=r"redundancy=1.5: must be in \[0, 1\]"):
-        make_video(4, 8, 1.5, torch.Generator())
+        make_video(4, 8, torch.Generator(), redundancy=1.5)
+    with pytest.raises(EarlyTomConfigError, match="scene_frames=0: must be at least 1"):
+        make_video(4, 8, torch.Generator(), scene_frames=0)
+
+
+@pytest.mark.parametrize(
+    "look, schedule", [({}, [16, 12, 12, 12]), ({"scene_frames": 8}, [16, 10, 8, 6]), ({"redundancy": 0.0}, [16] * 4)]
+)
+def test_the_default_video_merges_to_three_quarters(look, schedule):
+    model = random_model(config_of("cpu-small"), device="cpu", dtype=torch.float32)
+    compressed = earlytom_compile.compile(model, retain_ratio=0.1, lowering="eager")
+    inputs = make_inputs(model, frames=16, **look)
+    with torch.inference_mode():
+        compressed.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    (video,) = earlytom_compile.report(compressed).to_dict()["videos"]
+    assert video["frames"] == schedule
 
 
 def test_inputs_are_what_a_processor_would_give(model):
