@@ -22,9 +22,9 @@ class UncuttablePrompt(Exception):
 def locate_videos(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> list[list[int]]:
     """Where each video's placeholders begin, row by row.
 
-    ``input_ids`` int64 [R, S]; ``sizes[v]`` is the number of placeholders ``token`` of video v, in reading order.
-    Raises :class:`EarlyTomConfigError` if they do not match, :class:`UncuttablePrompt` if a video is not in one
-    piece.
+    ``input_ids`` int64 [R, S], read by the host; ``sizes[v]`` is the number of placeholders ``token`` of video v, in
+    reading order. Raises :class:`EarlyTomConfigError` if they do not match, :class:`UncuttablePrompt` if a video is
+    not in one piece.
     """
     rows = input_ids.tolist()
     places = [[i for i, token_id in enumerate(row) if token_id == token] for row in rows]
@@ -75,7 +75,7 @@ class ExpectedPlaceholders:
 class PromptCut:
     """Which positions of each row stay; shorter rows are padded on the left. R rows, S -> S' positions."""
 
-    positions: torch.Tensor  # int64 [R, S'], -1 = padding
+    positions: torch.Tensor  # int64 [R, S'] on the host, -1 = padding
     length: int  # S
 
     @classmethod
@@ -91,7 +91,7 @@ class PromptCut:
             rows.append(kept.nonzero().flatten())
         width = max(len(row) for row in rows)
         padded = [torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows]
-        return cls(torch.stack(padded).to(input_ids.device), input_ids.shape[1])
+        return cls(torch.stack(padded), input_ids.shape[1])
 
     @property
     def padded(self) -> bool:
@@ -105,11 +105,18 @@ class PromptCut:
 
     def take(self, x: torch.Tensor, fill: float) -> torch.Tensor:
         """Cut ``x`` [R, S], with ``fill`` where a row is padded."""
-        return x.gather(1, self.positions.clamp_min(0)).masked_fill(self.positions < 0, fill)
+        positions = without_waiting(self.positions, x.device)
+        return x.gather(1, positions.clamp_min(0)).masked_fill(positions < 0, fill)
 
     def renumber(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Cut position ids [R or 1, S] and close the gaps, as if the prompt had been written with smaller videos."""
         taken = self.take(position_ids.expand(self.positions.shape[0], -1), 0)
         pads = (self.positions < 0).sum(1, keepdim=True)
-        index = torch.arange(self.positions.shape[1], device=taken.device) - pads
-        return (taken - (self.positions - index)).clamp_min(0).masked_fill(self.positions < 0, 0)
+        gaps = (self.positions + pads - torch.arange(self.positions.shape[1])).masked_fill(self.positions < 0, 0)
+        moved = (taken - without_waiting(gaps, taken.device)).clamp_min(0)
+        return moved.masked_fill(without_waiting(self.positions < 0, taken.device), 0)
+
+
+def without_waiting(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``x`` of the host on ``device``, which need not have finished what it does: other copies wait for that."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

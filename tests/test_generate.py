@@ -8,6 +8,8 @@ import pytest
 import torch
 from oracle import compressed_forward, compressed_generate
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     DynamicCache,
     LlavaOnevisionForConditionalGeneration,
@@ -17,8 +19,17 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import earlytom_compile
-from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning, report
+from earlytom_compile import (
+    EarlyTomCompileError,
+    EarlyTomConfigError,
+    EarlyTomError,
+    EarlyTomFallbackWarning,
+    report,
+    stages,
+)
+from earlytom_compile.integrations import generate as in_place
 from earlytom_compile.integrations.caches import cache_name, cache_of
+from earlytom_compile.integrations.prefill import CompiledPrefill
 
 NEW_NAME = cache_name(LlavaOnevisionForConditionalGeneration.forward) == "cache"
 takes_features = pytest.mark.skipif(
@@ -217,6 +228,115 @@ def test_compile_llm_can_be_turned_off(model):
     got = new_tokens(model, inputs)
     assert graphs_compiled() == 1  # the vision path
     assert torch.equal(got, oracle_tokens(model, inputs))
+
+
+class HostReads(TorchDispatchMode):
+    """Notes what the host reads of tensors that a GPU would hold: those given, and what is computed from them."""
+
+    READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.memory = {}
+        self.found = []
+        self.hold(tensors)
+
+    def hold(self, values):
+        for x in tree_leaves(values):
+            if isinstance(x, torch.Tensor):  # kept alive, so that no other gets its address
+                self.memory[x.untyped_storage()._cdata] = x.untyped_storage()
+
+    def holds(self, values):
+        storages = [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+        return any(storage._cdata in self.memory for storage in storages)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if self.holds((args, kwargs)):
+            self.hold(out)
+            if function in self.READS:
+                self.found.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("layout", [{}, LAYOUTS["left padding"], LAYOUTS["images beside videos"]])
+def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, layout, with_mask):
+    """On a GPU a read there waits for the whole encoder. What generate() reads itself (its end token, its mask) is
+    not ours, so this is forward(), up to the language model."""
+    inputs = video_inputs(model, 12, **layout)
+    if not with_mask:
+        del inputs["attention_mask"]
+    reads = HostReads([inputs, dict(model.named_parameters())])
+    encode, tolist, reached = in_place.CompiledModel._encode, torch.Tensor.tolist, []
+    entered = []
+
+    def stop():
+        while entered:
+            reads.__exit__(None, None, None)
+            entered.pop()
+
+    def encode_then_watch(*args):
+        stop()
+        rows, before = encode(*args)
+        reads.hold(rows)
+        entered.append(reads.__enter__())
+        return rows, before
+
+    def watched_tolist(x):
+        if entered and reads.holds(x):
+            reads.found.append("tolist")
+        return tolist(x)
+
+    def language_model(prefill, kwargs):
+        stop()
+        reached.append(kwargs["inputs_embeds"].shape)
+        return lambda own, args, kwargs: own(*args, **kwargs)
+
+    def sent(x, device):
+        moved = x.clone()
+        reads.hold(moved)
+        return moved
+
+    monkeypatch.setattr(stages, "lower", lambda *args: args[0].forward)
+    monkeypatch.setattr(in_place.CompiledModel, "_encode", encode_then_watch)
+    monkeypatch.setattr(in_place, "without_waiting", sent)
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # else what is on the host is what is on the device
+    monkeypatch.setattr(torch.Tensor, "tolist", watched_tolist)
+    monkeypatch.setattr(CompiledPrefill, "_compiled_for", language_model)
+    compiled(model, lowering="staged")
+    with torch.no_grad():
+        model(**inputs)
+    assert len(reached) == 1 and reads.found == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layout", [{}, LAYOUTS["left padding"], LAYOUTS["images beside videos"]])
+def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout):
+    model = tiny_llava_onevision(vision_layers=4, text_layers=1).cuda()
+    inputs = video_inputs(model, 12, **layout)
+    encode, reached = in_place.CompiledModel._encode, []
+
+    def encode_then_watch(*args):
+        torch.cuda.set_sync_debug_mode("default")
+        encoded = encode(*args)
+        torch.cuda.set_sync_debug_mode("error")
+        return encoded
+
+    def language_model(prefill, kwargs):
+        torch.cuda.set_sync_debug_mode("default")
+        reached.append(kwargs["inputs_embeds"].shape)
+        return lambda own, args, kwargs: own(*args, **kwargs)
+
+    monkeypatch.setattr(stages, "lower", lambda *args: args[0].forward)
+    monkeypatch.setattr(in_place.CompiledModel, "_encode", encode_then_watch)
+    monkeypatch.setattr(CompiledPrefill, "_compiled_for", language_model)
+    try:
+        with torch.no_grad():
+            compiled(model, lowering="staged")(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(reached) == 1
 
 
 def test_a_static_cache_and_a_compiled_prompt(model):

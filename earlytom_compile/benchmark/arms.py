@@ -6,6 +6,8 @@ earlytom r              earlytom_compile.compile(model), generate()
 earlytom r (backend)    torch.compile(model, backend="earlytom"), forward()
 subsampling r           inductor, every 1/r-th frame
 average pooling r       inductor, means of 1/r neighbouring frames
+
+The last two keep whole frames, as many as come nearest to the tokens that EarlyTom keeps.
 """
 
 import copy

@@ -162,7 +162,7 @@ def _compiled_generate(model: Any) -> Callable[..., torch.Tensor]:
     prefill = CompiledPrefill(twin.model.language_model)
 
     def generate(**inputs: Any) -> torch.Tensor:
-        with prefill.active():
+        with prefill.active(inputs["attention_mask"]):
             return twin.generate(**inputs)
 
     return generate

@@ -1,8 +1,8 @@
 """What ``earlytom bench`` prints and writes: two tables a workload, the same as JSON and Markdown, and plots.
 
-| arm           | cold s | TTFT ms | min | max | speed | frames left | prompt | tokens/s | memory | recompiles |
-| inductor      |   48.1 |    2902 | ... | ... | 1.00x |             |    820 |     21.0 |        |          0 |
-| earlytom 0.1  |   31.0 |    1398 | ... | ... | 2.08x |         74% |    115 |     23.9 |        |          0 |
+| arm           | cold s | TTFT ms | min | max | speed | frames left | video tokens | tokens/s | memory | recompiles |
+| inductor      |   48.1 |    2902 | ... | ... | 1.00x |             |          784 |     21.0 |        |          0 |
+| earlytom 0.1  |   31.0 |    1398 | ... | ... | 2.08x |         75% |           78 |     23.9 |        |          0 |
 
 | arm           | vision encoding | token processing | LLM prefill | overhead | profiled ms | TFLOP | floor ms | ...
 | inductor      |       900 (30%) |          60 (2%) |  1960 (66%) |  60 (2%) |        2980 |   1.2 |     1500 | ...
@@ -29,7 +29,8 @@ from .measure import Result, speeds
 
 REFERENCE = "inductor"
 _HEADINGS = (
-    "arm", "first call s", "TTFT ms", "range", "speed", "frames left", "prompt", "tokens/s", "peak GiB", "recompiles",
+    "arm", "first call s", "TTFT ms", "range", "speed", "frames left", "video tokens", "tokens/s", "peak GiB",
+    "recompiles",
 )  # fmt: skip
 _BREAKDOWN_HEADINGS = (
     "arm", "vision encoding", "token processing", "LLM prefill", "overhead", "profiled ms", "TFLOP", "GB", "floor ms",
@@ -59,7 +60,11 @@ class Workload:
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of the table, a row for each arm."""
         speed = speeds(self.results, REFERENCE)
-        return [_row(result, speed[result.name]) for result in self.results]
+        return [_row(result, speed[result.name], self.video_tokens(result)) for result in self.results]
+
+    def video_tokens(self, result: Result) -> int:
+        """Of a row: positions of the prompt without the words and the newline behind the video."""
+        return result.cache_tokens - self.prompt_length - 1
 
     @property
     def breakdown_title(self) -> str:
@@ -75,7 +80,7 @@ class Workload:
         return [(result.name, *_breakdown_cells(result.breakdown), *_floor_cells(result)) for result in self.results]
 
 
-def _row(result: Result, speed: float) -> tuple[str, ...]:
+def _row(result: Result, speed: float, video_tokens: int) -> tuple[str, ...]:
     memory = "" if result.peak_memory is None else f"{result.peak_memory / 2**30:.2f}"
     return (
         result.name,
@@ -84,7 +89,7 @@ def _row(result: Result, speed: float) -> tuple[str, ...]:
         f"{1e3 * min(result.ttft):.0f}-{1e3 * max(result.ttft):.0f}",
         f"{speed:.2f}x",
         "" if result.retention is None else f"{result.retention:.0%}",
-        str(result.cache_tokens),
+        str(video_tokens),
         "" if result.decode_rate is None else f"{result.decode_rate:.1f}",
         memory,
         str(result.recompiles),
@@ -147,7 +152,14 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 def to_dict(workloads: Sequence[Workload], about: dict[str, Any]) -> dict[str, Any]:
     """For programs: every single time in seconds, memory in bytes."""
-    return {**about, "workloads": [dataclasses.asdict(workload) for workload in workloads]}
+    return {**about, "workloads": [_to_dict(workload) for workload in workloads]}
+
+
+def _to_dict(workload: Workload) -> dict[str, Any]:
+    results = [
+        {**dataclasses.asdict(result), "video_tokens": workload.video_tokens(result)} for result in workload.results
+    ]
+    return {**dataclasses.asdict(workload), "results": results}
 
 
 def to_markdown(workloads: Sequence[Workload], about: dict[str, Any]) -> str:

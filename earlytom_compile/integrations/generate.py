@@ -20,6 +20,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.fx import GraphModule
 from ..backend import compile_graph
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
-from ..prompt import PromptCut, UncuttablePrompt
+from ..prompt import PromptCut, UncuttablePrompt, without_waiting
 from ..reporting import Counts, GraphRecord, forget
 from ..stages import CompressedGraph, fall_back
 from .caches import cache_of, given_cache
@@ -133,13 +134,13 @@ class CompiledModel:
             with _generating():
                 return self.own["generate"](*arguments, **kwargs)
         assert ids is not None
-        new_ids, new_kwargs, plan = cut
-        self._shorten_limits(new_kwargs, args, plan.dropped)
-        _show_own_prompt(new_kwargs, ids, new_ids.shape[1])
-        with _generating(), self._compiled_prefill():
-            output = self.own["generate"](new_ids, *args, **new_kwargs)
+        length = cut.input_ids.shape[1]
+        self._shorten_limits(cut.arguments, args, dropped=ids.shape[1] - length)
+        _show_own_prompt(cut.arguments, ids, length)
+        with _generating(), self._compiled_prefill(cut):
+            output = self.own["generate"](cut.input_ids, *args, **cut.arguments)
         _mark_cache(cache_of(output), given_cache(kwargs))
-        return _with_own_prompt(output, ids, new_ids.shape[1])
+        return _with_own_prompt(output, ids, length)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward`` with compressed videos: logits have the cut length."""
@@ -157,11 +158,11 @@ class CompiledModel:
         cut = None if reason else self._compress(ids, kwargs, forward=True)  # type: ignore[arg-type]
         if cut is None:
             return own(**kwargs)
-        with self._compiled_prefill():
-            return own(**cut[1])
+        with self._compiled_prefill(cut):
+            return own(**cut.arguments)
 
-    def _compiled_prefill(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.prefill is None else self.prefill.active()
+    def _compiled_prefill(self, cut: "_CutCall") -> AbstractContextManager[None]:
+        return nullcontext() if self.prefill is None else self.prefill.active(cut.mask)
 
     def _reason_to_leave_alone(
         self, ids: Any, kwargs: dict[str, Any], args: tuple[Any, ...] = (), forward: bool = False
@@ -199,30 +200,37 @@ class CompiledModel:
         return None
 
     @torch.no_grad()
-    def _compress(
-        self, ids: torch.Tensor, kwargs: dict[str, Any], forward: bool = False
-    ) -> tuple[torch.Tensor, dict[str, Any], PromptCut] | None:
-        """(cut ids, arguments with embeddings in place of pixels, the cut), or None to leave the call alone."""
+    def _compress(self, ids: torch.Tensor, kwargs: dict[str, Any], forward: bool = False) -> "_CutCall | None":
+        """The call with embeddings in place of pixels, or None to leave it alone."""
+        # All that the host has to know of the prompt is read before the encoder is launched: a read after it would
+        # wait until the encoder is done, and the device for the host to launch what follows.
+        host_ids, mask = ids.cpu(), self._mask_on_host(ids, kwargs, forward)
+        images = self._image_rows(ids, kwargs)
         videos = kwargs["pixel_values_videos"]
         choices = {k: kwargs[k] for k in _FEATURE_CHOICES if kwargs.get(k) is not None}
         counts: list[tuple[GraphRecord, Counts]] = []
         encoded = [self._encode(video, choices, counts) for video in videos]
         token = self.model.config.video_token_id
         try:
-            plan = PromptCut.plan(ids, token, [n for _, n in encoded], [len(rows) for rows, _ in encoded])
+            plan = PromptCut.plan(host_ids, token, [n for _, n in encoded], [len(rows) for rows, _ in encoded])
         except UncuttablePrompt as reason:
             fall_back(str(reason), "Write each video as one <video> in the prompt", self.config, self.record)
             return None
-        new_ids = plan.take(ids, _padding_id(self.model, token))
+        if mask is None and plan.padded:
+            mask = torch.ones_like(host_ids)
+        cut_mask = None if mask is None else plan.take(mask, 0)
+        new_ids = without_waiting(plan.take(host_ids, _padding_id(self.model, token)), ids.device)
         self.prompt, self.videos = (ids.shape[1], new_ids.shape[1]), counts
-        embeds = self._embed(new_ids, torch.cat([rows for rows, _ in encoded]), kwargs)
-        changed = {"inputs_embeds": embeds, "attention_mask": self._cut_mask(ids, plan, kwargs, forward)}
+        embeds = self._embed(new_ids, torch.cat([rows for rows, _ in encoded]), images)
+        changed: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": None}
+        if cut_mask is not None:
+            changed["attention_mask"] = without_waiting(cut_mask, ids.device)
         if kwargs.get("position_ids") is not None:
             changed["position_ids"] = plan.renumber(kwargs["position_ids"])
         if kwargs.get("labels") is not None:
             changed["labels"] = plan.take(kwargs["labels"], -100)
         kept = {k: v for k, v in kwargs.items() if k not in _CONSUMED}
-        return new_ids, {**kept, **changed}, plan
+        return _CutCall(new_ids, {**kept, **changed}, cut_mask)
 
     @torch.no_grad()
     def encode_videos(self, videos: Any) -> list[torch.Tensor]:
@@ -250,42 +258,43 @@ class CompiledModel:
             )
         return rows, len(rows)
 
-    def _embed(self, ids: torch.Tensor, video_rows: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Embeddings [R, S', C] of the cut prompt, images encoded by the model's own code."""
-        model = self.model.model
-        embeds = model.get_input_embeddings()(ids)
-        if (images := self._image_rows(kwargs)) is not None:
-            images = images.to(embeds.device, embeds.dtype)
-            mask, _ = model.get_placeholder_mask(ids, inputs_embeds=embeds, image_features=images)
-            embeds = embeds.masked_scatter(mask, images)
-        video_rows = video_rows.to(embeds.device, embeds.dtype)
-        mask = (ids == self.model.config.video_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(mask, video_rows)
+    def _embed(self, ids: torch.Tensor, videos: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings [R, S', C] of the cut prompt, with the rows [N, C] of its videos and images in place."""
+        embeds = self.model.model.get_input_embeddings()(ids)
+        config = self.model.config
+        for token, rows in ((config.image_token_id, images), (config.video_token_id, videos)):
+            if rows is not None:
+                rows = rows.to(embeds.device, embeds.dtype)
+                embeds = embeds.masked_scatter((ids == token).unsqueeze(-1), rows)
+        return embeds
 
-    def _image_rows(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Rows [N, C] of all images: encoded by the model's own code, or by the caller before."""
+    def _image_rows(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Rows [N, C] of all images, as many as their placeholders: encoded by the model's own code, or by the
+        caller before."""
+        model = self.model.model
         encoded = _features(kwargs).get("image")
         if encoded is None and kwargs.get("pixel_values") is not None:
             names = ("pixel_values", "image_sizes", "vision_aspect_ratio", "batch_num_images", *_FEATURE_CHOICES)
             given = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-            encoded = self.model.model.get_image_features(**given, return_dict=True)
-        return None if encoded is None else torch.cat(list(encoded.pooler_output), dim=0)
+            encoded = model.get_image_features(**given, return_dict=True)
+        if encoded is None:
+            return None
+        rows = torch.cat(list(encoded.pooler_output), dim=0)
+        model.get_placeholder_mask(ids, inputs_embeds=rows.new_empty(*ids.shape, rows.shape[1]), image_features=rows)
+        return rows
 
-    def _cut_mask(
-        self, ids: torch.Tensor, plan: PromptCut, kwargs: dict[str, Any], forward: bool
-    ) -> torch.Tensor | None:
+    def _mask_on_host(self, ids: torch.Tensor, kwargs: dict[str, Any], forward: bool) -> torch.Tensor | None:
+        """The attention mask [R, S] of the uncut prompt; None where none is given and none is inferred."""
         mask = kwargs.get("attention_mask")
-        if mask is None and not forward:
-            # What generate() infers from ids; it cannot from embeddings.
-            padding, ends = (
-                self._generation_option("pad_token_id", kwargs),
-                self._generation_option("eos_token_id", kwargs),
-            )
-            if isinstance(padding, int) and padding not in (ends if isinstance(ends, (list, tuple)) else (ends,)):
-                mask = ids.ne(padding).to(ids.dtype)
-        if mask is None:
-            return plan.take(torch.ones_like(ids), 0) if plan.padded else None
-        return plan.take(mask, 0)
+        if mask is not None or forward:
+            return None if mask is None else mask.cpu()
+        # What generate() infers from ids; it cannot from embeddings.
+        padding, ends = (
+            self._generation_option("pad_token_id", kwargs),
+            self._generation_option("eos_token_id", kwargs),
+        )
+        known = isinstance(padding, int) and padding not in (ends if isinstance(ends, (list, tuple)) else (ends,))
+        return (ids.ne(padding).to(ids.dtype) if known else torch.ones_like(ids)).cpu()
 
     def _generation_option(self, name: str, kwargs: dict[str, Any], config: Any = None) -> Any:
         """An option of generate(): given by name, in a config, or the model's own."""
@@ -301,6 +310,15 @@ class CompiledModel:
             new_tokens = name.replace("_length", "_new_tokens")
             if limit and given and self._generation_option(new_tokens, kwargs, config) is None:
                 kwargs[name] = max(limit - dropped, 0)
+
+
+@dataclass(frozen=True)
+class _CutCall:
+    """A call whose videos are compressed."""
+
+    input_ids: torch.Tensor  # int64 [R, S'], on the device of the caller's
+    arguments: dict[str, Any]  # all others
+    mask: torch.Tensor | None  # [R, S'], the attention mask among them, on the host
 
 
 class _VisionPath:

@@ -1,7 +1,7 @@
 """The language model's pass over the prompt, compiled once for prompts of every length.
 
     prefill = CompiledPrefill(model.model.language_model)   # its forward() is replaced ...
-    with prefill.active():                                  # ... and compiles prompts here, in this thread only
+    with prefill.active(attention_mask):                    # ... and compiles prompts here, in this thread only
         model.generate(...)
     prefill.remove()
 
@@ -41,12 +41,12 @@ class CompiledPrefill:
 
     def _reset(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._active: ContextVar[bool] = ContextVar("earlytom_prefill", default=False)
+        self._padded: ContextVar[bool | None] = ContextVar("earlytom_prefill", default=None)  # None = not active
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledPrefill":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_active")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_padded")}
         twin.__dict__.update(copy.deepcopy(state, memo))
         twin._reset()
         return twin
@@ -59,22 +59,26 @@ class CompiledPrefill:
                 self._module.__dict__["forward"] = self._before
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Compile prompts inside this context; other threads and other calls run the model's own code."""
-        token = self._active.set(True)
+    def active(self, attention_mask: torch.Tensor | None) -> Iterator[None]:
+        """Compile prompts inside this context; other threads and other calls run the model's own code.
+
+        ``attention_mask`` [R, S] is that of the prompts to come. It is read here, on the host or where the device
+        has nothing to finish, since their own mask comes behind the encoder; None stands for one not known.
+        """
+        token = self._padded.set(attention_mask is None or not bool(attention_mask.all()))
         try:
             yield
         finally:
-            self._active.reset(token)
+            self._padded.reset(token)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self._active.get() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._own(*args, **kwargs)
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None or embeds.shape[1] < 2:
+        padded, embeds = self._padded.get(), kwargs.get("inputs_embeds")
+        if padded is None or embeds is None or embeds.shape[1] < 2:
             return self._own(*args, **kwargs)
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool(mask.all()):
+        if not padded and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             kwargs["attention_mask"] = None  # causal attention needs no mask then, and traced code cannot look
         return self._compiled_for(kwargs)(self._own, args, kwargs)
 

@@ -43,6 +43,8 @@ def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
     assert all(f"| {name} |" in text and name in printed for name in names)
     assert all(len(result["ttft"]) == 2 and min(result["ttft"]) > 0 for result in workload["results"])
     assert workload["results"][2]["frames"][0][0] == 8
+    tokens = [result["video_tokens"] for result in workload["results"]]
+    assert tokens == [8 * 4, 8 * 4, 8, 8, 8, 8]  # 2 of 8 frames are exactly a quarter
     for result in workload["results"]:
         breakdown = result["breakdown"]
         assert sum(breakdown["stages"].values()) + breakdown["overhead"] == pytest.approx(breakdown["wall"])
