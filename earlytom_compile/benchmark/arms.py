@@ -7,7 +7,8 @@ earlytom r (backend)    torch.compile(model, backend="earlytom"), forward()
 subsampling r           inductor, every 1/r-th frame
 average pooling r       inductor, means of 1/r neighbouring frames
 
-The last two keep whole frames, as many as come nearest to the tokens that EarlyTom keeps.
+All compiled ones get the same ``mode``, so that CUDA graphs or autotuning are no advantage of one of them. The last
+two keep whole frames, as many as come nearest to the tokens that EarlyTom keeps.
 """
 
 import copy
@@ -47,7 +48,7 @@ def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict
     """Every arm for ``inputs``; nothing is compiled before its first call."""
     frames = inputs["pixel_values_videos"].shape[1]
     yield Arm("transformers", partial(_forward, model, inputs), 1.0, model, frames, called=_PARTS)
-    inductor = torch.compile(model, dynamic=False)
+    inductor = torch.compile(model, dynamic=False, mode=options.get("mode"))
     yield Arm("inductor", partial(_forward, inductor, inputs), 1.0, model, frames)
     for ratio in ratios:
         chosen = {**options, "retain_ratio": ratio}

@@ -146,20 +146,20 @@ def make_servers(model: Any, ratios: Sequence[float], options: dict[str, Any]) -
     """All tokens as transformers runs them and compiled, then EarlyTom at each ratio; all share their weights.
 
     Of the compiled ones, Inductor compiles the vision encoder and the language model's pass over the prompt: what
-    differs between them is the compression. Nothing is compiled before the first call.
+    differs between them is the compression. All get the same ``mode``. Nothing is compiled before the first call.
     """
     yield Server("transformers", model.generate)
-    yield Server("inductor", _compiled_generate(model))
+    yield Server("inductor", _compiled_generate(model, options.get("mode")))
     for ratio in ratios:
         twin: Any = earlytom_compile.compile(twin_of(model), **{**options, "retain_ratio": ratio})
         yield Server(f"earlytom {ratio:g}", twin.generate, ratio, twin)
 
 
-def _compiled_generate(model: Any) -> Callable[..., torch.Tensor]:
+def _compiled_generate(model: Any, mode: str | None) -> Callable[..., torch.Tensor]:
     twin = twin_of(model)
     # Each batch size gets code of its own: the fastest it can be, and there are few.
-    twin.model.vision_tower.compile(dynamic=False)
-    prefill = CompiledPrefill(twin.model.language_model)
+    twin.model.vision_tower.compile(dynamic=False, mode=mode)
+    prefill = CompiledPrefill(twin.model.language_model, mode=mode)
 
     def generate(**inputs: Any) -> torch.Tensor:
         with prefill.active(inputs["attention_mask"]):

@@ -97,6 +97,18 @@ def test_arms_do_what_they_are_called(model):
     assert not torch.equal(first["subsampling 0.2"][1].layers[0].keys, first["average pooling 0.2"][1].layers[0].keys)
 
 
+def test_every_compiled_arm_gets_the_mode(model, monkeypatch):
+    given, compiler = [], torch.compile
+
+    def recording(*args, **choices):
+        given.append(choices.get("mode") or choices.get("options", {}).get("mode"))
+        return compiler(*args, **choices)
+
+    monkeypatch.setattr(torch, "compile", recording)
+    list(make_arms(model, make_inputs(model, frames=8), (0.2,), {**EAGER, "mode": "reduce-overhead"}))
+    assert given == ["reduce-overhead"] * 2  # inductor and what runs on it; earlytom as a backend
+
+
 def test_arms_share_the_weights(model):
     arms = arms_of(model, make_inputs(model, frames=8))
     own = {parameter.data_ptr() for parameter in model.parameters()}

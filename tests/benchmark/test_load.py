@@ -12,6 +12,7 @@ from tiny_checkpoint import TinySize, write_checkpoint
 from tiny_models import tiny_llava_onevision
 
 import earlytom_compile
+from earlytom_compile.benchmark import load as serving
 from earlytom_compile.benchmark.load import (
     LoadResult,
     Server,
@@ -251,6 +252,14 @@ def test_shorter_prompts_are_padded_on_the_left(prompts):
 def servers_of(model):
     """The ones that need no compiler."""
     return {server.name: server for server in make_servers(model, (0.2,), EAGER) if server.name != "inductor"}
+
+
+def test_inductor_gets_the_mode(model, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **choices: given.append(choices["mode"]))
+    monkeypatch.setattr(serving, "CompiledPrefill", lambda module, **choices: given.append(choices["mode"]))
+    list(make_servers(model, (), {**EAGER, "mode": "reduce-overhead"}))
+    assert given == ["reduce-overhead"] * 2  # the vision encoder, the language model's pass over the prompt
 
 
 @pytest.mark.parametrize("name", ["transformers", "earlytom 0.2"])
