@@ -1,4 +1,4 @@
-"""Where the time to the first token goes (Figure 3 of the paper), read from a profiler's trace of one call.
+"""Where the time to the first token and the memory go (Figure 3 of the paper), from a profiler's trace of one call.
 
     |<------------------------------ wall: the range "earlytom 0.1" ------------------------------>|
     vision encoding            visual token processing              LLM prefill                        stages begin
@@ -9,6 +9,9 @@
 Busy is a device that runs a kernel or a copy; on a CPU, a thread inside an operator or a compiled graph. What is busy
 belongs to the stage in which it was launched, and what an operator of ours launches to visual token processing,
 wherever it happens. An instant at which two things are busy counts once, for the one that began first.
+
+Memory is what the allocator has handed out beyond what it had when the call began: weights, inputs and what others keep
+do not count. A stage's peak includes what earlier stages left for it.
 """
 
 from bisect import bisect_right
@@ -29,20 +32,24 @@ _ON_DEVICE = frozenset(("kernel", "gpu_memcpy", "gpu_memset"))
 _LAUNCHES = frozenset(("cuda_runtime", "cuda_driver"))
 _OURS = "earlytom::"
 _COMPILED = "## Call CompiledFxGraph"  # Inductor's name for a call of what it compiled
+_MEMORY, _CPU, _CUDA = "[memory]", 0, 1
 _MICRO = 1e-6
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds of one profiled call.
+    """Seconds of one profiled call, and bytes at its peak.
 
-    ``stages`` is None where they cannot be told apart: one launch held several, or nothing showed where one began.
-    ``overhead`` is None where no device event was recorded although there was a device.
+    ``stages`` and ``stage_memory`` are None where stages cannot be told apart: one launch held several, or nothing
+    showed where one began. ``overhead`` is None where no device event was recorded although there was a device,
+    ``memory`` where nothing was allocated.
     """
 
     wall: float
     overhead: float | None
     stages: dict[str, float] | None
+    memory: int | None = None
+    stage_memory: dict[str, int] | None = None
 
     @property
     def parts(self) -> dict[str, float]:
@@ -62,16 +69,18 @@ def break_down(events: Iterable[Event], call: str, *, on_gpu: bool) -> Breakdown
     Stages begin where ranges called :func:`stage_range` begin, in any order and more than once; until the first
     one, it is vision encoding. Raises :class:`ValueError` if there is no such call.
     """
+    events = list(events)
     complete = [event for event in events if event.get("ph") == "X"]
     root = next((event for event in complete if event["cat"] == _RANGE and event["name"] == call), None)
     if root is None:
         raise ValueError(f"no range {call!r} in the trace.")
     begin, end = _interval(root)
     stages = _StageOf(call, [event for event in complete if begin <= event["ts"] <= end])
+    peaks = _memory(events, stages, (begin, end), _CUDA if on_gpu else _CPU)
     if on_gpu:
         busy = list(_device_work(complete, stages, (begin, end)))
         if not busy:
-            return Breakdown(_MICRO * (end - begin), None, None)
+            return Breakdown(_MICRO * (end - begin), None, None, *peaks)
     else:
         busy = list(_host_work(complete, stages, (begin, end)))
     seconds = dict.fromkeys(STAGES, 0.0)
@@ -81,7 +90,7 @@ def break_down(events: Iterable[Event], call: str, *, on_gpu: bool) -> Breakdown
         now = max(now, stop)
     wall = _MICRO * (end - begin)
     overhead = max(0.0, wall - sum(seconds.values()))
-    return Breakdown(wall, overhead, seconds if stages.all_seen else None)
+    return Breakdown(wall, overhead, seconds if stages.all_seen else None, *peaks)
 
 
 class _StageOf:
@@ -108,12 +117,40 @@ class _StageOf:
         index = bisect_right(ours, (moment, float("inf"))) - 1
         if index >= 0 and moment < ours[index][1]:
             return TOKENS
+        return self.begun(moment)
+
+    def begun(self, moment: float) -> str:
+        """The stage that began last, whoever is at work in it."""
         index = bisect_right(self._moments, moment) - 1
         return self._stages[index] if index >= 0 else VISION
 
     def cuts(self, thread: Any) -> list[float]:
         """Moments at which the stage may change on a thread."""
         return sorted([*self._moments, *(moment for interval in self._ours.get(thread, []) for moment in interval)])
+
+
+def _memory(
+    events: Sequence[Event], stages: _StageOf, window: Interval, device: int
+) -> tuple[int | None, dict[str, int] | None]:
+    """Peak of the call and of each of its stages."""
+    changes = [
+        (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == _MEMORY
+        and event["args"]["Device Type"] == device
+        and window[0] <= event["ts"] <= window[1]
+    ]
+    if not changes:
+        return None, None
+    changes.sort(key=lambda change: change[0])
+    _, total, change = changes[0]
+    before = total - change
+    peaks, held = dict.fromkeys(STAGES, 0), 0
+    for moment, total, _ in changes:
+        stage = stages.begun(moment)
+        peaks[stage] = max(peaks[stage], held, total - before)
+        held = total - before
+    return max(peaks.values()), peaks if stages.all_seen else None
 
 
 def _device_work(events: Sequence[Event], stages: _StageOf, window: Interval) -> Iterator[tuple[float, float, str]]:

@@ -39,7 +39,7 @@ def profile_arms(
     device, stage_of = model.device, _stages_of_weights(model.model)
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.inference_mode(), torch.profiler.profile(activities=activities) as profiler:
+    with torch.inference_mode(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         torch.ones(1, device=device).item()  # what the profiler does once is no part of the first call
         for arm in arms:
             progress(f"profile: {arm.name}")

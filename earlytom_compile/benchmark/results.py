@@ -1,11 +1,17 @@
-"""What ``earlytom bench`` prints and writes: two tables a workload, the same as JSON and Markdown, and plots.
+"""What ``earlytom bench`` prints and writes: three tables a workload, the same as JSON and Markdown, and plots.
 
-| arm           | cold s | TTFT ms | min | max | speed | frames left | video tokens | tokens/s | memory | recompiles |
-| inductor      |   48.1 |    2902 | ... | ... | 1.00x |             |          784 |     21.0 |        |          0 |
-| earlytom 0.1  |   31.0 |    1398 | ... | ... | 2.08x |         75% |           78 |     23.9 |        |          0 |
+The numbers here are made up:
+
+| arm           | first call s | TTFT ms | range     | speed | frames left | video tokens | tokens/s | recompiles |
+| inductor      |         48.1 |    2902 | 2890-2950 | 1.00x |             |          784 |     21.0 |          0 |
+| earlytom 0.1  |         31.0 |    1398 | 1390-1401 | 2.08x |         75% |           78 |     23.9 |          0 |
 
 | arm           | vision encoding | token processing | LLM prefill | overhead | profiled ms | TFLOP | floor ms | ...
 | inductor      |       900 (30%) |          60 (2%) |  1960 (66%) |  60 (2%) |        2980 |   1.2 |     1500 | ...
+
+| arm           | vision encoding | token processing | LLM prefill | whole call | device GiB |
+| inductor      |      120 (100%) |       100 (100%) |  110 (100%) | 120 (100%) |            |
+| earlytom 0.1  |       118 (98%) |         90 (90%) |    20 (18%) |  118 (98%) |            |
 """
 
 import dataclasses
@@ -13,7 +19,7 @@ import datetime
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +35,14 @@ from .measure import Result, speeds
 
 REFERENCE = "inductor"
 _HEADINGS = (
-    "arm", "first call s", "TTFT ms", "range", "speed", "frames left", "video tokens", "tokens/s", "peak GiB",
-    "recompiles",
+    "arm", "first call s", "TTFT ms", "range", "speed", "frames left", "video tokens", "tokens/s", "recompiles",
 )  # fmt: skip
 _BREAKDOWN_HEADINGS = (
     "arm", "vision encoding", "token processing", "LLM prefill", "overhead", "profiled ms", "TFLOP", "GB", "floor ms",
     "TTFT / floor",
 )  # fmt: skip
+_MEMORY_HEADINGS = ("arm", "vision encoding", "token processing", "LLM prefill", "whole call", "device GiB")
+_MEMORY_TITLE = f"peak memory of the profiled call: MiB beyond what was there before it (share of {REFERENCE}'s)"
 _COLOURS = {
     VISION: "tab:blue", TOKENS: "tab:orange", LLM: "tab:green", NOT_SEPARABLE: "tab:olive", OVERHEAD: "tab:gray",
 }  # fmt: skip
@@ -79,9 +86,21 @@ class Workload:
         """Cells of the table of stages and floors, a row for each arm."""
         return [(result.name, *_breakdown_cells(result.breakdown), *_floor_cells(result)) for result in self.results]
 
+    def memory_rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table of peaks, a row for each arm."""
+        reference = next((_peaks(result) for result in self.results if result.name == REFERENCE), _NO_PEAKS)
+        return [_memory_row(result, reference) for result in self.results]
+
+    def sections(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+        """(title, headings, rows) of every table."""
+        return [
+            (self.title, _HEADINGS, self.rows()),
+            (self.breakdown_title, _BREAKDOWN_HEADINGS, self.breakdown_rows()),
+            (_MEMORY_TITLE, _MEMORY_HEADINGS, self.memory_rows()),
+        ]
+
 
 def _row(result: Result, speed: float, video_tokens: int) -> tuple[str, ...]:
-    memory = "" if result.peak_memory is None else f"{result.peak_memory / 2**30:.2f}"
     return (
         result.name,
         f"{result.cold:.1f}",
@@ -91,7 +110,6 @@ def _row(result: Result, speed: float, video_tokens: int) -> tuple[str, ...]:
         "" if result.retention is None else f"{result.retention:.0%}",
         str(video_tokens),
         "" if result.decode_rate is None else f"{result.decode_rate:.1f}",
-        memory,
         str(result.recompiles),
     )
 
@@ -115,6 +133,28 @@ def _floor_cells(result: Result) -> tuple[str, ...]:
     return (*sizes, _milliseconds(floor.seconds), f"{result.times_floor:.2f}")
 
 
+_Peaks = tuple[int | None, ...]
+_NO_PEAKS: _Peaks = (None,) * (len(STAGES) + 1)
+
+
+def _peaks(result: Result) -> _Peaks:
+    """Bytes of each stage and of the whole call."""
+    if result.breakdown is None:
+        return _NO_PEAKS
+    stages = result.breakdown.stage_memory or {}
+    return (*(stages.get(stage) for stage in STAGES), result.breakdown.memory)
+
+
+def _memory_row(result: Result, reference: _Peaks) -> tuple[str, ...]:
+    def cell(peak: int | None, full: int | None) -> str:
+        if peak is None:
+            return ""
+        return f"{peak / 2**20:.1f}" + (f" ({peak / full:.0%})" if full else "")
+
+    cells = (cell(peak, full) for peak, full in zip(_peaks(result), reference, strict=True))
+    return result.name, *cells, "" if result.peak_memory is None else f"{result.peak_memory / 2**30:.2f}"
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
 
@@ -134,10 +174,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def tables(workload: Workload) -> list[Table]:
     """For people at a terminal."""
-    return [
-        _table(workload.title, _HEADINGS, workload.rows()),
-        _table(workload.breakdown_title, _BREAKDOWN_HEADINGS, workload.breakdown_rows()),
-    ]
+    return [_table(*section) for section in workload.sections()]
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -167,8 +204,8 @@ def to_markdown(workloads: Sequence[Workload], about: dict[str, Any]) -> str:
     lines = [f"`{about['command']}`", ""]
     lines += [", ".join(f"{name} {value}" for name, value in about.items() if name != "command"), ""]
     for workload in workloads:
-        lines += _markdown_table(workload.title, _HEADINGS, workload.rows())
-        lines += _markdown_table(workload.breakdown_title, _BREAKDOWN_HEADINGS, workload.breakdown_rows())
+        for section in workload.sections():
+            lines += _markdown_table(*section)
     return "\n".join(lines)
 
 
@@ -183,7 +220,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def write_plots(workloads: Sequence[Workload], folder: Path) -> list[Path]:
     """PNG files in ``folder``: for each workload, stages of the time to the first token (as Figure 3 of the paper)
-    and that time against the work; for several, it against the number of frames."""
+    and that time against the work; for several, it and the memory against the number of frames."""
     pyplot = _pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -198,7 +235,7 @@ def write_plots(workloads: Sequence[Workload], folder: Path) -> list[Path]:
         if any(result.floor for result in workload.results):
             save(f"ttft-against-flops-{workload.frames}-frames", _plot_against_flops(pyplot, workload))
     if len(workloads) > 1:
-        save("ttft-against-frames", _plot_against_frames(pyplot, workloads))
+        save("cost-against-frames", _plot_against_frames(pyplot, workloads))
     return written
 
 
@@ -235,10 +272,12 @@ def _plot_against_flops(pyplot: Any, workload: Workload) -> Any:
 
 
 def _plot_against_frames(pyplot: Any, workloads: Sequence[Workload]) -> Any:
-    """Time, and memory where the device tells it, against the number of frames."""
-    costs = {"time to first token (ms)": lambda result: 1e3 * result.median}
-    if all(result.peak_memory is not None for workload in workloads for result in workload.results):
-        costs["peak memory (GiB)"] = lambda result: result.peak_memory / 2**30
+    """Time and peaks of memory against the number of frames, with gaps where one is not known."""
+    costs: dict[str, Callable[[Result], float]] = {
+        "time to first token (ms)": lambda result: 1e3 * result.median,
+        "peak memory of vision encoding (MiB)": lambda result: _mebibytes(_peaks(result)[0]),
+        "peak memory of a call (MiB)": lambda result: _mebibytes(_peaks(result)[-1]),
+    }
     figure, panels = pyplot.subplots(1, len(costs), figsize=(7 * len(costs), 5), layout="constrained", squeeze=False)
     for axes, (label, cost) in zip(panels[0], costs.items(), strict=True):
         for index, result in enumerate(workloads[0].results):
@@ -247,6 +286,10 @@ def _plot_against_frames(pyplot: Any, workloads: Sequence[Workload]) -> Any:
         axes.set(xlabel="frames", ylabel=label, xscale="log", yscale="log")
     panels[0][0].legend()
     return figure
+
+
+def _mebibytes(peak: int | None) -> float:
+    return float("nan") if peak is None else peak / 2**20
 
 
 def _pyplot() -> Any:

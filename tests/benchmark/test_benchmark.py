@@ -173,9 +173,11 @@ def workloads():
 
     return [
         Workload(frames, 1, 32, [
-            result("inductor", [0.4, 0.5, 0.6], breakdown=Breakdown(0.6, 0.2, None), floor=Floor(2e12, 3e9, 0.25)),
+            result("inductor", [0.4, 0.5, 0.6], breakdown=Breakdown(0.6, 0.2, None, 400 << 20),
+                   floor=Floor(2e12, 3e9, 0.25)),
             result("earlytom 0.1", [0.1, 0.1, 0.2], frames=[[32, 24], [32, 16]], peak_memory=3 << 30,
-                   breakdown=Breakdown(0.2, 0.05, dict(zip(STAGES, (0.1, 0.02, 0.03), strict=True))),
+                   breakdown=Breakdown(0.2, 0.05, dict(zip(STAGES, (0.1, 0.02, 0.03), strict=True)), 100 << 20,
+                                       dict(zip(STAGES, (100 << 20, 3 << 19, 2 << 20), strict=True))),
                    floor=Floor(1e12, 2e9, 0.08)),
         ], "bfloat16", {"matmul": 8e12, "copy": 4e9})
         for frames in (8, 16)
@@ -184,8 +186,18 @@ def workloads():
 
 def test_rows_of_the_table():
     full, compressed = workloads()[0].rows()
-    assert full == ("inductor", "4.0", "500", "400-600", "1.00x", "", "67", "20.0", "", "0")
-    assert compressed == ("earlytom 0.1", "4.0", "100", "100-200", "5.00x", "62%", "67", "20.0", "3.00", "0")
+    assert full == ("inductor", "4.0", "500", "400-600", "1.00x", "", "67", "20.0", "0")
+    assert compressed == ("earlytom 0.1", "4.0", "100", "100-200", "5.00x", "62%", "67", "20.0", "0")
+
+
+def test_rows_of_the_table_of_memory():
+    full, compressed = workloads()[0].memory_rows()
+    assert full == ("inductor", "", "", "", "400.0 (100%)", "")
+    assert compressed == ("earlytom 0.1", "100.0", "1.5", "2.0", "100.0 (25%)", "3.00")
+    stages = dict(zip(STAGES, (200 << 20, 100 << 20, 1 << 20), strict=True))
+    workload = workloads()[0]
+    workload.results[0].breakdown = Breakdown(0.6, 0.2, None, 400 << 20, stages)
+    assert workload.memory_rows()[1][1:4] == ("100.0 (50%)", "1.5 (2%)", "2.0 (200%)")
 
 
 def test_rows_of_the_table_of_stages():
@@ -199,6 +211,7 @@ def test_rows_of_the_table_of_stages():
 def test_arms_that_nobody_profiled_leave_their_cells_empty():
     workload = Workload(8, 1, 32, [Result("inductor", 1.0, ttft=[0.5])])
     assert workload.breakdown_rows() == [("inductor", *[""] * 9)]
+    assert workload.memory_rows() == [("inductor", *[""] * 5)]
     assert "floor" not in workload.breakdown_title
 
 
@@ -206,7 +219,8 @@ def test_tables_fit_into_120_columns():
     """Names and numbers as long as those of a 7B model."""
     long = Result("earlytom 0.25 (backend)", 0.25, cold=148.2, ttft=[1.08, 1.09, 1.15], decode=[0.012],
                   cache_tokens=6305, peak_memory=23 << 30, frames=[[32, 24]],
-                  breakdown=Breakdown(1.2, 0.12, dict(zip(STAGES, (0.48, 0.12, 0.48), strict=True))),
+                  breakdown=Breakdown(1.2, 0.12, dict(zip(STAGES, (0.48, 0.12, 0.48), strict=True)), 9 << 30,
+                                      dict.fromkeys(STAGES, 9 << 30)),
                   floor=Floor(119.6e12, 17.3e9, 0.156))  # fmt: skip
     workload = Workload(32, 1, 32, [dataclasses.replace(long, name="inductor"), long], "bfloat16",
                         {"matmul": 7.1e14, "copy": 4.1e12})  # fmt: skip
@@ -214,7 +228,7 @@ def test_tables_fit_into_120_columns():
     for printed in tables(workload):
         console.print(printed)
     lines = console.file.getvalue().splitlines()
-    for row in (workload.rows()[1], workload.breakdown_rows()[1]):
+    for row in (rows[1] for _, _, rows in workload.sections()):
         assert any(line.split() == " ".join(row).split() for line in lines)
 
 
@@ -223,20 +237,22 @@ def test_json_and_markdown_hold_the_numbers():
     content = json.loads(json.dumps(to_dict(workloads(), about)))
     assert content["workloads"][0]["results"][0]["ttft"] == [0.4, 0.5, 0.6] and content["date"] == "2026-01-01"
     assert content["workloads"][0]["results"][1]["breakdown"]["stages"]["vision encoding"] == 0.1
+    assert content["workloads"][0]["results"][1]["breakdown"]["stage_memory"]["LLM prefill"] == 2 << 20
     assert content["workloads"][1]["results"][0]["floor"] == {"flops": 2e12, "bytes": 3e9, "seconds": 0.25}
     assert content["workloads"][0]["ceilings"] == {"matmul": 8e12, "copy": 4e9}
     assert [result["video_tokens"] for result in content["workloads"][0]["results"]] == [67, 67]
     text = to_markdown(workloads(), about)
     assert "| earlytom 0.1 | 100 (50%) | 20.0 (10%) | 30.0 (15%) | 50.0 (25%) | 200 |" in text
     assert "| earlytom 0.1 | 4.0 | 100 | 100-200 | 5.00x | 62% |" in text and "machine x" in text
-    assert text.count("| arm |") == 4
+    assert "| earlytom 0.1 | 100.0 | 1.5 | 2.0 | 100.0 (25%) | 3.00 |" in text
+    assert text.count("| arm |") == 6
 
 
 def test_plots_are_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     written = write_plots(workloads(), tmp_path / "plots")
     names = [f"{kind}-{frames}-frames" for frames in (8, 16) for kind in ("ttft", "ttft-against-flops")]
-    assert [path.stem for path in written] == [*names, "ttft-against-frames"]
+    assert [path.stem for path in written] == [*names, "cost-against-frames"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 

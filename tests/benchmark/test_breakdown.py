@@ -35,6 +35,12 @@ def launched(number, at, begin, end, tid=THREAD, cat="kernel"):
     return [launch, event(cat, f"kernel_{number}", begin, end, 7, correlation=number)]
 
 
+def allocated(at, size, total, device=0):
+    """``size`` bytes more (or fewer), after which there are ``total``."""
+    args = {"Total Allocated": total, "Bytes": size, "Device Type": device}
+    return {"ph": "i", "cat": "cpu_instant_event", "name": "[memory]", "ts": at, "args": args}
+
+
 def micro(**seconds):
     return pytest.approx({name: 1e-6 * value for name, value in seconds.items()})
 
@@ -165,3 +171,22 @@ def test_on_a_gpu_every_tick_is_counted_as_if_by_hand(stages, kernels):
         assert min(breakdown.parts.values()) >= 0 and sum(breakdown.parts.values()) == pytest.approx(breakdown.wall)
     else:
         assert breakdown.stages is None
+
+
+@pytest.mark.parametrize("device, other", [(0, 1), (1, 0)])
+def test_peaks_of_memory_begin_with_what_earlier_stages_left(device, other):
+    events = call(100, 1000, [(VISION, 100), (TOKENS, 400), (LLM, 700)])
+    events += [allocated(50, 700, 5000, device)]  # weights: before the call
+    events += [allocated(150, 300, 5300, device), allocated(200, -200, 5100, device)]
+    events += [allocated(500, -60, 5040, device), allocated(510, 10, 5050, device)]
+    events += [allocated(800, 100, 5150, device), allocated(1100, 999, 6149, device)]  # the last one after the call
+    events += [allocated(300, 9999, 9999, other)]
+    breakdown = break_down(events, CALL, on_gpu=device == 1)
+    assert breakdown.memory == 300 and breakdown.stage_memory == {VISION: 300, TOKENS: 100, LLM: 150}
+
+
+def test_without_stages_the_peak_is_that_of_the_call():
+    events = [*call(0, 100, [(VISION, 0)]), allocated(10, 8, 8), allocated(20, -8, 0)]
+    breakdown = break_down(events, CALL, on_gpu=False)
+    assert breakdown.memory == 8 and breakdown.stage_memory is None
+    assert break_down(call(0, 100, []), CALL, on_gpu=False).memory is None

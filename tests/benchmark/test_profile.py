@@ -82,6 +82,27 @@ def test_every_product_lies_in_the_stage_of_its_weight(profiled, arm):
         assert sum(e["name"] in PRODUCTS for e in inside) == expected[stage]
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_stage_has_a_peak_and_the_calls_is_the_highest(profiled, arm):
+    model, breakdown = profiled[0], profiled[1][arm]
+    cache = TEXT_LAYERS * 2 * ROWS * model.config.text_config.hidden_size * 4  # bytes of one position, at most
+    assert list(breakdown.stage_memory) == list(STAGES) and min(breakdown.stage_memory.values()) > cache
+    assert breakdown.memory == max(breakdown.stage_memory.values())
+
+
+def test_memory_is_what_a_call_allocates_at_its_peak():
+    model = tiny_llava_onevision(vision_layers=1, text_layers=1)
+    kept = torch.ones(1 << 20)
+
+    def first_token():
+        (kept[: 1 << 18] + 1).sum()
+        return torch.zeros(1 << 16)
+
+    breakdowns, _ = profile_arms(model, [profiling.Arm("a", first_token), profiling.Arm("b", first_token)])
+    for breakdown in breakdowns.values():
+        assert 1 << 20 <= breakdown.memory < (1 << 20) + 1024
+
+
 def test_profiling_compiles_nothing_and_leaves_nothing_behind(profiled):
     from torch._inductor.select_algorithm import extern_kernels
 

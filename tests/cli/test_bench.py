@@ -49,7 +49,8 @@ def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
         breakdown = result["breakdown"]
         assert sum(breakdown["stages"].values()) + breakdown["overhead"] == pytest.approx(breakdown["wall"])
         assert result["floor"]["seconds"] > 0 and workload["ceilings"].keys() == {"copy", "matmul"}
-    assert printed.count("earlytom 0.25 (backend)") == 2 and "TTFT / floor" in text
+        assert max(breakdown["stage_memory"].values()) == breakdown["memory"] > 0
+    assert printed.count("earlytom 0.25 (backend)") == 3 and "TTFT / floor" in text
     trace = json.loads(Path(files["trace"]).read_text())["traceEvents"]
     ranges = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
     stages = ("vision encoding", "visual token processing", "LLM prefill")
