@@ -38,11 +38,8 @@ def every_operator_is_triton(monkeypatch):
     monkeypatch.setattr(test_ops_chain, "ops", Providers)
 
 
-TIES = [case for case in test_ops_golden.golden("stage1").args[1] if case.values[0]["exact_arithmetic"]]
-
-
-@pytest.mark.parametrize("scalars, tensors", TIES)
-def test_golden_ties(scalars, tensors):
+@test_ops_golden.golden("stage1")
+def test_golden_merge_layer(scalars, tensors):
     test_ops_golden.test_one_merge_layer(scalars, tensors)
 
 
