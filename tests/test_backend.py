@@ -21,6 +21,7 @@ from earlytom_compile import (
     stages,
 )
 from earlytom_compile.integrations.caches import cache_of
+from earlytom_compile.kernels.providers import _TABLE
 
 _LOWER = stages.lower
 MERGE = {"merge_layers": (0, 2), "tau_seg": 0.3}
@@ -94,9 +95,10 @@ def test_returned_features_are_those_the_language_model_gets(model, videos_per_r
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("lowering", ["eager", "staged", "whole"])
 @pytest.mark.parametrize("variant", ["paper", "released"])
-def test_on_a_gpu_it_is_what_it_is_on_the_cpu(variant, lowering):
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_on_a_gpu_it_is_what_it_is_on_the_cpu(place, variant, lowering):
     """In float32 with exact products, so that the oracle on the CPU decides."""
-    options = {"variant": variant, "lowering": lowering, "retain_ratio": 0.2}
+    options = {"variant": variant, "lowering": lowering, "retain_ratio": 0.2, "static_selection": place}
     model = tiny_llava_onevision(vision_layers=4, text_layers=1)
     inputs = video_inputs(model, 16)
     with torch.no_grad():
@@ -105,7 +107,9 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(variant, lowering):
         logits = compiled(**{name: x.cuda() for name, x in inputs.items()}).logits
     torch.testing.assert_close(logits.cpu(), expected.logits, atol=1e-3, rtol=1e-3)
     providers = report(compiled).to_dict()["providers"]
-    assert providers["frame_similarity"] == providers["attention_received"] == "triton"
+    select = "select_tokens" if variant == "paper" else "select_tokens_released"
+    names = (select, *(name for name in _TABLE if not name.startswith("select_tokens")))
+    assert len(names) == 6 and {name: providers[name] for name in names} == dict.fromkeys(names, "triton")
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])

@@ -11,8 +11,10 @@ from test_triton_select_tokens import selection, selections
 
 pytest.importorskip("triton")
 from earlytom_compile.kernels import host_selection, triton_select_tokens, triton_select_tokens_released  # noqa: E402
+from earlytom_compile.kernels import select_tokens as declared  # noqa: E402
 from earlytom_compile.kernels.select_tokens import paper_quotas, released_quotas  # noqa: E402
 
+DECLARED = {"paper": declared.select_tokens, "released": declared.select_tokens_released}
 PROVIDERS = {"paper": triton_select_tokens, "released": triton_select_tokens_released}
 OPERATORS = {"paper": ops.select_tokens, "released": ops.select_tokens_released}
 both_variants = pytest.mark.parametrize("variant, amount", [("paper", (8,)), ("released", (6, 0.4))])
@@ -160,3 +162,21 @@ def test_without_a_gpu_all_places_are_the_same(place, variant, amount):
     inputs = selection(2, [5, 4], 6, 4)
     op = OPERATORS[variant]
     assert_same(op(*inputs, *amount, static_selection=place), op(*inputs, *amount))
+
+
+@both_variants
+def test_inductor_calls_it_as_it_is(variant, amount, monkeypatch):
+    inputs, calls, select_on_host = selection(17, [5, 4], 12, 8), [], host_selection.select
+
+    def compressed(features, *others):
+        tokens, *kept = OPERATORS[variant](features.relu() + 1, *others, *amount, static_selection="host")
+        return 2 * tokens, *kept
+
+    expected = compressed(*inputs)
+    if DEVICE == "cpu":  # where the operator would run its native body
+        monkeypatch.setitem(DECLARED[variant]._backend_fns, None, PROVIDERS[variant].run)
+    monkeypatch.setattr(host_selection, "select", lambda *args: calls.append(args) or select_on_host(*args))
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        actual = torch.compile(compressed, fullgraph=True)(*(x.to(DEVICE) for x in inputs))
+    assert len(calls) == 1
+    assert_same([x.cpu() for x in actual], expected)

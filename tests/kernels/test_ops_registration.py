@@ -52,7 +52,7 @@ def test_one_import_registers_every_operator_and_nothing_of_the_package():
 
 
 def calls(dtype, layout):
-    """(operator, args, kwargs): one call of each, over two videos of 5 and 4 frames."""
+    """(operator, args, kwargs): one call of each, over two videos of 5 and 4 frames, named by CALLS."""
     hidden = laid_out(video(2, 9, 4, 6, dtype), layout)
     counts = torch.tensor([5, 4])
     similarity = ops.frame_similarity(hidden, 4)
@@ -74,16 +74,22 @@ def calls(dtype, layout):
         (ops.keep_positions, (ids, VIDEO, 3, 2, 4), {}),
         (ops.keep_positions_ragged, (ids, kept, VIDEO, 3), {}),
         (ops.take_positions, (hidden[:2], torch.tensor([[-1, 0], [2, 3]]), 0.0), {}),
+        (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {"static_selection": "host"}),
+        (ops.select_tokens_released, (hidden, importance, dynamic, counts, 6, 0.4), {"static_selection": "host"}),
     ]
+
+
+CALLS = [*(schema.split("(")[0] for schema in SCHEMAS), "select_tokens, host", "select_tokens_released, host"]
 
 
 @pytest.mark.parametrize(
     "dtype, layout",
     [(torch.float32, "contiguous"), (torch.bfloat16, "transposed"), (torch.float16, "strided")],
 )
-@pytest.mark.parametrize("index", range(len(SCHEMAS)), ids=[schema.split("(")[0] for schema in SCHEMAS])
-def test_opcheck(index, dtype, layout):
-    op, args, kwargs = calls(dtype, layout)[index]
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name, dtype, layout):
+    op, args, kwargs = calls(dtype, layout)[CALLS.index(name)]
+    assert op.__name__ == name.removesuffix(", host")
     # On a GPU these are the Triton providers.
     args = tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, args)
     opcheck(op.default, args, kwargs)
