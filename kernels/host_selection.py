@@ -6,9 +6,11 @@
     side stream     importance -> pinned memory                  rows -> device
     CPU thread                     runs and argmax of static frames
 
-Choosing is branches and tiny sorts, which leave a GPU idle; what crosses the bus is small. The result is that of
-the device, which takes NaN for the least importance where it does not refuse it; counts that mean nothing, which the
-device may only mark, are refused.
+Choosing is branches and tiny sorts, which leave a GPU idle; what crosses the bus is small. The importance of all
+frames crosses it, since the host does not yet know which are static: their flags come by the same copies. With
+``released`` the device's part waits for the host itself, which reads there how many tokens stay before it launches
+anything. The result is that of the device, which takes NaN for the least importance where it does not refuse it;
+counts that mean nothing, which the device may only mark, are refused.
 """
 
 import math

@@ -18,8 +18,6 @@ from torch.fx import Graph, Node
 
 from .patterns import CASTS, argument, insert, op_name, shape_of, value_of
 
-_MATMULS = frozenset(("matmul", "bmm"))
-
 
 @dataclass(frozen=True)
 class _Attention:
@@ -34,7 +32,7 @@ def canonicalize_attention(graph: Graph) -> int:
     """Rewrite every match in place; returns how many there were."""
     rewritten = 0
     for node in list(graph.nodes):
-        if op_name(node) not in _MATMULS or (found := _match(node)) is None:
+        if op_name(node) != "matmul" or (found := _match(node)) is None:
             continue
         with graph.inserting_before(node):
             key = insert(graph, "transpose", found.key_transposed, -2, -1)
@@ -67,7 +65,7 @@ def _match(output: Node) -> _Attention | None:
         return None
     scores, mask = _split_mask(softmax.args[0])
     product, scale = _split_scale(scores)
-    if op_name(product) not in _MATMULS or len(product.users) != 1:
+    if op_name(product) != "matmul" or len(product.users) != 1:
         return None
     query, key_transposed = product.args[:2]
     if not (isinstance(query, Node) and isinstance(key_transposed, Node)) or len(shape_of(query) or ()) != 4:
@@ -95,7 +93,7 @@ def _split_mask(scores: Any) -> tuple[Any, Node | None]:
         return scores, None
     left, right = scores.args[:2]
     for product, mask in ((left, right), (right, left)):
-        if isinstance(mask, Node) and op_name(_split_scale(product)[0]) in _MATMULS:
+        if isinstance(mask, Node) and op_name(_split_scale(product)[0]) == "matmul":
             return product, mask
     return scores, None
 
