@@ -11,6 +11,7 @@ from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    CompileConfig,
     DynamicCache,
     LlavaOnevisionForConditionalGeneration,
     LogitsProcessorList,
@@ -230,6 +231,26 @@ def test_compile_llm_can_be_turned_off(model):
     assert torch.equal(got, oracle_tokens(model, inputs))
 
 
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "not padded"])
+def test_rows_of_one_batch_size_compile_for_all(model, padded):
+    """One graph for the vision path, and one for the prompts: of 2, 3 and 4 rows, padded or not."""
+    compiled(model, lowering="staged")
+    for rows in (2, 3, 4):
+        for after in (5, 9, 12):
+            before = range(1, rows + 1) if padded else 2
+            inputs = video_inputs(model, 12, videos_per_row=(1,) * rows, before=before, after=after, seed=after)
+            assert bool(inputs["attention_mask"].all()) is not padded
+            got = new_tokens(model, inputs, max_new_tokens=2)
+            assert graphs_compiled() == 2, f"{rows} rows with {after} tokens after the video were compiled again"
+            if after == 9:
+                with torch.no_grad():
+                    expected = compressed_generate(model, inputs, 2, variant="paper", **OPTIONS)
+                assert torch.equal(got, expected)
+    other = video_inputs(model, 12, videos_per_row=(1, 1), before=2 if padded else (1, 2))
+    new_tokens(model, other, max_new_tokens=2)
+    assert graphs_compiled() == 3, "with a mask the code is another than without, once"
+
+
 class HostReads(TorchDispatchMode):
     """Notes what the host reads of tensors that a GPU would hold: those given, and what is computed from them."""
 
@@ -337,6 +358,25 @@ def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(reached) == 1
+
+
+def test_decoding_that_transformers_compiles_itself_stays_compiled(model):
+    """Its static caches grow until the second length: from then on nothing is compiled anew, prompt or decoding."""
+    decoding = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    decoding._compile_all_devices = True  # not only on a GPU
+    prompts = [video_inputs(model, 12, after=after, before=2, seed=after) for after in (4, 14, 30)]
+    compiled(model, lowering="staged")
+    expected = [new_tokens(model, inputs) for inputs in prompts]
+    graphs = [graphs_compiled()]
+    try:
+        for inputs, tokens in zip(prompts, expected, strict=True):
+            got = new_tokens(model, inputs, cache_implementation="static", compile_config=decoding)
+            assert torch.equal(got, tokens)
+            graphs.append(graphs_compiled())
+    finally:
+        for name in ("_compiled_call", "_last_compile_config", "_previous_max_cache_length"):
+            model.__dict__.pop(name, None)  # transformers keeps them, and the model is that of all tests
+    assert graphs[0] < graphs[1] < graphs[2] == graphs[3]
 
 
 def test_a_static_cache_and_a_compiled_prompt(model):
@@ -650,6 +690,16 @@ def test_forward_in_place_equals_the_oracle(model):
         logits = compiled(model)(**inputs).logits
         earlytom_compile.restore(model)
         expected = compressed_forward(model, inputs, variant="paper", **OPTIONS)
+    mask = expected.cut_attention_mask.bool()
+    torch.testing.assert_close(logits[mask], expected.logits[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_position_ids_given_close_the_gap_in_place(model):
+    inputs = video_inputs(model, 12, videos_per_row=(1, 2), before=(2, 4))
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        expected = compressed_forward(model, {**inputs, "position_ids": positions}, variant="paper", **OPTIONS)
+        logits = compiled(model)(**inputs, position_ids=positions).logits
     mask = expected.cut_attention_mask.bool()
     torch.testing.assert_close(logits[mask], expected.logits[mask], atol=1e-4, rtol=1e-4)
 
