@@ -69,7 +69,7 @@ class EarlyTomConfig:
     """That of ``torch.compile``. ``"reduce-overhead"`` and ``"max-autotune"`` ask for CUDA graphs, which replay the
     layers between two waits for the host where that measures faster, under ``lowering="staged"``."""
     compile_llm: bool = True
-    """``compile()`` compiles the language model's pass over the prompt too, unless ``lowering="eager"``; with
+    """``compile()`` compiles the language model's pass over the prompt too, as ``lowering`` says; with
     ``torch.compile`` the language model is part of the graph in any case."""
     static_selection: Literal["auto", "device", "host"] = "auto"
     """Where static frames' tokens are selected on a GPU: ``"host"`` is the CPU, meanwhile; ``"auto"`` is what a

@@ -73,9 +73,6 @@ def lower_compressed(
     """Lower a rewritten graph whose counts are handed out beside its own outputs."""
     outputs = _append_counts(state)
     options = inductor_options(state.config.mode)
-    if state.config.lowering != "staged" and options.pop(_CUDA_GRAPHS, False):
-        # They cannot hold a wait for the host, and one graph of everything waits for frame counts.
-        record.note(f'mode={state.config.mode!r} without its CUDA graphs, which need lowering="staged"')
     start = time.perf_counter()
     with data_dependent_sizes():
         compiled = _lower(state, example_inputs, options, record)
@@ -97,13 +94,26 @@ def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, 
             by_module=cut_language_model,
             frames=range(videos, videos * state.boundary.frames + 1),
         )
+    return lower_whole(state.graph_module, example_inputs, record, options)
+
+
+def lower_whole(
+    graph_module: GraphModule, example_inputs: Sequence[Any], record: GraphRecord, options: Mapping[str, Any]
+) -> Runnable:
+    """Compile one graph of everything, or as ``record.lowering`` says nothing; one that Inductor cannot compile runs
+    as it is, with a warning."""
+    options = dict(options)
+    if options.pop(_CUDA_GRAPHS, False):
+        # They cannot hold a wait for the host, as one for a frame count, and Inductor's own would write the next
+        # prompt's keys and values over a cache that somebody still reads.
+        record.note('without the CUDA graphs that mode asks for, which need lowering="staged"')
     try:
-        return lower(state.graph_module, example_inputs, state.config.lowering, options)
+        return lower(graph_module, example_inputs, record.lowering, options)
     except _CANNOT_LOWER as error:
         # Left to Dynamo, some of these would become a silent graph break.
         record.lowering = "eager"
-        record.note(_not_compiled("the compressed graph", error))
-        return state.graph_module.forward
+        record.note(_not_compiled("the whole graph", error))
+        return graph_module.forward
 
 
 def lower_stages(

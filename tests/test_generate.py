@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracle import compressed_forward, compressed_generate
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
+from torch._inductor.exc import InductorError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -249,6 +250,40 @@ def test_rows_of_one_batch_size_compile_for_all(model, padded):
     other = video_inputs(model, 12, videos_per_row=(1, 1), before=2 if padded else (1, 2))
     new_tokens(model, other, max_new_tokens=2)
     assert graphs_compiled() == 3, "with a mask the code is another than without, once"
+
+
+@pytest.mark.parametrize("lowering", ["staged", "whole"])
+def test_the_prompt_is_lowered_as_the_vision_path_is(monkeypatch, lowering):
+    model, lowered = tiny_llava_onevision(vision_layers=4, text_layers=4), []
+    monkeypatch.setattr(stages, "lower", lambda *args: lowered.append(args[2]) or args[0].forward)
+    inputs = video_inputs(model, 12)
+    new_tokens(compiled(model, lowering=lowering, compile_llm=False), inputs)
+    vision = len(lowered)
+    got = new_tokens(compiled(model, lowering=lowering), inputs)
+    prompt = len(lowered) - 2 * vision
+    assert (vision == prompt == 1) if lowering == "whole" else (vision > prompt > 1)
+    assert [record.lowering for record in report(model).records] == [lowering] * 2
+    assert torch.equal(got, oracle_tokens(model, inputs))
+
+
+def test_a_prompt_that_inductor_cannot_compile_runs_as_it_is(model, monkeypatch):
+    def refuse(*args):
+        raise InductorError(RuntimeError("no compiler"), None)
+
+    inputs = video_inputs(model, 12)
+    monkeypatch.setattr(stages, "lower", refuse)
+    with pytest.warns(EarlyTomFallbackWarning, match="the whole graph.*no compiler"):
+        got = new_tokens(compiled(model, lowering="whole"), inputs)
+    assert [record.lowering for record in report(model).records] == ["eager"] * 2
+    assert torch.equal(got, oracle_tokens(model, inputs))
+
+
+def test_cuda_graphs_need_pieces(model, monkeypatch):
+    given = []
+    monkeypatch.setattr(stages, "lower", lambda *args: given.append(args[3]) or args[0].forward)
+    new_tokens(compiled(model, lowering="whole", mode="reduce-overhead"), video_inputs(model, 12))
+    assert len(given) == 2 and not any(options.get("triton.cudagraphs") for options in given)
+    assert all("CUDA graphs" in record.reasons[0] for record in report(model).records)
 
 
 class HostReads(TorchDispatchMode):

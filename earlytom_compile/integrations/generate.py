@@ -59,7 +59,7 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     for name in _REPLACED:
         model.__dict__[name] = _Method(handle, name, getattr(model, name))
     if config.compile_llm and config.lowering != "eager":
-        handle.prefill = CompiledPrefill(handle.model.model.language_model, config.mode)
+        handle.prefill = CompiledPrefill(handle.model.model.language_model, config.lowering, config.mode)
     return model
 
 

@@ -5,8 +5,9 @@
         model.generate(...)
     prefill.remove()
 
-One compilation serves all decoder layers (passes/split_stages.py). Decoding is left to transformers, which compiles
-it itself for static caches; its trace of the model goes straight through to the model's own code.
+One compilation serves all decoder layers (passes/split_stages.py), unless one graph of everything is asked for.
+Decoding is left to transformers, which compiles it itself for static caches; its trace of the model goes straight
+through to the model's own code.
 """
 
 import copy
@@ -23,17 +24,19 @@ import torch
 from torch.fx import GraphModule
 
 from ..reporting import GraphRecord, add_record
-from ..stages import inductor_options, lower_stages
+from ..stages import inductor_options, lower_stages, lower_whole
 from .caches import given_cache
 
 
 class CompiledPrefill:
-    """Stands in for the ``forward`` of a language model; ``mode`` is Inductor's."""
+    """Stands in for the ``forward`` of a language model; ``lowering`` is ``"staged"`` or ``"whole"``, ``mode``
+    Inductor's."""
 
-    def __init__(self, language_model: torch.nn.Module, mode: str | None = None) -> None:
+    def __init__(self, language_model: torch.nn.Module, lowering: str = "staged", mode: str | None = None) -> None:
         self._module = language_model
         self._before = language_model.__dict__.get("forward")
         self._own = language_model.forward
+        self._lowering = lowering
         self._mode = mode
         self._reset()
         functools.update_wrapper(self, self._own)
@@ -95,7 +98,7 @@ class CompiledPrefill:
             # Dynamo's recompile limit counts per code object; every kind gets one of its own.
             code = _call.__code__.replace(co_name=f"prefill_{id(self)}_{len(self._compiled)}")
             function = types.FunctionType(code, globals(), code.co_name)
-            self._compiled[kind] = torch.compile(function, backend=partial(_compile_layers, self._mode))
+            self._compiled[kind] = torch.compile(function, backend=partial(_compile_prompt, self._lowering, self._mode))
         return self._compiled[kind]
 
 
@@ -112,11 +115,14 @@ def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return own(*args, **kwargs)
 
 
-def _compile_layers(mode: str | None, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compile_prompt(
+    lowering: str, mode: str | None, graph_module: GraphModule, example_inputs: Sequence[Any]
+) -> Callable[..., Any]:
     compile_id = torch._guards.CompileContext.current_compile_id()
-    record = GraphRecord(str(compile_id), bool(compile_id and compile_id.frame_compile_id), lowering="staged")
+    record = GraphRecord(str(compile_id), bool(compile_id and compile_id.frame_compile_id), lowering=lowering)
     start = time.perf_counter()
-    run = lower_stages(graph_module, example_inputs, record, inductor_options(mode))
+    lower = lower_stages if lowering == "staged" else lower_whole
+    run = lower(graph_module, example_inputs, record, inductor_options(mode))
     record.seconds["language model"] = time.perf_counter() - start
     add_record(record, example_inputs)
     return run
