@@ -7,11 +7,13 @@ round 2: transformers, inductor, earlytom 0.1, ...
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.utils import fresh_cache
 
 import earlytom_compile
 
@@ -30,6 +32,7 @@ class Result:
     name: str
     retain_ratio: float
     cold: float = 0.0  # the first call, compilation included
+    compilation: float = 0.0  # what Dynamo and its backends took of the calls before the timed ones
     ttft: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)  # seconds a token
     cache_tokens: int = 0  # prompt positions in the cache
@@ -64,9 +67,19 @@ class Result:
 
 
 def measure(
-    model: Any, arms: Iterable[Arm], *, repeats: int, decode_tokens: int, progress: Progress = lambda text: None
+    model: Any,
+    arms: Iterable[Arm],
+    *,
+    repeats: int,
+    decode_tokens: int,
+    progress: Progress = lambda text: None,
+    caches: str | None = None,
 ) -> list[Result]:
-    """Call every arm ``1 + repeats`` times, in turn; ``model`` decodes for all of them, without compilation."""
+    """Call every arm ``2 + repeats`` times, in turn; ``model`` decodes for all of them, without compilation.
+
+    ``caches`` is a folder where every arm compiles with caches of its own, empty at first, so that none finds what
+    another one or an earlier run compiled; None: with those there are. It must last as long as the arms.
+    """
     arms = list(arms)
     device = model.device
     results = [Result(arm.name, arm.retain_ratio) for arm in arms]
@@ -74,8 +87,11 @@ def measure(
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=256):
         for arm, result in zip(arms, results, strict=True):
             progress(f"{arm.name}: first call")
-            result.cold, _ = timed(arm.first_token, device)
-            _, first = timed(arm.first_token, device)
+            with _empty_caches(caches):
+                compiled = _compile_seconds()
+                result.cold, _ = timed(arm.first_token, device)
+                _, first = timed(arm.first_token, device)
+                result.compilation = _compile_seconds() - compiled
             result.cache_tokens = first[1].get_seq_length()
             if arm.compresses:
                 report = earlytom_compile.report(arm.model).to_dict()
@@ -86,6 +102,11 @@ def measure(
                 progress(f"round {number + 1} of {repeats}: {arm.name}")
                 _measure_once(model, arm, result, decode_tokens)
     return results
+
+
+def _empty_caches(folder: str | None) -> AbstractContextManager[None]:
+    # The files stay until all is measured: what was compiled may read them later.
+    return nullcontext() if folder is None else fresh_cache(dir=folder, delete=False)
 
 
 def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int) -> None:
@@ -133,6 +154,10 @@ def speeds(results: Sequence[Result], against: str) -> dict[str, float]:
     """How many times faster than the arm called ``against`` each one's median is."""
     reference = next(result.median for result in results if result.name == against)
     return {result.name: reference / result.median for result in results}
+
+
+def _compile_seconds() -> float:
+    return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
 
 def _graphs() -> int:

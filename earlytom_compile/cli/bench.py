@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,16 @@ def _measure(
         redundancy=arguments.redundancy,
     )
     arms = list(make_arms(model, inputs, arguments.retain_ratios, options))
-    results = measure(model, arms, repeats=arguments.repeats, decode_tokens=arguments.decode_tokens, progress=progress)
-    breakdowns, trace = profile_arms(model, arms, progress)
+    with tempfile.TemporaryDirectory(prefix="earlytom-bench-") as caches:
+        results = measure(
+            model,
+            arms,
+            repeats=arguments.repeats,
+            decode_tokens=arguments.decode_tokens,
+            progress=progress,
+            caches=caches,
+        )
+        breakdowns, trace = profile_arms(model, arms, progress)
     for arm, result in zip(arms, results, strict=True):
         result.breakdown = breakdowns[arm.name]
         if rates:
