@@ -194,7 +194,10 @@ def _describe_stages(stages: list[int] | None) -> str:
 def report(model: torch.nn.Module) -> Report:
     """The report of a model compiled by :func:`earlytom_compile.compile` or with ``backend="earlytom"``.
 
-    Frame and token counts are those of the last call. ``graph_breaks`` counts every backend of this process.
+    Frame and token counts are those of the last call. ``compile_seconds`` are those of the passes and of Inductor for
+    the graphs of this model; not in it are Dynamo's tracing, graphs that were left unchanged, Triton kernels compiled
+    at their first launch, captured CUDA graphs, and decoding that transformers compiles. ``graph_breaks`` counts every
+    backend of this process.
     """
     records = tuple(records_of(model))
     handle = model.__dict__.get("_earlytom")

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 
 import pytest
@@ -151,6 +152,44 @@ def test_a_hundred_videos_compile_once(model, monkeypatch):
             kinds = len(lowered) if seed == 0 else kinds
     assert len(frames) > 10, "the videos are too alike to show anything"
     assert len(lowered) == kinds > 3 and graphs_and_breaks(compiled) == (1, 0, 0)
+
+
+def kinds_compiled(monkeypatch, vision_layers, text_layers):
+    """How many pieces Inductor would be asked for, and how many there are."""
+    lowered = []
+    monkeypatch.setattr(stages, "lower", lambda *args: lowered.append(args) or args[0].forward)
+    model = tiny_llava_onevision(vision_layers=vision_layers, text_layers=text_layers)
+    compiled = compress(model, lowering="staged", merge_layers=(1, 3, 5))
+    with torch.no_grad():
+        compiled(**video_inputs(model, 8))
+    pieces, kinds = report(model).to_dict()["stages"]
+    assert kinds == len(lowered)
+    return kinds, pieces
+
+
+def test_a_deeper_model_has_more_pieces_but_no_more_to_compile(monkeypatch):
+    kinds, pieces = kinds_compiled(monkeypatch, vision_layers=8, text_layers=4)
+    more_kinds, more_pieces = kinds_compiled(monkeypatch, vision_layers=26, text_layers=9)
+    assert more_pieces - pieces == 26 - 8 + 9 - 4
+    assert more_kinds == kinds < pieces
+
+
+def test_compile_seconds_grow_with_every_new_shape_and_with_nothing_else(model, monkeypatch):
+    def slow(*args):
+        time.sleep(0.02)
+        slept.append(0.02)
+        return args[0].forward
+
+    slept, seconds = [], []
+    monkeypatch.setattr(stages, "lower", slow)
+    compiled = compress(model, lowering="staged")
+    for frames, seed in ((8, 0), (8, 1), (12, 0), (8, 2), (12, 1)):
+        with torch.no_grad():
+            compiled(**video_inputs(model, frames, seed=seed))
+        seconds.append(report(model).to_dict()["compile_seconds"])
+        assert seconds[-1] >= sum(slept)
+    first, same, other, *later = seconds
+    assert 0 < first == same < other and later == [other, other]
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
