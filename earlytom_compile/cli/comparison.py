@@ -85,7 +85,8 @@ def compare(
     answers, seconds = {}, {}
     with progress_bars(progress_on) as progress, ExitStack() as stack:
         if compiled and config.compile_llm:
-            stack.enter_context(CompiledPrefill(full.model.language_model).active(inputs["attention_mask"]))
+            prefill = CompiledPrefill(full.model.language_model, config.lowering)
+            stack.enter_context(prefill.active(inputs["attention_mask"]))
         for name, model in models.items():
             task = progress.add_task(f"{name} model: compile and answer", total=None)
             answers[name], seconds[name] = timed_answer(model, inputs, max_new_tokens)
