@@ -151,9 +151,9 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def speeds(results: Sequence[Result], against: str) -> dict[str, float]:
-    """How many times faster than the arm called ``against`` each one's median is."""
-    reference = next(result.median for result in results if result.name == against)
-    return {result.name: reference / result.median for result in results}
+    """How many times faster than the arm called ``against`` each one's median is; nothing if there is none."""
+    reference = next((result.median for result in results if result.name == against), None)
+    return {} if reference is None else {result.name: reference / result.median for result in results}
 
 
 def _compile_seconds() -> float:

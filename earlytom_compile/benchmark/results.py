@@ -2,12 +2,12 @@
 
 The numbers here are made up:
 
-| arm           | compile s | first call s | TTFT ms | range     | speed | frames left | video tokens | tokens/s | ...
-| inductor      |      45.3 |         48.1 |    2902 | 2890-2950 | 1.00x |             |          784 |     21.0 | ...
-| earlytom 0.1  |      29.8 |         31.0 |    1398 | 1390-1401 | 2.08x |         75% |           78 |     23.9 | ...
+| arm           | compile s | first call s | TTFT ms | range     | vs inductor | vs eager | frames left | ...
+| inductor      |      45.3 |         48.1 |    2902 | 2890-2950 |       1.00x |    1.10x |             | ...
+| earlytom 0.1  |      29.8 |         31.0 |    1398 | 1390-1401 |       2.08x |    2.28x |         75% | ...
 
-| arm           | vision encoding | token processing | LLM prefill | overhead | profiled ms | TFLOP | floor ms | ...
-| inductor      |       900 (30%) |          60 (2%) |  1960 (66%) |  60 (2%) |        2980 |   1.2 |     1500 | ...
+| arm           | vision encoding | token processing | LLM prefill | overhead | profiled ms |      TFLOP | ...
+| inductor      |       900 (30%) |          60 (2%) |  1960 (66%) |  60 (2%) |        2980 | 1.2 (100%) | ...
 
 | arm           | vision encoding | token processing | LLM prefill | whole call | device GiB |
 | inductor      |      120 (100%) |       100 (100%) |  110 (100%) | 120 (100%) |            |
@@ -33,10 +33,11 @@ from ..errors import EarlyTomConfigError
 from .breakdown import LLM, NOT_SEPARABLE, OVERHEAD, STAGES, TOKENS, VISION, Breakdown
 from .measure import Result, speeds
 
-REFERENCE = "inductor"
+REFERENCE, EAGER = "inductor", "transformers"
+"""Arms with all tokens, which the others are compared with."""
 _HEADINGS = (
-    "arm", "compile s", "first call s", "TTFT ms", "range", "speed", "frames left", "video tokens", "tokens/s",
-    "recompiles",
+    "arm", "compile s", "first call s", "TTFT ms", "range", f"vs {REFERENCE}", "vs eager", "frames left",
+    "video tokens", "tokens/s", "recompiles",
 )  # fmt: skip
 _BREAKDOWN_HEADINGS = (
     "arm", "vision encoding", "token processing", "LLM prefill", "overhead", "profiled ms", "TFLOP", "GB", "floor ms",
@@ -67,8 +68,11 @@ class Workload:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of the table, a row for each arm."""
-        speed = speeds(self.results, REFERENCE)
-        return [_row(result, speed[result.name], self.video_tokens(result)) for result in self.results]
+        compiled, eager = speeds(self.results, REFERENCE), speeds(self.results, EAGER)
+        return [
+            _row(result, (compiled.get(result.name), eager.get(result.name)), self.video_tokens(result))
+            for result in self.results
+        ]
 
     def video_tokens(self, result: Result) -> int:
         """Of a row: positions of the prompt without the words and the newline behind the video."""
@@ -85,7 +89,15 @@ class Workload:
 
     def breakdown_rows(self) -> list[tuple[str, ...]]:
         """Cells of the table of stages and floors, a row for each arm."""
-        return [(result.name, *_breakdown_cells(result.breakdown), *_floor_cells(result)) for result in self.results]
+        full = self.full_flops
+        return [
+            (result.name, *_breakdown_cells(result.breakdown), *_floor_cells(result, full)) for result in self.results
+        ]
+
+    @property
+    def full_flops(self) -> float | None:
+        """Operations with all tokens, if an arm has them."""
+        return next((result.floor.flops for result in self.results if result.retain_ratio == 1 and result.floor), None)
 
     def memory_rows(self) -> list[tuple[str, ...]]:
         """Cells of the table of peaks, a row for each arm."""
@@ -101,14 +113,14 @@ class Workload:
         ]
 
 
-def _row(result: Result, speed: float, video_tokens: int) -> tuple[str, ...]:
+def _row(result: Result, speed: Sequence[float | None], video_tokens: int) -> tuple[str, ...]:
     return (
         result.name,
         f"{result.compilation:.1f}",
         f"{result.cold:.1f}",
         f"{1e3 * result.median:.0f}",
         f"{1e3 * min(result.ttft):.0f}-{1e3 * max(result.ttft):.0f}",
-        f"{speed:.2f}x",
+        *("" if times is None else f"{times:.2f}x" for times in speed),
         "" if result.retention is None else f"{result.retention:.0%}",
         str(video_tokens),
         "" if result.decode_rate is None else f"{result.decode_rate:.1f}",
@@ -127,11 +139,12 @@ def _breakdown_cells(breakdown: Breakdown | None) -> tuple[str, ...]:
     return (*stages, cell(breakdown.overhead), _milliseconds(breakdown.wall))
 
 
-def _floor_cells(result: Result) -> tuple[str, ...]:
+def _floor_cells(result: Result, full: float | None) -> tuple[str, ...]:
     if result.floor is None:
         return ("",) * 4
     floor = result.floor
-    sizes = f"{floor.flops / 1e12:.3g}", f"{floor.bytes / 1e9:.3g}"
+    share = f" ({floor.flops / full:.0%})" if full else ""
+    sizes = f"{floor.flops / 1e12:.3g}{share}", f"{floor.bytes / 1e9:.3g}"
     return (*sizes, _milliseconds(floor.seconds), f"{result.times_floor:.2f}")
 
 
@@ -180,8 +193,8 @@ def tables(workload: Workload) -> list[Table]:
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    # Ten columns fit into 120 characters without lines between them.
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Eleven columns fit into 120 characters with one blank between them.
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     for heading in headings:
         result.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=heading == "arm")
     for row in rows:
@@ -195,8 +208,15 @@ def to_dict(workloads: Sequence[Workload], about: dict[str, Any]) -> dict[str, A
 
 
 def _to_dict(workload: Workload) -> dict[str, Any]:
+    full, speed = workload.full_flops, {name: speeds(workload.results, name) for name in (REFERENCE, EAGER)}
     results = [
-        {**dataclasses.asdict(result), "video_tokens": workload.video_tokens(result)} for result in workload.results
+        {
+            **dataclasses.asdict(result),
+            "video_tokens": workload.video_tokens(result),
+            "speed": {name: times.get(result.name) for name, times in speed.items()},
+            "share_of_full_flops": result.floor.flops / full if result.floor and full else None,
+        }
+        for result in workload.results
     ]
     return {**dataclasses.asdict(workload), "results": results}
 

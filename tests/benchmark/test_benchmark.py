@@ -185,7 +185,9 @@ def test_measures_the_real_arms(model):
 
 def workloads():
     def result(name, seconds, **more):
-        return Result(name, 1.0, cold=4.0, compilation=2.5, ttft=seconds, decode=[0.05, 0.05], cache_tokens=100, **more)
+        ratio = 0.1 if "0.1" in name else 1.0
+        times = {"cold": 4.0, "compilation": 2.5, "ttft": seconds, "decode": [0.05, 0.05]}
+        return Result(name, ratio, cache_tokens=100, **times, **more)
 
     return [
         Workload(frames, 1, 32, [
@@ -202,8 +204,13 @@ def workloads():
 
 def test_rows_of_the_table():
     full, compressed = workloads()[0].rows()
-    assert full == ("inductor", "2.5", "4.0", "500", "400-600", "1.00x", "", "67", "20.0", "0")
-    assert compressed == ("earlytom 0.1", "2.5", "4.0", "100", "100-200", "5.00x", "62%", "67", "20.0", "0")
+    assert full == ("inductor", "2.5", "4.0", "500", "400-600", "1.00x", "", "", "67", "20.0", "0")
+    assert compressed == ("earlytom 0.1", "2.5", "4.0", "100", "100-200", "5.00x", "", "62%", "67", "20.0", "0")
+    workload = workloads()[0]
+    workload.results.append(Result("transformers", 1.0, ttft=[0.9, 1.0, 1.2]))
+    assert [row[5:7] for row in workload.rows()] == [("1.00x", "2.00x"), ("5.00x", "10.00x"), ("0.50x", "1.00x")]
+    del workload.results[0]
+    assert [row[5:7] for row in workload.rows()] == [("", "10.00x"), ("", "1.00x")]
 
 
 def test_rows_of_the_table_of_memory():
@@ -218,9 +225,11 @@ def test_rows_of_the_table_of_memory():
 
 def test_rows_of_the_table_of_stages():
     full, compressed = workloads()[0].breakdown_rows()
-    assert full == ("inductor", "not separable", "", "", "200 (33%)", "600", "2", "3", "250", "2.00")
+    assert full == ("inductor", "not separable", "", "", "200 (33%)", "600", "2 (100%)", "3", "250", "2.00")
     stages = ("100 (50%)", "20.0 (10%)", "30.0 (15%)", "50.0 (25%)")
-    assert compressed == ("earlytom 0.1", *stages, "200", "1", "2", "80.0", "1.25")
+    assert compressed == ("earlytom 0.1", *stages, "200", "1 (50%)", "2", "80.0", "1.25")
+    alone = dataclasses.replace(workloads()[0], results=workloads()[0].results[1:])
+    assert alone.breakdown_rows()[0][6] == "1"
     assert "8 TFLOP/s (bfloat16) and 4 GB/s" in workloads()[0].breakdown_title
 
 
@@ -238,13 +247,13 @@ def test_tables_fit_into_120_columns():
                   breakdown=Breakdown(1.2, 0.12, dict(zip(STAGES, (0.48, 0.12, 0.48), strict=True)), 9 << 30,
                                       dict.fromkeys(STAGES, 9 << 30)),
                   floor=Floor(119.6e12, 17.3e9, 0.156))  # fmt: skip
-    workload = Workload(32, 1, 32, [dataclasses.replace(long, name="inductor"), long], "bfloat16",
-                        {"matmul": 7.1e14, "copy": 4.1e12})  # fmt: skip
+    full = [dataclasses.replace(long, name=name, retain_ratio=1.0) for name in ("transformers", "inductor")]
+    workload = Workload(32, 1, 32, [*full, long], "bfloat16", {"matmul": 7.1e14, "copy": 4.1e12})
     console = Console(width=120, file=io.StringIO())
     for printed in tables(workload):
         console.print(printed)
     lines = console.file.getvalue().splitlines()
-    for row in (rows[1] for _, _, rows in workload.sections()):
+    for row in (rows[2] for _, _, rows in workload.sections()):
         assert any(line.split() == " ".join(row).split() for line in lines)
 
 
@@ -255,11 +264,13 @@ def test_json_and_markdown_hold_the_numbers():
     assert content["workloads"][0]["results"][1]["breakdown"]["stages"]["vision encoding"] == 0.1
     assert content["workloads"][0]["results"][1]["breakdown"]["stage_memory"]["LLM prefill"] == 2 << 20
     assert content["workloads"][1]["results"][0]["floor"] == {"flops": 2e12, "bytes": 3e9, "seconds": 0.25}
+    assert content["workloads"][0]["results"][1]["share_of_full_flops"] == 0.5
+    assert content["workloads"][0]["results"][1]["speed"] == {"inductor": 5.0, "transformers": None}
     assert content["workloads"][0]["ceilings"] == {"matmul": 8e12, "copy": 4e9}
     assert [result["video_tokens"] for result in content["workloads"][0]["results"]] == [67, 67]
     text = to_markdown(workloads(), about)
     assert "| earlytom 0.1 | 100 (50%) | 20.0 (10%) | 30.0 (15%) | 50.0 (25%) | 200 |" in text
-    assert "| earlytom 0.1 | 2.5 | 4.0 | 100 | 100-200 | 5.00x | 62% |" in text and "machine x" in text
+    assert "| earlytom 0.1 | 2.5 | 4.0 | 100 | 100-200 | 5.00x |  | 62% |" in text and "machine x" in text
     assert "| earlytom 0.1 | 100.0 | 1.5 | 2.0 | 100.0 (25%) | 3.00 |" in text
     assert text.count("| arm |") == 6
 
