@@ -34,7 +34,8 @@ class Result:
     cold: float = 0.0  # the first call, compilation included
     compilation: float = 0.0  # what Dynamo and its backends took of the calls before the timed ones
     ttft: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)  # seconds a token
+    decode: list[float] = field(default_factory=list)  # seconds a token of every row
+    rows: int = 1
     cache_tokens: int = 0  # prompt positions in the cache
     peak_memory: int | None = None  # None where the device does not tell
     recompiles: int = 0  # graphs compiled after the first call
@@ -50,8 +51,8 @@ class Result:
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens a second of one row."""
-        return 1 / statistics.median(self.decode) if self.decode else None
+        """Tokens a second of all rows together."""
+        return self.rows / statistics.median(self.decode) if self.decode else None
 
     @property
     def times_floor(self) -> float | None:
@@ -88,15 +89,7 @@ def measure(
         for arm, result in zip(arms, results, strict=True):
             progress(f"{arm.name}: first call")
             with _empty_caches(caches):
-                compiled = _compile_seconds()
-                result.cold, _ = timed(arm.first_token, device)
-                _, first = timed(arm.first_token, device)
-                result.compilation = _compile_seconds() - compiled
-            result.cache_tokens = first[1].get_seq_length()
-            if arm.compresses:
-                report = earlytom_compile.report(arm.model).to_dict()
-                result.frames = [video["frames"] for video in report["videos"]]
-                result.merge_layers = report["merge_layers"]
+                _warm_up(arm, result, device)
         for number in range(repeats):
             for arm, result in zip(arms, results, strict=True):
                 progress(f"round {number + 1} of {repeats}: {arm.name}")
@@ -107,6 +100,21 @@ def measure(
 def _empty_caches(folder: str | None) -> AbstractContextManager[None]:
     # The files stay until all is measured: what was compiled may read them later.
     return nullcontext() if folder is None else fresh_cache(dir=folder, delete=False)
+
+
+def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
+    """The first two calls. Their caches go with this function: nobody else's memory should have them in it."""
+    compiled = _compile_seconds()
+    result.cold = timed(arm.first_token, device)[0]
+    graphs = _graphs()
+    _, (token, cache) = timed(arm.first_token, device)
+    result.recompiles = _graphs() - graphs
+    result.compilation = _compile_seconds() - compiled
+    result.rows, result.cache_tokens = len(token), cache.get_seq_length()
+    if arm.compresses:
+        report = earlytom_compile.report(arm.model).to_dict()
+        result.frames = [video["frames"] for video in report["videos"]]
+        result.merge_layers = report["merge_layers"]
 
 
 def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from types import FunctionType
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -165,12 +166,31 @@ def test_every_arm_compiles_cold_and_says_how_long_that_took(model, tmp_path):
     assert counts["fxgraph_cache_miss"] == 2 and counts["fxgraph_cache_hit"] == 0
 
 
-def test_counts_what_is_compiled_after_the_first_call(model):
-    function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
-    sizes = iter([2, 2, 3, 3, 4])
+@pytest.mark.parametrize("sizes, later", [([2, 2, 3, 3, 4], 2), ([2, 3, 3, 3, 3], 1), ([2, 2, 2, 2, 2], 0)])
+def test_counts_what_is_compiled_after_the_first_call(model, sizes, later):
+    function, sizes = torch.compile(lambda x: x + 1, backend="eager", dynamic=False), iter(sizes)
     arm = Arm("grows", lambda: (function(torch.ones(next(sizes))).long()[None, :1], Cache()))
     (result,) = measure(model, [arm], repeats=3, decode_tokens=0)
-    assert result.recompiles == 2
+    assert result.recompiles == later
+
+
+def test_no_cache_outlives_its_call(model):
+    alive, seen = WeakSet(), []
+
+    def first_token():
+        seen.append(len(alive))
+        cache = Cache()
+        alive.add(cache)
+        return torch.tensor([[1]]), cache
+
+    measure(model, [Arm("a", first_token), Arm("b", first_token)], repeats=2, decode_tokens=0)
+    assert seen == [0] * 8
+
+
+def test_all_rows_decode_together(model):
+    arm = next(make_arms(model, make_inputs(model, frames=4, batch=3), (), EAGER))
+    (result,) = measure(model, [arm], repeats=1, decode_tokens=2)
+    assert result.decode_rate == 3 / result.decode[0]
 
 
 def test_measures_the_real_arms(model):
@@ -252,6 +272,7 @@ def test_tables_fit_into_120_columns():
     console = Console(width=120, file=io.StringIO())
     for printed in tables(workload):
         console.print(printed)
+    assert "…" not in console.file.getvalue()
     lines = console.file.getvalue().splitlines()
     for row in (rows[2] for _, _, rows in workload.sections()):
         assert any(line.split() == " ".join(row).split() for line in lines)
