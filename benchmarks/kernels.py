@@ -16,7 +16,8 @@
     auto       with static_selection="auto", likewise
 
 GB/s counts what has to be read and written once, TFLOP/s the products that have to be computed, whatever an arm
-really does; the ceilings are a large copy and a large matrix product on the same machine. On a GPU, events time a
+really does; the ceilings are a large copy and a large matrix product on the same machine. What decides on a few
+numbers and moves next to nothing is latency bound, and has no rate. On a GPU, events time a
 call that was queued behind other work, its inputs out of the cache; what waits for the host shows that too. On a
 CPU shapes are small and the operators native. The error is the largest difference from the native operator on the
 CPU over its largest value, red above the tolerance of the dtype. Targets are for an H200.
@@ -431,7 +432,7 @@ def table(rows: list[dict[str, Any]], title: str, tolerance: float) -> Table:
             row["op"] if provider else "",
             f"{row['arm']}, {provider}" if provider else row["arm"],
             *(f"{row[key]:.1f}" for key in ("median_us", "min_us", "max_us")),
-            f"{rate / size:.3g} {unit}" if rate else "",
+            f"{rate / size:.3g} {unit}" if rate else "latency bound",
             f"{share:.0%}" if share else "",
             f"{row['times_earlytom']:.2f}",
             f"[red]{wrong}[/red]" if (row["error"] or 0) > tolerance else wrong,

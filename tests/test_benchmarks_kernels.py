@@ -17,6 +17,7 @@ OPS = {
     "frame_similarity", "merge_frames", "attention_received", "plan_merge", "dynamic_frames", "select_tokens",
     "plan_merge + select_tokens",
 }  # fmt: skip
+LATENCY_BOUND = {"plan_merge", "dynamic_frames", "plan_merge + select_tokens"}
 MORE_ARMS = {"attention_received": {"sdpa"}, "select_tokens": {"host", "auto"}}
 
 
@@ -37,8 +38,10 @@ def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path):
         assert all(row["median_us"] > 0 for row in rows)
         assert all(row["error"] <= 1e-4 for row in rows if row["arm"] != "sdpa")
         assert all(("no GPU" in (row["note"] or "")) == (row["arm"] in ("host", "auto")) for row in rows)
+    lines = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines() if line.startswith("│")]
     for op in OPS:
-        assert op in done.stdout
+        rates = [line[6] for line in lines if line[1] == op]
+        assert len(rates) == 2 and all((rate == "latency bound") is (op in LATENCY_BOUND) for rate in rates)
 
     prefill = result["prefill"]
     merges = len(prefill["frames"]) - 1
@@ -62,9 +65,77 @@ def benchmark():
     del sys.modules[spec.name]
 
 
-@settings(deadline=None, max_examples=40)
+some = settings(deadline=None, max_examples=40)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@some
 @given(
-    seed=st.integers(0, 2**32 - 1),
+    seed=seeds, frames=st.integers(1, 9), tokens=st.integers(1, 7), channels=st.integers(1, 20), band=st.integers(1, 10)
+)
+def test_what_inductor_gets_of_similarities_is_the_operator(benchmark, seed, frames, tokens, channels, band):
+    hidden = torch.randn(frames, tokens, channels, generator=torch.Generator().manual_seed(seed))
+    expected = torch.ops.earlytom.frame_similarity(hidden, band)
+    torch.testing.assert_close(benchmark.plain_similarity(hidden, band), expected, atol=1e-6, rtol=0)
+
+
+@some
+@given(
+    seed=seeds,
+    frames=st.integers(1, 9),
+    share=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_what_inductor_gets_of_merging_is_the_operator(benchmark, seed, frames, share, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(frames, 3, 5, generator=generator).to(dtype)
+    importance = torch.rand(frames, 3, generator=generator)
+    source = torch.randint(frames, (frames, 2), generator=generator)
+    first = torch.rand(frames, 1, generator=generator)
+    weight = torch.where(source[:, :1] == source[:, 1:], torch.tensor([1.0, 0.0]), torch.cat([first, 1 - first], 1))
+    n = max(1, round(share * frames))
+    source[n:], weight[n:] = 0, 0
+    expected = torch.ops.earlytom.merge_frames([hidden, importance], source, weight, n)
+    torch.testing.assert_close(benchmark.plain_merge([hidden, importance], source, weight, n), expected)
+
+
+@some
+@given(
+    seed=seeds,
+    frames=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    tokens=st.integers(1, 9),
+    width=st.integers(1, 9),
+    scale=st.sampled_from([0.1, 1.0]),
+)
+def test_what_inductor_gets_of_attention_is_the_operator(benchmark, seed, frames, heads, tokens, width, scale):
+    query, key = torch.randn(2, frames, heads, tokens, width, generator=torch.Generator().manual_seed(seed))
+    expected = torch.ops.earlytom.attention_received(query, key, scale)
+    torch.testing.assert_close(benchmark.plain_attention(query, key, scale), expected, atol=1e-6, rtol=1e-5)
+
+
+@some
+@given(
+    seed=seeds,
+    frames=st.integers(1, 9),
+    tokens=st.integers(1, 12),
+    levels=st.sampled_from([1, 3, 1000]),
+    share=st.floats(0, 1),
+)
+def test_what_inductor_gets_of_selection_is_the_operator(benchmark, seed, frames, tokens, levels, share):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(frames, tokens, 3, generator=generator)
+    importance = torch.randint(levels, (frames, tokens), generator=generator) / levels
+    dynamic = torch.rand(frames, generator=generator) < 0.5
+    inputs = features, importance, dynamic, torch.tensor([frames])
+    budget = max(1, round(share * frames * tokens))
+    (expected,), _ = torch.ops.earlytom.select_tokens(*inputs, budget)
+    assert torch.equal(benchmark.plain_select(*inputs, budget), expected)
+
+
+@some
+@given(
+    seed=seeds,
     frames=st.integers(1, 14),
     levels=st.sampled_from([4, 1000]),
     tau_seg=st.sampled_from([-1.0, 0.3, 0.6]),
