@@ -1,0 +1,91 @@
+"""The Triton providers at the sizes of SigLIP-so400m with 32 frames, where only a GPU is fast enough."""
+
+import pytest
+import torch
+from op_inputs import DTYPES, SEGMENT, ops, video
+
+from earlytom_compile.kernels.attention_received import attention_received
+from earlytom_compile.kernels.frame_similarity import frame_similarity
+from earlytom_compile.kernels.merge_frames import merge_frames
+from earlytom_compile.kernels.providers import provider_of
+from earlytom_compile.kernels.select_tokens import select_tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+FRAMES, TOKENS, CHANNELS, HEADS, HEAD_DIM = 32, 729, 1152, 16, 72
+POOLED, WIDTH = 196, 3584  # of the tokens that are selected from
+OPTIONS = {"variant": "paper", "tau_seg": 0.6, "alpha": 0.9, "max_window": 0}
+of_all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def computed(op, *inputs, **options):
+    """What the operator gives on the GPU, by Triton, which must be the same bits in 20 runs, and by its native body."""
+    name = op._qualname.removeprefix("earlytom::")
+    assert provider_of(name, "cuda", *inputs, **options) == "triton"
+    run = getattr(ops, name)
+    first = _all(run(*inputs, **options))
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(first, _all(run(*inputs, **options)), strict=True))
+    return first, _all(op._init_fn(*inputs, **options))
+
+
+def _all(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def frames_of_a_video(dtype):
+    return video(11, FRAMES, TOKENS, CHANNELS, dtype).cuda()
+
+
+@of_all_dtypes
+def test_frame_similarity(dtype):
+    (actual,), (expected,) = computed(frame_similarity, frames_of_a_video(dtype), FRAMES - 1)
+    torch.testing.assert_close(actual, expected, atol=3e-6, rtol=0)
+
+
+@of_all_dtypes
+def test_merge_frames(dtype):
+    hidden = frames_of_a_video(dtype)
+    similarity, counts = ops.frame_similarity(hidden, FRAMES - 1), torch.tensor([FRAMES], device="cuda")
+    source, weight, merged = ops.plan_merge(similarity, counts, **OPTIONS, tau_merge=SEGMENT, min_frames=4)
+    n = int(merged.sum())
+    assert 4 <= n < FRAMES, "nothing merged, the test would compare copies"
+    importance = torch.rand(FRAMES, TOKENS, device="cuda")
+    actual, expected = computed(merge_frames, [hidden, importance], source, weight, n)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=torch.finfo(one.dtype).eps, atol=1e-6)
+    copies = weight[:n, 0] == 1
+    assert copies.any() and torch.equal(actual[0][copies], hidden[source[:n, 0][copies]])
+
+
+@of_all_dtypes
+def test_attention_received(dtype):
+    """Queries and keys as an encoder has them: heads split from one projection."""
+    projected = torch.randn(2, FRAMES, TOKENS, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    query, key = (2 * projected).to("cuda", dtype).transpose(2, 3)
+    (actual,), (expected,) = computed(attention_received, query, key, HEAD_DIM**-0.5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual.sum(1), torch.ones(FRAMES, device="cuda"))
+
+
+@of_all_dtypes
+@pytest.mark.parametrize("levels", [5, 1000])
+def test_select_tokens(dtype, levels):
+    generator = torch.Generator().manual_seed(levels)
+    features = torch.randn(FRAMES, POOLED, WIDTH, generator=generator).to("cuda", dtype)
+    importance = (torch.randint(levels, (FRAMES, POOLED), generator=generator) / levels).cuda()
+    dynamic = (torch.rand(FRAMES, generator=generator) < 0.5).cuda()
+    counts = torch.tensor([FRAMES], device="cuda")
+    actual, expected = computed(select_tokens, features, importance, dynamic, counts, FRAMES * POOLED // 10)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@of_all_dtypes
+def test_select_tokens_of_frames_as_the_encoder_has_them(dtype):
+    """Before pooling: 729 tokens a frame."""
+    hidden = frames_of_a_video(dtype)
+    importance = torch.rand(FRAMES, TOKENS, generator=torch.Generator().manual_seed(5)).cuda()
+    dynamic = torch.arange(FRAMES, device="cuda") % 3 == 0
+    counts = torch.tensor([FRAMES], device="cuda")
+    actual, expected = computed(select_tokens, hidden, importance, dynamic, counts, FRAMES * TOKENS // 10)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
