@@ -20,7 +20,7 @@ from ..benchmark.workload import make_inputs, random_model
 from ..errors import EarlyTomConfigError
 from ..shapes import ModelShape, config_of, shape_of
 from .bench_load import check_load, measure_loads
-from .loading import load_checkpoint, progress_bars, resolve_device, resolve_dtype
+from .loading import load_model, progress_bars, resolve_device, resolve_dtype
 from .toolchain import require_toolchain
 
 _FILE_WIDTH = 120  # columns, where nobody watches
@@ -119,7 +119,7 @@ def _trace_path(path: Path, frames: int | None) -> Path:
 
 def _model(arguments: argparse.Namespace) -> Any:
     if arguments.model:
-        return load_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype).model
+        return load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     device = resolve_device(arguments.device)
     config = config_of(arguments.shape)
     return random_model(config, device=device, dtype=resolve_dtype(arguments.dtype, device, torch.bfloat16))

@@ -43,18 +43,25 @@ def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto") -> 
 
     Raises :class:`EarlyTomConfigError` if there is none, or if it is of another family or incomplete.
     """
-    place = resolve_device(device)
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
-    _require_family(name)
+    name = _checked(name)
+    try:
+        processor = load_processor(name)
+    except (OSError, ValueError) as error:
+        raise EarlyTomConfigError(f"the processor of {name!r} cannot be loaded: {error}") from error
+    return Loaded(load_model(name, device=device, dtype=dtype), processor)
+
+
+def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """Only the model of a checkpoint, which needs no tokenizer; raises as :func:`load_checkpoint` does."""
+    place, name = resolve_device(device), _checked(name)
     torchvision_works()
     from transformers import LlavaOnevisionForConditionalGeneration
 
     try:
-        processor = load_processor(name)
         model: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(name)
     except OSError as error:
         raise EarlyTomConfigError(f"{name!r} cannot be loaded: {error}") from error
-    return Loaded(model.to(place, resolve_dtype(dtype, place, model.dtype)).eval(), processor)
+    return model.to(place, resolve_dtype(dtype, place, model.dtype)).eval()
 
 
 def prepare_inputs(loaded: Loaded, video: str | Path, question: str, *, frames: int, progress_on: Console) -> Inputs:
@@ -79,8 +86,9 @@ def progress_bars(console: Console) -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
-def _require_family(name: str) -> None:
-    """Look at config.json before anything large is read."""
+def _checked(name: str) -> str:
+    """The name without ~; looks at config.json before anything large is read."""
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
     local = Path(name)
     if not local.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise EarlyTomConfigError(f"no checkpoint folder at {name!r}: give a folder or a Hub id (owner/name).")
@@ -100,6 +108,7 @@ def _require_family(name: str) -> None:
             f"{name!r} is a checkpoint of the family {family!r}: only {FAMILY!r} is supported, such as "
             "llava-hf/llava-onevision-qwen2-0.5b-ov-hf."
         )
+    return name
 
 
 def resolve_device(name: str) -> torch.device:

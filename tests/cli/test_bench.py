@@ -1,6 +1,7 @@
 """``earlytom bench`` on a tiny checkpoint: every arm has its row, and every file what the table has."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiny_checkpoint import TinySize, write_checkpoint
 
-from earlytom_compile.cli.bench import _ceilings, _trace_path
+from earlytom_compile.cli.bench import _ceilings, _model, _trace_path
 from earlytom_compile.cli.main import build_parser, main
 from earlytom_compile.shapes import config_of
 
@@ -55,6 +56,15 @@ def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
     ranges = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
     stages = ("vision encoding", "visual token processing", "LLM prefill")
     assert {*names, *(f"{name}: {stage}" for name in names for stage in stages)} <= ranges
+
+
+def test_a_checkpoint_without_a_tokenizer_is_enough(checkpoint, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(checkpoint) / name, tmp_path)
+    model = _model(build_parser().parse_args(["bench", "--model", str(tmp_path)]))
+    assert model.config.model_type == "llava_onevision" and not model.training
+    assert main(["explain", "--model", str(tmp_path)]) == 2
+    assert f"the processor of '{tmp_path}' cannot be loaded" in capsys.readouterr().err
 
 
 def test_a_trace_for_each_number_of_frames():
