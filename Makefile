@@ -1,6 +1,6 @@
 # make demo         a video question through the compressed model, on a tiny model built on the spot
 # make test         ruff, mypy and the tests
-# make test-matrix  the tests once more with older transformers, each in an environment of its own
+# make test-matrix  the tests once more with other transformers, each in an environment of its own
 # make clean        remove the environments and every cache
 #
 # Each target makes the environment it needs and installs into it once. `pip install` is left as it is, so PyPI
@@ -13,8 +13,8 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Processes that run tests, one thread each: with more, processes and OpenMP threads would fight for the cores.
 TEST_JOBS ?= $(shell test $(CORES) -gt 4 && echo 4 || echo $(CORES))
 PYTEST := -m pytest -n $(TEST_JOBS)
-# The oldest transformers that was tried, and the last one before caches and features got other names.
-MATRIX := 5.17.0 5.23.0
+# The oldest transformers that was tried, the last one before caches and features got other names, and the first after.
+MATRIX := 5.17.0 5.23.0 5.24.0
 
 # Python would put the repository root on sys.path, where transformers' probe for a package named `kernels`
 # finds the folder of that name.
