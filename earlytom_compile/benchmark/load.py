@@ -10,7 +10,6 @@ Clients and worker are no threads. Clients only wait, so who is in which batch f
 not from times: all models answer the same batches, in every round, and no time goes into switching threads.
 """
 
-import gc
 import statistics
 import time
 from collections import deque
@@ -27,6 +26,7 @@ import earlytom_compile
 
 from ..integrations.prefill import CompiledPrefill
 from .arms import twin_of
+from .failures import attempt
 from .workload import Inputs, make_inputs
 
 REQUESTS_EACH = 2
@@ -284,42 +284,20 @@ def _round(
             result.frames += [video["frames"] for video in videos]
         return served
 
-    graphs, start = _graphs(), clock()
+    graphs, start, answered = _graphs(), clock(), list[Answered]()
+    sizes = {"clients": len(prompts), "each": REQUESTS_EACH, "max_batch": max_batch}
     try:
-        answered = closed_loop(serve, clients=len(prompts), each=REQUESTS_EACH, max_batch=max_batch, clock=clock)
+        failure = attempt(lambda: answered.extend(closed_loop(serve, **sizes, clock=clock)))
     except Exception as error:
-        failure = _memory_failure(error)
-        if failure is None:
-            error.add_note(f"in the load benchmark of {server.name}")
-            raise
-    else:
-        if not warm_up:
-            result.rounds.append(answered[-1].done - start)
-            result.ttft += [answer.ttft for answer in answered]
-            result.latency += [answer.latency for answer in answered]
-            result.batches += [answer.batch for answer in answered]
-            result.recompiles += _graphs() - graphs
-        return None
-    # Only here does nothing refer to the tensors of the failed call any more.
-    gc.collect()
-    torch.cuda.empty_cache()
+        error.add_note(f"in the load benchmark of {server.name}")
+        raise
+    if failure is None and not warm_up:
+        result.rounds.append(answered[-1].done - start)
+        result.ttft += [answer.ttft for answer in answered]
+        result.latency += [answer.latency for answer in answered]
+        result.batches += [answer.batch for answer in answered]
+        result.recompiles += _graphs() - graphs
     return failure
-
-
-def _memory_failure(error: BaseException) -> str | None:
-    """What to tell about an error that means there was too little memory, None for any other."""
-    notes = getattr(error, "__notes__", [])
-    cause: BaseException | None = error
-    while cause is not None:
-        # PyTorch has no class for this on a CPU.
-        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(cause):
-            said = str(cause).strip().partition("\n")[0] or type(cause).__name__
-            return ", ".join([said[:_REASON_LENGTH], *notes])
-        cause = cause.__cause__ or cause.__context__  # Dynamo wraps what it meets while compiling
-    return None
-
-
-_REASON_LENGTH = 200  # characters; CUDA goes on with advice
 
 
 def _graphs() -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import earlytom_compile
 from ..integrations.caches import cache_name
 from .arms import Arm, First
 from .breakdown import Breakdown
+from .failures import attempt
 from .floor import Floor
 
 Progress = Callable[[str], None]
@@ -43,6 +45,7 @@ class Result:
     merge_layers: list[int] = field(default_factory=list)
     breakdown: Breakdown | None = None  # of a call of its own, under a profiler
     floor: Floor | None = None
+    failure: str | None = None  # why there was no memory for it; then nothing else counts
 
     @property
     def median(self) -> float:
@@ -80,6 +83,8 @@ def measure(
 
     ``caches`` is a folder where every arm compiles with caches of its own, empty at first, so that none finds what
     another one or an earlier run compiled; None: with those there are. It must last as long as the arms.
+
+    An arm that runs out of memory has failed, and the others go on.
     """
     arms = list(arms)
     device = model.device
@@ -89,11 +94,12 @@ def measure(
         for arm, result in zip(arms, results, strict=True):
             progress(f"{arm.name}: first call")
             with _empty_caches(caches):
-                _warm_up(arm, result, device)
+                result.failure = attempt(partial(_warm_up, arm, result, device))
         for number in range(repeats):
             for arm, result in zip(arms, results, strict=True):
-                progress(f"round {number + 1} of {repeats}: {arm.name}")
-                _measure_once(model, arm, result, decode_tokens)
+                if result.failure is None:
+                    progress(f"round {number + 1} of {repeats}: {arm.name}")
+                    result.failure = attempt(partial(_measure_once, model, arm, result, decode_tokens))
     return results
 
 
@@ -159,9 +165,12 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def speeds(results: Sequence[Result], against: str) -> dict[str, float]:
-    """How many times faster than the arm called ``against`` each one's median is; nothing if there is none."""
-    reference = next((result.median for result in results if result.name == against), None)
-    return {} if reference is None else {result.name: reference / result.median for result in results}
+    """How many times faster than the arm called ``against`` each one's median is; nothing if there is none.
+
+    Arms that failed are left out.
+    """
+    medians = {result.name: result.median for result in results if not result.failure}
+    return {name: medians[against] / median for name, median in medians.items()} if against in medians else {}
 
 
 def _compile_seconds() -> float:

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .arms import Arm
 from .breakdown import LLM, STAGES, TOKENS, VISION, Breakdown, break_down, stage_range
+from .failures import attempt
 
 Trace = dict[str, Any]
 _THREAD = "stages"  # where a viewer of the trace shows them
@@ -34,23 +35,25 @@ def profile_arms(
 ) -> tuple[dict[str, Breakdown], Trace]:
     """Breakdowns by name of arms that have been called before, and the trace they were read from.
 
-    ``model`` owns the weights that all arms share.
+    ``model`` owns the weights that all arms share. An arm for which there is no memory has no breakdown.
     """
     device, stage_of = model.device, _stages_of_weights(model.model)
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.inference_mode(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         torch.ones(1, device=device).item()  # what the profiler does once is no part of the first call
+        failures = {}
         for arm in arms:
             progress(f"profile: {arm.name}")
             with _nvtx(arm.name, on_gpu), record_function(arm.name):
                 with _marked(arm, stage_of, on_gpu):
-                    arm.first_token()
+                    failures[arm.name] = attempt(arm.first_token)
                 if on_gpu:
                     torch.cuda.synchronize(device)
     trace = _exported(profiler)
     events = trace["traceEvents"] = [*trace["traceEvents"], *_stage_ranges(trace["traceEvents"], arms)]
-    return {arm.name: break_down(events, arm.name, on_gpu=on_gpu) for arm in arms}, trace
+    whole = [name for name, failure in failures.items() if failure is None]
+    return {name: break_down(events, name, on_gpu=on_gpu) for name in whole}, trace
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EarlyTomConfigError
@@ -74,9 +75,19 @@ class Workload:
             for result in self.results
         ]
 
-    def video_tokens(self, result: Result) -> int:
+    @property
+    def measured(self) -> list[Result]:
+        """What did not fail."""
+        return [result for result in self.results if not result.failure]
+
+    @property
+    def failures(self) -> list[str]:
+        """Who failed, and why."""
+        return [f"{result.name}: {result.failure}" for result in self.results if result.failure]
+
+    def video_tokens(self, result: Result) -> int | None:
         """Of a row: positions of the prompt without the words and the newline behind the video."""
-        return result.cache_tokens - self.prompt_length - 1
+        return None if result.failure else result.cache_tokens - self.prompt_length - 1
 
     @property
     def breakdown_title(self) -> str:
@@ -113,7 +124,9 @@ class Workload:
         ]
 
 
-def _row(result: Result, speed: Sequence[float | None], video_tokens: int) -> tuple[str, ...]:
+def _row(result: Result, speed: Sequence[float | None], video_tokens: int | None) -> tuple[str, ...]:
+    if result.failure:
+        return (result.name, "failed", *[""] * (len(_HEADINGS) - 2))
     return (
         result.name,
         f"{result.compilation:.1f}",
@@ -189,7 +202,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def tables(workload: Workload) -> list[Table]:
     """For people at a terminal."""
-    return [_table(*section) for section in workload.sections()]
+    printed = [_table(*section) for section in workload.sections()]
+    if workload.failures:
+        printed[0].caption, printed[0].caption_justify = escape("\n".join(workload.failures)), "left"
+    return printed
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -228,6 +244,7 @@ def to_markdown(workloads: Sequence[Workload], about: dict[str, Any]) -> str:
     for workload in workloads:
         for section in workload.sections():
             lines += _markdown_table(*section)
+        lines += [f"- {failure}" for failure in workload.failures] + [""] * bool(workload.failures)
     return "\n".join(lines)
 
 
@@ -254,7 +271,7 @@ def write_plots(workloads: Sequence[Workload], folder: Path) -> list[Path]:
 
     for workload in workloads:
         save(f"ttft-{workload.frames}-frames", _plot_stages(pyplot, workload))
-        if any(result.floor for result in workload.results):
+        if any(result.floor for result in workload.measured):
             save(f"ttft-against-flops-{workload.frames}-frames", _plot_against_flops(pyplot, workload))
     if len(workloads) > 1:
         save("cost-against-frames", _plot_against_frames(pyplot, workloads))
@@ -263,7 +280,7 @@ def write_plots(workloads: Sequence[Workload], folder: Path) -> list[Path]:
 
 def _plot_stages(pyplot: Any, workload: Workload) -> Any:
     """Stacked bars of the profiled calls, and beside each the median of the timed ones."""
-    results = workload.results[::-1]
+    results = workload.measured[::-1]
     names = [result.name for result in results]
     figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(results) + 2), layout="constrained")
     parts = [result.breakdown.parts if result.breakdown else {} for result in results]
@@ -283,7 +300,7 @@ def _plot_against_flops(pyplot: Any, workload: Workload) -> Any:
     """A point for each arm, and the line on which the machine's largest products would lie."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     most = 0.0
-    for result in workload.results:
+    for result in workload.measured:
         if result.floor is not None:
             work, most = result.floor.flops / 1e12, max(most, result.floor.flops / 1e12)
             axes.scatter([work], [1e3 * result.median], label=result.name)
@@ -296,7 +313,7 @@ def _plot_against_flops(pyplot: Any, workload: Workload) -> Any:
 def _plot_against_frames(pyplot: Any, workloads: Sequence[Workload]) -> Any:
     """Time and peaks of memory against the number of frames, with gaps where one is not known."""
     costs: dict[str, Callable[[Result], float]] = {
-        "time to first token (ms)": lambda result: 1e3 * result.median,
+        "time to first token (ms)": lambda result: float("nan") if result.failure else 1e3 * result.median,
         "peak memory of vision encoding (MiB)": lambda result: _mebibytes(_peaks(result)[0]),
         "peak memory of a call (MiB)": lambda result: _mebibytes(_peaks(result)[-1]),
     }
@@ -314,13 +331,20 @@ def _mebibytes(peak: int | None) -> float:
     return float("nan") if peak is None else peak / 2**20
 
 
-def _pyplot() -> Any:
+def require_matplotlib() -> None:
+    """Raise :class:`EarlyTomConfigError` where nothing can be plotted."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise EarlyTomConfigError(
             "--plot needs matplotlib: pip install 'earlytom-compile[plot]' (or leave --plot out)."
         ) from error
+
+
+def _pyplot() -> Any:
+    require_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -21,6 +21,7 @@ from ..errors import EarlyTomConfigError
 from ..shapes import ModelShape, config_of, shape_of
 from .bench_load import check_load, measure_loads
 from .loading import load_model, progress_bars, resolve_device, resolve_dtype
+from .outputs import check_outputs
 from .toolchain import require_toolchain
 
 _FILE_WIDTH = 120  # columns, where nobody watches
@@ -55,11 +56,13 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
         workloads.append(Workload(frames, arguments.batch, arguments.prompt_length, results, dtype, rates))
         console.print(*tables(workloads[-1]))
+        plots = _write(arguments, workloads, about)  # now, so that nothing is lost if the next one fails
         if arguments.trace:
             path = _trace_path(Path(arguments.trace), frames if len(frame_counts) > 1 else None)
             path.write_text(json.dumps(trace), encoding="utf-8")
             console.print(f"wrote {path}")
-    _write(arguments, workloads, about, console)
+    for plot in plots:
+        console.print(f"wrote {plot}")
 
 
 def _measure(
@@ -89,10 +92,11 @@ def _measure(
             progress=progress,
             caches=caches,
         )
-        breakdowns, trace = profile_arms(model, arms, progress)
+        able = [arm for arm, result in zip(arms, results, strict=True) if not result.failure]
+        breakdowns, trace = profile_arms(model, able, progress)
     for arm, result in zip(arms, results, strict=True):
-        result.breakdown = breakdowns[arm.name]
-        if rates:
+        result.breakdown = breakdowns.get(arm.name)
+        if rates and not result.failure:
             result.floor = floor(_work(model, arm, result, arguments.batch), rates)
     return results, trace
 
@@ -140,13 +144,13 @@ def _check(arguments: argparse.Namespace) -> None:
     bad = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
     if bad:
         raise EarlyTomConfigError(f"retain_ratio={bad[0]}: must be in (0, 1].")
+    check_outputs(arguments)
 
 
-def _write(arguments: argparse.Namespace, workloads: list[Workload], about: dict[str, Any], console: Console) -> None:
+def _write(arguments: argparse.Namespace, workloads: list[Workload], about: dict[str, Any]) -> list[Path]:
+    """What was asked for, over what was there; returns the plots."""
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(to_dict(workloads, about), indent=2) + "\n", encoding="utf-8")
     if arguments.markdown:
         Path(arguments.markdown).write_text(to_markdown(workloads, about), encoding="utf-8")
-    if arguments.plot:
-        for path in write_plots(workloads, Path(arguments.plot)):
-            console.print(f"wrote {path}")
+    return write_plots(workloads, Path(arguments.plot)) if arguments.plot else []

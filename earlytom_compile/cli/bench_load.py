@@ -60,14 +60,15 @@ def measure_loads(
                 )
             loads.append(Load(frames, arguments.prompt_length, new_tokens, arguments.max_batch, clients, results))
             console.print(load_table(loads[-1]))
-    _write(arguments, loads, about, console)
+            plots = _write(arguments, loads, about)  # now, so that nothing is lost if the next one fails
+    for plot in plots:
+        console.print(f"wrote {plot}")
 
 
-def _write(arguments: argparse.Namespace, loads: list[Load], about: dict[str, Any], console: Console) -> None:
+def _write(arguments: argparse.Namespace, loads: list[Load], about: dict[str, Any]) -> list[Path]:
+    """What was asked for, over what was there; returns the plots."""
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(load_to_dict(loads, about), indent=2) + "\n", encoding="utf-8")
     if arguments.markdown:
         Path(arguments.markdown).write_text(load_to_markdown(loads, about), encoding="utf-8")
-    if arguments.plot:
-        for path in write_load_plots(loads, Path(arguments.plot)):
-            console.print(f"wrote {path}")
+    return write_load_plots(loads, Path(arguments.plot)) if arguments.plot else []

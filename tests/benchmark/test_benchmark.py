@@ -187,6 +187,32 @@ def test_no_cache_outlives_its_call(model):
     assert seen == [0] * 8
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 4])
+def test_who_runs_out_of_memory_has_failed_and_the_others_go_on(model, fails_at):
+    calls = []
+
+    def arm(name, fails_at=None):
+        def first_token():
+            if calls.count(name) == fails_at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+            calls.append(name)
+            return torch.tensor([[1]]), Cache()
+
+        return Arm(name, first_token)
+
+    big, small = measure(model, [arm("big", fails_at), arm("small")], repeats=3, decode_tokens=0)
+    assert big.failure == "CUDA out of memory. Tried to allocate 20.00 GiB." and calls.count("big") == fails_at
+    assert small.failure is None and len(small.ttft) == 3
+
+
+def test_any_other_error_comes_out(model):
+    def first_token():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        measure(model, [Arm("broken", first_token)], repeats=1, decode_tokens=0)
+
+
 def test_all_rows_decode_together(model):
     arm = next(make_arms(model, make_inputs(model, frames=4, batch=3), (), EAGER))
     (result,) = measure(model, [arm], repeats=1, decode_tokens=2)
@@ -231,6 +257,24 @@ def test_rows_of_the_table():
     assert [row[5:7] for row in workload.rows()] == [("1.00x", "2.00x"), ("5.00x", "10.00x"), ("0.50x", "1.00x")]
     del workload.results[0]
     assert [row[5:7] for row in workload.rows()] == [("", "10.00x"), ("", "1.00x")]
+
+
+def with_a_failure():
+    workload = workloads()[0]
+    workload.results.insert(0, Result("transformers", 1.0, failure="out of [memory]"))
+    return workload
+
+
+def test_a_failed_arm_has_a_row_that_says_so(tmp_path):
+    failed, full, compressed = with_a_failure().rows()
+    assert failed == ("transformers", "failed", *[""] * 9)
+    assert full[5:7] == ("1.00x", "") and compressed[5:7] == ("5.00x", "")
+    assert tables(with_a_failure())[0].caption == "transformers: out of \\[memory]"
+    assert "- transformers: out of [memory]\n" in to_markdown([with_a_failure()], {"command": "earlytom bench"})
+    (content,) = to_dict([with_a_failure()], {})["workloads"]
+    assert content["results"][0]["failure"] == "out of [memory]" and content["results"][0]["video_tokens"] is None
+    pytest.importorskip("matplotlib")
+    assert len(write_plots([with_a_failure(), with_a_failure()], tmp_path)) == 5
 
 
 def test_rows_of_the_table_of_memory():

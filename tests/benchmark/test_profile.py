@@ -103,6 +103,15 @@ def test_memory_is_what_a_call_allocates_at_its_peak():
         assert 1 << 20 <= breakdown.memory < (1 << 20) + 1024
 
 
+def test_an_arm_without_memory_has_no_breakdown():
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    arms = [profiling.Arm("big", fails), profiling.Arm("small", lambda: torch.ones(8) + 1)]
+    breakdowns, _ = profile_arms(tiny_llava_onevision(vision_layers=1, text_layers=1), arms)
+    assert list(breakdowns) == ["small"]
+
+
 def test_profiling_compiles_nothing_and_leaves_nothing_behind(profiled):
     from torch._inductor.select_algorithm import extern_kernels
 

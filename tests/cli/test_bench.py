@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from tiny_checkpoint import TinySize, write_checkpoint
 
+from earlytom_compile.benchmark.measure import Result
+from earlytom_compile.cli import bench
 from earlytom_compile.cli.bench import _ceilings, _model, _trace_path
 from earlytom_compile.cli.main import build_parser, main
 from earlytom_compile.shapes import config_of
@@ -65,6 +69,48 @@ def test_a_checkpoint_without_a_tokenizer_is_enough(checkpoint, tmp_path, capsys
     assert model.config.model_type == "llava_onevision" and not model.training
     assert main(["explain", "--model", str(tmp_path)]) == 2
     assert f"the processor of '{tmp_path}' cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    def never(arguments):
+        raise AssertionError("the model was made before the mistake was found")
+
+    monkeypatch.setattr(bench, "_model", never)
+
+
+@pytest.mark.parametrize("flag", ["json", "markdown", "trace", "plot"])
+def test_places_that_cannot_be_written_to_are_found_first(flag, nothing_runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["bench", f"--{flag}", str(tmp_path / "file" / "inside" / "out")]) == 2
+    assert f"{flag}=" in capsys.readouterr().err
+    if flag != "plot":
+        assert main(["bench", f"--{flag}", str(tmp_path)]) == 2
+        assert "that is a folder" in capsys.readouterr().err
+
+
+def test_a_missing_matplotlib_is_found_first(nothing_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--plot", str(tmp_path)]) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+def test_what_is_measured_is_written_before_the_next(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "new" / "bench.json"
+
+    def measured(arguments, model, options, frames, *others):
+        if frames == 4:
+            raise KeyboardInterrupt
+        return [Result("inductor", 1.0, ttft=[0.5], cache_tokens=100)], {}
+
+    monkeypatch.setattr(bench, "_model", lambda arguments: torch.nn.Identity())
+    monkeypatch.setattr(torch.nn.Identity, "device", torch.device("cpu"), raising=False)
+    monkeypatch.setattr(torch.nn.Identity, "dtype", torch.float32, raising=False)
+    monkeypatch.setattr(bench, "_ceilings", lambda model, console: {})
+    monkeypatch.setattr(bench, "_measure", measured)
+    assert main(["bench", "--frames", "2,4", "--json", str(file)]) == 130
+    assert [workload["frames"] for workload in json.loads(file.read_text())["workloads"]] == [2]
+    assert "2 frames, batch 1" in capsys.readouterr().out
 
 
 def test_a_trace_for_each_number_of_frames():
