@@ -15,17 +15,11 @@ The numbers here are made up:
 """
 
 import dataclasses
-import datetime
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -185,19 +179,6 @@ def _memory_row(result: Result, reference: _Peaks) -> tuple[str, ...]:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f}"
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, date and command: what a number needs beside it."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "machine": gpu or f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["earlytom", *sys.argv[1:]]),
-    }
 
 
 def tables(workload: Workload) -> list[Table]:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from rich.console import Console
 
 from ..benchmark.arms import Arm, make_arms
 from ..benchmark.ceilings import Clock, ceilings
+from ..benchmark.environment import environment
 from ..benchmark.floor import Work, floor, work_of
 from ..benchmark.measure import Result, measure
 from ..benchmark.profile import Trace, profile_arms
-from ..benchmark.results import Workload, environment, tables, to_dict, to_markdown, write_plots
+from ..benchmark.results import Workload, tables, to_dict, to_markdown, write_plots
 from ..benchmark.workload import make_inputs, random_model
 from ..errors import EarlyTomConfigError
 from ..shapes import ModelShape, config_of, shape_of
@@ -30,6 +32,7 @@ _FILE_WIDTH = 120  # columns, where nobody watches
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Measure every workload, print and write what came out."""
     _check(arguments)
+    start = time.perf_counter()
     progress_on, console = Console(stderr=True), Console()
     if not console.is_terminal:
         console = Console(width=_FILE_WIDTH)
@@ -37,9 +40,9 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     frame_counts = arguments.frames or ((32,) if arguments.model else (shape_of(arguments.shape).frames,))
     require_toolchain(model.device, options)
     options = {name: value for name, value in options.items() if name != "retain_ratio"}
-    about, workloads = environment(model.device), []
+    about, workloads = {**environment(model.device), **_asked(arguments, model)}, []
     if arguments.concurrency:
-        measure_loads(arguments, model, options, frame_counts, about, console, progress_on)
+        measure_loads(arguments, model, options, frame_counts, about, start, console, progress_on)
         return
     rates = _ceilings(model, console)
     for frames in frame_counts:
@@ -56,6 +59,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
         workloads.append(Workload(frames, arguments.batch, arguments.prompt_length, results, dtype, rates))
         console.print(*tables(workloads[-1]))
+        about["seconds"] = round(time.perf_counter() - start, 1)
         plots = _write(arguments, workloads, about)  # now, so that nothing is lost if the next one fails
         if arguments.trace:
             path = _trace_path(Path(arguments.trace), frames if len(frame_counts) > 1 else None)
@@ -63,6 +67,18 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
             console.print(f"wrote {path}")
     for plot in plots:
         console.print(f"wrote {plot}")
+    console.print(f"{about['seconds']:.0f} s in all")
+
+
+def _asked(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What the numbers depend on beside the machine."""
+    name = {"model": arguments.model} if arguments.model else {"shape": arguments.shape}
+    return {
+        **name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "scene_frames": arguments.scene_frames,
+        "redundancy": arguments.redundancy,
+    }
 
 
 def _measure(

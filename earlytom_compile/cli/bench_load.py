@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ def measure_loads(
     options: dict[str, Any],
     frame_counts: Sequence[int],
     about: dict[str, Any],
+    start: float,
     console: Console,
     progress_on: Console,
 ) -> None:
-    """Measure every number of clients, print and write what came out."""
+    """Measure every number of clients, print and write what came out; ``start`` is when all began."""
     servers = list(make_servers(model, arguments.retain_ratios, options))
     new_tokens, loads = 1 + arguments.decode_tokens, []
     for frames in frame_counts:
@@ -60,9 +62,11 @@ def measure_loads(
                 )
             loads.append(Load(frames, arguments.prompt_length, new_tokens, arguments.max_batch, clients, results))
             console.print(load_table(loads[-1]))
+            about["seconds"] = round(time.perf_counter() - start, 1)
             plots = _write(arguments, loads, about)  # now, so that nothing is lost if the next one fails
     for plot in plots:
         console.print(f"wrote {plot}")
+    console.print(f"{about['seconds']:.0f} s in all")
 
 
 def _write(arguments: argparse.Namespace, loads: list[Load], about: dict[str, Any]) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from rich.console import Console
 
-from ..benchmark.results import environment
+from ..benchmark.environment import environment
 from ..errors import EarlyTomConfigError
 from .loading import load_checkpoint, progress_bars
 

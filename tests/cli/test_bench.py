@@ -41,7 +41,11 @@ def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
     ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    (workload,) = json.loads(Path(files["json"]).read_text())["workloads"]
+    content = json.loads(Path(files["json"]).read_text())
+    (workload,) = content["workloads"]
+    assert (content["model"], content["scene_frames"], content["redundancy"]) == (checkpoint, 4, 1.0)
+    assert content["seconds"] > sum(result["cold"] for result in workload["results"])
+    assert f"{content['seconds']:.0f} s in all" in printed
     names = [result["name"] for result in workload["results"]]
     assert names[:4] == ["transformers", "inductor", "earlytom 0.25", "earlytom 0.25 (backend)"] and len(names) == 6
     text = Path(files["markdown"]).read_text()
@@ -109,7 +113,8 @@ def test_what_is_measured_is_written_before_the_next(monkeypatch, tmp_path, caps
     monkeypatch.setattr(bench, "_ceilings", lambda model, console: {})
     monkeypatch.setattr(bench, "_measure", measured)
     assert main(["bench", "--frames", "2,4", "--json", str(file)]) == 130
-    assert [workload["frames"] for workload in json.loads(file.read_text())["workloads"]] == [2]
+    content = json.loads(file.read_text())
+    assert [workload["frames"] for workload in content["workloads"]] == [2] and content["shape"] == "cpu-small"
     assert "2 frames, batch 1" in capsys.readouterr().out
 
 
