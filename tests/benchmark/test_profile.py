@@ -15,16 +15,22 @@ from earlytom_compile.benchmark.workload import make_inputs
 
 VISION_LAYERS, TEXT_LAYERS, ROWS = 3, 1, 2
 PRODUCTS = {"aten::linear", "aten::addmm", "aten::mm", "aten::matmul"}
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CASES = [
+    pytest.param((device, lowering), id=f"{device}-{lowering}", marks=marks)
+    for device, marks in (("cpu", ()), ("cuda", NEEDS_GPU))
+    for lowering in ("eager", "staged")
+]
 
 
-@pytest.fixture(scope="module", params=DEVICES)
+@pytest.fixture(scope="module", params=CASES)
 def profiled(request):
     """(model, breakdowns, complete events of the trace, graphs compiled meanwhile)."""
     torch._dynamo.reset()
-    model = tiny_llava_onevision(vision_layers=VISION_LAYERS, text_layers=TEXT_LAYERS).to(request.param)
+    device, lowering = request.param
+    model = tiny_llava_onevision(vision_layers=VISION_LAYERS, text_layers=TEXT_LAYERS).to(device)
     inputs = make_inputs(model, frames=8, batch=ROWS, redundancy=0.7)
-    arms = list(make_arms(model, inputs, (0.25,), {"lowering": "eager", "merge_layers": (0, 1), "tau_seg": 0.3}))[:4]
+    arms = list(make_arms(model, inputs, (0.25,), {"lowering": lowering, "merge_layers": (0, 1), "tau_seg": 0.3}))[:4]
     with torch.inference_mode():
         for _ in range(2):
             for arm in arms:
