@@ -13,7 +13,7 @@ two keep whole frames, as many as come nearest to the tokens that EarlyTom keeps
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import earlytom_compile
 
+from ..errors import EarlyTomConfigError
 from ..integrations.caches import cache_of
 from .workload import Inputs, with_video
 
@@ -59,6 +60,19 @@ def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict
         for name, fewer in (("subsampling", _subsampled), ("average pooling", _averaged)):
             shorter = _with_fewer_frames(model, inputs, fewer(inputs["pixel_values_videos"], few))
             yield Arm(f"{name} {ratio:g}", partial(_forward, inductor, shorter), ratio, model, few)
+
+
+def choose(arms: Iterable[Any], beginnings: Sequence[str]) -> list[Any]:
+    """Those of ``arms`` (anything with a name) whose names begin so, in their order; without beginnings, all.
+
+    Raises :class:`EarlyTomConfigError` for a beginning that no name has.
+    """
+    arms = list(arms)
+    names = [arm.name for arm in arms]
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name in names):
+            raise EarlyTomConfigError(f"arms={beginning!r}: no arm begins so; there are {', '.join(names)}.")
+    return [arm for arm in arms if arm.name.startswith(tuple(beginnings))] if beginnings else arms
 
 
 def twin_of(model: Any) -> Any:

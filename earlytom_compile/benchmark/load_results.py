@@ -1,8 +1,10 @@
 """What ``earlytom bench --concurrency`` prints and writes: one table a number of clients, and plots over all of them.
 
+The numbers here are made up:
+
 | model        | requests/s | range     | speed | TTFT p50/p90/p99 ms | answer p50/p90/p99 ms | batch | frames left |
 | inductor     |       1.81 | 1.79-1.84 | 1.00x | 4102 / 4210 / 4220  | 4391 / 4480 / 4492    |     8 |             |
-| earlytom 0.1 |       5.21 | 5.18-5.23 | 2.88x | 1407 / 1433 / 1440  | 1530 / 1552 / 1559    |     8 |         74% |
+| earlytom 0.1 |       5.21 | 5.18-5.23 | 2.88x | 1407 / 1433 / 1440  | 1530 / 1552 / 1559    |     8 |         75% |
 """
 
 import dataclasses
@@ -52,7 +54,7 @@ class Load:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of the table, a row for each server."""
-        reference = next(result.rate for result in self.results if result.name == REFERENCE)
+        reference = next((result.rate for result in self.results if result.name == REFERENCE), None)
         return [_row(result, reference) for result in self.results]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..benchmark.arms import choose
 from ..benchmark.load import make_prompts, make_servers, measure_load
 from ..benchmark.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from ..errors import EarlyTomConfigError
@@ -38,7 +39,7 @@ def measure_loads(
     progress_on: Console,
 ) -> None:
     """Measure every number of clients, print and write what came out; ``start`` is when all began."""
-    servers = list(make_servers(model, arguments.retain_ratios, options))
+    servers = choose(make_servers(model, arguments.retain_ratios, options), arguments.arms)
     new_tokens, loads = 1 + arguments.decode_tokens, []
     for frames in frame_counts:
         prompts = make_prompts(

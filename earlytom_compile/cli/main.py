@@ -94,7 +94,14 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=_numbers(int), metavar="N,N", help="one table each (default: the shape's)")
     parser.add_argument("--batch", type=int, default=1, help="prompts, one video each (%(default)s)")
     parser.add_argument("--prompt-length", type=int, default=32, help="words beside the video (%(default)s)")
-    parser.add_argument("--retain-ratios", type=_numbers(float), default=(0.1,), metavar="R,R", help="EarlyTom's (0.1)")
+    _add_retain_ratios(parser, (0.1,), "EarlyTom's")
+    parser.add_argument(
+        "--arms",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="NAME,NAME",
+        help="measure only arms whose names begin so, such as transformers,earlytom (default: all)",
+    )
     parser.add_argument(
         "--scene-frames", type=int, default=4, metavar="N", help="frames of a scene; 4 alike merge to 3 (%(default)s)"
     )
@@ -126,14 +133,7 @@ def _add_flops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="llava-onevision-7b", metavar="NAME", help="a named shape (%(default)s)")
     parser.add_argument("--model", metavar="FOLDER", help="the shape in this checkpoint's config.json instead")
     parser.add_argument("--frames", type=int, metavar="N", help="frames of the video (default: the shape's usual)")
-    parser.add_argument(
-        "--retain-ratio",
-        dest="retain_ratios",
-        type=_numbers(float),
-        default=(0.25, 0.2, 0.15, 0.1),
-        metavar="R,R",
-        help="shares of the video tokens that reach the language model (0.25,0.2,0.15,0.1)",
-    )
+    _add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens that reach the language model")
     parser.add_argument("--protocol", choices=("paper", "exact"), default="paper", help="how to count (%(default)s)")
     parser.add_argument(
         "--merge-layers", type=_numbers(int), metavar="I,I", help="encoder layers after which frames merge"
@@ -158,13 +158,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--videos", type=int, default=1000, metavar="N", help="how many (%(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
-    parser.add_argument(
-        "--retain-ratios",
-        type=_numbers(float),
-        default=(0.25, 0.2, 0.15, 0.1),
-        metavar="R,R",
-        help="shares of the video tokens (0.25,0.2,0.15,0.1)",
-    )
+    _add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens")
     parser.add_argument("--json", metavar="FILE", help="write every number there")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there")
     parser.add_argument("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
@@ -201,6 +195,17 @@ def _add_model(
         default="auto",
         choices=("auto", "float32", "float16", "bfloat16"),
         help="of the weights; auto = the checkpoint's own on a GPU, float32 on a CPU",
+    )
+
+
+def _add_retain_ratios(parser: argparse.ArgumentParser, default: tuple[float, ...], text: str) -> None:
+    parser.add_argument(
+        "--retain-ratios",
+        "--retain-ratio",
+        type=_numbers(float),
+        default=default,
+        metavar="R,R",
+        help=f"{text} ({','.join(map(str, default))})",
     )
 
 

@@ -27,8 +27,13 @@ def missing_toolchain(device: torch.device) -> str | None:
     return None
 
 
-def require_toolchain(device: torch.device, options: dict[str, Any]) -> None:
+def require_toolchain(
+    device: torch.device,
+    options: dict[str, Any],
+    *,
+    otherwise: str = "--lowering eager, which compresses without compiling",
+) -> None:
     """Raise :class:`EarlyTomConfigError` if ``options`` ask for Inductor and it cannot compile here."""
     missing = missing_toolchain(device)
     if missing and options.get("lowering") != "eager":
-        raise EarlyTomConfigError(f"{missing}; or give --lowering eager, which compresses without compiling.")
+        raise EarlyTomConfigError(f"{missing}; or give {otherwise}.")

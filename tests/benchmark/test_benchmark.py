@@ -14,7 +14,7 @@ from tiny_models import tiny_llava_onevision, tokens_per_frame
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmark import measure as measuring
-from earlytom_compile.benchmark.arms import Arm, make_arms
+from earlytom_compile.benchmark.arms import Arm, choose, make_arms
 from earlytom_compile.benchmark.breakdown import STAGES, Breakdown
 from earlytom_compile.benchmark.floor import Floor
 from earlytom_compile.benchmark.measure import Result, decode, measure
@@ -109,6 +109,15 @@ def test_every_compiled_arm_gets_the_mode(model, monkeypatch):
     monkeypatch.setattr(torch, "compile", recording)
     list(make_arms(model, make_inputs(model, frames=8), (0.2,), {**EAGER, "mode": "reduce-overhead"}))
     assert given == ["reduce-overhead"] * 2  # inductor and what runs on it; earlytom as a backend
+
+
+def test_arms_are_chosen_by_how_their_names_begin(model):
+    arms = list(make_arms(model, make_inputs(model, frames=8), (0.2, 0.1), EAGER))
+    assert choose(arms, ()) == arms
+    names = [arm.name for arm in choose(arms, ("earlytom 0.2", "transformers"))]
+    assert names == ["transformers", "earlytom 0.2", "earlytom 0.2 (backend)"]
+    with pytest.raises(EarlyTomConfigError, match="arms='earlytom 0.3': no arm begins so; there are transformers, in"):
+        choose(arms, ("transformers", "earlytom 0.3"))
 
 
 def test_arms_share_the_weights(model):

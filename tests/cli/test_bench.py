@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ import torch
 from rich.console import Console
 from tiny_checkpoint import TinySize, write_checkpoint
 
+from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmark.measure import Result
-from earlytom_compile.cli import bench
+from earlytom_compile.cli import bench, toolchain
 from earlytom_compile.cli.bench import _ceilings, _model, _trace_path
 from earlytom_compile.cli.main import build_parser, main
 from earlytom_compile.shapes import config_of
@@ -91,6 +93,24 @@ def test_places_that_cannot_be_written_to_are_found_first(flag, nothing_runs, tm
     if flag != "plot":
         assert main(["bench", f"--{flag}", str(tmp_path)]) == 2
         assert "that is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, stops",
+    [([], True), (["--arms", "transformers,earlytom 0.1"], False), (["--arms", "earlytom,inductor"], True)],
+)
+def test_inductors_arms_need_a_compiler_whatever_the_lowering(given, stops, monkeypatch):
+    monkeypatch.setattr(toolchain, "missing_toolchain", lambda device: "no C++ compiler was found")
+    arguments = build_parser().parse_args(["bench", "--lowering", "eager", *given])
+    refused = pytest.raises(EarlyTomConfigError, match="--arms transformers,earlytom, which compile nothing")
+    with refused if stops else nullcontext():
+        bench._require_compiler(arguments, SimpleNamespace(device=torch.device("cpu")), {"lowering": "eager"})
+
+
+@pytest.mark.parametrize("command", ["bench", "flops", "eval"])
+def test_ratios_are_given_by_one_name_everywhere(command):
+    for name in ("--retain-ratio", "--retain-ratios"):
+        assert build_parser().parse_args([command, name, "0.2,0.1"]).retain_ratios == (0.2, 0.1)
 
 
 def test_a_missing_matplotlib_is_found_first(nothing_runs, tmp_path, monkeypatch, capsys):
