@@ -59,7 +59,8 @@ class EarlyTomConfig:
     alpha: float = 0.9
     """Weight of the newest similarity in its moving average, in (0, 1] (Eq. 1)."""
     max_window: int | None = None
-    """Longest segment in frames, at least 2; None = no limit (``released``: 8)."""
+    """Longest segment in frames, at least 2; None = no limit (``released``: 8). Without one, every frame is compared
+    with all before it, which grows with F squared: set it for videos of hundreds of frames."""
     tau_merge: float | Literal["segment"] = "segment"
     """Similarity needed to merge (Eq. 2): a number, or that of the segment's own head and tail."""
     lowering: Literal["staged", "whole", "eager"] = "staged"
