@@ -395,7 +395,9 @@ def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls)
         arguments += [f"--{name}", str(path)]
     assert main(arguments) == 0
     printed, text = capsys.readouterr().out, files["markdown"].read_text()
-    (load,) = json.loads(files["json"].read_text())["loads"]
+    content = json.loads(files["json"].read_text())
+    (load,) = content["loads"]
+    assert content["seconds"] > 0 and content["scene_frames"] == 4 and f"{content['seconds']:.0f} s in all" in printed
     names = ["transformers", "inductor", "earlytom 0.25"]
     assert [result["name"] for result in load["results"]] == names
     assert all(name in printed and f"| {name} |" in text for name in names)
