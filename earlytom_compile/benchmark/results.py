@@ -6,8 +6,8 @@ The numbers here are made up:
 | inductor      |      45.3 |         48.1 |    2902 | 2890-2950 |       1.00x |    1.10x |             | ...
 | earlytom 0.1  |      29.8 |         31.0 |    1398 | 1390-1401 |       2.08x |    2.28x |         75% | ...
 
-| arm           | vision encoding | token processing | LLM prefill | overhead | profiled ms |      TFLOP | ...
-| inductor      |       900 (30%) |          60 (2%) |  1960 (66%) |  60 (2%) |        2980 | 1.2 (100%) | ...
+| arm           | vision encoding | token processing | LLM prefill | overhead | profiled ms | TFLOP | of full | ...
+| inductor      |       900 (30%) |          60 (2%) |  1960 (66%) |  60 (2%) |        2980 |   1.2 |    100% | ...
 
 | arm           | vision encoding | token processing | LLM prefill | whole call | device GiB |
 | inductor      |      120 (100%) |       100 (100%) |  110 (100%) | 120 (100%) |            |
@@ -35,8 +35,8 @@ _HEADINGS = (
     "video tokens", "tokens/s", "compiled later",
 )  # fmt: skip
 _BREAKDOWN_HEADINGS = (
-    "arm", "vision encoding", "token processing", "LLM prefill", "overhead", "profiled ms", "TFLOP", "GB", "floor ms",
-    "TTFT / floor",
+    "arm", "vision encoding", "token processing", "LLM prefill", "overhead", "profiled ms", "TFLOP", "of full",
+    "GB", "floor ms", "TTFT / floor",
 )  # fmt: skip
 _MEMORY_HEADINGS = ("arm", "vision encoding", "token processing", "LLM prefill", "whole call", "device GiB")
 _MEMORY_TITLE = f"peak memory of the profiled call: MiB beyond what was there before it (share of {REFERENCE}'s)"
@@ -148,11 +148,20 @@ def _breakdown_cells(breakdown: Breakdown | None) -> tuple[str, ...]:
 
 def _floor_cells(result: Result, full: float | None) -> tuple[str, ...]:
     if result.floor is None:
-        return ("",) * 4
+        return ("",) * 5
     floor = result.floor
-    share = f" ({floor.flops / full:.0%})" if full else ""
-    sizes = f"{floor.flops / 1e12:.3g}{share}", f"{floor.bytes / 1e9:.3g}"
-    return (*sizes, _milliseconds(floor.seconds), f"{result.times_floor:.2f}")
+    share = f"{floor.flops / full:.0%}" if full else ""
+    return (
+        _short(floor.flops / 1e12),
+        share,
+        _short(floor.bytes / 1e9),
+        _milliseconds(floor.seconds),
+        f"{result.times_floor:.2f}",
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:.{3 if value >= 1 else 2}g}"
 
 
 _Peaks = tuple[int | None, ...]
