@@ -308,11 +308,15 @@ def _plot_against_frames(pyplot: Any, workloads: Sequence[Workload]) -> Any:
         "peak memory of a call (MiB)": lambda result: _mebibytes(_peaks(result)[-1]),
     }
     figure, panels = pyplot.subplots(1, len(costs), figsize=(7 * len(costs), 5), layout="constrained", squeeze=False)
+    ticks = [workload.frames for workload in workloads]
     for axes, (label, cost) in zip(panels[0], costs.items(), strict=True):
         for index, result in enumerate(workloads[0].results):
             costs_of_arm = [cost(workload.results[index]) for workload in workloads]
-            axes.plot([workload.frames for workload in workloads], costs_of_arm, marker="o", label=result.name)
-        axes.set(xlabel="frames", ylabel=label, xscale="log", yscale="log")
+            axes.plot(ticks, costs_of_arm, marker="o", label=result.name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set(xlabel="frames", ylabel=label, yscale="log")
+        axes.grid(alpha=0.3)
     panels[0][0].legend()
     return figure
 

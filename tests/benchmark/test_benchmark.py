@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 from types import FunctionType
 from weakref import WeakSet
 
@@ -18,7 +19,15 @@ from earlytom_compile.benchmark.arms import Arm, choose, make_arms
 from earlytom_compile.benchmark.breakdown import STAGES, Breakdown
 from earlytom_compile.benchmark.floor import Floor
 from earlytom_compile.benchmark.measure import Result, decode, measure
-from earlytom_compile.benchmark.results import Workload, _plot_stages, tables, to_dict, to_markdown, write_plots
+from earlytom_compile.benchmark.results import (
+    Workload,
+    _plot_against_frames,
+    _plot_stages,
+    tables,
+    to_dict,
+    to_markdown,
+    write_plots,
+)
 from earlytom_compile.benchmark.workload import make_inputs, make_video, random_model
 from earlytom_compile.shapes import config_of
 
@@ -356,6 +365,17 @@ def test_plots_are_pictures(tmp_path):
     names = [f"{kind}-{frames}-frames" for frames in (8, 16) for kind in ("ttft", "ttft-against-flops")]
     assert [path.stem for path in written] == [*names, "cost-against-frames"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_costs_stand_over_their_frames():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure = _plot_against_frames(pyplot, workloads())
+    time, vision, call = figure.axes
+    assert [label.get_text() for label in time.get_xticklabels()] == ["8", "16"]
+    assert [list(line.get_ydata()) for line in time.lines] == [[500, 500], [100, 100]]
+    assert list(vision.lines[1].get_ydata()) == [100, 100] and list(call.lines[0].get_ydata()) == [400, 400]
+    assert all(math.isnan(peak) for peak in vision.lines[0].get_ydata())  # its stages are not known
+    pyplot.close(figure)
 
 
 def test_bars_are_the_parts_one_after_the_other():
