@@ -35,7 +35,7 @@ def answer_logits(
     prefix = pad_sequence(prefixes, batch_first=True)
     hidden = inner.language_model(
         inputs_embeds=torch.cat([prefix, embed(rows.ids)], 1),
-        attention_mask=_mask(lengths, rows.question)[:, None],
+        attention_mask=_mask(lengths, rows.question, prefix.dtype)[:, None],
         position_ids=torch.cat(
             [torch.arange(prefix.shape[1], device=device).expand(len(videos), -1), lengths[:, None] + rows.position], 1
         ),
@@ -45,10 +45,11 @@ def answer_logits(
     return model.lm_head(hidden[labelled]), rows.labels[labelled]
 
 
-def _mask(lengths: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-    """bool [V, S, S], True where a position (row) sees another (column)."""
+def _mask(lengths: torch.Tensor, question: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[V, S, S], to be added to the scores: 0 where a position (row) sees another (column), else the least number."""
     index = torch.arange(int(lengths.max()), device=question.device)
     prefix = torch.where(index < lengths[:, None], _PREFIX, _NOT_THERE)
     group = torch.cat([prefix, question], 1)
     causal = torch.ones(group.shape[1], group.shape[1], dtype=torch.bool, device=question.device).tril()
-    return causal & ((group[:, :, None] == group[:, None, :]) | (group == _PREFIX)[:, None, :])
+    sees = causal & ((group[:, :, None] == group[:, None, :]) | (group == _PREFIX)[:, None, :])
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)

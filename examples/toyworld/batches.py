@@ -1,6 +1,6 @@
 """Training batches: frames with a label for each patch, and videos with many questions in one row.
 
-    patch_batch(seeds)                      # to pretrain the vision encoder
+    patch_batch(seeds)                      # to pretrain the vision encoder and the projector
     question_batch(seeds, weights, count)   # to train the language model, and to check it
 
 A row of questions is one sequence, ``user <video> | question answer | question answer | ...``, in which each
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from .language import SPECIAL_TOKENS, WORDS, prompt
-from .model import GRID, SHAPE
+from .model import GRID, POOLED
 from .questions import TRAINING_CATEGORIES, Question, all_questions, draw
-from .world import COLORS, FRAMES, SHAPES, Video, mask_of, rng_of, sample_video
+from .world import COLORS, FRAMES, SHAPES, SIZE, Video, mask_of, rng_of, sample_video
 
 IDS = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
 BEFORE, AFTER = (text.split() for text in prompt("|").split("<video> | "))
@@ -27,7 +27,7 @@ END = IDS["<|im_end|>"]
 IGNORED = -100
 """Label of a position without one, as in torch.nn.functional.cross_entropy."""
 _FILLS = (0, 0, -1, IGNORED, 0)  # behind the end of a row, in the order of Rows
-_LEAST_COVER = 0.12  # share of a patch that a thing must cover to be its label
+_LEAST_PIXELS = 17  # of a thing, more than which make it a cell's label
 _NOTHING = 0
 
 
@@ -41,14 +41,24 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class PatchBatch(Batch):
-    """``frames`` uint8 [F, 96, 96, 3]; ``color``, ``shape`` int64 [F, 64], 0 where there is nothing; ``offset``
-    float32 [F, 64, 2]: from the middle of the patch to that of its thing (x, y), in patches."""
+class Cells(Batch):
+    """What is seen in each cell of a square grid, row by row: ``color``, ``shape`` int64 [F, cells], 0 where there is
+    nothing; ``flashes`` int64 [F, cells], 1 where that is a flash; ``offset`` float32 [F, cells, 2]: from the middle of
+    the cell to that of its thing (x, y), in cells."""
 
-    frames: torch.Tensor
     color: torch.Tensor
     shape: torch.Tensor
+    flashes: torch.Tensor
     offset: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PatchBatch(Batch):
+    """``frames`` uint8 [F, 96, 96, 3], and what is in their ``patches`` and in the squares of the video ``tokens``."""
+
+    frames: torch.Tensor
+    patches: Cells
+    tokens: Cells
 
 
 @dataclass(frozen=True)
@@ -75,31 +85,38 @@ class QuestionBatch(Batch):
 
 def patch_batch(seeds: Iterable[int], split: str = "train", frames_of_each: int = 2) -> PatchBatch:
     """A few frames of each of these videos, labelled."""
-    frames, labels = [], []
+    frames, patches, tokens = [], [], []
     for seed in seeds:
         video = sample_video(split, seed)
         for time in rng_of(split, seed, stream=1).choice(FRAMES, frames_of_each, replace=False):
             frames.append(video.draw(int(time)))
-            labels.append(patch_labels(video, int(time)))
-    color, shape, offset = (torch.from_numpy(np.stack(column)) for column in zip(*labels, strict=True))
-    return PatchBatch(torch.from_numpy(np.stack(frames)), color, shape, offset)
+            patches.append(cells(video, int(time), GRID))
+            tokens.append(cells(video, int(time), POOLED))
+    return PatchBatch(torch.from_numpy(np.stack(frames)), _stacked(patches), _stacked(tokens))
 
 
-def patch_labels(video: Video, time: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Colour and shape int64 [64], offset float32 [64, 2] of the thing that covers most of each patch."""
-    color, shape = (np.full((GRID, GRID), _NOTHING) for _ in range(2))
-    offset = np.zeros((GRID, GRID, 2), np.float32)
-    most = np.full((GRID, GRID), _LEAST_COVER)
-    middle = (np.arange(GRID) + 0.5) * SHAPE.patch
-    for thing, (x, y) in video.scene_at(time).visible(time):
-        cover = mask_of(thing, (x, y)).reshape(GRID, SHAPE.patch, GRID, SHAPE.patch).mean((1, 3))
+def cells(video: Video, time: int, grid: int) -> tuple[np.ndarray, ...]:
+    """A row of :class:`Cells`: of the thing that covers most of each cell."""
+    color, shape, flashes = (np.full((grid, grid), _NOTHING) for _ in range(3))
+    offset = np.zeros((grid, grid, 2), np.float32)
+    most = np.full((grid, grid), _LEAST_PIXELS)
+    side = SIZE // grid
+    middle = (np.arange(grid) + 0.5) * side
+    scene = video.scene_at(time)
+    for thing, (x, y) in scene.visible(time):
+        cover = mask_of(thing, (x, y)).reshape(grid, side, grid, side).sum((1, 3))
         here = cover > most
         most[here] = cover[here]
         color[here] = 1 + list(COLORS).index(thing.color)
         shape[here] = 1 + SHAPES.index(thing.shape)
-        away = np.stack(np.broadcast_arrays((x - middle)[None, :], (y - middle)[:, None]), -1) / SHAPE.patch
+        flashes[here] = thing is scene.flash
+        away = np.stack(np.broadcast_arrays((x - middle)[None, :], (y - middle)[:, None]), -1) / side
         offset[here] = away[here]
-    return color.reshape(-1), shape.reshape(-1), offset.reshape(-1, 2)
+    return color.reshape(-1), shape.reshape(-1), flashes.reshape(-1), offset.reshape(-1, 2)
+
+
+def _stacked(labels: Sequence[tuple[np.ndarray, ...]]) -> Cells:
+    return Cells(*(torch.from_numpy(np.stack(column)) for column in zip(*labels, strict=True)))
 
 
 def question_batch(

@@ -1,7 +1,7 @@
 """Train the toy world's model from nothing: about an hour on two CPU cores, minutes on a GPU.
 
     python -m earlytom_compile.toyworld.train --output runs/0 --seed 0
-    accelerate launch -m earlytom_compile.toyworld.train --output runs/0 --seed 0
+    accelerate launch --mixed_precision bf16 -m earlytom_compile.toyworld.train --output runs/0 --seed 0
 
 Phases: the vision encoder learns to say what each patch shows; with the encoder frozen, the language model
 learns first what is where and then what moves; last, all of it together. Of the video tokens, a random part
@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from .answers import answer_logits, normalized
-from .batches import IGNORED, PatchBatch, QuestionBatch, patch_batch, question_batch
-from .model import SHAPE, VIDEO_TOKENS, build_model, save
+from .batches import IGNORED, Cells, PatchBatch, QuestionBatch, patch_batch, question_batch
+from .model import GRID, POOLED, SHAPE, VIDEO_TOKENS, build_model, save
 from .questions import CATEGORIES, TRAINING_CATEGORIES
 from .world import COLORS, SHAPES
 
@@ -62,32 +62,54 @@ class Phase:
 
 
 PHASES = (
-    Phase("patches", 1000, 16, 2e-3, encoder=True),
+    Phase("patches", 4000, 16, 2e-3, encoder=True),
     Phase("binding", 500, 16, 4e-3, (1, 0, 1, 1, 1, 4), drop=0.2),
-    Phase("motion", 1700, 16, 4e-3, (1, 3, 1, 1.5, 2, 2), drop=0.3),
-    Phase("together", 2000, 16, 3e-3, (1, 3, 1, 1.5, 2, 1), encoder=True, drop=0.6),
+    Phase("motion", 1000, 16, 4e-3, (1, 4, 0.5, 1, 1, 2), drop=0.3),
+    Phase("together", 2500, 16, 3e-3, (1, 4, 1, 1.5, 1.5, 1), encoder=True, drop=0.6),
 )
 
 
 class PatchTrainee(nn.Module):
-    """The vision tower with a head for each label of a patch; the heads are thrown away afterwards."""
+    """The vision path with heads that say what each patch shows and, behind projector and pooling, each video token.
+
+    Where a patch is has to be said too: it is an input of the encoder, and no other label would keep it to the end.
+    """
 
     def __init__(self, model: LlavaOnevisionForConditionalGeneration) -> None:
         super().__init__()
-        width = SHAPE.vision_width
-        self.tower = model.model.vision_tower
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        self.pool = model.model.apply_pooling
+        self.heads = nn.ModuleList([_CellHeads(SHAPE.vision_width, GRID), _CellHeads(SHAPE.text_width, POOLED)])
+
+    def forward(self, batch: PatchBatch) -> dict[str, torch.Tensor]:
+        patches = self.tower(normalized(noisy(batch.frames)), output_hidden_states=True).hidden_states[-1]
+        tokens = self.pool(self.projector(patches))
+        of_patches, of_tokens = self.heads[0](patches, batch.patches), self.heads[1](tokens, batch.tokens)
+        return {name: of_patches[name] + of_tokens[name] for name in of_patches}
+
+
+class _CellHeads(nn.Module):
+    """Linear heads for what a cell shows and where it is; thrown away afterwards."""
+
+    def __init__(self, width: int, grid: int) -> None:
+        super().__init__()
         self.norm = nn.LayerNorm(width)
         self.color = nn.Linear(width, 1 + len(COLORS))
         self.shape = nn.Linear(width, 1 + len(SHAPES))
+        self.flashes = nn.Linear(width, 2)
         self.offset = nn.Linear(width, 2)
+        self.place = nn.Linear(width, grid**2)
 
-    def forward(self, batch: PatchBatch) -> dict[str, torch.Tensor]:
-        hidden = self.norm(self.tower(normalized(noisy(batch.frames)), output_hidden_states=True).hidden_states[-1])
-        something = batch.color > 0
+    def forward(self, hidden: torch.Tensor, cells: Cells) -> dict[str, torch.Tensor]:
+        hidden = self.norm(hidden)
+        something = cells.color > 0
+        place = torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden))
         return {
-            "color": F.cross_entropy(self.color(hidden).flatten(0, 1), batch.color.flatten()),
-            "shape": F.cross_entropy(self.shape(hidden).flatten(0, 1), batch.shape.flatten()),
-            "offset": F.smooth_l1_loss(self.offset(hidden)[something], batch.offset[something], beta=0.1),
+            "color": F.cross_entropy(self.color(hidden).flatten(0, 1), cells.color.flatten()),
+            "shape": F.cross_entropy(self.shape(hidden).flatten(0, 1), cells.shape.flatten()),
+            "flashes": F.cross_entropy(self.flashes(hidden).flatten(0, 1), cells.flashes.flatten()),
+            "offset": F.smooth_l1_loss(self.offset(hidden)[something], cells.offset[something], beta=0.1),
+            "place": F.cross_entropy(self.place(hidden).flatten(0, 1), place),
         }
 
 
@@ -159,7 +181,8 @@ class Run:
         self.phase, self.step = 0, 0
         self.saved = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        if self._progress.exists():
+        self._goes_on = self._progress.exists()
+        if self._goes_on:
             progress = json.loads(self._progress.read_text())
             if progress["seed"] != seed:
                 raise SystemExit(f"{folder} holds a run with seed {progress['seed']}, not {seed}: name another folder.")
@@ -175,10 +198,13 @@ class Run:
     def _progress(self) -> Path:
         return self.folder / "state" / "progress.json"
 
-    def load(self) -> None:
-        """What was saved, into what was prepared."""
-        if self._progress.exists():
+    def begin_phase(self) -> None:
+        """Load what was saved of this phase, once prepared; or from here on, what is on disk belongs to it."""
+        if self._goes_on:
             self.accelerator.load_state(str(self.folder / "state"))
+            self._goes_on = False
+        else:
+            self.save()
 
     def save(self) -> None:
         """Everything that going on needs."""
@@ -210,6 +236,8 @@ def train(folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: b
     set_seed(seed)
     run = Run(folder, seed, phases, accelerator)
     model = build_model(seed).train()
+    # Its matrix products run in the precision of the others; the fused kernels of a CPU are slower in bfloat16.
+    model.set_attn_implementation("eager")
     while run.phase < len(phases):
         _run_phase(run, model, phases[run.phase], sum(p.steps * p.videos for p in phases[: run.phase]))
         run.phase, run.step = run.phase + 1, 0
@@ -222,9 +250,7 @@ def _run_phase(run: Run, model: LlavaOnevisionForConditionalGeneration, phase: P
     accelerator = run.accelerator
     trainee = PatchTrainee(model) if phase.weights is None else AnswerTrainee(model, phase)
     trainee, *optimizers = accelerator.prepare(trainee, *_optimizers(trainee))
-    if run.step == 0:
-        run.save()  # from here on, what is on disk belongs to this phase
-    run.load()
+    run.begin_phase()
     for batch in _batches(run, phase, first_seed):
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = phase.rate * _rate(run.step, phase.steps)
@@ -331,7 +357,7 @@ def draw_curves(history: Path, picture: Path) -> None:
     for line in lines:
         starts.setdefault(line["phase"], sum(_last_steps(lines, starts)))
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    for name in ("color", "shape", "offset", "answers"):
+    for name in ("color", "shape", "flashes", "offset", "place", "answers"):
         points = [(starts[line["phase"]] + line["step"], line[name]) for line in lines if name in line]
         top.plot(*zip(*points, strict=True), label=name) if points else None
     checks = [line for line in lines if "validation" in line]

@@ -55,6 +55,9 @@ _PERIOD = 24  # pixels from one dark stripe to the next
 _CONTRAST = 12
 _RADII = (9.0, 12.0)
 _MOST_THINGS = 4
+GLOW = (250, 140, 30)
+"""Colour around a thing that flashes."""
+_GLOW_WIDTH = 4.0  # pixels
 _Y, _X = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 _Y.setflags(write=False)
 _X.setflags(write=False)
@@ -85,7 +88,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is seen between two cuts: sampled frames ``first`` to ``last``, both inclusive."""
+    """What is seen between two cuts: sampled frames ``first`` to ``last``, both inclusive.
+
+    ``flash`` is seen in one of them only, with a glow around it.
+    """
 
     first: int
     last: int
@@ -115,7 +121,11 @@ class Scene:
     def draw(self, time: float) -> np.ndarray:
         """uint8 RGB [96, 96, 3]."""
         picture = self._draw_background(time)
-        for thing, centre in self.visible(time):
+        seen = self.visible(time)
+        for thing, centre in seen:
+            if thing is self.flash:
+                picture[_disc(centre, thing.radius + _GLOW_WIDTH)] = GLOW
+        for thing, centre in seen:
             picture[mask_of(thing, centre)] = COLORS[thing.color]
         return picture
 
@@ -174,6 +184,10 @@ def mask_of(thing: Thing, centre: tuple[float, float]) -> np.ndarray:
         return (dy <= 0.75 * r) & (abs(dx) <= 0.58 * (dy + r))
     assert thing.shape == "cross", thing.shape
     return (np.minimum(abs(dx), abs(dy)) <= 0.33 * r) & (np.maximum(abs(dx), abs(dy)) <= r)
+
+
+def _disc(centre: tuple[float, float], radius: float) -> np.ndarray:
+    return (_X[:1] - centre[0]) ** 2 + (_Y[:, :1] - centre[1]) ** 2 <= radius**2
 
 
 def write_mp4(video: Video, path: str | Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from earlytom_compile.toyworld.world import COLORS
+from earlytom_compile.toyworld.world import COLORS, GLOW
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ def seen(frames: np.ndarray) -> list[Seen]:
                 y, x = ndimage.center_of_mass(mask)
                 found.append(Seen(number, color, shape_of(mask), float(x), float(y), mask))
     return found
+
+
+def glows(frame: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether the thing at ``mask`` of uint8 [96, 96, 3] is edged by the colour of a flash all around."""
+    edge = ndimage.binary_dilation(mask) & ~mask
+    return bool((frame[edge] == np.array(GLOW, np.uint8)).all(-1).mean() > 0.9)
 
 
 def shape_of(mask: np.ndarray) -> str:

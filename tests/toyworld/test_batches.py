@@ -5,64 +5,77 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from pixels import seen
+from pixels import glows, seen
 
-from earlytom_compile.toyworld.batches import IGNORED, patch_batch, patch_labels, question_batch, rows_of
+from earlytom_compile.toyworld.batches import IGNORED, cells, patch_batch, question_batch, rows_of
 from earlytom_compile.toyworld.language import build_tokenizer, prompt
 from earlytom_compile.toyworld.questions import TRAINING_CATEGORIES, all_questions
 from earlytom_compile.toyworld.world import COLORS, FRAMES, SHAPES, sample_video
 
 EQUAL = dict.fromkeys(TRAINING_CATEGORIES, 1.0)
-LEAST_PIXELS = 0.12 * 12 * 12
+LEAST_PIXELS = 17
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name != "rows")
+    return all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
+
+
+def tensors_of(record):
+    """All of them but those of ``rows``, however deep."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif field.name != "rows":
+            yield from tensors_of(value)
 
 
 # --- Patches -------------------------------------------------------------------------------------------
 
 
-def patches_of(mask):
-    """[64]: pixels of ``mask`` in each patch, row by row."""
-    return np.array([[mask[y : y + 12, x : x + 12].sum() for x in range(0, 96, 12)] for y in range(0, 96, 12)]).ravel()
+def pixels_in_cells(mask, side):
+    """[cells]: pixels of ``mask`` in each square of ``side`` pixels, row by row."""
+    places = range(0, 96, side)
+    return np.array([[mask[y : y + side, x : x + side].sum() for x in places] for y in places]).ravel()
 
 
+@pytest.mark.parametrize("grid", [8, 4])
 @pytest.mark.parametrize("seed", range(12))
-def test_patches_are_labelled_with_what_covers_most_of_them(seed):
-    video = replace(sample_video("test", seed), specks={})
+def test_cells_are_labelled_with_what_covers_most_of_them(seed, grid):
+    video, side = replace(sample_video("test", seed), specks={}), 96 // grid
     for time in (0, 3, 7):
         things = seen(video.draw(time)[None])
-        covered = np.stack([patches_of(s.mask) for s in things])
-        color, shape, offset = patch_labels(video, time)
-        for patch in range(64):
-            best = covered[:, patch].argmax()
-            there = covered[best, patch] > LEAST_PIXELS
-            if there and (covered[:, patch] == covered[best, patch]).sum() > 1:
+        covered = np.stack([pixels_in_cells(s.mask, side) for s in things])
+        color, shape, flashes, offset = cells(video, time, grid)
+        assert color.shape == shape.shape == (grid**2,)
+        for cell in range(grid**2):
+            best = covered[:, cell].argmax()
+            there = covered[best, cell] > LEAST_PIXELS
+            if there and (covered[:, cell] == covered[best, cell]).sum() > 1:
                 continue  # as much of one thing as of another
             thing = things[best]
-            assert color[patch] == (1 + list(COLORS).index(thing.color) if there else 0)
-            assert shape[patch] == (1 + SHAPES.index(thing.shape) if there else 0)
+            assert color[cell] == (1 + list(COLORS).index(thing.color) if there else 0)
+            assert shape[cell] == (1 + SHAPES.index(thing.shape) if there else 0)
+            assert flashes[cell] == (there and glows(video.draw(time), thing.mask))
             if not there:
-                assert (offset[patch] == 0).all()
+                assert (offset[cell] == 0).all()
             elif thing.shape == "circle":
-                middle = np.array([patch % 8, patch // 8]) * 12 + 5.5
-                np.testing.assert_allclose(middle + 12 * offset[patch], (thing.x, thing.y), atol=1.0)
+                middle = np.array([cell % grid, cell // grid]) * side + (side - 1) / 2
+                np.testing.assert_allclose(middle + side * offset[cell], (thing.x, thing.y), atol=1.0)
 
 
 def test_patch_batch_holds_frames_of_each_video_and_their_labels():
     batch = patch_batch(range(5), "test", frames_of_each=3)
     assert batch.frames.shape == (15, 96, 96, 3) and batch.frames.dtype == torch.uint8
-    assert batch.color.shape == batch.shape.shape == (15, 64) and batch.color.dtype == batch.shape.dtype == torch.int64
-    assert batch.offset.shape == (15, 64, 2) and batch.offset.dtype == torch.float32
     for seed in range(5):
         video = sample_video("test", seed)
-        labels = [tuple(map(np.ndarray.tolist, patch_labels(video, time))) for time in range(FRAMES)]
         pictures = video.frames()
         times = []
         for row in range(3 * seed, 3 * seed + 3):
-            of_row = tuple(column[row].tolist() for column in (batch.color, batch.shape, batch.offset))
-            shown = [t for t in range(FRAMES) if np.array_equal(pictures[t], batch.frames[row]) and labels[t] == of_row]
+            shown = [t for t in range(FRAMES) if np.array_equal(pictures[t], batch.frames[row])]
+            for labels, grid in ((batch.patches, 8), (batch.tokens, 4)):
+                of_row = (labels.color[row], labels.shape[row], labels.flashes[row], labels.offset[row])
+                shown = [t for t in shown if all(map(np.array_equal, of_row, cells(video, t, grid)))]
             assert shown, (seed, row)
             times.append(shown)
         assert len({t for shown in times for t in shown}) >= 3  # three different times

@@ -56,7 +56,7 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(train.Run, "save", stopping)
 
 
-@pytest.mark.parametrize("stop", [2, 6, 7, 10])
+@pytest.mark.parametrize("stop", [1, 2, 5, 6, 7, 9, 10])  # 1, 5 and 9 are beginnings of phases
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch, stop):
     whole = weights(train.train(tmp_path / "whole", 4, SHORT, cpu=True))
     with monkeypatch.context() as patch:
