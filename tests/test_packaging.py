@@ -22,7 +22,7 @@ def wheel(tmp_path_factory):
     """The wheel, built from a copy so that building leaves nothing in the repository."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("earlytom_compile", "passes", "kernels"):
+    for name in ("earlytom_compile", "passes", "kernels", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -69,6 +69,16 @@ def test_every_package_of_the_source_is_in_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in (ROOT / "earlytom_compile").rglob("*.py"):
         assert file.relative_to(ROOT).as_posix() in names
+
+
+def test_the_toy_world_is_in_the_wheel_with_its_weights(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    folder = ROOT / "examples" / "toyworld"
+    files = [*folder.glob("*.py"), *(folder / "weights").iterdir()]
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {file.name for file in files}
+    for file in files:
+        assert f"earlytom_compile/toyworld/{file.relative_to(folder).as_posix()}" in names
+    assert sum(file.stat().st_size for file in (folder / "weights").iterdir()) < 10_000_000
 
 
 def test_the_wheel_imports_on_its_own(installed_python):
