@@ -11,6 +11,7 @@ from . import (
     frame_similarity,
     merge_frames,
     plan_merge,
+    select_representatives,
     select_tokens,
     sequence,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "frame_similarity",
     "merge_frames",
     "plan_merge",
+    "select_representatives",
     "select_tokens",
     "sequence",
 ]

@@ -25,6 +25,7 @@ SCHEMAS = [
     '*, str static_selection="device") -> (Tensor, Tensor)',
     "select_tokens_released(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, "
     'SymInt frames, float retain_ratio, *, str static_selection="device") -> (Tensor, Tensor, Tensor)',
+    "select_representatives(Tensor features, Tensor counts, SymInt budget) -> (Tensor, Tensor)",
     "append_separators(Tensor tokens, Tensor kept_counts, Tensor separator) -> Tensor",
     "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) -> Tensor",
     "keep_positions_ragged(Tensor input_ids, Tensor kept, SymInt video_token, SymInt before) -> Tensor",
@@ -70,6 +71,7 @@ def calls(dtype, layout):
         (ops.attention_received, (query, key, 0.5), {}),
         (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {}),
         (ops.select_tokens_released, (hidden, importance, dynamic, counts, 6, 0.4), {}),
+        (ops.select_representatives, (hidden, counts, 11), {}),
         (ops.append_separators, (hidden[:, 0], counts, hidden[0, 0]), {}),
         (ops.keep_positions, (ids, VIDEO, 3, 2, 4), {}),
         (ops.keep_positions_ragged, (ids, kept, VIDEO, 3), {}),
@@ -177,6 +179,8 @@ def test_fakes_put_no_guard_on_sizes_that_depend_on_content():
             assert free_unbacked_symbols(x.shape)
         dynamic = ops.dynamic_frames(similarity, counts, **SEGMENTATION)
         tokens, kept = ops.select_tokens(hidden, importance, dynamic, counts, 5)
+        assert tokens.shape == (2, 5, 6) and kept.shape == (2, 5, 2)
+        tokens, kept = ops.select_representatives(hidden, counts, 5)
         assert tokens.shape == (2, 5, 6) and kept.shape == (2, 5, 2)
         tokens, kept, per_video = ops.select_tokens_released(hidden, importance, dynamic, counts, n, 0.5)
         assert tokens.shape[0] is not None and free_unbacked_symbols(tokens.shape)
