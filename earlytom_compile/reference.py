@@ -10,6 +10,9 @@ Two variants, everywhere the keyword ``variant``:
 * ``"paper"``: EarlyTom, Eq. 1-7 and Algorithms 1-2, with the gaps closed as each function says.
 * ``"released"``: what the authors' code (commit b909322) computes, quirks included.
 
+``variant="plus"`` of the package is ``"paper"`` with :func:`select_representatives` in the place of
+:func:`select_tokens`.
+
 Similarities, the running average and the thresholds are float32 whatever the dtype of the features, and are
 compared as such. Ties go to the lower index. Bad input raises EarlyTomConfigError.
 """
@@ -32,11 +35,15 @@ __all__ = [
     "merge_inner_tokens",
     "plan_frame_merge",
     "segment_frames",
+    "select_representatives",
     "select_tokens",
 ]
 
 VARIANTS = ("paper", "released")
 RELEASED_MAX_WINDOW = 8  # the released code's default of its environment variable M
+
+WINDOW = 8  # most frames among which representatives are looked for together
+TIE = 1e-3  # gains closer than this are equal: rounding must not choose among copies of a token
 
 Segment = tuple[int, int]  # first and last frame, both inclusive
 
@@ -359,19 +366,25 @@ def _dynamic_frames(segments: list[Segment], frames: int) -> list[bool]:
 def _paper_budget(dynamic: list[bool], tokens: int, frames_in: int, retain_ratio: float) -> list[int]:
     """K // N tokens a frame; the K % N left over go one each to dynamic frames in order, then to static."""
     frames = len(dynamic)
-    total = max(1, round(retain_ratio * frames_in * tokens))
-    if total > frames * tokens:
-        raise EarlyTomConfigError(
-            f"retain_ratio={retain_ratio} of frames_in={frames_in} x {tokens} tokens asks for {total}; "
-            f"the {frames} frames of importance have only {frames * tokens}: lower retain_ratio, or "
-            "merge fewer frames (min_frames=ceil(retain_ratio * frames_in))"
-        )
+    total = _checked_total(frames, tokens, frames_in, retain_ratio)
     base, spare = divmod(total, frames)
     budget = [base] * frames
     dynamic_first = sorted(range(frames), key=lambda t: (not dynamic[t], t))
     for t in dynamic_first[:spare]:
         budget[t] += 1
     return budget
+
+
+def _checked_total(frames: int, tokens: int, frames_in: int, retain_ratio: float) -> int:
+    """K = max(1, round(r * B * P)), which the frames that are left must have."""
+    total = max(1, round(retain_ratio * frames_in * tokens))
+    if total > frames * tokens:
+        raise EarlyTomConfigError(
+            f"retain_ratio={retain_ratio} of frames_in={frames_in} x {tokens} tokens asks for {total}; "
+            f"the {frames} merged frames have only {frames * tokens}: lower retain_ratio, or "
+            "merge fewer frames (min_frames=ceil(retain_ratio * frames_in))"
+        )
+    return total
 
 
 def _released_budget(dynamic: list[bool], tokens: int, frames_in: int, retain_ratio: float) -> list[int]:
@@ -398,6 +411,64 @@ def _best_of_each_run(scores: list[float], count: int) -> list[int]:
         kept.append(max(range(start, start + size), key=lambda j: (scores[j], -j)))
         start += size
     return kept
+
+
+def select_representatives(features: Tensor, *, frames_in: int, retain_ratio: float) -> Tensor:
+    """The tokens of one video that represent all others: int64 ``[K, 2]``, rows of (frame, token).
+
+    As many as ``paper`` keeps, K = max(1, round(r * B * P)), in time order, and in raster order within a frame.
+    They do not depend on the attention that tokens receive.
+
+    features: ``[N, P, D]``, the N merged frames after projector and pooling; any floating dtype, read as float32.
+    frames_in: B, frames of the video before any merging.
+    retain_ratio: r, the share of the B * P tokens to keep, in (0, 1].
+
+    The frames are cut into ceil(N / 8) windows, sizes differing by at most 1, longer first. The first n frames
+    together keep floor(K * n / N) tokens wherever a window ends, and each window keeps what brings the sum there. In
+    a window, the next token is always the one that raises the sum over all tokens of their likeness
+    (:func:`_likeness`) to the nearest kept one most; gains closer than ``TIE`` to the largest are as good, and of
+    these the lower index wins.
+
+    Raises EarlyTomConfigError for a wrong shape or dtype, non-finite features, options out of range, or K > N * P.
+    """
+    _check_features(features)
+    _check_budget_options(frames_in, retain_ratio)
+    frames, tokens = features.shape[:2]
+    total = _checked_total(frames, tokens, frames_in, retain_ratio)
+    kept: list[tuple[int, int]] = []
+    end = 0
+    for size in _near_equal(frames, math.ceil(frames / WINDOW)):
+        start, end = end, end + size
+        window = features[start:end].flatten(0, 1)
+        for place in _greedy_cover(_likeness(window), total * end // frames - len(kept)):
+            kept.append((start + place // tokens, place % tokens))
+    return torch.tensor(kept, dtype=torch.int64, device=features.device)
+
+
+def _likeness(tokens: Tensor) -> Tensor:
+    """``[n, D]`` -> float64 ``[n, n]``: cosine of the differences from the mean token, negative ones 0."""
+    centred = tokens.float().double()
+    centred = centred - centred.mean(0)
+    return torch.stack([_cosine(row.expand_as(centred), centred) for row in centred]).clamp(min=0).cpu()
+
+
+def _greedy_cover(likeness: Tensor, count: int) -> list[int]:
+    """``count`` of n tokens, ascending: each adds most to what those before it cover."""
+    kept: list[int] = []
+    nearest = torch.zeros(len(likeness), dtype=likeness.dtype)
+    for _ in range(count):
+        gains = (likeness - nearest[:, None]).clamp(min=0).sum(0).tolist()
+        open_places = [j for j in range(len(gains)) if j not in kept]
+        best = max(gains[j] for j in open_places)
+        chosen = min(j for j in open_places if gains[j] >= best - TIE)
+        kept.append(chosen)
+        nearest = torch.maximum(nearest, likeness[:, chosen])
+    return sorted(kept)
+
+
+def _near_equal(whole: int, parts: int) -> list[int]:
+    """Sizes of ``parts`` parts, differing by at most 1, larger first."""
+    return [whole // parts + (part < whole % parts) for part in range(parts)]
 
 
 # --- Stage 3: merging inside the LLM --------------------------------------------------------------
@@ -505,6 +576,16 @@ def _check_importance(importance: Tensor) -> None:
         )
     if torch.isnan(importance).any():
         raise EarlyTomConfigError("importance holds NaN; tokens cannot be ranked, check the encoder's precision")
+
+
+def _check_features(features: Tensor) -> None:
+    if features.dim() != 3 or 0 in features.shape or not features.is_floating_point():
+        raise EarlyTomConfigError(
+            f"features has shape {tuple(features.shape)} and dtype {features.dtype}; "
+            "it must be [frames, tokens, channels], none of them 0, of a floating dtype"
+        )
+    if not torch.isfinite(features.float()).all():
+        raise EarlyTomConfigError("features holds NaN or inf; tokens cannot be compared, check the encoder's precision")
 
 
 def _check_budget_options(frames_in: int, retain_ratio: float) -> None:
