@@ -50,8 +50,9 @@ class EarlyTomConfig:
 
     retain_ratio: float = 0.2
     """r in (0, 1]: share of the video tokens that reach the language model (Eq. 5)."""
-    variant: Literal["paper", "released"] = "paper"
-    """``"paper"``: Eq. 1-7, exactly K tokens a video. ``"released"``: what the authors' code computes."""
+    variant: Literal["paper", "released", "plus"] = "paper"
+    """``"paper"``: Eq. 1-7, exactly K tokens a video. ``"released"``: what the authors' code computes. ``"plus"``:
+    frames merge as in ``paper``, and K tokens stay that represent all others, whatever attention they receive."""
     merge_layers: tuple[int, ...] | None = None
     """0-based encoder layers after which frames merge; None = (6, 21, 23) of 26, scaled to the depth."""
     tau_seg: float = 0.6
@@ -74,7 +75,8 @@ class EarlyTomConfig:
     ``torch.compile`` the language model is part of the graph in any case."""
     static_selection: Literal["auto", "device", "host"] = "auto"
     """Where static frames' tokens are selected on a GPU: ``"host"`` is the CPU, meanwhile; ``"auto"`` is what a
-    measurement at the first call says. The result is the same; on the CPU all three are."""
+    measurement at the first call says. The result is the same; on the CPU all three are. Without effect under
+    ``variant="plus"``, which selects on the device."""
     inner_layer: int | None = None
     """Merging inside the language model (algorithm.md, stage 3): not available yet, leave None."""
     inner_drop_ratio: float = 0.5
@@ -86,7 +88,7 @@ class EarlyTomConfig:
 
     def __post_init__(self) -> None:
         _require_number("retain_ratio", self.retain_ratio, 0 < _float(self.retain_ratio) <= 1, "in (0, 1]")
-        _require_choice("variant", self.variant, ("paper", "released"))
+        _require_choice("variant", self.variant, ("paper", "released", "plus"))
         _require_number("tau_seg", self.tau_seg, not math.isnan(_float(self.tau_seg)), "a number such as 0.6")
         _require_number("alpha", self.alpha, 0 < _float(self.alpha) <= 1, "in (0, 1]")
         if self.tau_merge != "segment":
@@ -144,12 +146,24 @@ class EarlyTomConfig:
         return tuple(sorted({min(max(layer, 0), num_layers - 2) for layer in scaled if num_layers > 1}))
 
     def token_budget(self, frames: int, tokens: int) -> int:
-        """K = max(1, round(r·F·P)): tokens a video keeps under ``variant="paper"`` (Eq. 5, made exact)."""
+        """K = max(1, round(r·F·P)): tokens a video keeps, except under ``released`` (Eq. 5, made exact)."""
         return max(1, round(self.retain_ratio * frames * tokens))
 
     def min_frames(self, frames: int) -> int:
         """Frames stage 1 leaves at least, so that stage 2 can fill its budget; ``released`` has no floor."""
-        return math.ceil(self.retain_ratio * frames) if self.variant == "paper" else 1
+        return math.ceil(self.retain_ratio * frames) if self.keeps_exactly() else 1
+
+    def merge_variant(self) -> Literal["paper", "released"]:
+        """The rules by which frames merge (algorithm.md, stage 1): ``plus`` changes only which tokens stay."""
+        return "released" if self.variant == "released" else "paper"
+
+    def keeps_exactly(self) -> bool:
+        """Whether every video keeps K tokens; under ``released`` their number depends on the content."""
+        return self.variant != "released"
+
+    def selects_by_attention(self) -> bool:
+        """Whether the attention that tokens receive decides which stay; under ``plus`` it does not."""
+        return self.variant != "plus"
 
     def window(self) -> int:
         """``max_window`` as the operators take it: 0 = no limit."""

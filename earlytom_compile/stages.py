@@ -84,7 +84,7 @@ def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, 
     assert state.boundary is not None
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
-        cut_language_model, videos = state.config.variant == "paper", state.boundary.videos
+        cut_language_model, videos = state.config.keeps_exactly(), state.boundary.videos
         return lower_stages(
             state.graph_module,
             example_inputs,
@@ -268,6 +268,6 @@ def _expected(state: Rewrite) -> tuple[int, ExpectedPlaceholders] | None:
         boundary.placeholders.token,
         boundary.videos,
         boundary.rows_per_video,
-        even_rows=state.config.variant == "paper",
+        even_rows=state.config.keeps_exactly(),
     )
     return inputs.index(boundary.placeholders.input_ids), expected

@@ -8,8 +8,8 @@ After:  ``sim = frame_similarity(h6); source, weight, counts = plan_merge(sim, c
 
 The last merge layer also yields what token selection needs: the importance of every token (the attention it
 receives in that layer, which rides along with its frame: ``merge_frames([h23, importance], ...)``) and which frames
-begin or end a segment. Frame counts differ between videos, so they travel as a tensor; videos stay consecutive and
-never mix.
+begin or end a segment; ``plus``, which compares the tokens themselves, needs neither. Frame counts differ between
+videos, so they travel as a tensor; videos stay consecutive and never mix.
 """
 
 import math
@@ -37,8 +37,8 @@ _FEWEST_MERGEABLE = 4
 class MergedVideo:
     """What stage 1 leaves behind, as graph nodes; N frames in all, S tokens each."""
 
-    importance: Node  # float32 [N, S]
-    dynamic: Node  # bool [N]
+    importance: Node | None  # float32 [N, S]; None where selection does not need it
+    dynamic: Node | None  # bool [N]; likewise
     counts: tuple[Node, ...]  # int64 [V], frames of each video: at first, then after each merge layer
     axes: tuple[ResizedAxis, ...]  # the frame axes that changed
 
@@ -48,8 +48,10 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig)
     blocks = boundary.encoder.blocks
     layers = config.resolve_merge_layers(len(blocks))
     scored = blocks[layers[-1]] if layers else blocks[-1]
-    with graph.inserting_before(scored.attention):
-        importance = _attention_received(graph, scored)
+    importance, dynamic = None, None
+    if config.selects_by_attention():
+        with graph.inserting_before(scored.attention):
+            importance = _attention_received(graph, scored)
     with graph.inserting_before(blocks[0].input.next):
         counts = [_frame_counts(graph, boundary)]
     features, axes = scored.output, []
@@ -57,18 +59,19 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig)
         if boundary.frames < _FEWEST_MERGEABLE:
             counts.append(counts[-1])
             continue
-        riders = [importance] if blocks[layer] is scored else []
+        riders = [importance] if importance is not None and blocks[layer] is scored else []
         merge = _merge_behind(graph, blocks[layer], riders, counts[-1], boundary, config)
         counts.append(merge.counts)
         axes.append(ResizedAxis(merge.hidden, 0, f"frames after layer {layer}", merge.size))
         if riders:
             features, (importance,) = merge.hidden, merge.riders
-    with graph.inserting_before(_behind(features, importance)):
-        band = config.similarity_band(boundary.frames)
-        similarity = insert(graph, torch.ops.earlytom.frame_similarity.default, features, band)
-        dynamic = insert(
-            graph, torch.ops.earlytom.dynamic_frames.default, similarity, counts[-1], **_segmentation(config)
-        )
+    if importance is not None:
+        with graph.inserting_before(_behind(features, importance)):
+            band = config.similarity_band(boundary.frames)
+            similarity = insert(graph, torch.ops.earlytom.frame_similarity.default, features, band)
+            dynamic = insert(
+                graph, torch.ops.earlytom.dynamic_frames.default, similarity, counts[-1], **_segmentation(config)
+            )
     return MergedVideo(importance, dynamic, tuple(counts), tuple(axes))
 
 
@@ -129,7 +132,7 @@ def _attention_received(graph: Graph, block: Block) -> Node:
 
 def _segmentation(config: EarlyTomConfig) -> dict[str, Any]:
     return {
-        "variant": config.variant,
+        "variant": config.merge_variant(),
         "tau_seg": float(config.tau_seg),
         "alpha": float(config.alpha),
         "max_window": config.window(),

@@ -1,10 +1,12 @@
-"""Keep the most important tokens of each video (algorithm.md, stage 2).
+"""Keep the most important tokens of each video (algorithm.md, stage 2), or those that represent it (``plus``).
 
 Before: ``flat = features.reshape(V, F*P, C)``
 After:  ``tokens, kept = select_tokens(features, pooled_importance, dynamic, counts, K)   # [V, K, C]``
+ plus:  ``tokens, kept = select_representatives(features, counts, K)                      # [V, K, C]``
 
-``paper`` keeps exactly K tokens a video, so the axis F*P becomes the constant K. ``released`` keeps a number that
-depends on the content, different for every video: its rows replace the flattened ones, separators included.
+``paper`` and ``plus`` keep exactly K tokens a video, so the axis F*P becomes the constant K. ``released`` keeps a
+number that depends on the content, different for every video: its rows replace the flattened ones, separators
+included.
 """
 
 import operator
@@ -36,9 +38,11 @@ def insert_token_selection(
 ) -> SelectedTokens:
     """Replace the flattened video tokens by the selected ones."""
     with graph.inserting_before(boundary.features.next):
+        if video.importance is None or video.dynamic is None:
+            return _select_representatives(graph, boundary, video, config)
         importance = _pool_like_features(graph, boundary, video.importance)
         operands = (boundary.features, importance, video.dynamic, video.counts[-1])
-        if config.variant == "paper":
+        if config.keeps_exactly():
             return _select_exactly(graph, boundary, operands, config)
         return _select_released(graph, boundary, operands, config)
 
@@ -49,6 +53,19 @@ def _select_exactly(
     budget = config.token_budget(boundary.frames, boundary.tokens)
     op = torch.ops.earlytom.select_tokens.default
     selected = insert(graph, op, *operands, budget, static_selection=config.static_selection)
+    return _kept_exactly(graph, boundary, selected, budget)
+
+
+def _select_representatives(
+    graph: Graph, boundary: Boundary, video: MergedVideo, config: EarlyTomConfig
+) -> SelectedTokens:
+    budget = config.token_budget(boundary.frames, boundary.tokens)
+    op = torch.ops.earlytom.select_representatives.default
+    selected = insert(graph, op, boundary.features, video.counts[-1], budget)
+    return _kept_exactly(graph, boundary, selected, budget)
+
+
+def _kept_exactly(graph: Graph, boundary: Boundary, selected: Node, budget: int) -> SelectedTokens:
     tokens = insert(graph, operator.getitem, selected, 0, like=value_of(boundary.flat))
     _replace(boundary.flat, tokens)
     return SelectedTokens(budget, None, (ResizedAxis(tokens, 1, "selected tokens", budget),))

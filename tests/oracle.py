@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.reference import plan_frame_merge, segment_frames, select_tokens
+from earlytom_compile.reference import plan_frame_merge, segment_frames, select_representatives, select_tokens
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Options:
 
     def segmentation(self) -> dict:
         return {
-            "variant": self.variant,
+            "variant": "paper" if self.variant == "plus" else self.variant,
             "tau_seg": self.tau_seg,
             "alpha": self.alpha,
             "max_window": self.max_window,
@@ -155,13 +155,16 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     if model.config.vision_feature_select_strategy == "default":
         hidden, importance = hidden[:, 1:], importance[:, 1:]
     features = model.model.apply_pooling(model.model.multi_modal_projector(hidden))
-    kept = select_tokens(
-        _pool_importance(model, importance),
-        encoder.segments,
-        frames_in=len(pixels),
-        retain_ratio=options.retain_ratio,
-        variant=options.variant,
-    )
+    if options.variant == "plus":
+        kept = select_representatives(features, frames_in=len(pixels), retain_ratio=options.retain_ratio)
+    else:
+        kept = select_tokens(
+            _pool_importance(model, importance),
+            encoder.segments,
+            frames_in=len(pixels),
+            retain_ratio=options.retain_ratio,
+            variant=options.variant,
+        )
     separator = model.model.image_newline.to(features)[None]
     return CompressedVideo(
         features=torch.cat([features[kept[:, 0], kept[:, 1]], separator]),

@@ -86,7 +86,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_greedy_tokens_equal_the_oracle(model, layout, variant):
     inputs = video_inputs(model, 12, **layout)
