@@ -3,7 +3,7 @@
     compress = method("earlytom paper", model, retain_ratio=0.1)
     compress(pixels)           # pixels [8, 3, 96, 96] of one video -> its tokens [K, C]
 
-The two rows named ``earlytom`` run the very code that users run. The others are written from its specification
+The rows named ``earlytom`` run the very code that users run. The others are written from its specification
 (``earlytom_compile.reference``) with hooks on the vision encoder, so that each part can be left out.
 """
 
@@ -34,6 +34,7 @@ STAGE_1 = "only stage 1"
 METHODS = (
     "earlytom paper",
     "earlytom released",
+    "earlytom plus",
     "only stage 2",
     "top-k without decoupling",
     "random tokens",
@@ -95,7 +96,7 @@ def encode(model: Model, config: EarlyTomConfig, pixels: torch.Tensor, *, merge:
     grid = seen["importance"].view(-1, 1, side, side)
     importance = F.interpolate(grid, size=(POOLED, POOLED), mode="bilinear").flatten(1)
     segments = reference.segment_frames(
-        seen["features"], variant=config.variant, tau_seg=config.tau_seg, alpha=config.alpha
+        seen["features"], variant=config.merge_variant(), tau_seg=config.tau_seg, alpha=config.alpha
     )
     return Encoded(tokens, importance, segments)
 
@@ -112,7 +113,7 @@ def _merging(model: Model, config: EarlyTomConfig, frames: int, merge: bool) -> 
         if merge:
             plan = reference.plan_frame_merge(
                 hidden,
-                variant=config.variant,
+                variant=config.merge_variant(),
                 tau_seg=config.tau_seg,
                 alpha=config.alpha,
                 tau_merge=config.tau_merge,
@@ -176,7 +177,10 @@ def _stage_2(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> torc
 def two_stages(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:
     """What is installed, by hooks and specification: the oracle of test_methods.py."""
     encoded = encode(model, config, pixels)
-    return _selected(encoded, encoded.segments, config, len(pixels))
+    if config.selects_by_attention():
+        return _selected(encoded, encoded.segments, config, len(pixels))
+    kept = reference.select_representatives(encoded.tokens, frames_in=len(pixels), retain_ratio=config.retain_ratio)
+    return encoded.tokens[kept[:, 0], kept[:, 1]]
 
 
 def _top_k(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:

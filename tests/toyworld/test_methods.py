@@ -31,7 +31,7 @@ def uncompressed(model, pixels):
     return rows[:VIDEO_TOKENS]
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
 @pytest.mark.parametrize("ratio", RATIOS)
 @torch.no_grad()
 def test_the_installed_code_agrees_with_hooks_and_specification(model, videos, variant, ratio):
