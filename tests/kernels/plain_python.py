@@ -156,3 +156,38 @@ def keep_row(row: list[int], video_token: int, before: int, quotas: list[int]) -
             positions.append(position)
         seen += 1
     return positions
+
+
+def window_shares(frames: int, budget: int) -> list[tuple[range, int]]:
+    """(frames, tokens to keep) of each window of one video in which representatives are looked for."""
+    shares, kept = [], 0
+    for window in np.array_split(np.arange(frames), math.ceil(frames / 8)):
+        share = int(budget * (int(window[-1]) + 1) // frames) - kept
+        shares.append((range(int(window[0]), int(window[-1]) + 1), share))
+        kept += share
+    return shares
+
+
+def likeness(tokens: np.ndarray) -> np.ndarray:
+    """[n, D] -> [n, n]: cosine of two tokens' differences from the mean token, negative ones 0."""
+    apart = tokens.astype(np.float64) - tokens.astype(np.float64).mean(0)
+    return np.array([[max(0.0, cosine(a, b)) for b in apart] for a in apart])
+
+
+def may_be_chosen(alike: np.ndarray, kept: set[int], tie: float, rounding: float) -> bool:
+    """Whether taking the token of largest gain again and again can end with ``kept``.
+
+    Gains within ``tie`` of the largest are equal and the lowest index of them wins. A gain that is nearer to that
+    border than ``rounding`` may lie on either side, so all that such gains allow is tried.
+    """
+
+    def go_on(taken: list[int], covered: np.ndarray) -> bool:
+        if len(taken) == len(kept):
+            return True
+        gains = [(j, float(np.maximum(0, alike[:, j] - covered).sum())) for j in range(len(alike)) if j not in taken]
+        border = max(gain for _, gain in gains) - tie
+        surely = next(j for j, gain in gains if gain >= border + rounding)
+        possible = [j for j, gain in gains if j <= surely and gain >= border - rounding]
+        return any(j in kept and go_on([*taken, j], np.maximum(covered, alike[:, j])) for j in possible)
+
+    return go_on([], np.zeros(len(alike)))
