@@ -13,6 +13,7 @@ from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
         {"retain_ratio": True},
         {"retain_ratio": float("nan")},
         {"variant": "Paper"},
+        {"variant": "plus "},
         {"merge_layers": "6"},
         {"merge_layers": (6, 6)},
         {"merge_layers": (-1,)},
@@ -74,5 +75,17 @@ def test_budget_and_floor():
     assert config.token_budget(32, 196) == 627 and config.min_frames(32) == 4
     assert EarlyTomConfig(retain_ratio=0.001).token_budget(1, 9) == 1
     assert EarlyTomConfig(variant="released").min_frames(32) == 1
+    assert EarlyTomConfig(variant="plus", retain_ratio=0.1).min_frames(32) == 4
     assert EarlyTomConfig(variant="released").window() == 8 and EarlyTomConfig().window() == 0
     assert EarlyTomConfig().similarity_band(32) == 31 and EarlyTomConfig(max_window=4).similarity_band(32) == 3
+
+
+@pytest.mark.parametrize(
+    ("variant", "merges_as", "exactly", "by_attention"),
+    [("paper", "paper", True, True), ("released", "released", False, True), ("plus", "paper", True, False)],
+)
+def test_what_a_variant_means(variant, merges_as, exactly, by_attention):
+    config = EarlyTomConfig(variant=variant)
+    assert config.merge_variant() == merges_as
+    assert (config.keeps_exactly(), config.selects_by_attention()) == (exactly, by_attention)
+    assert config.window() == EarlyTomConfig(variant=merges_as).window()

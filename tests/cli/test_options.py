@@ -36,6 +36,7 @@ def test_every_field_is_a_flag_with_its_meaning(command, capsys):
     [
         (["--retain-ratio", "0.1"], {"retain_ratio": 0.1}),
         (["--variant", "released"], {"variant": "released"}),
+        (["--variant", "plus"], {"variant": "plus"}),
         (["--merge-layers", "6,21,23"], {"merge_layers": (6, 21, 23)}),
         (["--merge-layers", "none"], {"merge_layers": None}),
         (["--max-window", "8", "--alpha", "1"], {"max_window": 8, "alpha": 1.0}),
@@ -60,7 +61,7 @@ def test_an_explicit_flag_wins_over_the_preset():
     [
         (["--retain-ratio", "2"], "retain_ratio=2.0"),
         (["--retain-ratio", "much"], "retain_ratio='much'"),
-        (["--variant", "papr"], "'paper', 'released'"),
+        (["--variant", "papr"], "'paper', 'released', 'plus'"),
         (["--merge-layers", "six"], "merge_layers='six'"),
         (["--max-window", "1.5"], "max_window='1.5'"),
         (["--preset", "nothing"], "preset='nothing'"),

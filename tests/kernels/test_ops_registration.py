@@ -115,9 +115,10 @@ def compressed_encoder(hidden, counts, query, key):
     dynamic = ops.dynamic_frames(ops.frame_similarity(hidden, 15), counts, **SEGMENTATION)
     features = torch.nn.functional.relu(hidden) + 1
     tokens, kept = ops.select_tokens(features, importance, dynamic, counts, 6)
+    representatives, _ = ops.select_representatives(features, counts, 6)
     ragged, places, kept_counts = ops.select_tokens_released(features, importance, dynamic, counts, 10, 0.3)
     ragged = ops.append_separators(2 * ragged, kept_counts, features[0, 0])
-    return tokens * 2, kept, ragged + 1, places, counts
+    return tokens * 2, kept, representatives - 1, ragged + 1, places, counts
 
 
 @pytest.fixture

@@ -22,6 +22,13 @@ def test_importance_rides_in_the_last_merge_only():
     assert merges[-1].args[0][1] is importance and list(importance.users) == [merges[-1]]
 
 
+def test_plus_merges_as_paper_and_nothing_rides_along():
+    model = VideoModel().eval()
+    graph_module = rewrite(model, model.example(frames=8), merge_layers=(0, 1, 2), variant="plus").graph_module
+    assert [len(merge.args[0]) for merge in calls(graph_module, ops.merge_frames)] == [1, 1, 1]
+    assert {plan.kwargs["variant"] for plan in calls(graph_module, ops.plan_merge)} == {"paper"}
+
+
 def test_without_a_merge_importance_is_read_as_it_is():
     model = VideoModel().eval()
     graph_module = rewrite(model, model.example(frames=2)).graph_module

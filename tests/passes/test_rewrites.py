@@ -13,7 +13,7 @@ from earlytom_compile import EarlyTomCompileError, EarlyTomConfig, EarlyTomConfi
 from earlytom_compile.passes import manager
 from earlytom_compile.passes.manager import PASSES, Rewrite, run_passes
 from earlytom_compile.passes.reasons import NotApplicable
-from earlytom_compile.reference import plan_frame_merge, segment_frames, select_tokens
+from earlytom_compile.reference import plan_frame_merge, segment_frames, select_representatives, select_tokens
 
 OPS = ("frame_similarity", "plan_merge", "merge_frames", "attention_received", "dynamic_frames")
 
@@ -21,7 +21,8 @@ OPS = ("frame_similarity", "plan_merge", "merge_frames", "attention_received", "
 @torch.no_grad()
 def expected_rows(model, pixels, *, retain_ratio, variant="paper", merge_layers=(0, 2), tau_seg=0.0):
     """Compressed rows of each video, layer by layer with the model's own modules and the reference."""
-    rows = []
+    rows, plus = [], variant == "plus"
+    variant = "paper" if plus else variant
     for frames in pixels:
         h = model.patches(frames).flatten(2).transpose(1, 2) + model.places
         floor = math.ceil(retain_ratio * len(frames)) if variant == "paper" else 1
@@ -42,6 +43,8 @@ def expected_rows(model, pixels, *, retain_ratio, variant="paper", merge_layers=
         scores = pool(importance.view(-1, 1, 4, 4)).flatten(1)
         options = {"frames_in": len(frames), "retain_ratio": retain_ratio, "variant": variant}
         kept = select_tokens(scores, segments, **options)
+        if plus:
+            kept = select_representatives(features, frames_in=len(frames), retain_ratio=retain_ratio)
         chosen = features[kept[:, 0], kept[:, 1]]
         rows.append(torch.cat((chosen, model.break_line[None])) if model.switches.newline else chosen)
     return rows
@@ -95,6 +98,17 @@ def test_numerics_released(newline):
         got = compress(model, retain_ratio=0.3, variant="released")(ids, pixels)
     rows = expected_rows(model, pixels, retain_ratio=0.3, variant="released")
     torch.testing.assert_close(got, expected_logits(model, ids, rows), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("newline", [False, True])
+@pytest.mark.parametrize(("videos", "rows"), [(1, 1), (2, 2), (2, 1)])
+def test_numerics_plus(newline, videos, rows):
+    model = VideoModel(newline=newline).eval()
+    ids, pixels = model.example(frames=12, videos=videos, rows=rows)
+    with torch.no_grad():
+        got = compress(model, retain_ratio=0.3, variant="plus")(ids, pixels)
+    expected = expected_rows(model, pixels, retain_ratio=0.3, variant="plus")
+    torch.testing.assert_close(got, expected_logits(model, ids, expected), atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=12, deadline=None)
@@ -154,6 +168,24 @@ def test_videos_too_short_to_merge_get_no_merge_ops(frames):
     graph_module = rewrite(model, model.example(frames=frames)).graph_module
     assert count(graph_module, "plan_merge") == 0 and host_reads(graph_module) == 0
     assert count(graph_module, "select_tokens") == 1
+
+
+@pytest.mark.parametrize("merge_layers", [(), (0, 2)])
+@pytest.mark.parametrize("frames", [1, 8])
+def test_plus_compares_tokens_and_asks_for_no_attention(frames, merge_layers):
+    model = VideoModel().eval()
+    graph_module = rewrite(model, model.example(frames=frames), variant="plus", merge_layers=merge_layers).graph_module
+    merges = len(merge_layers) if frames > 1 else 0
+    assert [count(graph_module, op) for op in OPS] == [merges, merges, merges, 0, 0]
+    assert count(graph_module, "select_representatives") == 1 and count(graph_module, "select_tokens") == 0
+    assert count(graph_module, "keep_positions") == 1 and host_reads(graph_module) == merges
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_other_variants_ask_for_no_representatives(variant):
+    model = VideoModel().eval()
+    graph_module = rewrite(model, model.example(frames=8), variant=variant).graph_module
+    assert count(graph_module, "select_representatives") == 0 and count(graph_module, "attention_received") == 1
 
 
 def test_no_layer_merges_and_selection_still_happens():

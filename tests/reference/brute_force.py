@@ -100,6 +100,27 @@ def runs(tokens, count):
     return cut
 
 
+def represent(features, frames_in, retain_ratio):
+    """Frames into runs of at most 8; in each, again and again the token that adds most."""
+    tokens = len(features[0])
+    total = max(1, round(retain_ratio * frames_in * tokens))
+    kept = []
+    for window in runs(len(features), -(-len(features) // 8)):
+        places = [(t, j) for t in window for j in range(tokens)]
+        share = total * (window[-1] + 1) // len(features) - total * window[0] // len(features)
+        mean = [math.fsum(c) / len(places) for c in zip(*(features[t][j] for t, j in places), strict=True)]
+        apart = {(t, j): [x - m for x, m in zip(features[t][j], mean, strict=True)] for t, j in places}
+        alike = {(a, b): max(0.0, cosine(apart[a], apart[b])) for a in places for b in places}
+        covered, chosen = dict.fromkeys(places, 0.0), []
+        while len(chosen) < share:
+            gains = {b: math.fsum(max(0.0, alike[a, b] - covered[a]) for a in places) for b in places}
+            most = max(gains[b] for b in places if b not in chosen)
+            chosen.append(next(b for b in places if b not in chosen and gains[b] >= most - 1e-3))
+            covered = {a: max(covered[a], alike[a, chosen[-1]]) for a in places}
+        kept += [[t, j] for t, j in sorted(chosen)]
+    return kept
+
+
 def merge_inner(hidden, scores, image_start, image_length, drop_ratio):
     """``({position: merged token}, in order)`` with the true mean of everything that joins a kept token."""
     image = range(image_start, image_start + image_length)
