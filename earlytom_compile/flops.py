@@ -24,7 +24,9 @@ from .shapes import ModelShape
 
 Protocol = Literal["paper", "exact"]
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "exact")
+Variant = Literal["paper", "released", "plus"]
 _PIXEL_CHANNELS = 3
+_MOST_FRAMES_OF_A_WINDOW = 8  # among which ``plus`` looks for representatives
 
 TABLE_ROUNDING = 0.05e12
 """The paper's numbers are rounded to 0.1 T: the true one is at most this far away."""
@@ -56,6 +58,7 @@ def count(
     llm_tokens: int | Mapping[int, int],
     merge_layers: Sequence[int] | None = None,
     lm_head_positions: int = 1,
+    variant: Variant = "paper",
 ) -> Flops:
     """Work of one prompt with one video.
 
@@ -67,13 +70,16 @@ def count(
             from each 0-based layer on, such as ``{0: 6272, 2: 1254}``. The paper counts video tokens only.
         merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
         lm_head_positions: positions that get logits: 1 in ``generate``, all of them in a plain ``forward``.
+        variant: that of ``EarlyTomConfig``, by which the operators are counted: ``"plus"`` selects by others.
 
     Raises:
-        EarlyTomConfigError: an unknown protocol, or a schedule that fits neither the merge layers nor time.
+        EarlyTomConfigError: an unknown protocol or variant, or a schedule that fits neither the merge layers nor
+            time.
     """
     if protocol not in PROTOCOLS:
         raise EarlyTomConfigError(f"protocol={protocol!r}: must be one of {', '.join(map(repr, PROTOCOLS))}.")
-    merges = EarlyTomConfig(merge_layers=_optional(merge_layers)).resolve_merge_layers(shape.vision_layers)
+    config = EarlyTomConfig(merge_layers=_optional(merge_layers), variant=variant)
+    merges = config.resolve_merge_layers(shape.vision_layers)
     _check_schedule(frames_schedule, merges)
     lengths = _by_layer({0: llm_tokens} if isinstance(llm_tokens, int) else llm_tokens, shape.llm_layers)
     boundaries = [layer + 1 for layer in merges] if len(frames_schedule) > 1 else []
@@ -85,7 +91,7 @@ def count(
     return Flops(
         protocol,
         encoder=_patch_embedding(shape, frames[0]) + sum(_vision_layer(shape, f) for f in frames),
-        operators=_operators(shape, frames_schedule) if boundaries else 0,
+        operators=_operators(shape, frames_schedule, config) if boundaries else 0,
         projector=2 * frames[-1] * shape.frame_tokens * shape.llm_width * (shape.vision_width + shape.llm_width),
         llm=sum(_llm_layer(shape, n) for n in lengths),
         lm_head=2 * lm_head_positions * shape.llm_width * shape.vocab,
@@ -124,12 +130,21 @@ def _llm_layer(shape: ModelShape, tokens: float) -> float:
     return 2 * (tokens * matrices + 2 * tokens**2 * width)
 
 
-def _operators(shape: ModelShape, schedule: Sequence[float]) -> float:
+def _operators(shape: ModelShape, schedule: Sequence[float], config: EarlyTomConfig) -> float:
     """Similarities of every frame with every other, at each merge layer and once more for selection; and the
-    scores of the last merge layer's attention, which nobody keeps and importance needs again."""
+    scores of the last merge layer's attention, which nobody keeps and importance needs again.
+
+    ``plus`` selects by neither, but by the similarities of every pooled token with every other of its window; taking
+    the tokens one by one is sums and comparisons, without a product.
+    """
     tokens, width = shape.frame_tokens, shape.vision_width
-    similarity = sum(2 * frames**2 * tokens * width for frames in schedule)
-    return similarity + 2 * schedule[-2] * tokens**2 * width
+    similarities = [2 * frames**2 * tokens * width for frames in schedule]
+    if config.selects_by_attention():
+        return sum(similarities) + 2 * schedule[-2] * tokens**2 * width
+    windows = -(-schedule[-1] // _MOST_FRAMES_OF_A_WINDOW)
+    size, larger = divmod(schedule[-1], windows)
+    squares = (windows - larger) * size**2 + larger * (size + 1) ** 2
+    return sum(similarities[:-1]) + 2 * squares * shape.pooled_tokens**2 * shape.llm_width
 
 
 def _optional(layers: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -11,6 +11,7 @@ from earlytom_compile.backend import earlytom
 from earlytom_compile.flops import count, implied_encoder, implied_frames, merged_inside
 from earlytom_compile.kernels.attention_received import attention_received
 from earlytom_compile.kernels.frame_similarity import frame_similarity
+from earlytom_compile.kernels.select_representatives import select_representatives
 from earlytom_compile.shapes import SHAPES, ModelShape, config_of, shape_of
 
 BIG, SMALL, VIDEO = (shape_of(f"llava-{name}") for name in ("onevision-7b", "onevision-0.5b", "video-7b"))
@@ -202,6 +203,19 @@ def test_operators_cost_what_torch_counts_inside_them():
     assert got == counted.get_total_flops()
 
 
+@pytest.mark.parametrize("schedule", [(20, 20, 18, 17), (10, 8, 5, 3), (10, 9, 9, 8)])
+def test_operators_of_plus_cost_what_torch_counts_inside_them(schedule):
+    shape = ModelShape.from_config(tiny_llava_onevision(vision_layers=6).config)
+    with counter() as counted:
+        for frames in schedule[:-1]:
+            frame_similarity._init_fn(torch.randn(frames, shape.frame_tokens, shape.vision_width), schedule[0] - 1)
+        features = torch.randn(schedule[-1], shape.pooled_tokens, shape.llm_width)
+        select_representatives._init_fn(features, torch.tensor(schedule[-1:]), 20)
+    options = {"frames_schedule": schedule, "llm_tokens": 1, "merge_layers": (0, 2, 4), "variant": "plus"}
+    assert count(shape, protocol="exact", **options).operators == counted.get_total_flops()
+    assert count(shape, protocol="paper", **options).operators == 0
+
+
 def test_merging_frames_only_changes_what_comes_after():
     before = count(BIG, protocol="exact", frames_schedule=(32,), llm_tokens=665)
     after = count(BIG, protocol="exact", frames_schedule=(32, 32, 32, 16), llm_tokens=665)
@@ -215,6 +229,7 @@ def test_merging_frames_only_changes_what_comes_after():
     "changes, message",
     [
         ({"protocol": "both"}, "'paper', 'exact'"),
+        ({"variant": "more"}, "'paper', 'released', 'plus'"),
         ({"frames_schedule": (32, 20)}, "must have one number, or 4"),
         ({"frames_schedule": (32, 20, 21, 10)}, "never grow"),
         ({"frames_schedule": (0,)}, "positive"),

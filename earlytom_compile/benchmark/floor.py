@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from ..config import EarlyTomConfig
-from ..flops import count
+from ..flops import Variant, count
 from ..shapes import ModelShape
 
 
@@ -46,7 +46,12 @@ def floor(work: Mapping[str, Work], ceilings: Mapping[str, float]) -> Floor:
 
 
 def work_of(
-    model: Any, *, schedules: Sequence[Sequence[int]], prompt: int, merge_layers: Sequence[int] | None = None
+    model: Any,
+    *,
+    schedules: Sequence[Sequence[int]],
+    prompt: int,
+    merge_layers: Sequence[int] | None = None,
+    variant: Variant = "paper",
 ) -> dict[str, Work]:
     """Work of one batch of prompts with one video each.
 
@@ -55,6 +60,7 @@ def work_of(
         schedules: frames of each video, at first and after each merge layer; just the first where nothing merges.
         prompt: positions in the language model, the same in every row.
         merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
+        variant: that of ``EarlyTomConfig``, by which the operators are counted.
 
     Raises:
         EarlyTomConfigError: a model whose work cannot be counted, see :meth:`ModelShape.from_config`.
@@ -63,7 +69,9 @@ def work_of(
     chosen = None if merge_layers is None else tuple(merge_layers)
     merges = EarlyTomConfig(merge_layers=chosen).resolve_merge_layers(shape.vision_layers)
     counts = [
-        count(shape, protocol="exact", frames_schedule=schedule, llm_tokens=prompt, merge_layers=merges)
+        count(
+            shape, protocol="exact", frames_schedule=schedule, llm_tokens=prompt, merge_layers=merges, variant=variant
+        )
         for schedule in schedules
     ]
     pixels = 3 * shape.image_size**2 * sum(schedule[0] for schedule in schedules)

@@ -19,6 +19,7 @@ from ..benchmark.measure import Result, measure
 from ..benchmark.profile import Trace, profile_arms
 from ..benchmark.results import Workload, tables, to_dict, to_markdown, write_plots
 from ..benchmark.workload import make_inputs, random_model
+from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..shapes import ModelShape, config_of, shape_of
 from .bench_load import check_load, measure_loads
@@ -121,7 +122,7 @@ def _measure(
     for arm, result in zip(arms, results, strict=True):
         result.breakdown = breakdowns.get(arm.name)
         if rates and not result.failure:
-            result.floor = floor(_work(model, arm, result, arguments.batch), rates)
+            result.floor = floor(_work(model, arm, result, arguments.batch, options), rates)
     return results, trace
 
 
@@ -135,9 +136,14 @@ def _ceilings(model: Any, console: Console) -> dict[str, float]:
     return ceilings(Clock(model.device), model.dtype, model.device)
 
 
-def _work(model: Any, arm: Arm, result: Result, batch: int) -> dict[str, Work]:
-    schedules = result.frames or [[arm.frames]] * batch
-    return work_of(model, schedules=schedules, prompt=result.cache_tokens, merge_layers=result.merge_layers or None)
+def _work(model: Any, arm: Arm, result: Result, batch: int, options: dict[str, Any]) -> dict[str, Work]:
+    return work_of(
+        model,
+        schedules=result.frames or [[arm.frames]] * batch,
+        prompt=result.cache_tokens,
+        merge_layers=result.merge_layers or None,
+        variant=EarlyTomConfig.from_options(options).variant,
+    )
 
 
 def _trace_path(path: Path, frames: int | None) -> Path:
