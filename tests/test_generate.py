@@ -94,11 +94,11 @@ def test_greedy_tokens_equal_the_oracle(model, layout, variant):
     assert torch.equal(got, oracle_tokens(model, inputs, variant=variant))
 
 
-@pytest.mark.parametrize("lowering", ["whole", "staged"])
-def test_inductor_gives_the_same_tokens(model, lowering):
+@pytest.mark.parametrize("variant, lowering", [("paper", "whole"), ("paper", "staged"), ("plus", "staged")])
+def test_inductor_gives_the_same_tokens(model, variant, lowering):
     inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(1, 4))
-    got = new_tokens(compiled(model, lowering=lowering), inputs)
-    assert torch.equal(got, oracle_tokens(model, inputs))
+    got = new_tokens(compiled(model, variant=variant, lowering=lowering), inputs)
+    assert torch.equal(got, oracle_tokens(model, inputs, variant=variant))
 
 
 def graphs_compiled():
