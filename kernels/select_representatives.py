@@ -132,7 +132,8 @@ def _similarity(tokens: Tensor) -> Tensor:
     x = x - x.mean(0)
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     direction = torch.where(length > 0, x / length, 0.0)
-    return (direction @ direction.T).clamp_min(0)
+    with torch.autocast(tokens.device.type, enabled=False):  # it would make the product one of bfloat16
+        return (direction @ direction.T).clamp_min(0)
 
 
 def _cover(similarity: Tensor, quota: int) -> Tensor:

@@ -127,6 +127,14 @@ def test_rounding_does_not_choose_among_copies(seed):
     assert torch.equal(exact, rounded)
 
 
+def test_autocast_changes_nothing():
+    features, counts = torch.randn(8, 16, 64, generator=torch.Generator().manual_seed(3)), torch.tensor([8])
+    expected = ops.select_representatives(features, counts, 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = ops.select_representatives(features, counts, 30)
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
 def test_a_budget_below_one_token_a_window_leaves_windows_empty():
     features = torch.randn(24, 2, 3)
     _, kept = ops.select_representatives(features, torch.tensor([24]), 2)
