@@ -43,6 +43,7 @@ VARIANTS = ("paper", "released")
 RELEASED_MAX_WINDOW = 8  # the released code's default of its environment variable M
 
 WINDOW = 8  # most frames among which representatives are looked for together
+FADING = 0.75  # of a token's likeness, what is left one merged frame further away
 TIE = 1e-3  # gains closer than this are equal: rounding must not choose among copies of a token
 
 Segment = tuple[int, int]  # first and last frame, both inclusive
@@ -439,17 +440,29 @@ def select_representatives(features: Tensor, *, frames_in: int, retain_ratio: fl
     end = 0
     for size in _near_equal(frames, math.ceil(frames / WINDOW)):
         start, end = end, end + size
-        window = features[start:end].flatten(0, 1)
-        for place in _greedy_cover(_likeness(window), total * end // frames - len(kept)):
+        for place in _greedy_cover(_likeness(features[start:end]), total * end // frames - len(kept)):
             kept.append((start + place // tokens, place % tokens))
     return torch.tensor(kept, dtype=torch.int64, device=features.device)
 
 
-def _likeness(tokens: Tensor) -> Tensor:
-    """``[n, D]`` -> float64 ``[n, n]``: cosine of the differences from the mean token, negative ones 0."""
-    centred = tokens.float().double()
-    centred = centred - centred.mean(0)
-    return torch.stack([_cosine(row.expand_as(centred), centred) for row in centred]).clamp(min=0).cpu()
+def _likeness(window: Tensor) -> Tensor:
+    """``[m, P, D]`` -> float64 ``[m P, m P]``: how well the token of the column stands for that of the row.
+
+    The cosine of their differences from the mean token, negative ones 0; times FADING for every frame between them;
+    times the length of the row's difference, as a multiple of the average one. A difference below 1e-5 of the token
+    itself is rounding and counts as none.
+    """
+    tokens = window.flatten(0, 1).float().double()
+    apart = tokens - tokens.mean(0)
+    apart[apart.norm(dim=1) <= 1e-5 * tokens.norm(dim=1)] = 0
+    lengths = apart.norm(dim=1)
+    frame = torch.arange(len(apart), device=window.device) // window.shape[1]
+    rows = []
+    for i, row in enumerate(apart):
+        cosines = _cosine(row.expand_as(apart), apart).clamp(min=0)
+        faded = cosines * FADING ** (frame - frame[i]).abs()
+        rows.append(faded * lengths[i] / lengths.mean() if lengths[i] > 0 else torch.zeros_like(faded))
+    return torch.stack(rows).cpu()
 
 
 def _greedy_cover(likeness: Tensor, count: int) -> list[int]:

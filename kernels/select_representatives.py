@@ -8,7 +8,9 @@
 Attention received ranks a token by how much the others look at it. In the toy world that can be background, while
 the small thing that a question asks about goes. Here nothing is ranked by itself: tokens are taken one after another,
 each time the one that adds most to what those taken before stand for (greedy facility location), so that whatever
-differs from the rest gets a token of its own, and what repeats gets few.
+differs from the rest gets a token of its own, and what repeats gets few. A token far from the mean counts more than
+one near it, and a token stands less for another the more frames lie between them: what moves keeps tokens at several
+times.
 
 Every device computes the native body; there is no Triton provider yet.
 """
@@ -18,9 +20,13 @@ from torch import Tensor
 
 _WINDOW = 8
 """Most frames compared with one another: the work grows with the frames, and not with their square."""
+_FADING = 0.75
+"""Of a token's likeness, what is left one merged frame further away."""
+_ROUNDING = 1e-5
+"""A token this close to the mean, as a share of its own length, is the mean."""
 _TIE = 1e-3
-"""Gains this close are equal, in units of one token that is represented fully: among copies of a token, rounding,
-which differs between devices and compilers, must not choose."""
+"""Gains this close are equal, in units of one average token that is represented fully: among copies of a token,
+rounding, which differs between devices and compilers, must not choose."""
 
 
 @torch.library.custom_op("earlytom::select_representatives", mutates_args=())
@@ -110,7 +116,7 @@ def _representatives(video: Tensor, budget: int) -> Tensor:
     for begin, end in _windows(frames):
         quota = budget * end // frames - budget * begin // frames
         if quota > 0:
-            similarity = _similarity(video[begin:end].flatten(0, 1))
+            similarity = _similarity(video[begin:end])
             kept.append(begin * tokens + _cover(similarity, quota))
     return torch.cat(kept)
 
@@ -123,17 +129,23 @@ def _windows(frames: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-def _similarity(tokens: Tensor) -> Tensor:
-    """float32 [n, n] in [0, 1], from [n, D]: cosine of two tokens' differences from the mean, 0 where negative.
+def _similarity(window: Tensor) -> Tensor:
+    """float32 [n, n], from the n = m P tokens of m frames [m, P, D]: how well each (row) stands for each (column).
 
-    Without the mean, which all tokens share, every cosine is close to 1. A token equal to the mean is like none.
+    With x_i less the mean of all x, S_ij = |x_i| / mean |x| * max(0, cos(x_i, x_j)) * 0.75^(frames between them).
+    Without the mean, which all tokens share, every cosine is close to 1. Nothing stands for a token equal to the mean.
     """
-    x = tokens.float().contiguous()
-    x = x - x.mean(0)
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    direction = torch.where(length > 0, x / length, 0.0)
-    with torch.autocast(tokens.device.type, enabled=False):  # it would make the product one of bfloat16
-        return (direction @ direction.T).clamp_min(0)
+    x = window.flatten(0, 1).float()
+    away = x - x.mean(0)
+    length = torch.linalg.vector_norm(away, dim=1)
+    length = torch.where(length > _ROUNDING * torch.linalg.vector_norm(x, dim=1), length, 0.0)
+    direction = torch.where(length[:, None] > 0, away / length[:, None], 0.0)
+    with torch.autocast(window.device.type, enabled=False):  # it would make the product one of bfloat16
+        cosine = (direction @ direction.T).clamp_min_(0)
+    frame = torch.arange(window.shape[0], device=window.device).repeat_interleave(window.shape[1])
+    fading = _FADING ** (frame[:, None] - frame).abs()
+    weight = torch.where(length > 0, length / length.mean(), 0.0)
+    return cosine * fading * weight
 
 
 def _cover(similarity: Tensor, quota: int) -> Tensor:

@@ -168,10 +168,18 @@ def window_shares(frames: int, budget: int) -> list[tuple[range, int]]:
     return shares
 
 
-def likeness(tokens: np.ndarray) -> np.ndarray:
-    """[n, D] -> [n, n]: cosine of two tokens' differences from the mean token, negative ones 0."""
-    apart = tokens.astype(np.float64) - tokens.astype(np.float64).mean(0)
-    return np.array([[max(0.0, cosine(a, b)) for b in apart] for a in apart])
+def likeness(window: np.ndarray) -> np.ndarray:
+    """[m, P, D] -> [m P, m P]: how well the token of the column stands for that of the row."""
+    tokens = window.reshape(-1, window.shape[2]).astype(np.float64)
+    apart = tokens - tokens.mean(0)
+    lengths = np.linalg.norm(apart, axis=1)
+    lengths[lengths <= 1e-5 * np.linalg.norm(tokens, axis=1)] = 0
+    alike = np.zeros((len(apart), len(apart)))
+    for i, j in np.ndindex(alike.shape):
+        if lengths[i] > 0 and lengths[j] > 0:
+            between = abs(i // window.shape[1] - j // window.shape[1])
+            alike[i, j] = max(0.0, cosine(apart[i], apart[j])) * 0.75**between * lengths[i] / lengths.mean()
+    return alike
 
 
 def may_be_chosen(alike: np.ndarray, kept: set[int], tie: float, rounding: float) -> bool:

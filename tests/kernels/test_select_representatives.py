@@ -51,7 +51,7 @@ def test_takes_the_token_that_adds_most_by_the_rules_read_literally(video, share
             inside = slice(window.start * features.shape[1], window.stop * features.shape[1])
             chosen = {place - inside.start for place in places if inside.start <= place < inside.stop}
             assert len(chosen) == share_of_it
-            alike = plain_python.likeness(features[rows].flatten(0, 1)[inside].float().numpy())
+            alike = plain_python.likeness(features[rows][window.start : window.stop].float().numpy())
             assert plain_python.may_be_chosen(alike, chosen, _TIE, ROUNDING)
 
 
@@ -98,7 +98,7 @@ def test_a_rare_thing_gets_a_token_and_a_common_one_not_more():
     features = background.repeat(4, 6, 1)
     features[2, 3] = thing
     _, kept = ops.select_representatives(features, torch.tensor([4]), 2)
-    assert kept[0].tolist() == [[0, 0], [2, 3]]
+    assert kept[0].tolist() == [[1, 0], [2, 3]]  # background of frame 1 is nearer to all frames than that of frame 0
 
 
 def test_each_kind_is_kept_once_before_any_is_kept_twice():
@@ -106,8 +106,24 @@ def test_each_kind_is_kept_once_before_any_is_kept_twice():
     features = kinds[torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 3, 3, 4, 5]])]
     _, kept = ops.select_representatives(features, torch.tensor([2]), 6)
     assert kept[0].tolist() == [[0, 0], [0, 3], [0, 5], [1, 2], [1, 4], [1, 5]]
+    # Only the first kind is in both frames: its copies in the other one are not fully represented yet.
     _, more = ops.select_representatives(features, torch.tensor([2]), 8)
-    assert more[0].tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [0, 5], [1, 2], [1, 4], [1, 5]]
+    assert more[0].tolist() == [[0, 0], [0, 1], [0, 3], [0, 5], [1, 0], [1, 2], [1, 4], [1, 5]]
+
+
+def test_what_moves_keeps_tokens_at_several_times():
+    features = torch.zeros(7, 9, 4)
+    for frame in range(7):
+        features[frame, frame] = torch.tensor([0, 3.0, 0, 0])  # the same thing, one place further
+    _, kept = ops.select_representatives(features, torch.tensor([7]), 3)
+    things = [frame for frame, token in kept[0].tolist() if frame == token]
+    assert len(things) == 2 and things[1] - things[0] >= 2  # and one token for the background
+
+
+def test_what_is_far_from_the_mean_counts_more():
+    features = torch.tensor([[0, 0], [0, 0], [0, 0], [9.0, 0], [0, 1.0]])[None]
+    _, kept = ops.select_representatives(features, torch.tensor([1]), 1)
+    assert kept[0].tolist() == [[0, 3]]
 
 
 def test_equal_tokens_keep_the_lower_index_in_every_window():

@@ -110,7 +110,16 @@ def represent(features, frames_in, retain_ratio):
         share = total * (window[-1] + 1) // len(features) - total * window[0] // len(features)
         mean = [math.fsum(c) / len(places) for c in zip(*(features[t][j] for t, j in places), strict=True)]
         apart = {(t, j): [x - m for x, m in zip(features[t][j], mean, strict=True)] for t, j in places}
-        alike = {(a, b): max(0.0, cosine(apart[a], apart[b])) for a in places for b in places}
+        length = {(t, j): math.hypot(*apart[t, j]) for t, j in places}
+        length = {(t, j): x if x > 1e-5 * math.hypot(*features[t][j]) else 0.0 for (t, j), x in length.items()}
+        average = math.fsum(length.values()) / len(places)
+        alike = {
+            (a, b): max(0.0, cosine(apart[a], apart[b])) * 0.75 ** abs(a[0] - b[0]) * length[a] / average
+            if length[a] > 0 and length[b] > 0
+            else 0.0
+            for a in places
+            for b in places
+        }
         covered, chosen = dict.fromkeys(places, 0.0), []
         while len(chosen) < share:
             gains = {b: math.fsum(max(0.0, alike[a, b] - covered[a]) for a in places) for b in places}
