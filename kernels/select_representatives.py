@@ -5,12 +5,12 @@
     features [N, P, D]        ->   tokens [V, budget, D]
     counts [V]                     kept: where each came from, in time order, then raster order
 
-Attention received ranks a token by how much the others look at it. In the toy world that can be background, while
-the small thing that a question asks about goes. Here nothing is ranked by itself: tokens are taken one after another,
-each time the one that adds most to what those taken before stand for (greedy facility location), so that whatever
-differs from the rest gets a token of its own, and what repeats gets few. A token far from the mean counts more than
-one near it, and a token stands less for another the more frames lie between them: what moves keeps tokens at several
-times.
+Attention received ranks every token by itself. Those of highest rank often show the same thing, in frame after frame,
+while another one that a question asks about goes (docs/accuracy.md). Here nothing is ranked by itself: tokens are taken
+one after another, each time the one that adds most to what those taken before stand for (greedy facility location), so
+that whatever differs from the rest gets a token of its own, and what repeats gets few. A token far from the mean counts
+more than one near it, and a token stands less for another the more frames lie between them: what moves keeps tokens at
+several times.
 
 Every device computes the native body; there is no Triton provider yet.
 """

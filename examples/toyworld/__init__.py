@@ -7,6 +7,7 @@ model.py      a LlavaOnevisionForConditionalGeneration of their size, and its ch
 train.py      the training script
 methods.py    ways to fewer video tokens: EarlyTom, its parts, and trivial baselines
 evaluate.py   accuracy by method, ratio and category
+kept.py       what the tokens show that a selection keeps
 
 In the repository this folder is ``examples/toyworld``; installed it is ``earlytom_compile.toyworld``, so that
 ``earlytom demo`` and ``earlytom eval --toy`` find it.

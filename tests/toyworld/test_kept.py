@@ -1,0 +1,41 @@
+"""What the kept tokens show is what the pixels show."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pixels import seen
+
+from earlytom_compile.toyworld.kept import kept_tokens, main, shown
+from earlytom_compile.toyworld.model import build_model
+from earlytom_compile.toyworld.world import COLORS, SHAPES, sample_video
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_square_shows_a_pair_that_lies_in_it(seed):
+    video = replace(sample_video("test", seed), specks={})
+    pairs = shown(video)
+    assert pairs.shape == (8, 16)
+    for thing in seen(video.frames()):
+        pair = 10 * (1 + list(COLORS).index(thing.color)) + 1 + SHAPES.index(thing.shape)
+        squares = (pairs[thing.frame] == pair).nonzero().flatten().tolist()
+        assert squares
+        for square in squares:
+            row, column = square // 4 * 24, square % 4 * 24
+            assert thing.mask[row : row + 24, column : column + 24].any()
+
+
+@torch.no_grad()
+def test_all_tokens_keep_every_pair_and_a_ratio_of_one_keeps_all_tokens():
+    model = build_model(seed=2)
+    found = kept_tokens(model, sample_video("test", 3), retain_ratio=1.0)
+    assert found["all tokens"][1]
+    assert found["paper"] == found["plus"] == found["all tokens"]
+
+
+def test_the_command_prints_a_row_for_each_selection():
+    tables = []
+    main(["--videos", "2"], tables.append)
+    (table,) = tables
+    assert list(table.columns[0].cells) == ["all tokens", "paper", "plus"]
+    assert list(table.columns[2].cells)[0] == "100.0%"
