@@ -75,21 +75,6 @@ class Result:
         ).confidence_interval
         return float(found.low), float(found.high)
 
-    def loss_against(self, other: "Result") -> tuple[float, float, float]:
-        """Accuracy lost against ``other`` on the same videos: (loss, low, high), the interval paired by video."""
-        there = self.asked.any(1)
-        found = stats.bootstrap(
-            (other.right[there].sum(1), self.right[there].sum(1), self.asked[there].sum(1)),
-            lambda before, after, asked, axis=-1: (before.sum(axis) - after.sum(axis)) / asked.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=_RESAMPLES,
-            confidence_level=_CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        return other.accuracy() - self.accuracy(), float(found.low), float(found.high)
-
     def _columns(self, category: str | None) -> tuple[np.ndarray, np.ndarray]:
         chosen = slice(None) if category is None else [CATEGORIES.index(category)]
         return self.right[:, chosen], self.asked[:, chosen]

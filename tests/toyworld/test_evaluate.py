@@ -111,16 +111,6 @@ def test_questions_of_a_video_count_together():
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 400), rel=0.15)  # not over 2000 questions
 
 
-def test_the_loss_is_paired_by_video():
-    right = np.random.default_rng(0).random((300, 5)) < 0.5
-    asked = np.ones_like(right)
-    worse = right.copy()
-    worse[np.flatnonzero(right[:, 0])[:30], 0] = False
-    loss, low, high = result_of(worse, asked).loss_against(result_of(right, asked))
-    assert loss == pytest.approx(30 / 1500)
-    assert 0 < low < loss < high < 0.03
-
-
 def test_a_category_nobody_asked_about_has_no_interval():
     asked = np.zeros((4, 5), bool)
     asked[:, 0] = True
