@@ -1,4 +1,4 @@
-# make demo         a video question through the compressed model, on a tiny model built on the spot
+# make demo         questions about a video through the full and the compressed model, a small one that comes along
 # make test         ruff, mypy and the tests
 # make test-matrix  the tests once more with other transformers, each in an environment of its own
 # make clean        remove the environments and every cache

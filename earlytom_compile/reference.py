@@ -44,7 +44,7 @@ RELEASED_MAX_WINDOW = 8  # the released code's default of its environment variab
 
 WINDOW = 8  # most frames among which representatives are looked for together
 FADING = 0.75  # of a token's likeness, what is left one merged frame further away
-TIE = 1e-3  # gains closer than this are equal: rounding must not choose among copies of a token
+TIE = 1e-3  # gains this close are equal: rounding must not choose among copies of a token
 
 Segment = tuple[int, int]  # first and last frame, both inclusive
 
@@ -427,7 +427,7 @@ def select_representatives(features: Tensor, *, frames_in: int, retain_ratio: fl
     The frames are cut into ceil(N / 8) windows, sizes differing by at most 1, longer first. The first n frames
     together keep floor(K * n / N) tokens wherever a window ends, and each window keeps what brings the sum there. In
     a window, the next token is always the one that raises the sum over all tokens of their likeness
-    (:func:`_likeness`) to the nearest kept one most; gains closer than ``TIE`` to the largest are as good, and of
+    (:func:`_likeness`) to the nearest kept one most; gains within ``TIE`` of the largest are as good, and of
     these the lower index wins.
 
     Raises EarlyTomConfigError for a wrong shape or dtype, non-finite features, options out of range, or K > N * P.

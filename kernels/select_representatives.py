@@ -1,4 +1,4 @@
-"""Which tokens stand for all others of a video (``variant="plus"``, in the place of algorithm.md's stage 2).
+"""Which tokens stand for all others of a video (``variant="plus"``, in the place of ``select_tokens``).
 
 ::
 
@@ -36,7 +36,8 @@ def select_representatives(features: Tensor, counts: Tensor, budget: int) -> tup
     A video's n frames are cut into ceil(n / 8) windows, their sizes differing by at most 1, larger first. The window
     of frames [b, e) keeps floor(budget e / n) - floor(budget b / n) tokens: again and again the token j not kept yet
     with the largest gain sum_i max(0, S_ij - c_i), where c_i is the largest S_ik of the tokens k kept so far (0 at
-    first). Of gains within 0.001 of the largest, the lower index wins.
+    first) and S_ij says how well j stands for i: with x_i less the mean of the window's tokens, |x_i| / mean |x| *
+    max(0, cos(x_i, x_j)) * 0.75^(frames between them). Of gains within 0.001 of the largest, the lower index wins.
 
     Args:
         features: [N, P, D], any floating dtype and strides; the merged frames of all videos, in order, as they
@@ -132,7 +133,6 @@ def _windows(frames: int) -> list[tuple[int, int]]:
 def _similarity(window: Tensor) -> Tensor:
     """float32 [n, n], from the n = m P tokens of m frames [m, P, D]: how well each (row) stands for each (column).
 
-    With x_i less the mean of all x, S_ij = |x_i| / mean |x| * max(0, cos(x_i, x_j)) * 0.75^(frames between them).
     Without the mean, which all tokens share, every cosine is close to 1. Nothing stands for a token equal to the mean.
     """
     x = window.flatten(0, 1).float()

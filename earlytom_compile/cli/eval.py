@@ -14,6 +14,7 @@ from rich.console import Console
 from ..benchmark.environment import environment
 from ..errors import EarlyTomConfigError
 from .loading import load_checkpoint, progress_bars
+from .outputs import check_outputs
 
 _FILE_WIDTH = 130  # columns, where nobody watches
 
@@ -25,7 +26,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         from ..toyworld import evaluate, report
         from ..toyworld.model import WEIGHTS
     except ImportError as error:
-        raise EarlyTomConfigError(f"{error}: pip install 'earlytom-compile[toy]' brings what it needs.") from error
+        raise EarlyTomConfigError(f"{error}: pip install '.[toy]' in the repository brings what it needs.") from error
     transformers.utils.logging.disable_progress_bar()
     progress_on, console = Console(stderr=True), Console(highlight=False)
     if not console.is_terminal:
@@ -65,3 +66,4 @@ def _check(arguments: argparse.Namespace) -> None:
     wrong = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
     if wrong:
         raise EarlyTomConfigError(f"retain_ratios: {wrong[0]} must be in (0, 1].")
+    check_outputs(arguments)

@@ -14,7 +14,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     Raises :class:`EarlyTomConfigError` for a place that cannot be written to, or for plots without matplotlib.
     """
     for name in ("json", "markdown", "trace"):
-        path = getattr(arguments, name)
+        path = getattr(arguments, name, None)
         if path:
             if Path(path).is_dir():
                 raise EarlyTomConfigError(f"{name}={path!r}: that is a folder; name a file in it.")

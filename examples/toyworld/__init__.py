@@ -4,10 +4,19 @@ world.py      videos: scenes, cuts, pans, flashes, drawn as uint8 frames, or enc
 questions.py  multiple-choice questions with answers that are known by construction
 language.py   the words of those questions and their tokenizer
 model.py      a LlavaOnevisionForConditionalGeneration of their size, and its checkpoint folder
+checkpoint.py a LLaVA-OneVision of any size as a checkpoint folder
+batches.py    training batches, and rows of questions
+answers.py    answers to many questions in one pass
 train.py      the training script
 methods.py    ways to fewer video tokens: EarlyTom, its parts, and trivial baselines
 evaluate.py   accuracy by method, ratio and category
 kept.py       what the tokens show that a selection keeps
+
+report.py     the table, JSON, Markdown and plots of evaluate.py
+weights/      the trained checkpoint
+
+Videos, questions, language and weights belong together: whoever changes one of the first three trains anew
+(test_weights.py fails until then).
 
 In the repository this folder is ``examples/toyworld``; installed it is ``earlytom_compile.toyworld``, so that
 ``earlytom demo`` and ``earlytom eval --toy`` find it.

@@ -9,7 +9,7 @@ is at most one question of each category.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from .answers import answer_logits, normalized
 from .batches import IGNORED, rows_of
 from .methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, Model, method
 from .questions import CATEGORIES, Question, ask
-from .world import rng_of, sample_video
+from .world import HELD_OUT, rng_of, sample_video
 
 RATIOS = (0.25, 0.20, 0.15, 0.10)
 _AT_ONCE = 50
@@ -30,16 +30,23 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Questions:
-    """Videos as the model sees them, uint8 [V, 8, 96, 96, 3], and what is asked about each."""
+    """Videos as the model sees them, uint8 [V, 8, 96, 96, 3], what is asked about each, and which of them, bool [V],
+    show a pair of colour and shape that no training video does."""
 
     frames: torch.Tensor
     asked: list[list[Question]]
+    held_out: np.ndarray
 
     @property
     def chance(self) -> dict[str, float]:
         """Share of right answers by guessing among the choices, by category."""
         every = [question for questions in self.asked for question in questions]
         return {c: float(np.mean([q.chance for q in every if q.category == c] or [np.nan])) for c in CATEGORIES}
+
+    @property
+    def overall_chance(self) -> float:
+        """The same over all questions."""
+        return float(np.mean([question.chance for questions in self.asked for question in questions]))
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,10 @@ class Result:
         ).confidence_interval
         return float(found.low), float(found.high)
 
+    def of(self, videos: np.ndarray) -> "Result":
+        """The same for some of the videos, bool [V]."""
+        return replace(self, right=self.right[videos], asked=self.asked[videos])
+
     def _columns(self, category: str | None) -> tuple[np.ndarray, np.ndarray]:
         chosen = slice(None) if category is None else [CATEGORIES.index(category)]
         return self.right[:, chosen], self.asked[:, chosen]
@@ -102,13 +113,14 @@ def load_questions(
     split: str, first: int, videos: int, advance: Callable[[], None] = lambda: None
 ) -> Questions:
     """Videos ``first`` to ``first + videos - 1`` of ``split``, and one question of each category about each."""
-    frames, asked = [], []
+    frames, asked, held_out = [], [], []
     for seed in range(first, first + videos):
         video = sample_video(split, seed)
         frames.append(torch.from_numpy(video.frames()))
         asked.append(list(ask(video, rng_of(split, seed, stream=3)).values()))
+        held_out.append(any(thing.pair in HELD_OUT for thing in video.things))
         advance()
-    return Questions(torch.stack(frames), asked)
+    return Questions(torch.stack(frames), asked, np.array(held_out))
 
 
 @torch.no_grad()

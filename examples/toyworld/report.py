@@ -1,8 +1,10 @@
 """What ``earlytom eval --toy`` prints and writes: a table of all rows, the same as JSON and Markdown, and plots.
 
 | method         | ratio | tokens | accuracy          | of all tokens' | appearance | motion | ...
-| all tokens     |       |    128 | 97.1 (96.5, 97.7) |                |       99.0 |   93.0 | ...
-| earlytom paper |   10% |     13 | 90.2 (89.1, 91.3) |          92.9% |       97.0 |   70.0 | ...
+| all tokens     |       |    128 | 97.1 (96.5-97.7)  |                |       99.0 |   93.0 | ...
+| earlytom paper |   10% |     13 | 90.2 (89.1-91.3)  |          92.9% |       97.0 |   70.0 | ...
+
+(made-up numbers)
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from .questions import CATEGORIES
 HEADINGS = ("method", "ratio", "tokens", "accuracy (95% CI)", "of all tokens'", *CATEGORIES)
 
 
-def rows(results: Sequence[Result], chance: dict[str, float]) -> list[tuple[str, ...]]:
+def rows(results: Sequence[Result], questions: Questions) -> list[tuple[str, ...]]:
     """Cells: accuracies in percent, a row for each result, and guessing last."""
     full = next((result.accuracy() for result in results if result.method == ALL_TOKENS), 0.0)
     cells = []
@@ -35,7 +37,28 @@ def rows(results: Sequence[Result], chance: dict[str, float]) -> list[tuple[str,
                 *(f"{100 * result.accuracy(category):.1f}" for category in CATEGORIES),
             )
         )
-    return [*cells, ("guessing", "", "", "", "", *(f"{100 * chance[category]:.1f}" for category in CATEGORIES))]
+    chance = questions.chance
+    guessing = ("guessing", "", "", f"{100 * questions.overall_chance:.1f}", "")
+    return [*cells, (*guessing, *(f"{100 * chance[category]:.1f}" for category in CATEGORIES))]
+
+
+def unseen_pairs(results: Sequence[Result], questions: Questions) -> dict[str, Any]:
+    """How the model fares with all tokens where a video shows a pair of colour and shape that training never did."""
+    full = next(result for result in results if result.method == ALL_TOKENS)
+    found = {}
+    for name, videos in (("with an unseen pair", questions.held_out), ("without", ~questions.held_out)):
+        part = full.of(videos)
+        found[name] = {"videos": int(videos.sum()), "accuracy": part.accuracy(), "interval": list(part.interval())}
+    return found
+
+
+def _unseen_text(results: Sequence[Result], questions: Questions) -> str:
+    parts = [
+        f"{100 * part['accuracy']:.1f} ({100 * part['interval'][0]:.1f}-{100 * part['interval'][1]:.1f}) in the "
+        f"{part['videos']} videos {name}"
+        for name, part in unseen_pairs(results, questions).items()
+    ]
+    return "Pairs of colour and shape never seen in training, all tokens: " + ", ".join(parts) + "."
 
 
 def table(results: Sequence[Result], questions: Questions) -> Table:
@@ -43,8 +66,9 @@ def table(results: Sequence[Result], questions: Questions) -> Table:
     drawn = Table(title=_title(results), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(HEADINGS):
         drawn.add_column(heading, justify="right" if index else "left", overflow="fold")
-    for cells in rows(results, questions.chance):
+    for cells in rows(results, questions):
         drawn.add_row(*cells)
+    drawn.caption, drawn.caption_justify = _unseen_text(results, questions), "left"
     return drawn
 
 
@@ -52,12 +76,15 @@ def markdown(results: Sequence[Result], questions: Questions, about: dict[str, A
     """The command, where it ran, and the table."""
     lines = [f"`{about['command']}`", "", ", ".join(f"{k} {v}" for k, v in about.items() if k != "command"), ""]
     lines += [_title(results) + ":", "", _markdown_row(HEADINGS), _markdown_row(["---"] * len(HEADINGS))]
-    return "\n".join([*lines, *map(_markdown_row, rows(results, questions.chance))]) + "\n"
+    lines += map(_markdown_row, rows(results, questions))
+    return "\n".join([*lines, "", _unseen_text(results, questions)]) + "\n"
 
 
 def to_dict(results: Sequence[Result], questions: Questions, about: dict[str, Any]) -> dict[str, Any]:
     """For JSON."""
-    return {**about, "chance": questions.chance, "results": [result.to_dict() for result in results]}
+    chance = {"overall": questions.overall_chance, **questions.chance}
+    unseen = unseen_pairs(results, questions)
+    return {**about, "chance": chance, "unseen pairs": unseen, "results": [result.to_dict() for result in results]}
 
 
 def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:

@@ -17,7 +17,6 @@ A run that finds its own state in ``--output`` continues there. At the end the f
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaOnevisionForConditionalGeneration
@@ -40,7 +39,7 @@ QUESTIONS_OF_EACH = 12
 CHECK_VIDEOS = 200
 _CHECK_AT_ONCE = 50
 CHECK_EVERY = 250  # steps
-SAVE_EVERY = 120.0  # seconds
+SAVE_EVERY = 200  # steps
 _MOST_NOISE = 6.0  # standard deviation, in grey levels of 255
 _FEWEST_TOKENS = 0.08
 _WARM_UP = 50  # steps
@@ -181,7 +180,6 @@ class Run:
         self.folder, self.seed, self.accelerator = folder, seed, accelerator
         self.names = [phase.name for phase in phases]
         self.phase, self.step = 0, 0
-        self.saved = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         self._goes_on = self._progress.exists()
         if self._goes_on:
@@ -213,7 +211,6 @@ class Run:
         self.accelerator.save_state(str(self.folder / "state"))
         if self.accelerator.is_main_process:
             self._progress.write_text(json.dumps({"seed": self.seed, "phase": self.phase, "step": self.step}))
-        self.saved = time.monotonic()
 
     def _forget_what_was_not_saved(self) -> None:
         """Those steps are done again."""
@@ -234,7 +231,9 @@ class Run:
 
 def train(folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: bool = False) -> Path:
     """Run what is left of ``phases`` and return the checkpoint's folder."""
-    accelerator = Accelerator(cpu=cpu)
+    # The vision tower's last norm is no part of what reaches the projector, and gets no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[unused])
     set_seed(seed)
     run = Run(folder, seed, phases, accelerator)
     model = build_model(seed).train()
@@ -243,8 +242,10 @@ def train(folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: b
     while run.phase < len(phases):
         _run_phase(run, model, phases[run.phase], sum(p.steps * p.videos for p in phases[: run.phase]))
         run.phase, run.step = run.phase + 1, 0
-    save(model.eval(), folder / "checkpoint")
-    draw_curves(run.history, folder / "curves.png")
+    if accelerator.is_main_process:
+        save(model.eval(), folder / "checkpoint")
+        draw_curves(run.history, folder / "curves.png")
+    accelerator.wait_for_everyone()
     return folder / "checkpoint"
 
 
@@ -267,7 +268,7 @@ def _run_phase(run: Run, model: LlavaOnevisionForConditionalGeneration, phase: P
             run.record(**{k: v.item() for k, v in losses.items()})
         if phase.weights and (run.step % CHECK_EVERY == 0 or run.step == phase.steps):
             run.record(validation=_check(model))
-        if time.monotonic() - run.saved > SAVE_EVERY:
+        if run.step % SAVE_EVERY == 0:
             run.save()
     accelerator.free_memory()
     if phase.weights is None:
@@ -361,11 +362,13 @@ def draw_curves(history: Path, picture: Path) -> None:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     for name in ("color", "shape", "flashes", "offset", "place", "answers"):
         points = [(starts[line["phase"]] + line["step"], line[name]) for line in lines if name in line]
-        top.plot(*zip(*points, strict=True), label=name) if points else None
+        if points:
+            top.plot(*zip(*points, strict=True), label=name)
     checks = [line for line in lines if "validation" in line]
     for name in CATEGORIES:
         points = [(starts[line["phase"]] + line["step"], line["validation"][name]) for line in checks]
-        bottom.plot(*zip(*points, strict=True), label=name) if points else None
+        if points:
+            bottom.plot(*zip(*points, strict=True), label=name)
     for axes in (top, bottom):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,12 +1,14 @@
 """Counting right answers: what is counted, how sure it is, and the command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pixels import seen
 
 from earlytom_compile.cli.main import main
 from earlytom_compile.toyworld.answers import answer_logits
@@ -14,6 +16,7 @@ from earlytom_compile.toyworld.evaluate import Result, arms, evaluate, load_ques
 from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, method
 from earlytom_compile.toyworld.model import build_model, save
 from earlytom_compile.toyworld.questions import CATEGORIES
+from earlytom_compile.toyworld.world import sample_video
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,25 @@ def test_chance_is_one_over_the_choices(questions):
     for category, chance in questions.chance.items():
         of_category = [q for asked in questions.asked for q in asked if q.category == category]
         assert chance == pytest.approx(np.mean([1 / len(q.choices) for q in of_category]))
+
+
+def test_chance_over_all_questions_counts_each_once(questions):
+    every = [1 / len(q.choices) for asked in questions.asked for q in asked]
+    assert questions.overall_chance == pytest.approx(np.mean(every))
+
+
+def test_videos_with_pairs_that_training_never_shows_are_known(questions):
+    never = {("red", "ring"), ("blue", "triangle"), ("yellow", "cross"), ("white", "circle")}
+    for number, there in enumerate(questions.held_out):
+        shown = {(s.color, s.shape) for s in seen(replace(sample_video("validation", 7 + number), specks={}).frames())}
+        assert bool(there) == bool(shown & never)
+    assert 0 < questions.held_out.sum() < len(questions.held_out)
+
+
+def test_a_part_of_the_videos_is_counted_by_itself():
+    right, asked = np.eye(4, 5, dtype=bool), np.ones((4, 5), bool)
+    part = result_of(right, asked).of(np.array([True, False, False, True]))
+    assert part.accuracy() == pytest.approx(2 / 10) and part.accuracy("appearance") == pytest.approx(1 / 2)
 
 
 def test_a_model_that_always_says_one_word_is_right_where_that_is_the_answer(model, questions, monkeypatch):
@@ -125,6 +147,7 @@ def test_the_command_writes_what_it_prints(model, tmp_path, capsys):
     content = json.loads((tmp_path / "a.json").read_text())
     assert len(content["results"]) == 3 + 2 * len(METHODS)
     assert content["split"] == "test" and content["torch"] == torch.__version__
+    assert sum(part["videos"] for part in content["unseen pairs"].values()) == 6
     table = (tmp_path / "a.md").read_text()
     printed = capsys.readouterr().out
     for name in (ALL_TOKENS, NO_TOKENS, STAGE_1, *METHODS, "guessing"):
@@ -140,6 +163,7 @@ def test_the_command_writes_what_it_prints(model, tmp_path, capsys):
         (["eval", "--toy", "--first", "-1"], "first=-1"),
         (["eval", "--toy", "--retain-ratios", "0.1,2"], "2.0"),
         (["eval", "--toy", "--model", "/nowhere"], "/nowhere"),
+        (["eval", "--toy", "--json", "/"], "folder"),
     ],
 )
 def test_mistakes_are_named(wrong, word, capsys):

@@ -23,7 +23,7 @@ SHORT = (
 def short_checks(monkeypatch):
     monkeypatch.setattr(train, "CHECK_VIDEOS", 5)
     monkeypatch.setattr(train, "_CHECK_AT_ONCE", 5)
-    monkeypatch.setattr(train, "SAVE_EVERY", -1.0)  # after every step
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
 
 
 def weights(folder):

@@ -1,0 +1,49 @@
+"""The checkpoint that comes along answers, and belongs to the world and the language of this version."""
+
+import pytest
+from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
+
+from earlytom_compile.toyworld.evaluate import evaluate, load_questions
+from earlytom_compile.toyworld.language import CHAT_TEMPLATE, build_tokenizer
+from earlytom_compile.toyworld.methods import ALL_TOKENS, NO_TOKENS
+from earlytom_compile.toyworld.model import SHAPE, WEIGHTS
+from earlytom_compile.toyworld.questions import CATEGORIES
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LlavaOnevisionForConditionalGeneration.from_pretrained(WEIGHTS).eval()
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return load_questions("test", first=0, videos=150)
+
+
+def test_it_answers(model, questions):
+    found = evaluate(model, questions, ALL_TOKENS, None)
+    assert found.accuracy() >= 0.9
+    for category in CATEGORIES:
+        assert found.accuracy(category) >= 0.8, category
+
+
+def test_its_answers_come_from_the_video(model, questions):
+    blind = evaluate(model, questions, NO_TOKENS, None)
+    assert blind.accuracy() < questions.overall_chance + 0.1
+
+
+def test_compressed_it_still_answers_most(model, questions):
+    assert evaluate(model, questions, "earlytom plus", 0.25).accuracy() >= 0.85
+
+
+def test_tokenizer_and_chat_template_are_those_of_the_language():
+    saved = AutoTokenizer.from_pretrained(WEIGHTS)
+    assert saved.get_vocab() == build_tokenizer().get_vocab()
+    assert (WEIGHTS / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+
+
+def test_it_has_the_size_of_the_model(model):
+    vision, text = model.config.vision_config, model.config.text_config
+    assert (vision.image_size, vision.patch_size) == (SHAPE.image, SHAPE.patch)
+    assert (vision.num_hidden_layers, vision.hidden_size) == (SHAPE.vision_layers, SHAPE.vision_width)
+    assert (text.num_hidden_layers, text.hidden_size) == (SHAPE.text_layers, SHAPE.text_width)
