@@ -1,6 +1,8 @@
 """The training script: losses fall, a run goes on where it stopped, the checkpoint is one that loads."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,6 +67,29 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch, 
             train.train(tmp_path / "stopped", 4, SHORT, cpu=True)
     assert same(whole, weights(train.train(tmp_path / "stopped", 4, SHORT, cpu=True)))
     assert history(tmp_path / "stopped") == history(tmp_path / "whole")
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from earlytom_compile.toyworld import train
+from earlytom_compile.toyworld.train import Phase
+
+train.CHECK_VIDEOS = train._CHECK_AT_ONCE = 5
+train.SAVE_EVERY = 2
+phases = (Phase("patches", 2, 2, 1e-3, encoder=True), Phase("whole", 2, 2, 1e-3, (1,) * 6, encoder=True, drop=0.5))
+train.train(Path(sys.argv[1]), 4, phases, cpu=True)
+"""
+
+
+def test_two_processes_train_one_model(tmp_path):
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, tmp_path / "script.py", tmp_path / "run"], check=True)
+    assert (tmp_path / "run" / "state" / "random_states_1.pkl").exists()
+    checks = [line for line in history(tmp_path / "run") if "validation" in line]
+    assert [(line["phase"], line["step"]) for line in checks] == [("whole", 2)]  # written once, not by both
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "checkpoint").values())
 
 
 def test_another_seed_is_another_model(tmp_path):
