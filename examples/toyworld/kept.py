@@ -6,8 +6,6 @@ Frames stay unmerged, so that every token is one square of one frame, of which w
 """
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -56,7 +54,7 @@ def _kept(pairs: torch.Tensor, rows: torch.Tensor) -> Kept:
 
 
 @torch.no_grad()
-def main(arguments: list[str] | None = None, show: Callable[[Table], Any] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, default=300, help="of the split validation (%(default)s)")
@@ -68,7 +66,7 @@ def main(arguments: list[str] | None = None, show: Callable[[Table], Any] | None
     for name in videos[0]:
         things, complete = zip(*(video[name] for video in videos), strict=True)
         table.add_row(name, f"{sum(things) / len(videos):.1%}", f"{sum(complete) / len(videos):.1%}")
-    (show or Console().print)(table)
+    Console().print(table)
 
 
 if __name__ == "__main__":
