@@ -1,0 +1,49 @@
+"""What tests of ``generate()`` in place share: inputs in all layouts, and the two sides of a comparison."""
+
+
+import torch
+from oracle import compressed_generate
+
+import earlytom_compile
+from earlytom_compile.integrations.caches import cache_name
+
+OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
+NEW = 6
+
+
+
+LAYOUTS = {
+    "one": {},
+    "batch of different prompts": {"videos_per_row": (1, 1, 1), "before": (1, 6, 3), "after": (4, 1, 9)},
+    "two videos in a row": {"videos_per_row": (2,)},
+    "different numbers of videos": {"videos_per_row": (2, 0, 1)},
+    "left padding": {"videos_per_row": (1, 1), "left_padding": (0, 7)},
+    "images beside videos": {"videos_per_row": (1, 1), "images_per_row": (1, 0)},
+}
+
+
+def compiled(model, **options):
+    return earlytom_compile.compile(model, **{"lowering": "eager", **OPTIONS, **options})
+
+
+def new_tokens(model, inputs, **kwargs):
+    """Generate and check the first promise: the caller's own prompt comes first."""
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **kwargs}
+    output = model.generate(**inputs, **kwargs)
+    prompt = inputs["input_ids"]
+    assert torch.equal(output[:, : prompt.shape[1]], prompt.repeat_interleave(len(output) // len(prompt), 0))
+    return output[:, prompt.shape[1] :]
+
+
+def given(model, cache):
+    """A cache as an argument of the model, by the name that its transformers gives it."""
+    return {cache_name(model.forward): cache}
+
+
+def oracle_tokens(model, inputs, **options):
+    earlytom_compile.restore(model)
+    return compressed_generate(model, inputs, NEW, **{"variant": "paper", **OPTIONS, **options})
+
+
+def graphs_compiled():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
