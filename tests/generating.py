@@ -1,6 +1,5 @@
 """What tests of ``generate()`` in place share: inputs in all layouts, and the two sides of a comparison."""
 
-
 import torch
 from oracle import compressed_generate
 
@@ -9,9 +8,6 @@ from earlytom_compile.integrations.caches import cache_name
 
 OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
 NEW = 6
-
-
-
 LAYOUTS = {
     "one": {},
     "batch of different prompts": {"videos_per_row": (1, 1, 1), "before": (1, 6, 3), "after": (4, 1, 9)},
