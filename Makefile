@@ -21,7 +21,7 @@ MATRIX := 5.17.0 5.23.0 5.24.0
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-matrix clean
+.PHONY: demo test test-matrix types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -30,12 +30,20 @@ demo: .venv/.installed
 test: export OMP_NUM_THREADS := 1
 test: .venv/.installed-test
 	.venv/bin/python -m ruff check .
-	.venv/bin/python -m mypy
+	$(MAKE) types
 	.venv/bin/python $(PYTEST)
 
 test-matrix: export OMP_NUM_THREADS := 1
 test-matrix: $(MATRIX:%=.venv-%/.installed-test)
 	set -e; for version in $(MATRIX); do .venv-$$version/bin/python $(PYTEST); done
+
+# mypy finds modules where files lie, and benchmarks/, kernels/, passes/ and examples/toyworld/ do not lie where they
+# are installed: .linked/ has the package as it is installed.
+types: .venv/.installed-test
+	rm -rf .linked
+	mkdir -p .linked/earlytom_compile
+	ln -s $(addprefix $(CURDIR)/,earlytom_compile/* benchmarks kernels passes examples/toyworld) .linked/earlytom_compile
+	cd .linked && ../.venv/bin/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p earlytom_compile
 
 .venv/.installed: pyproject.toml | .venv/bin/python
 	.venv/bin/python -m pip install --editable .
@@ -54,4 +62,4 @@ $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .
 	$(PYTHON) -m venv $*
 
 clean:
-	rm -rf .venv $(MATRIX:%=.venv-%) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -55,10 +55,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfig
-from earlytom_compile.benchmark.ceilings import Clock, ceilings
-from earlytom_compile.benchmark.measure import timed
-from earlytom_compile.benchmark.replay import record, replay
-from earlytom_compile.benchmark.workload import make_inputs, random_model
+from earlytom_compile.benchmarks.ceilings import Clock, ceilings
+from earlytom_compile.benchmarks.measure import timed
+from earlytom_compile.benchmarks.replay import record, replay
+from earlytom_compile.benchmarks.workload import make_inputs, random_model
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.shapes import config_of, shape_of
@@ -254,7 +254,7 @@ def cases(frames: int, shape: Shape, dtype: torch.dtype, device: str, inductor: 
     torch.compiler.reset()  # the arms of other frame counts count as recompilations
 
     def case(op: str, inputs: tuple[Any, ...], options: dict[str, Any], plain: Any, naive: Any, **facts: Any) -> Case:
-        arms = {"earlytom": functools.partial(getattr(ops, op), **options)}
+        arms: dict[str, Callable[..., Any]] = {"earlytom": functools.partial(getattr(ops, op), **options)}
         if inductor and plain:
             arms["inductor"] = functools.partial(torch.compile(plain, dynamic=False), **options)
         arms["naive"] = functools.partial(naive, **options)
@@ -331,7 +331,7 @@ def take_turns(clock: Clock, case: Case, repeats: int) -> dict[str, list[float]]
     for _ in range(repeats):
         for name, arm in case.arms.items():
             inputs = next(sets)
-            seconds[name].append(clock.seconds(lambda arm=arm, inputs=inputs: arm(*inputs)))
+            seconds[name].append(clock.seconds(functools.partial(arm, *inputs)))
     return seconds
 
 

@@ -5,7 +5,7 @@
     import earlytom_compile.kernels.all_ops   ->   torch.ops.earlytom.<name> for every file of this folder
 """
 
-from . import (
+from earlytom_compile.kernels import (
     append_separators,
     attention_received,
     frame_similarity,

@@ -9,7 +9,7 @@
 import torch
 from torch import Tensor
 
-from .providers import Provider, provide
+from earlytom_compile.kernels.providers import Provider, provide
 
 _WIDEST_HEAD_BYTES = 320  # of the Triton kernels, whose tiles must fit into shared memory
 

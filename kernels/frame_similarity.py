@@ -18,7 +18,7 @@ pair of frames; its float32 sums differ from these by about 1e-6, so that a near
 import torch
 from torch import Tensor
 
-from .providers import Provider, provide
+from earlytom_compile.kernels.providers import Provider, provide
 
 NORM_FLOOR = 1e-15  # a shorter token counts as zero, cosine 0 with every other: its float32 squares vanish
 _CHUNK_ELEMENTS_CPU = 1 << 20  # 8 MB of float64: stays in the cache

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .select_tokens import keep_tokens, read_videos
+from earlytom_compile.kernels.select_tokens import keep_tokens, read_videos
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """``features``, ``importance``, ``dynamic`` and ``counts`` of ``select_tokens``."""

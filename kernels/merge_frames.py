@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .providers import Provider, provide
+from earlytom_compile.kernels.providers import Provider, provide
 
 
 @torch.library.custom_op("earlytom::merge_frames", mutates_args=())

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .providers import Provider, provide
+from earlytom_compile.kernels.providers import Provider, provide
 
 _VARIANTS = ("paper", "released")
 

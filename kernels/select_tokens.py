@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .providers import Provider, provide
+from earlytom_compile.kernels.providers import Provider, provide
 
 _PLACES = ("device", "host", "auto")
 _MOST_TOKENS = 1024  # of a frame, in the Triton kernels, which compare every token with every other

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_received import check_shapes
+from earlytom_compile.kernels.attention_received import check_shapes
 
 _LEAST_DOT = 16  # elements tl.dot sums over
 _LOAD_BYTES = 16  # of the widest load

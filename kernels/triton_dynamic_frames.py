@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan_merge import check, check_batch, segment_distance
-from .triton_plan_merge import end_of_segment, frames_of, segmentation_arguments
+from earlytom_compile.kernels.plan_merge import check, check_batch, segment_distance
+from earlytom_compile.kernels.triton_plan_merge import end_of_segment, frames_of, segmentation_arguments
 
 _BLOCK = 128
 

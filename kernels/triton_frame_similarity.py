@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .frame_similarity import NORM_FLOOR, check_shape
+from earlytom_compile.kernels.frame_similarity import NORM_FLOOR, check_shape
 
 _MOST_GROUPS = 512  # of positions; as many partial sums are added by one program of the second launch
 _TILE_ELEMENTS = 4096

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .merge_frames import check_shapes
+from earlytom_compile.kernels.merge_frames import check_shapes
 
 _BLOCK = 4096  # with 128 threads four loads of 16 bytes each from 2-byte rows
 

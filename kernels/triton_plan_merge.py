@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan_merge import check, check_batch, float32, longest_segment, plan_distance
+from earlytom_compile.kernels.plan_merge import check, check_batch, float32, longest_segment, plan_distance
 
 _BLOCK = 32  # one frame for each lane
 

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import host_selection
-from .select_tokens import check_budget, check_place, check_shapes, paper_quotas
+from earlytom_compile.kernels import host_selection
+from earlytom_compile.kernels.select_tokens import check_budget, check_place, check_shapes, paper_quotas
 
 _PAIRS = 4096  # comparisons in flight
 _ROWS = 16

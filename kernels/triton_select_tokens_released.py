@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import host_selection
-from .select_tokens import check_place, check_ratio, check_shapes, read_videos, released_quotas
-from .triton_select_tokens import frame_arguments, frame_options, select_frame, slices
+from earlytom_compile.kernels import host_selection
+from earlytom_compile.kernels.select_tokens import check_place, check_ratio, check_shapes, read_videos, released_quotas
+from earlytom_compile.kernels.triton_select_tokens import frame_arguments, frame_options, select_frame, slices
 
 
 def run(

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from . import axis_rules, axis_rules_indexing, axis_rules_layout  # noqa: F401  (register their rules)
-from .axis_algebra import AxisSpace, Dim, Size
-from .axis_call import (
+from earlytom_compile.passes import axis_rules, axis_rules_indexing, axis_rules_layout  # noqa: F401  (register their rules)
+from earlytom_compile.passes.axis_algebra import AxisSpace, Dim, Size
+from earlytom_compile.passes.axis_call import (
     RULES,
     Call,
     NoRule,
@@ -35,8 +35,8 @@ from .axis_call import (
     Value,
     leaves,
 )
-from .axis_rules_indexing import is_weight
-from .reasons import describe
+from earlytom_compile.passes.axis_rules_indexing import is_weight
+from earlytom_compile.passes.reasons import describe
 
 OURS = "earlytom"
 """Namespace of the ops that passes insert: they do what they say, whatever the sizes."""

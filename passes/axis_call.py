@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axis_algebra import AxisSpace, Dim, Kind, Size
-from .reasons import describe
+from earlytom_compile.passes.axis_algebra import AxisSpace, Dim, Kind, Size
+from earlytom_compile.passes.reasons import describe
 
 ONE = Size.of(1)
 Dims = tuple[Dim, ...]

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from .axis_algebra import Dim
-from .axis_call import ONE, Call, Dims, NoRule, Outputs, Path, TensorAxes, rule, wrap
+from earlytom_compile.passes.axis_algebra import Dim
+from earlytom_compile.passes.axis_call import ONE, Call, Dims, NoRule, Outputs, Path, TensorAxes, rule, wrap
 
 POINTWISE = (
     # Arithmetic

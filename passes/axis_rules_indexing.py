@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axis_algebra import Dim, Size
-from .axis_call import ONE, Call, Dims, NoRule, Path, TensorAxes, rule, wrap
+from earlytom_compile.passes.axis_algebra import Dim, Size
+from earlytom_compile.passes.axis_call import ONE, Call, Dims, NoRule, Path, TensorAxes, rule, wrap
 
 Piece = Callable[[Size], Dim]
 """An axis of an indexing result, made once its size is known."""

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axis_algebra import Dim, Size, combine, finest_groups
-from .axis_call import ONE, Call, Dims, NoRule, Outputs, Path, TensorAxes, rule, wrap
+from earlytom_compile.passes.axis_algebra import Dim, Size, combine, finest_groups
+from earlytom_compile.passes.axis_call import ONE, Call, Dims, NoRule, Outputs, Path, TensorAxes, rule, wrap
 
 # Reshapes
 

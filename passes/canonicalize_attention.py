@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from .patterns import CASTS, argument, insert, op_name, shape_of, value_of
+from earlytom_compile.passes.patterns import CASTS, argument, insert, op_name, shape_of, value_of
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from .axes import AxisMap
-from .find_video_boundary import Boundary
-from .insert_token_selection import SelectedTokens
-from .patterns import MOVES, insert, op_name, shape_of, value_of
-from .reasons import NotApplicable
-from .retarget_axes import ResizedAxis
+from earlytom_compile.passes.axes import AxisMap
+from earlytom_compile.passes.find_video_boundary import Boundary
+from earlytom_compile.passes.insert_token_selection import SelectedTokens
+from earlytom_compile.passes.patterns import MOVES, insert, op_name, shape_of, value_of
+from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.retarget_axes import ResizedAxis
 
 
 @dataclass(frozen=True)

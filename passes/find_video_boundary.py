@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from .find_vision_encoder import NORMS, Encoder
-from .patterns import ACTIVATIONS, MOVES, argument, op_name, peel, readers, shape_of
-from .reasons import NotApplicable
+from earlytom_compile.passes.find_vision_encoder import NORMS, Encoder
+from earlytom_compile.passes.patterns import ACTIVATIONS, MOVES, argument, op_name, peel, readers, shape_of
+from earlytom_compile.passes.reasons import NotApplicable
 
 POOLS = frozenset(("interpolate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d"))
 _PROJECTOR = NORMS | ACTIVATIONS | MOVES | {"linear"}

@@ -14,7 +14,17 @@ from itertools import takewhile
 
 from torch.fx import Graph, Node
 
-from .patterns import CASTS, MOVES, argument, module_path, op_name, other_operand, peel, readers, shape_of
+from earlytom_compile.passes.patterns import (
+    CASTS,
+    MOVES,
+    argument,
+    module_path,
+    op_name,
+    other_operand,
+    peel,
+    readers,
+    shape_of,
+)
 
 NORMS = frozenset(("layer_norm", "rms_norm"))
 _MLP_SEARCH_LIMIT = 24  # nodes between the second norm and the second add; the widest known MLPs have 8

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .reasons import NotApplicable, describe
+from earlytom_compile.passes.reasons import NotApplicable, describe
 
 _IN_PLACE = frozenset(
     [

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..config import EarlyTomConfig
-from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
-from .find_video_boundary import Boundary
-from .find_vision_encoder import Block
-from .patterns import insert, shape_of, value_of
-from .reasons import NotApplicable
-from .retarget_axes import ResizedAxis
+from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
+from earlytom_compile.passes.find_video_boundary import Boundary
+from earlytom_compile.passes.find_vision_encoder import Block
+from earlytom_compile.passes.patterns import insert, shape_of, value_of
+from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.retarget_axes import ResizedAxis
 
 _FEWEST_MERGEABLE = 4
 """A segment's head and tail never merge, and a merge needs two frames between them."""

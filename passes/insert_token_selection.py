@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from ..config import EarlyTomConfig
-from .find_video_boundary import Boundary
-from .insert_frame_merge import MergedVideo
-from .patterns import insert, shape_of, value_of
-from .reasons import NotApplicable
-from .retarget_axes import ResizedAxis
+from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.passes.find_video_boundary import Boundary
+from earlytom_compile.passes.insert_frame_merge import MergedVideo
+from earlytom_compile.passes.patterns import insert, shape_of, value_of
+from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.retarget_axes import ResizedAxis
 
 
 @dataclass(frozen=True)

@@ -23,19 +23,19 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
-from ..config import EarlyTomConfig
-from ..errors import EarlyTomError
-from ..kernels.providers import provider_of
-from .canonicalize_attention import canonicalize_attention
-from .compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
-from .find_video_boundary import Boundary, find_video_boundary
-from .find_vision_encoder import Encoder, find_vision_encoder
-from .graph_order import stable_topological_sort
-from .insert_frame_merge import MergedVideo, insert_frame_merge
-from .insert_token_selection import SelectedTokens, insert_token_selection
-from .patterns import op_name, value_of
-from .reasons import NotApplicable
-from .retarget_axes import ResizedAxis, retarget_axes
+from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.errors import EarlyTomError
+from earlytom_compile.kernels.providers import provider_of
+from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
+from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
+from earlytom_compile.passes.find_video_boundary import Boundary, find_video_boundary
+from earlytom_compile.passes.find_vision_encoder import Encoder, find_vision_encoder
+from earlytom_compile.passes.graph_order import stable_topological_sort
+from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge
+from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
+from earlytom_compile.passes.patterns import op_name, value_of
+from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .axes import AxisMap
-from .axis_algebra import Dim, Kind, Relation, Size, combine
-from .axis_call import Path, ScalarValue, Site, TensorAxes
-from .reasons import NotApplicable, describe
+from earlytom_compile.passes.axes import AxisMap
+from earlytom_compile.passes.axis_algebra import Dim, Kind, Relation, Size, combine
+from earlytom_compile.passes.axis_call import Path, ScalarValue, Site, TensorAxes
+from earlytom_compile.passes.reasons import NotApplicable, describe
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from .patterns import module_path
+from earlytom_compile.passes.patterns import module_path
 
 
 class NotApplicable(Exception):

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .axes import AxisMap
-from .axis_call import Path, Site
-from .graph_order import stable_order, stable_topological_sort, writes
-from .new_sizes import Combined, NewSizes, Plan, ResizedAxis, SizeOf
+from earlytom_compile.passes.axes import AxisMap
+from earlytom_compile.passes.axis_call import Path, Site
+from earlytom_compile.passes.graph_order import stable_order, stable_topological_sort, writes
+from earlytom_compile.passes.new_sizes import Combined, NewSizes, Plan, ResizedAxis, SizeOf
 
 log = logging.getLogger(__name__)
 

@@ -33,9 +33,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .find_vision_encoder import Block
-from .graph_order import writes
-from .patterns import module_path, op_name, value_of
+from earlytom_compile.passes.find_vision_encoder import Block
+from earlytom_compile.passes.graph_order import writes
+from earlytom_compile.passes.patterns import module_path, op_name, value_of
 
 _ENTER = frozenset(("_enter_autocast", "_enter_inference_mode"))
 _EXIT = frozenset(("_exit_autocast", "_exit_inference_mode"))

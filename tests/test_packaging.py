@@ -22,7 +22,7 @@ def wheel(tmp_path_factory):
     """The wheel, built from a copy so that building leaves nothing in the repository."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("earlytom_compile", "passes", "kernels", "examples"):
+    for name in ("earlytom_compile", "benchmarks", "passes", "kernels", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -59,7 +59,7 @@ def run_in_root(python, code, *flags):
 def test_the_wheel_has_one_top_level_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"earlytom_compile"}
-    for folder in ("passes", "kernels"):
+    for folder in ("benchmarks", "passes", "kernels"):
         there = {name.removeprefix("earlytom_compile/") for name in names if f"/{folder}/" in name}
         assert there == {f"{folder}/{file.name}" for file in (ROOT / folder).glob("*.py")}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..benchmark.arms import Arm, choose, make_arms
-from ..benchmark.ceilings import Clock, ceilings
-from ..benchmark.environment import environment
-from ..benchmark.floor import Work, floor, work_of
-from ..benchmark.measure import Result, measure
-from ..benchmark.profile import Trace, profile_arms
-from ..benchmark.results import Workload, tables, to_dict, to_markdown, write_plots
-from ..benchmark.workload import make_inputs, random_model
+from ..benchmarks.arms import Arm, choose, make_arms
+from ..benchmarks.ceilings import Clock, ceilings
+from ..benchmarks.environment import environment
+from ..benchmarks.floor import Work, floor, work_of
+from ..benchmarks.measure import Result, measure
+from ..benchmarks.profiling import Trace, profile_arms
+from ..benchmarks.results import Workload, tables, to_dict, to_markdown, write_plots
+from ..benchmarks.workload import make_inputs, random_model
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..shapes import ModelShape, config_of, shape_of

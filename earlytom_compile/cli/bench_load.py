@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from ..benchmark.arms import choose
-from ..benchmark.load import make_prompts, make_servers, measure_load
-from ..benchmark.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
+from ..benchmarks.arms import choose
+from ..benchmarks.load import make_prompts, make_servers, measure_load
+from ..benchmarks.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from ..errors import EarlyTomConfigError
 from .loading import progress_bars
 

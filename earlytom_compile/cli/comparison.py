@@ -25,7 +25,7 @@ from rich.table import Table
 
 import earlytom_compile
 
-from ..benchmark.arms import twin_of
+from ..benchmarks.arms import twin_of
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.prefill import CompiledPrefill

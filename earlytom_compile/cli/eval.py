@@ -4,6 +4,7 @@ Draw the videos of a split -> ask about each, with all tokens and with what each
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import transformers
 from rich.console import Console
 
-from ..benchmark.environment import environment
+from ..benchmarks.environment import environment
 from ..errors import EarlyTomConfigError
 from .loading import load_checkpoint, progress_bars
 from .outputs import check_outputs
@@ -41,9 +42,8 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         )
         for name, ratio in arms:
             task = progress.add_task(name if ratio is None else f"{name}, {ratio:.0%}", total=arguments.videos)
-            results.append(
-                evaluate.evaluate(model, questions, name, ratio, options, lambda n, t=task: progress.advance(t, n))
-            )
+            answered = functools.partial(progress.advance, task)
+            results.append(evaluate.evaluate(model, questions, name, ratio, options, answered))
     console.print(report.table(results, questions))
     about = {**environment(model.device), "split": arguments.split, "first video": arguments.first}
     if arguments.json:

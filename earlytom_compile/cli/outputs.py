@@ -4,7 +4,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ..benchmark.results import require_matplotlib
+from ..benchmarks.results import require_matplotlib
 from ..errors import EarlyTomConfigError
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from .batches import BEFORE, IDS, IGNORED, Rows
+from earlytom_compile.toyworld.batches import BEFORE, IDS, IGNORED, Rows
 
 _PREFIX, _NOT_THERE = -2, -3  # beside the numbers of the questions
 

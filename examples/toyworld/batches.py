@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .language import SPECIAL_TOKENS, WORDS, prompt
-from .model import GRID, POOLED
-from .questions import TRAINING_CATEGORIES, Question, all_questions, draw
-from .world import COLORS, FRAMES, SHAPES, SIZE, Video, mask_of, rng_of, sample_video
+from earlytom_compile.toyworld.language import SPECIAL_TOKENS, WORDS, prompt
+from earlytom_compile.toyworld.model import GRID, POOLED
+from earlytom_compile.toyworld.questions import TRAINING_CATEGORIES, Question, all_questions, draw
+from earlytom_compile.toyworld.world import COLORS, FRAMES, SHAPES, SIZE, Video, mask_of, rng_of, sample_video
 
 IDS = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
 BEFORE, AFTER = (text.split() for text in prompt("|").split("<video> | "))

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from scipy import stats
 
-from .answers import answer_logits, normalized
-from .batches import IGNORED, rows_of
-from .methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, Model, method
-from .questions import CATEGORIES, Question, ask
-from .world import HELD_OUT, rng_of, sample_video
+from earlytom_compile.toyworld.answers import answer_logits, normalized
+from earlytom_compile.toyworld.batches import IGNORED, rows_of
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, Model, method
+from earlytom_compile.toyworld.questions import CATEGORIES, Question, ask
+from earlytom_compile.toyworld.world import HELD_OUT, rng_of, sample_video
 
 RATIOS = (0.25, 0.20, 0.15, 0.10)
 _AT_ONCE = 50

@@ -14,12 +14,11 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from earlytom_compile import reference
 from earlytom_compile.config import EarlyTomConfig
-
-from .answers import normalized
-from .batches import cells
-from .methods import Encoded, Model, encode
-from .model import POOLED, WEIGHTS
-from .world import FRAMES, Video, sample_video
+from earlytom_compile.toyworld.answers import normalized
+from earlytom_compile.toyworld.batches import cells
+from earlytom_compile.toyworld.methods import Encoded, Model, encode
+from earlytom_compile.toyworld.model import POOLED, WEIGHTS
+from earlytom_compile.toyworld.world import FRAMES, Video, sample_video
 
 Kept = tuple[float, bool]
 """Share of the kept tokens that show a thing; whether every pair of colour and shape kept a token."""

@@ -6,8 +6,8 @@
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .questions import NUMBERS, WAYS
-from .world import COLORS, SHAPES, SPEEDS
+from earlytom_compile.toyworld.questions import NUMBERS, WAYS
+from earlytom_compile.toyworld.world import COLORS, SHAPES, SPEEDS
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>", "<unk>")
 """In the order of their ids, from 0 on; the names are those of LLaVA-OneVision's checkpoints."""

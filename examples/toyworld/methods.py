@@ -19,10 +19,9 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 import earlytom_compile
 from earlytom_compile import reference
-from earlytom_compile.benchmark.arms import twin_of
+from earlytom_compile.benchmarks.arms import twin_of
 from earlytom_compile.config import EarlyTomConfig
-
-from .model import POOLED
+from earlytom_compile.toyworld.model import POOLED
 
 Compress = Callable[[torch.Tensor], torch.Tensor]
 """Pixels of one video, [8, 3, 96, 96], to the tokens [K, C] that the language model gets."""

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from .checkpoint import TinySize, save_checkpoint
-from .checkpoint import build_model as build_tiny_model
-from .language import CHAT_TEMPLATE, build_tokenizer
-from .world import FRAMES, SIZE
+from earlytom_compile.toyworld.checkpoint import TinySize, save_checkpoint
+from earlytom_compile.toyworld.checkpoint import build_model as build_tiny_model
+from earlytom_compile.toyworld.language import CHAT_TEMPLATE, build_tokenizer
+from earlytom_compile.toyworld.world import FRAMES, SIZE
 
 SHAPE = TinySize(image=SIZE, patch=12, vision_layers=8, vision_width=64, text_layers=4, text_width=128)
 GRID = SIZE // SHAPE.patch

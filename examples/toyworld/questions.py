@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import COLORS, DIRECTIONS, SHAPES, SIZE, SPEEDS, Scene, Thing, Video
+from earlytom_compile.toyworld.world import COLORS, DIRECTIONS, SHAPES, SIZE, SPEEDS, Scene, Thing, Video
 
 CATEGORIES = ("appearance", "motion", "counting", "order", "needle")
 TRAINING_CATEGORIES = (*CATEGORIES, "place")

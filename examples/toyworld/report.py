@@ -14,9 +14,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .evaluate import Questions, Result
-from .methods import ALL_TOKENS, METHODS
-from .questions import CATEGORIES
+from earlytom_compile.toyworld.evaluate import Questions, Result
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS
+from earlytom_compile.toyworld.questions import CATEGORIES
 
 HEADINGS = ("method", "ratio", "tokens", "accuracy (95% CI)", "of all tokens'", *CATEGORIES)
 

@@ -29,11 +29,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from .answers import answer_logits, normalized
-from .batches import IGNORED, Cells, PatchBatch, QuestionBatch, patch_batch, question_batch
-from .model import GRID, POOLED, SHAPE, VIDEO_TOKENS, build_model, save
-from .questions import CATEGORIES, TRAINING_CATEGORIES
-from .world import COLORS, SHAPES
+from earlytom_compile.toyworld.answers import answer_logits, normalized
+from earlytom_compile.toyworld.batches import IGNORED, Cells, PatchBatch, QuestionBatch, patch_batch, question_batch
+from earlytom_compile.toyworld.model import GRID, POOLED, SHAPE, VIDEO_TOKENS, build_model, save
+from earlytom_compile.toyworld.questions import CATEGORIES, TRAINING_CATEGORIES
+from earlytom_compile.toyworld.world import COLORS, SHAPES
 
 QUESTIONS_OF_EACH = 12
 CHECK_VIDEOS = 200

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_checkpoint import TinySize, write_checkpoint
 
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.benchmark.measure import Result
+from earlytom_compile.benchmarks.measure import Result
 from earlytom_compile.cli import bench, toolchain
 from earlytom_compile.cli.bench import _ceilings, _model, _trace_path
 from earlytom_compile.cli.main import build_parser, main

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..config import EarlyTomConfig
-from ..flops import Variant, count
-from ..shapes import ModelShape
+from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.flops import Variant, count
+from earlytom_compile.shapes import ModelShape
 
 
 @dataclass(frozen=True)

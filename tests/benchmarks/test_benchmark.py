@@ -14,12 +14,12 @@ from tiny_models import tiny_llava_onevision, tokens_per_frame
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.benchmark import measure as measuring
-from earlytom_compile.benchmark.arms import Arm, choose, make_arms
-from earlytom_compile.benchmark.breakdown import STAGES, Breakdown
-from earlytom_compile.benchmark.floor import Floor
-from earlytom_compile.benchmark.measure import Result, decode, measure
-from earlytom_compile.benchmark.results import (
+from earlytom_compile.benchmarks import measure as measuring
+from earlytom_compile.benchmarks.arms import Arm, choose, make_arms
+from earlytom_compile.benchmarks.breakdown import STAGES, Breakdown
+from earlytom_compile.benchmarks.floor import Floor
+from earlytom_compile.benchmarks.measure import Result, decode, measure
+from earlytom_compile.benchmarks.results import (
     Workload,
     _plot_against_frames,
     _plot_stages,
@@ -28,7 +28,7 @@ from earlytom_compile.benchmark.results import (
     to_markdown,
     write_plots,
 )
-from earlytom_compile.benchmark.workload import make_inputs, make_video, random_model
+from earlytom_compile.benchmarks.workload import make_inputs, make_video, random_model
 from earlytom_compile.shapes import config_of
 
 EAGER = {"lowering": "eager", "merge_layers": (0, 2), "tau_seg": 0.3}

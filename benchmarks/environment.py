@@ -61,7 +61,7 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     """What git says of the checkout this file lies in; None for an installed one, which the version stands for."""
-    if (_HERE.parents[1] / ".git").exists():
+    if (_HERE.parent / ".git").exists():
         return _output("git", "-C", str(_HERE), *arguments)
     return None
 

@@ -22,9 +22,9 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils.hooks import RemovableHandle
 
-from .arms import Arm
-from .breakdown import LLM, STAGES, TOKENS, VISION, Breakdown, break_down, stage_range
-from .failures import attempt
+from earlytom_compile.benchmarks.arms import Arm
+from earlytom_compile.benchmarks.breakdown import LLM, STAGES, TOKENS, VISION, Breakdown, break_down, stage_range
+from earlytom_compile.benchmarks.failures import attempt
 
 Trace = dict[str, Any]
 _THREAD = "stages"  # where a viewer of the trace shows them

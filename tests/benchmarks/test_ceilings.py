@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from earlytom_compile.benchmark.ceilings import Clock, ceilings
+from earlytom_compile.benchmarks.ceilings import Clock, ceilings
 
 
 class Scripted(Clock):

@@ -3,7 +3,7 @@
 workload.py     a model and a prompt with a video of which is known how far it merges
 arms.py         the ways to the first token that are compared
 measure.py      interleaved times, decoding, memory, what was compiled
-profile.py      one call of each under a profiler, and breakdown.py, which reads from the trace where the time went
+profiling.py    one call of each under a profiler, and breakdown.py, which reads from the trace where the time went
 floor.py        the time the work takes at least, at the rates that ceilings.py measures
 failures.py     what happens to an arm for which there is no memory
 environment.py  machine, versions, date and command

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 import earlytom_compile
-
-from ..errors import EarlyTomConfigError
-from ..integrations.caches import cache_of
-from .workload import Inputs, with_video
+from earlytom_compile.benchmarks.workload import Inputs, with_video
+from earlytom_compile.errors import EarlyTomConfigError
+from earlytom_compile.integrations.caches import cache_of
 
 First = tuple[Tensor, Any]
 """The first token [R, 1] and the cache behind it."""

@@ -23,11 +23,10 @@ from torch.nn.functional import pad
 from transformers.generation.streamers import BaseStreamer
 
 import earlytom_compile
-
-from ..integrations.prefill import CompiledPrefill
-from .arms import twin_of
-from .failures import attempt
-from .workload import Inputs, make_inputs
+from earlytom_compile.benchmarks.arms import twin_of
+from earlytom_compile.benchmarks.failures import attempt
+from earlytom_compile.benchmarks.workload import Inputs, make_inputs
+from earlytom_compile.integrations.prefill import CompiledPrefill
 
 REQUESTS_EACH = 2
 """Requests of one client in a round."""

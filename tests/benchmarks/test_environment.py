@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from earlytom_compile.benchmark import environment as module
-from earlytom_compile.benchmark.environment import environment
+from earlytom_compile.benchmarks import environment as module
+from earlytom_compile.benchmarks.environment import environment
 
 CPU = torch.device("cpu")
 
@@ -28,14 +28,14 @@ def test_the_processor_is_called_by_its_model(monkeypatch, tmp_path):
 
 
 def test_the_commit_is_that_of_the_checkout():
-    if not (Path(module.__file__).parents[2] / ".git").exists():
+    if not (Path(module.__file__).parents[1] / ".git").exists():
         pytest.skip("not in a checkout")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert head.stdout.startswith(environment(CPU)["commit"])
 
 
 def test_what_is_not_there_is_left_out(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_HERE", tmp_path / "site-packages" / "earlytom_compile" / "benchmark")
+    monkeypatch.setattr(module, "_HERE", tmp_path / "site-packages" / "earlytom_compile" / "benchmarks")
     assert not {"commit", "changed"} & environment(CPU).keys()
 
 

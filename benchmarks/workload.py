@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EarlyTomConfigError
+from earlytom_compile.errors import EarlyTomConfigError
 
 SCENE_FRAMES = 4
 """EarlyTom keeps first and last frame of a segment and merges pairs between them: 3 of 4 alike stay, once and for all.

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_models import tiny_llava_onevision
 
-from earlytom_compile.benchmark import profile as profiling
-from earlytom_compile.benchmark.arms import make_arms
-from earlytom_compile.benchmark.breakdown import LLM, OVERHEAD, STAGES, TOKENS, VISION, stage_range
-from earlytom_compile.benchmark.profile import profile_arms
-from earlytom_compile.benchmark.workload import make_inputs
+from earlytom_compile.benchmarks import profiling
+from earlytom_compile.benchmarks.arms import make_arms
+from earlytom_compile.benchmarks.breakdown import LLM, OVERHEAD, STAGES, TOKENS, VISION, stage_range
+from earlytom_compile.benchmarks.profiling import profile_arms
+from earlytom_compile.benchmarks.workload import make_inputs
 
 VISION_LAYERS, TEXT_LAYERS, ROWS = 3, 1, 2
 PRODUCTS = {"aten::linear", "aten::addmm", "aten::mm", "aten::matmul"}

@@ -1,18 +1,17 @@
 """The operator benchmark runs on a CPU, and its arms compute what they are compared with."""
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "kernels.py"
+from earlytom_compile.benchmarks import kernels
+
 OPS = {
     "frame_similarity", "merge_frames", "attention_received", "plan_merge", "dynamic_frames", "select_tokens",
     "plan_merge + select_tokens",
@@ -23,8 +22,8 @@ MORE_ARMS = {"attention_received": {"sdpa"}, "select_tokens": {"host", "auto"}}
 
 def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path):
     path = tmp_path / "kernels.json"
-    command = [sys.executable, str(BENCHMARK), "--quick", "--device", "cpu", "--frames", "3", "10", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = ["--quick", "--device", "cpu", "--frames", "3", "10", "--json", str(path)]
+    done = subprocess.run([sys.executable, kernels.__file__, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
     assert result["ceilings"].keys() == {"copy", "matmul"} and "--quick" in result["command"]
@@ -56,15 +55,6 @@ def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path):
     assert f"= {prefill['share']:.1%} of the time to first token" in line
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("kernels_benchmark", BENCHMARK)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
 some = settings(deadline=None, max_examples=40)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -73,10 +63,10 @@ seeds = st.integers(0, 2**32 - 1)
 @given(
     seed=seeds, frames=st.integers(1, 9), tokens=st.integers(1, 7), channels=st.integers(1, 20), band=st.integers(1, 10)
 )
-def test_what_inductor_gets_of_similarities_is_the_operator(benchmark, seed, frames, tokens, channels, band):
+def test_what_inductor_gets_of_similarities_is_the_operator(seed, frames, tokens, channels, band):
     hidden = torch.randn(frames, tokens, channels, generator=torch.Generator().manual_seed(seed))
     expected = torch.ops.earlytom.frame_similarity(hidden, band)
-    torch.testing.assert_close(benchmark.plain_similarity(hidden, band), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(kernels.plain_similarity(hidden, band), expected, atol=1e-6, rtol=0)
 
 
 @some
@@ -86,7 +76,7 @@ def test_what_inductor_gets_of_similarities_is_the_operator(benchmark, seed, fra
     share=st.floats(0, 1),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-def test_what_inductor_gets_of_merging_is_the_operator(benchmark, seed, frames, share, dtype):
+def test_what_inductor_gets_of_merging_is_the_operator(seed, frames, share, dtype):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(frames, 3, 5, generator=generator).to(dtype)
     importance = torch.rand(frames, 3, generator=generator)
@@ -96,7 +86,7 @@ def test_what_inductor_gets_of_merging_is_the_operator(benchmark, seed, frames, 
     n = max(1, round(share * frames))
     source[n:], weight[n:] = 0, 0
     expected = torch.ops.earlytom.merge_frames([hidden, importance], source, weight, n)
-    torch.testing.assert_close(benchmark.plain_merge([hidden, importance], source, weight, n), expected)
+    torch.testing.assert_close(kernels.plain_merge([hidden, importance], source, weight, n), expected)
 
 
 @some
@@ -108,10 +98,10 @@ def test_what_inductor_gets_of_merging_is_the_operator(benchmark, seed, frames, 
     width=st.integers(1, 9),
     scale=st.sampled_from([0.1, 1.0]),
 )
-def test_what_inductor_gets_of_attention_is_the_operator(benchmark, seed, frames, heads, tokens, width, scale):
+def test_what_inductor_gets_of_attention_is_the_operator(seed, frames, heads, tokens, width, scale):
     query, key = torch.randn(2, frames, heads, tokens, width, generator=torch.Generator().manual_seed(seed))
     expected = torch.ops.earlytom.attention_received(query, key, scale)
-    torch.testing.assert_close(benchmark.plain_attention(query, key, scale), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(kernels.plain_attention(query, key, scale), expected, atol=1e-6, rtol=1e-5)
 
 
 @some
@@ -122,7 +112,7 @@ def test_what_inductor_gets_of_attention_is_the_operator(benchmark, seed, frames
     levels=st.sampled_from([1, 3, 1000]),
     share=st.floats(0, 1),
 )
-def test_what_inductor_gets_of_selection_is_the_operator(benchmark, seed, frames, tokens, levels, share):
+def test_what_inductor_gets_of_selection_is_the_operator(seed, frames, tokens, levels, share):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(frames, tokens, 3, generator=generator)
     importance = torch.randint(levels, (frames, tokens), generator=generator) / levels
@@ -130,7 +120,7 @@ def test_what_inductor_gets_of_selection_is_the_operator(benchmark, seed, frames
     inputs = features, importance, dynamic, torch.tensor([frames])
     budget = max(1, round(share * frames * tokens))
     (expected,), _ = torch.ops.earlytom.select_tokens(*inputs, budget)
-    assert torch.equal(benchmark.plain_select(*inputs, budget), expected)
+    assert torch.equal(kernels.plain_select(*inputs, budget), expected)
 
 
 @some
@@ -142,7 +132,7 @@ def test_what_inductor_gets_of_selection_is_the_operator(benchmark, seed, frames
     min_frames=st.integers(1, 6),
 )
 def test_what_inductor_gets_of_the_decisions_is_what_the_operators_decide(
-    benchmark, seed, frames, levels, tau_seg, min_frames
+    seed, frames, levels, tau_seg, min_frames
 ):
     generator = torch.Generator().manual_seed(seed)
     shape = (frames, max(1, frames - 1))
@@ -151,6 +141,6 @@ def test_what_inductor_gets_of_the_decisions_is_what_the_operators_decide(
     segmentation = {"variant": "paper", "tau_seg": tau_seg, "alpha": 0.9, "max_window": 0}
     planning = {**segmentation, "tau_merge": math.nan, "min_frames": min_frames}
     expected = torch.ops.earlytom.plan_merge(similarity, counts, **planning)
-    torch.testing.assert_close(benchmark.plain_plan(similarity, counts, **planning), expected)
+    torch.testing.assert_close(kernels.plain_plan(similarity, counts, **planning), expected)
     dynamic = torch.ops.earlytom.dynamic_frames(similarity, counts, **segmentation)
-    assert torch.equal(benchmark.plain_dynamic(similarity, counts, **segmentation), dynamic)
+    assert torch.equal(kernels.plain_dynamic(similarity, counts, **segmentation), dynamic)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earlytom_compile.benchmark.breakdown import (
+from earlytom_compile.benchmarks.breakdown import (
     LLM,
     NOT_SEPARABLE,
     OVERHEAD,

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 import earlytom_compile
-
-from ..integrations.caches import cache_name
-from .arms import Arm, First
-from .breakdown import Breakdown
-from .failures import attempt
-from .floor import Floor
+from earlytom_compile.benchmarks.arms import Arm, First
+from earlytom_compile.benchmarks.breakdown import Breakdown
+from earlytom_compile.benchmarks.failures import attempt
+from earlytom_compile.benchmarks.floor import Floor
+from earlytom_compile.integrations.caches import cache_name
 
 Progress = Callable[[str], None]
 

@@ -12,8 +12,8 @@ from tiny_checkpoint import TinySize, write_checkpoint
 from tiny_models import tiny_llava_onevision
 
 import earlytom_compile
-from earlytom_compile.benchmark import load as serving
-from earlytom_compile.benchmark.load import (
+from earlytom_compile.benchmarks import load as serving
+from earlytom_compile.benchmarks.load import (
     LoadResult,
     Server,
     closed_loop,
@@ -22,7 +22,7 @@ from earlytom_compile.benchmark.load import (
     make_servers,
     measure_load,
 )
-from earlytom_compile.benchmark.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
+from earlytom_compile.benchmarks.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from earlytom_compile.cli.main import main
 
 EAGER = {"lowering": "eager", "merge_layers": (0, 2), "tau_seg": 0.3}

@@ -24,9 +24,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import EarlyTomConfigError
-from .breakdown import LLM, NOT_SEPARABLE, OVERHEAD, STAGES, TOKENS, VISION, Breakdown
-from .measure import Result, speeds
+from earlytom_compile.benchmarks.breakdown import LLM, NOT_SEPARABLE, OVERHEAD, STAGES, TOKENS, VISION, Breakdown
+from earlytom_compile.benchmarks.measure import Result, speeds
+from earlytom_compile.errors import EarlyTomConfigError
 
 REFERENCE, EAGER = "inductor", "transformers"
 """Arms with all tokens, which the others are compared with."""

@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
-from earlytom_compile.benchmark.replay import record, replay
+from earlytom_compile.benchmarks.replay import record, replay
 
 ops = torch.ops.earlytom
 OPTIONS = {"variant": "paper", "tau_seg": 0.0, "alpha": 0.9, "max_window": 0, "tau_merge": math.nan, "min_frames": 1}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
+from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 
 _PLAN = torch.ops.earlytom.plan_merge.default
 

@@ -16,8 +16,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from .load import PERCENTILES, REQUESTS_EACH, LoadResult, percentiles
-from .results import REFERENCE, _markdown_row, _pyplot
+from earlytom_compile.benchmarks.load import PERCENTILES, REQUESTS_EACH, LoadResult, percentiles
+from earlytom_compile.benchmarks.results import REFERENCE, _markdown_row, _pyplot
 
 _PERCENTILES = "/".join(f"p{share}" for share in PERCENTILES)
 _HEADINGS = (

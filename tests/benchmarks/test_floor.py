@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tiny_models import tiny_llava_onevision, tokens_per_frame
 from torch.utils.flop_counter import FlopCounterMode
 
-from earlytom_compile.benchmark.floor import Work, floor, work_of
-from earlytom_compile.benchmark.workload import make_inputs
+from earlytom_compile.benchmarks.floor import Work, floor, work_of
+from earlytom_compile.benchmarks.workload import make_inputs
 from earlytom_compile.integrations.caches import cache_of
 
 WORDS = 9
