@@ -1,5 +1,6 @@
 # make demo         questions about a video through the full and the compressed model, a small one that comes along
 # make test         ruff, mypy and the tests
+# make test-all     all that draw their inputs with ten times as many of them, and the tests that take long
 # make test-matrix  the tests once more with other transformers, each in an environment of its own
 # make clean        remove the environments and every cache
 #
@@ -21,7 +22,7 @@ MATRIX := 5.17.0 5.23.0 5.24.0
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-matrix types clean
+.PHONY: demo test test-all test-matrix types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -32,6 +33,10 @@ test: .venv/.installed-test
 	.venv/bin/python -m ruff check .
 	$(MAKE) types
 	.venv/bin/python $(PYTEST)
+
+test-all: export OMP_NUM_THREADS := 1
+test-all: .venv/.installed-test
+	.venv/bin/python $(PYTEST) -m '' --hypothesis-profile=long
 
 test-matrix: export OMP_NUM_THREADS := 1
 test-matrix: $(MATRIX:%=.venv-%/.installed-test)
