@@ -1,6 +1,8 @@
 # make demo         questions about a video through the full and the compressed model, a small one that comes along
 # make test         ruff, mypy and the tests
 # make test-all     all that draw their inputs with ten times as many of them, and the tests that take long
+# make gpu          all that only a GPU can tell, in 15 minutes: OUT=folder, FROM=c to go on with stage c, DRY=1 on a CPU
+# make gpu-page     docs/gpu.md from what make gpu found: OUT="folder folder"
 # make test-matrix  the tests once more with other transformers, each in an environment of its own
 # make clean        remove the environments and every cache
 #
@@ -22,7 +24,7 @@ MATRIX := 5.17.0 5.23.0 5.24.0
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all test-matrix types clean
+.PHONY: demo gpu gpu-page test test-all test-matrix types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -41,6 +43,18 @@ test-all: .venv/.installed-test
 test-matrix: export OMP_NUM_THREADS := 1
 test-matrix: $(MATRIX:%=.venv-%/.installed-test)
 	set -e; for version in $(MATRIX); do .venv-$$version/bin/python $(PYTEST); done
+
+# A machine with a GPU is often lent bare and without a network: its own Python is taken if it has what is needed.
+OUT ?= build/gpu
+FROM ?= a
+GPU_NEEDS := torch transformers triton pytest hypothesis rich
+GPU_PYTHON ?= $(shell python3 -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, "$(GPU_NEEDS)".split())))' 2>/dev/null && echo python3)
+
+gpu: $(if $(GPU_PYTHON),,.venv/.installed-test)
+	$(or $(GPU_PYTHON),.venv/bin/python) benchmarks/gpu.py $(OUT) --start $(FROM) $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY),--dry-run)
+
+gpu-page:
+	$(PYTHON) benchmarks/gpu.py $(OUT) --page
 
 # mypy finds modules where files lie, and benchmarks/, kernels/, passes/ and examples/toyworld/ do not lie where they
 # are installed: .linked/ has the package as it is installed.

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "driver": _driver() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["earlytom", *sys.argv[1:]]),
+        "command": _command(sys.orig_argv),
     }
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """As somebody would type it: ``earlytom bench``, ``python -m earlytom_compile.benchmarks.kernels``."""
+    _, *rest = arguments
+    if rest and Path(rest[0]).name == "earlytom":
+        return shlex.join(["earlytom", *rest[1:]])
+    return shlex.join(["python", *rest])
 
 
 def _gpu(device: torch.device) -> str | None:

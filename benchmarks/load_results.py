@@ -16,8 +16,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from earlytom_compile.benchmarks import markdown
 from earlytom_compile.benchmarks.load import PERCENTILES, REQUESTS_EACH, LoadResult, percentiles
-from earlytom_compile.benchmarks.results import REFERENCE, _markdown_row, _pyplot
+from earlytom_compile.benchmarks.results import REFERENCE, _pyplot
 
 _PERCENTILES = "/".join(f"p{share}" for share in PERCENTILES)
 _HEADINGS = (
@@ -111,11 +112,9 @@ def _load_to_dict(load: Load) -> dict[str, Any]:
 
 def load_to_markdown(loads: Sequence[Load], about: dict[str, Any]) -> str:
     """For documents: the tables, and what they need beside them."""
-    lines = [f"`{about['command']}`", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in about.items() if name != "command"), ""]
+    lines = markdown.heading(about)
     for load in loads:
-        lines += [f"{load.title}:", "", _markdown_row(_HEADINGS), _markdown_row(["---"] * len(_HEADINGS))]
-        lines += [*(_markdown_row(row) for row in load.rows()), ""]
+        lines += markdown.table(load.title, _HEADINGS, load.rows())
         lines += [f"- {failure}" for failure in load.failures] + [""] * bool(load.failures)
     return "\n".join(lines)
 

@@ -109,12 +109,12 @@ def _empty_caches(folder: str | None) -> AbstractContextManager[None]:
 
 def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
     """The first two calls. Their caches go with this function: nobody else's memory should have them in it."""
-    compiled = _compile_seconds()
+    compiled = compile_seconds()
     result.cold = timed(arm.first_token, device)[0]
     graphs = _graphs()
     _, (token, cache) = timed(arm.first_token, device)
     result.recompiles = _graphs() - graphs
-    result.compilation = _compile_seconds() - compiled
+    result.compilation = compile_seconds() - compiled
     result.rows, result.cache_tokens = len(token), cache.get_seq_length()
     if arm.compresses:
         report = earlytom_compile.report(arm.model).to_dict()
@@ -172,7 +172,8 @@ def speeds(results: Sequence[Result], against: str) -> dict[str, float]:
     return {name: medians[against] / median for name, median in medians.items()} if against in medians else {}
 
 
-def _compile_seconds() -> float:
+def compile_seconds() -> float:
+    """What Dynamo and its backends have taken in this process so far."""
     return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
 

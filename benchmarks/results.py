@@ -24,6 +24,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from earlytom_compile.benchmarks import markdown
 from earlytom_compile.benchmarks.breakdown import LLM, NOT_SEPARABLE, OVERHEAD, STAGES, TOKENS, VISION, Breakdown
 from earlytom_compile.benchmarks.measure import Result, speeds
 from earlytom_compile.errors import EarlyTomConfigError
@@ -229,22 +230,12 @@ def _to_dict(workload: Workload) -> dict[str, Any]:
 
 def to_markdown(workloads: Sequence[Workload], about: dict[str, Any]) -> str:
     """For documents: the tables, and what they need beside them."""
-    lines = [f"`{about['command']}`", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in about.items() if name != "command"), ""]
+    lines = markdown.heading(about)
     for workload in workloads:
         for section in workload.sections():
-            lines += _markdown_table(*section)
+            lines += markdown.table(*section)
         lines += [f"- {failure}" for failure in workload.failures] + [""] * bool(workload.failures)
     return "\n".join(lines)
-
-
-def _markdown_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    head = [_markdown_row(headings), _markdown_row(["---"] * len(headings))]
-    return [f"{title}:", "", *head, *(_markdown_row(row) for row in rows), ""]
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def write_plots(workloads: Sequence[Workload], folder: Path) -> list[Path]:

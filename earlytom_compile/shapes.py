@@ -97,6 +97,11 @@ SHAPES: dict[str, ModelShape] = {
         vision_layers=10, vision_width=192, vision_heads=6, vision_mlp=768, image_size=224, patch_size=16,
         llm_layers=6, llm_width=256, llm_heads=4, llm_kv_heads=2, llm_mlp=1408, vocab=8192, frames=16,
     ),
+    # Nothing to time: whether a program runs.
+    "cpu-tiny": ModelShape(
+        vision_layers=4, vision_width=32, vision_heads=4, vision_mlp=64, image_size=24, patch_size=4,
+        llm_layers=2, llm_width=48, llm_heads=4, llm_kv_heads=2, llm_mlp=96, vocab=128, frames=8,
+    ),
 }  # fmt: skip
 """Named shapes; the first three are those of the paper's Tables 1, 2 and 6."""
 

@@ -21,6 +21,14 @@ if not torch.cuda.is_available():
 from earlytom_compile import EarlyTomFallbackWarning, reporting  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """``gpu(only=True)``: of no use without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if any(marker.kwargs.get("only") for marker in item.iter_markers("gpu")):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()

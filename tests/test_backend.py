@@ -93,7 +93,7 @@ def test_returned_features_are_those_the_language_model_gets(model, videos_per_r
         assert len(output.video_outputs.last_hidden_state) == sum(frames[-1] for frames in expected.frames_after)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu(only=True)
 @pytest.mark.parametrize("lowering", ["eager", "staged", "whole"])
 @pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("place", ["device", "host"])
@@ -113,7 +113,7 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(place, variant, lowering):
     assert len(names) == 6 and {name: providers[name] for name in names} == dict.fromkeys(names, "triton")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu(only=True)
 @pytest.mark.parametrize("lowering", ["eager", "staged", "whole"])
 def test_representatives_on_a_gpu_are_those_on_the_cpu(lowering):
     """The native body selects there: it is the one operator of frames without a Triton provider."""

@@ -301,7 +301,7 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
     assert len(reached) == 1 and reads.found == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu(only=True)
 @pytest.mark.parametrize("layout", [{}, LAYOUTS["left padding"], LAYOUTS["images beside videos"]])
 def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout):
     model = tiny_llava_onevision(vision_layers=4, text_layers=1).cuda()

@@ -382,7 +382,7 @@ def test_one_graph_of_everything_has_none():
     assert any('need lowering="staged"' in reason for reason in report(model).to_dict()["reasons"])
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.gpu(only=True)
 
 
 @needs_gpu

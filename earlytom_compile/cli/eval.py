@@ -50,7 +50,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         content = report.to_dict(results, questions, about)
         Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if arguments.markdown:
-        Path(arguments.markdown).write_text(report.markdown(results, questions, about), encoding="utf-8")
+        Path(arguments.markdown).write_text(report.to_markdown(results, questions, about), encoding="utf-8")
     if arguments.plot:
         for path in report.write_plots(results, Path(arguments.plot)):
             console.print(f"wrote {path}")

@@ -14,6 +14,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from earlytom_compile.benchmarks import markdown
 from earlytom_compile.toyworld.evaluate import Questions, Result
 from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS
 from earlytom_compile.toyworld.questions import CATEGORIES
@@ -72,12 +73,10 @@ def table(results: Sequence[Result], questions: Questions) -> Table:
     return drawn
 
 
-def markdown(results: Sequence[Result], questions: Questions, about: dict[str, Any]) -> str:
+def to_markdown(results: Sequence[Result], questions: Questions, about: dict[str, Any]) -> str:
     """The command, where it ran, and the table."""
-    lines = [f"`{about['command']}`", "", ", ".join(f"{k} {v}" for k, v in about.items() if k != "command"), ""]
-    lines += [_title(results) + ":", "", _markdown_row(HEADINGS), _markdown_row(["---"] * len(HEADINGS))]
-    lines += map(_markdown_row, rows(results, questions))
-    return "\n".join([*lines, "", _unseen_text(results, questions)]) + "\n"
+    lines = markdown.heading(about) + markdown.table(_title(results), HEADINGS, rows(results, questions))
+    return "\n".join([*lines, _unseen_text(results, questions)]) + "\n"
 
 
 def to_dict(results: Sequence[Result], questions: Questions, about: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +128,3 @@ def _draw(axes: Any, results: Sequence[Result], category: str | None) -> None:
 
 def _title(results: Sequence[Result]) -> str:
     return f"{int(results[0].asked.sum())} questions about {len(results[0].asked)} videos" if results else ""
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

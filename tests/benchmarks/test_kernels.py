@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from earlytom_compile.benchmarks import kernels
+from earlytom_compile.benchmarks import formulas, kernels
 
 OPS = {
     "frame_similarity", "merge_frames", "attention_received", "plan_merge", "dynamic_frames", "select_tokens",
@@ -66,7 +66,7 @@ seeds = st.integers(0, 2**32 - 1)
 def test_what_inductor_gets_of_similarities_is_the_operator(seed, frames, tokens, channels, band):
     hidden = torch.randn(frames, tokens, channels, generator=torch.Generator().manual_seed(seed))
     expected = torch.ops.earlytom.frame_similarity(hidden, band)
-    torch.testing.assert_close(kernels.plain_similarity(hidden, band), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(formulas.plain_similarity(hidden, band), expected, atol=1e-6, rtol=0)
 
 
 @some
@@ -86,7 +86,7 @@ def test_what_inductor_gets_of_merging_is_the_operator(seed, frames, share, dtyp
     n = max(1, round(share * frames))
     source[n:], weight[n:] = 0, 0
     expected = torch.ops.earlytom.merge_frames([hidden, importance], source, weight, n)
-    torch.testing.assert_close(kernels.plain_merge([hidden, importance], source, weight, n), expected)
+    torch.testing.assert_close(formulas.plain_merge([hidden, importance], source, weight, n), expected)
 
 
 @some
@@ -101,7 +101,7 @@ def test_what_inductor_gets_of_merging_is_the_operator(seed, frames, share, dtyp
 def test_what_inductor_gets_of_attention_is_the_operator(seed, frames, heads, tokens, width, scale):
     query, key = torch.randn(2, frames, heads, tokens, width, generator=torch.Generator().manual_seed(seed))
     expected = torch.ops.earlytom.attention_received(query, key, scale)
-    torch.testing.assert_close(kernels.plain_attention(query, key, scale), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(formulas.plain_attention(query, key, scale), expected, atol=1e-6, rtol=1e-5)
 
 
 @some
@@ -120,7 +120,7 @@ def test_what_inductor_gets_of_selection_is_the_operator(seed, frames, tokens, l
     inputs = features, importance, dynamic, torch.tensor([frames])
     budget = max(1, round(share * frames * tokens))
     (expected,), _ = torch.ops.earlytom.select_tokens(*inputs, budget)
-    assert torch.equal(kernels.plain_select(*inputs, budget), expected)
+    assert torch.equal(formulas.plain_select(*inputs, budget), expected)
 
 
 @some
@@ -141,6 +141,6 @@ def test_what_inductor_gets_of_the_decisions_is_what_the_operators_decide(
     segmentation = {"variant": "paper", "tau_seg": tau_seg, "alpha": 0.9, "max_window": 0}
     planning = {**segmentation, "tau_merge": math.nan, "min_frames": min_frames}
     expected = torch.ops.earlytom.plan_merge(similarity, counts, **planning)
-    torch.testing.assert_close(kernels.plain_plan(similarity, counts, **planning), expected)
+    torch.testing.assert_close(formulas.plain_plan(similarity, counts, **planning), expected)
     dynamic = torch.ops.earlytom.dynamic_frames(similarity, counts, **segmentation)
-    assert torch.equal(kernels.plain_dynamic(similarity, counts, **segmentation), dynamic)
+    assert torch.equal(formulas.plain_dynamic(similarity, counts, **segmentation), dynamic)

@@ -15,7 +15,7 @@ from earlytom_compile.benchmarks.workload import make_inputs
 
 VISION_LAYERS, TEXT_LAYERS, ROWS = 3, 1, 2
 PRODUCTS = {"aten::linear", "aten::addmm", "aten::mm", "aten::matmul"}
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+NEEDS_GPU = pytest.mark.gpu(only=True)
 CASES = [
     pytest.param((device, lowering), id=f"{device}-{lowering}", marks=marks)
     for device, marks in (("cpu", ()), ("cuda", NEEDS_GPU))

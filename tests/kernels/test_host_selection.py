@@ -14,6 +14,8 @@ from earlytom_compile.kernels import host_selection, triton_select_tokens, trito
 from earlytom_compile.kernels import select_tokens as declared  # noqa: E402
 from earlytom_compile.kernels.select_tokens import paper_quotas, released_quotas  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 DECLARED = {"paper": declared.select_tokens, "released": declared.select_tokens_released}
 PROVIDERS = {"paper": triton_select_tokens, "released": triton_select_tokens_released}
 OPERATORS = {"paper": ops.select_tokens, "released": ops.select_tokens_released}

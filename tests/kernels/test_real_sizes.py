@@ -10,7 +10,7 @@ from earlytom_compile.kernels.merge_frames import merge_frames
 from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.kernels.select_tokens import select_tokens
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu(only=True)
 
 FRAMES, TOKENS, CHANNELS, HEADS, HEAD_DIM = 32, 729, 1152, 16, 72
 POOLED, WIDTH = 196, 3584  # of the tokens that are selected from

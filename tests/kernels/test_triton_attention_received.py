@@ -13,6 +13,8 @@ import hopper  # noqa: E402
 from earlytom_compile.kernels import triton_attention_received  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 ON_GPU = DEVICE == "cuda"
 TOLERANCE = 1e-5 if ON_GPU else 2e-6
 """Of a row that sums to 1. Tensor cores take float32 apart and lose its last bits."""
@@ -104,7 +106,7 @@ def test_key_out_of_reach_of_every_query_gets_nothing(dtype):
     )
 
 
-@pytest.mark.skipif(not ON_GPU, reason="counts the memory of a GPU")
+@pytest.mark.gpu(only=True)  # counts its memory
 def test_keeps_nothing_as_large_as_an_attention_map():
     query, key = query_and_key(0, (4, 4, 729, 72), torch.bfloat16).to(DEVICE)
     received(query, key, 1.0)

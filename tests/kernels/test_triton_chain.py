@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_map_only
 pytest.importorskip("triton")
 from earlytom_compile.kernels import providers  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 
 def on_device(provider):
     """Takes and gives tensors of the CPU."""

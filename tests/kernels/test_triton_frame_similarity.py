@@ -17,6 +17,8 @@ from earlytom_compile.kernels import triton_frame_similarity  # noqa: E402
 from earlytom_compile.kernels.frame_similarity import frame_similarity as declared  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 TOLERANCE = 3e-6 if DEVICE == "cuda" else 1e-6
 """Tensor cores cut off what float32 would round."""
 some = settings(deadline=None, max_examples=20)
@@ -52,7 +54,7 @@ def test_pairs_of_different_tiles_and_positions_of_one_program(frames, tokens, c
     torch.testing.assert_close(similarity(hidden, band), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes minutes")
+@pytest.mark.gpu(only=True)  # the interpreter takes minutes
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frames", [8, 32, 64, 128])
 def test_is_as_exact_for_the_shapes_of_real_encoders(frames, dtype):

@@ -13,6 +13,8 @@ import hopper  # noqa: E402
 from earlytom_compile.kernels import triton_merge_frames  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 BITS = {2: torch.int16, 4: torch.int32}
 
 

@@ -16,6 +16,8 @@ import hopper  # noqa: E402
 from earlytom_compile.kernels import triton_dynamic_frames, triton_plan_merge  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 interpreter_settings = settings(deadline=None, max_examples=25)
 SEGMENTATION = {"variant": "paper", "tau_seg": 0.5, "alpha": 0.9, "max_window": 0}
 MERGE = {"tau_merge": SEGMENT, "min_frames": 1}

@@ -13,6 +13,8 @@ import hopper  # noqa: E402
 from earlytom_compile.kernels import triton_select_tokens, triton_select_tokens_released  # noqa: E402
 from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 interpreter_settings = settings(deadline=None, max_examples=15)
 FEATURES = [*DTYPES, torch.float64, torch.int64, torch.uint8, torch.bool]
 
