@@ -62,7 +62,7 @@ def add(call: Call, input: Any, other: Any, *, alpha: Any = 1) -> TensorAxes:
 
 SAME_VALUES = (
     "to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "short", "cpu", "cuda",
-    "contiguous", "clone", "detach", "alias", "lift_fresh", "requires_grad", "pin_memory",
+    "contiguous", "clone", "detach", "alias", "get_data_attr", "lift_fresh", "requires_grad", "pin_memory",
 )  # fmt: skip
 
 

@@ -142,10 +142,16 @@ def transpose(call: Call, input: Any, dim0: int, dim1: int) -> TensorAxes:
     return call.moved(input, tuple(dims))
 
 
-@rule("t", "adjoint")
+# torch 2.14 writes x.mT, x.mH and x.H as these operators of aten, 2.11 to 2.13 as attributes (below).
+@rule("t", "adjoint", "mT", "mH", "matrix_H")
 def last_two_swapped(call: Call, input: Any) -> TensorAxes:
     *lead, last = call.dims(input)
     return call.moved(input, (*lead[:-1], last, *lead[-1:]))
+
+
+@rule("numpy_T")
+def reverse(call: Call, input: Any) -> TensorAxes:
+    return call.moved(input, call.dims(input)[::-1])
 
 
 @rule("getattr")

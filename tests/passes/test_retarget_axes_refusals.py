@@ -138,6 +138,7 @@ def test_ops_in_the_way(function, words):
         lambda x: x[-1:], lambda x: x[-2:], lambda x: x[0], lambda x: x[-1], lambda x: x[:], lambda x: x[:4],
         lambda x: x[0:9], lambda x: x.sum(0), lambda x: x.mean(0) + x.max(0).values, lambda x: x.flip(0),
         lambda x: x[:, 1:] + 1, lambda x: x[x > 0], lambda x: x.T @ x, lambda x: x.argmax(0),
+        lambda x: x.mT.mH + 1, lambda x: x.H.T + x.data,
         lambda x: x.view(len(x), 2, 2), lambda x: x + torch.arange(0, 8, 2) / 4,
     ],
 )  # fmt: skip
