@@ -14,6 +14,7 @@ keeps that. This program imports neither torch nor anything of ours: what breaks
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import importlib.util
@@ -63,10 +64,13 @@ STAGES = {
         "prefill", 240, f"{_BENCHMARKS}.prefill",
         dry=("--shape", "cpu-tiny", "--repeats", "1", "--lowering", "eager", "--arms", "transformers,earlytom"),
     ),
-    "c": Stage("kernels", 120, f"{_BENCHMARKS}.kernels", dry=("--quick", "--device", "cpu", "--frames", "5")),
-    "d": Stage("tests", 240, f"{_BENCHMARKS}.gpu_tests", dry=("-k", "triton_merge_frames and refuses")),
+    "c": Stage("kernels", 100, f"{_BENCHMARKS}.kernels", dry=("--quick", "--device", "cpu", "--frames", "5")),
+    "d": Stage(
+        "tests", 150, f"{_BENCHMARKS}.gpu_tests",
+        dry=("tests/kernels/test_triton_merge_frames.py", "-k", "refuses", "-n", "0"),
+    ),
     "e": Stage(
-        "load", 240, "earlytom_compile.cli.main",
+        "load", 200, "earlytom_compile.cli.main",
         ("bench", "--shape", "llava-onevision-0.5b", "--frames", "64", "--max-batch", "8", "--concurrency", "1,8,32",
          "--retain-ratios", "0.1", "--repeats", "2"),
         ("bench", "--shape", "cpu-tiny", "--frames", "4", "--max-batch", "2", "--concurrency", "1,2", "--repeats", "1",
@@ -128,15 +132,13 @@ def _write(path: Path, text: str) -> None:
 def run(stage: Stage, folder: Folder, seconds: float, dry_run: bool) -> Entry:
     """One stage: how it ended and how long it took. Never raises."""
     start = time.monotonic()
-    # CUDA kernels go on when Python is told to stop, and Inductor's compiling processes do too: all of them are one
-    # session, which can be killed together.
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     with folder.log.open("ab") as log:
         log.write(f"\n=== {stage.title}: {shlex.join(stage.command(folder.path, dry_run))}\n".encode())
         log.flush()
         process = subprocess.Popen(
             stage.command(folder.path, dry_run), stdout=log, stderr=log, cwd=ROOT, env=environment,
-            start_new_session=True,
+            process_group=0, preexec_fn=_die_with_parent,
         )  # fmt: skip
         try:
             status = "passed" if process.wait(seconds) == 0 else f"failed (exit status {process.returncode})"
@@ -147,8 +149,15 @@ def run(stage: Stage, folder: Folder, seconds: float, dry_run: bool) -> Entry:
     return {"status": status, "seconds": round(time.monotonic() - start, 1)}
 
 
+def _die_with_parent() -> None:
+    """Else a stage whose program is killed would go on, and take the GPU from whoever continues."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the stage to end, then kill whatever is left of its session."""
+    """Ask the stage to end, then kill whatever is left of it and the processes it started."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             process.send_signal(signal.SIGINT)
@@ -235,6 +244,8 @@ def write_page(folders: Sequence[Path], page: Path = PAGE) -> None:
     """All results as one page; of a stage that ran more than once, what the last folder says."""
     results: Results = {}
     for folder in folders:
+        if not (folder / "results.json").exists():
+            sys.exit(f"{folder}: no results.json there; name the folders that `make gpu` wrote (OUT=...).")
         results |= Folder(folder).load()
     head = "# What ran on a GPU\n\nWritten by `make gpu-page` from what `make gpu` found.\n\n"
     _write(page, head + to_markdown(results))
@@ -263,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if len(arguments.out) > 1:
         parser.error("name one folder to write to")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stage is stopped too
     install()
     stages = {key: stage for key, stage in STAGES.items() if key >= arguments.start}
     folder = Folder(arguments.out[0])

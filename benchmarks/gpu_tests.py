@@ -2,7 +2,7 @@
 
     python -m earlytom_compile.benchmarks.gpu_tests --json tests.json --markdown tests.md -k triton
 
-Runs ``pytest -m gpu tests`` in the repository; further arguments are pytest's.
+Runs ``pytest -m gpu`` in the repository; further arguments are pytest's.
 """
 
 import argparse
@@ -79,9 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path)
     arguments, rest = parser.parse_known_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.chdir(ROOT)
     recorder = Recorder(environment(device), arguments.json, arguments.markdown)
     jobs = ["-n", str(min(_JOBS, max(1, (os.cpu_count() or 2) // 2)))] if find_spec("xdist") else []
-    command = [str(ROOT / "tests"), "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-m", "gpu", *jobs]
+    command = ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-m", "gpu", *jobs]
     return int(pytest.main([*command, *rest], plugins=[recorder]))
 
 

@@ -256,7 +256,7 @@ def main() -> int:
         write(arguments, {**about, **facts, "rows": rows, "prefill": prefill})
         if not prefill:  # once, as soon as the operators themselves are known
             lowering = "eager" if arguments.quick and device == "cpu" else "staged"
-            name = "llava-onevision-7b" if device == "cuda" else "cpu-small"
+            name = "llava-onevision-7b" if device == "cuda" else "cpu-tiny" if arguments.quick else "cpu-small"
             prefill = measure_prefill(name, device, dtype, arguments.repeats, lowering)
             write(arguments, {**about, **facts, "rows": rows, "prefill": prefill})
     console.print(closing_line(prefill), soft_wrap=True)
