@@ -18,7 +18,6 @@ from transformers.utils.hub import cached_file
 
 from ..errors import EarlyTomConfigError
 from ..integrations.preprocess import Processor, conversation, load_processor, torchvision_works
-from ..integrations.video import read_video
 
 Inputs = dict[str, torch.Tensor]
 """``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]."""
@@ -71,6 +70,8 @@ def prepare_inputs(loaded: Loaded, video: str | Path, question: str, *, frames: 
 
         def advance(done: int, of: int) -> None:
             progress.update(task, completed=done, total=of)
+
+        from ..integrations.video import read_video  # timing needs no PyAV, and a lent machine may lack it
 
         clip = read_video(video, frames, progress=advance)
     prompt = loaded.processor.apply_chat_template(conversation(question), add_generation_prompt=True)
