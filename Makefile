@@ -68,8 +68,9 @@ types: .venv/.installed-test
 	.venv/bin/python -m pip install --editable .
 	touch $@
 
+# With torchvision, transformers' own processor reads videos; the environments of test-matrix have the stand-in for it.
 .venv/.installed-test: pyproject.toml | .venv/bin/python
-	.venv/bin/python -m pip install --editable '.[test]'
+	.venv/bin/python -m pip install --editable '.[test]' torchvision
 	touch .venv/.installed $@
 
 $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .venv-%/bin/python

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -65,8 +66,22 @@ def model():
     return tiny_llava_onevision(vision_layers=4, text_layers=1)
 
 
-@pytest.mark.parametrize("lowering", ["eager", "staged", "whole"])
-@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
+def cases(*quick, among):
+    """All ``among``, of which `make test` runs the ``quick`` ones: each value of each axis, and what is most complex."""
+    assert set(quick) <= set(among)
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.long) for case in among]
+
+
+VARIANTS = ("paper", "released", "plus")
+
+
+@pytest.mark.parametrize(
+    "variant, lowering",
+    cases(
+        *product(VARIANTS, ["eager", "staged"]), ("released", "whole"),
+        among=list(product(VARIANTS, ["eager", "staged", "whole"])),
+    ),
+)  # fmt: skip
 def test_equals_the_oracle_in_one_graph(model, variant, lowering):
     options = {"variant": variant, "lowering": lowering, "retain_ratio": 0.2}
     compiled = compress(model, **options)
@@ -79,9 +94,13 @@ def test_equals_the_oracle_in_one_graph(model, variant, lowering):
         assert len(expected.kept[0]) == round(0.2 * before)
 
 
-@pytest.mark.parametrize("lowering", ["eager", "staged"])
-@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
-@pytest.mark.parametrize("videos_per_row", [(1,), (2,), (1, 1)])
+@pytest.mark.parametrize(
+    "videos_per_row, variant, lowering",
+    cases(
+        ((1,), "plus", "eager"), ((2,), "released", "eager"), ((1, 1), "paper", "eager"), ((2,), "paper", "staged"),
+        among=list(product([(1,), (2,), (1, 1)], VARIANTS, ["eager", "staged"])),
+    ),
+)  # fmt: skip
 def test_returned_features_are_those_the_language_model_gets(model, videos_per_row, variant, lowering):
     inputs = video_inputs(model, 12, videos_per_row=videos_per_row, left_padding=2)
     compiled = compress(model, variant=variant, lowering=lowering)
@@ -185,8 +204,8 @@ def kinds_compiled(monkeypatch, vision_layers, text_layers):
 
 def test_a_deeper_model_has_more_pieces_but_no_more_to_compile(monkeypatch):
     kinds, pieces = kinds_compiled(monkeypatch, vision_layers=8, text_layers=4)
-    more_kinds, more_pieces = kinds_compiled(monkeypatch, vision_layers=26, text_layers=9)
-    assert more_pieces - pieces == 26 - 8 + 9 - 4
+    more_kinds, more_pieces = kinds_compiled(monkeypatch, vision_layers=13, text_layers=6)
+    assert more_pieces - pieces == 13 - 8 + 6 - 4
     assert more_kinds == kinds < pieces
 
 
@@ -208,20 +227,25 @@ def test_compile_seconds_grow_with_every_new_shape_and_with_nothing_else(model, 
     assert 0 < first == same < other and later == [other, other]
 
 
-@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
+ROWS = {
+    "two rows": {"videos_per_row": (1, 1)},
+    "two videos": {"videos_per_row": (2,)},
+    "two and two": {"videos_per_row": (2, 2)},
+    "ragged": {"videos_per_row": (1, 1, 1), "before": (1, 3, 2)},
+    "padded": {"videos_per_row": (1, 1), "left_padding": 5},
+}
+
+
 @pytest.mark.parametrize(
-    "layout",
-    [
-        {"videos_per_row": (1, 1)},
-        {"videos_per_row": (2,)},
-        {"videos_per_row": (2, 2)},
-        {"videos_per_row": (1, 1, 1), "before": (1, 3, 2)},
-        {"videos_per_row": (1, 1), "left_padding": 5},
-    ],
-)
-def test_several_videos(model, variant, layout):
+    "variant, rows",
+    cases(
+        ("plus", "two rows"), ("paper", "two videos"), *product(VARIANTS, ["two and two"]), ("released", "ragged"),
+        ("paper", "padded"), among=list(product(VARIANTS, ROWS)),
+    ),
+)  # fmt: skip
+def test_several_videos(model, variant, rows):
     compiled = compress(model, variant=variant)
-    assert_equals_oracle(model, compiled, video_inputs(model, 12, **layout), variant=variant)
+    assert_equals_oracle(model, compiled, video_inputs(model, 12, **ROWS[rows]), variant=variant)
 
 
 @pytest.mark.parametrize("place", [{"before": 0}, {"after": 0}, {"before": 0, "after": 0}, {"before": 9, "after": 1}])
@@ -229,8 +253,13 @@ def test_the_video_may_stand_anywhere_in_the_prompt(model, place):
     assert_equals_oracle(model, compress(model), video_inputs(model, 8, **place))
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 7, 64])
-@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
+@pytest.mark.parametrize(
+    "frames, variant",
+    cases(
+        *product([1], VARIANTS), (2, "released"), (3, "plus"), (4, "paper"), (5, "released"), (7, "plus"), (64, "paper"),
+        among=list(product([1, 2, 3, 4, 5, 7, 64], VARIANTS)),
+    ),
+)  # fmt: skip
 def test_any_number_of_frames(frames, variant):
     model = tiny_llava_onevision(vision_layers=3, text_layers=1)
     options = {"variant": variant, "merge_layers": (0, 1)}
@@ -271,7 +300,10 @@ def test_longer_prompts_become_dynamic_not_wrong(model):
         assert_equals_oracle(model, compiled, video_inputs(model, 12, after=after, seed=after))
 
 
-@pytest.mark.parametrize("variant, lowering", [("paper", "whole"), ("released", "staged"), ("plus", "staged")])
+@pytest.mark.parametrize(
+    "variant, lowering",
+    cases(("released", "staged"), among=[("paper", "whole"), ("released", "staged"), ("plus", "staged")]),
+)
 def test_inductor_with_a_symbolic_prompt_length(model, variant, lowering):
     options = {"lowering": lowering, "retain_ratio": 0.2, "variant": variant, **MERGE}
     compiled = torch.compile(model, backend="earlytom", dynamic=True, options=options)
