@@ -256,7 +256,8 @@ def test_the_video_may_stand_anywhere_in_the_prompt(model, place):
 @pytest.mark.parametrize(
     "frames, variant",
     cases(
-        *product([1], VARIANTS), (2, "released"), (3, "plus"), (4, "paper"), (5, "released"), (7, "plus"), (64, "paper"),
+        *product([1], VARIANTS), (2, "released"), (3, "plus"), (4, "paper"), (5, "released"), (7, "plus"),
+        (64, "paper"),
         among=list(product([1, 2, 3, 4, 5, 7, 64], VARIANTS)),
     ),
 )  # fmt: skip

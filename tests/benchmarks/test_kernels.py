@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom_compile.benchmarks import formulas, kernels
@@ -55,7 +56,7 @@ def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path):
     assert f"= {prefill['share']:.1%} of the time to first token" in line
 
 
-some = settings(deadline=None, max_examples=40)
+some = examples(40)
 seeds = st.integers(0, 2**32 - 1)
 
 

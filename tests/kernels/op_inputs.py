@@ -6,14 +6,14 @@ video(seed, 8, 5, 6)   ->   [8, 5, 6], scenes that drift and cut, similarities f
 import math
 
 import torch
-from hypothesis import settings
+from effort import examples
 from hypothesis import strategies as st
 from torch import Tensor
 
 import earlytom_compile.kernels.all_ops  # noqa: F401  registers torch.ops.earlytom
 
 ops = torch.ops.earlytom
-operator_settings = settings(deadline=None, max_examples=40)
+operator_settings = examples(40)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEGMENT = math.nan
 """``tau_merge="segment"``, as the operators take it."""

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import DEVICE, ops
 from test_triton_select_tokens import selection, selections
@@ -36,7 +37,7 @@ def most(counts, per_frame):
     return min(counts) * per_frame
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(inputs=selections(), share=st.floats(0, 1))
 def test_is_what_the_device_selects(inputs, share):
     values, _, _, counts = inputs
@@ -44,7 +45,7 @@ def test_is_what_the_device_selects(inputs, share):
     assert_same(select(inputs, budget, place="host"), ops.select_tokens(*inputs, budget))
 
 
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(inputs=selections(), merged=st.integers(0, 9), ratio=st.floats(0.01, 1))
 def test_released_is_what_the_device_selects(inputs, merged, ratio):
     amount = int(inputs[3].max()) + merged, ratio

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from effort import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from op_inputs import DTYPES, SEGMENT, dtypes, operator_settings, ops, per_video, plan_rows, seeds, variants, video
 
@@ -70,7 +71,7 @@ def test_a_plan_is_the_references_for_each_video(seed, counts, size, dtype, opti
         torch.testing.assert_close(out[kept], plan.apply(hidden[rows]))
 
 
-@settings(operator_settings, max_examples=60)
+@examples(60)
 @given(
     seed=seeds,
     videos=st.integers(1, 3),

@@ -1,8 +1,10 @@
 """The Triton providers at the sizes of SigLIP-so400m with 32 frames, where only a GPU is fast enough."""
 
 import pytest
+import rounding
 import torch
 from op_inputs import DTYPES, SEGMENT, ops, video
+from rounding import assert_within
 
 from earlytom_compile.kernels.attention_received import attention_received
 from earlytom_compile.kernels.frame_similarity import frame_similarity
@@ -40,7 +42,9 @@ def frames_of_a_video(dtype):
 @of_all_dtypes
 def test_frame_similarity(dtype):
     (actual,), (expected,) = computed(frame_similarity, frames_of_a_video(dtype), FRAMES - 1)
-    torch.testing.assert_close(actual, expected, atol=3e-6, rtol=0)
+    hidden = frames_of_a_video(dtype)
+    # 729 tokens in at most 512 groups: 2 in a sum.
+    assert_within(actual, expected, rounding.triton_frame_similarity(hidden, 2) + rounding.frame_similarity(hidden))
 
 
 @of_all_dtypes
@@ -52,8 +56,8 @@ def test_merge_frames(dtype):
     assert 4 <= n < FRAMES, "nothing merged, the test would compare copies"
     importance = torch.rand(FRAMES, TOKENS, device="cuda")
     actual, expected = computed(merge_frames, [hidden, importance], source, weight, n)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=torch.finfo(one.dtype).eps, atol=1e-6)
+    for x, one, other in zip([hidden, importance], actual, expected, strict=True):
+        assert_within(one, other, 2 * rounding.merge_frames(x, source, weight, n))
     copies = weight[:n, 0] == 1
     assert copies.any() and torch.equal(actual[0][copies], hidden[source[:n, 0][copies]])
 
@@ -64,8 +68,12 @@ def test_attention_received(dtype):
     projected = torch.randn(2, FRAMES, TOKENS, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))
     query, key = (2 * projected).to("cuda", dtype).transpose(2, 3)
     (actual,), (expected,) = computed(attention_received, query, key, HEAD_DIM**-0.5)
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(actual.sum(1), torch.ones(FRAMES, device="cuda"))
+    scale, unit = HEAD_DIM**-0.5, rounding.unit_of_products(dtype)
+    for frame in range(FRAMES):  # the bound takes gigabytes of float64 for all of them
+        q, k = query[frame : frame + 1], key[frame : frame + 1]
+        own = rounding.attention_received(q, k, scale, unit, scores_twice=True)
+        assert_within(actual[frame], expected[frame], (own + rounding.attention_received(q, k, scale))[0])
+        assert_within(actual[frame].double().sum(), torch.tensor(1.0), own.sum())
 
 
 @of_all_dtypes

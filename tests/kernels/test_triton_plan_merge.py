@@ -6,7 +6,8 @@ import re
 import pytest
 import test_ops_golden
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import DEVICE, SEGMENT, counts_lists, ops, per_video, seeds, variants
 
@@ -18,7 +19,7 @@ from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-interpreter_settings = settings(deadline=None, max_examples=25)
+interpreter_settings = examples(25)
 SEGMENTATION = {"variant": "paper", "tau_seg": 0.5, "alpha": 0.9, "max_window": 0}
 MERGE = {"tau_merge": SEGMENT, "min_frames": 1}
 

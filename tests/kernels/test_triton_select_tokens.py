@@ -3,7 +3,8 @@
 import pytest
 import test_ops_golden
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import DEVICE, DTYPES, counts_lists, dtypes, laid_out, layouts, ops, per_video, seeds
 
@@ -15,7 +16,7 @@ from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-interpreter_settings = settings(deadline=None, max_examples=15)
+interpreter_settings = examples(15)
 FEATURES = [*DTYPES, torch.float64, torch.int64, torch.uint8, torch.bool]
 
 

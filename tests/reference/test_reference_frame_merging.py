@@ -3,14 +3,15 @@
 import brute_force
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from video_strategies import merge_options, segment_options, smooth_videos, videos
 
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.reference import frame_similarity, plan_frame_merge, segment_frames
 
-some = settings(max_examples=60, deadline=None, print_blob=True)
+some = examples(60)
 ONE_SEGMENT = {"variant": "paper", "tau_seg": -1.5}
 
 

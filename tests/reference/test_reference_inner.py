@@ -3,13 +3,14 @@
 import brute_force
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.reference import merge_inner_tokens
 
-some = settings(max_examples=60, deadline=None, print_blob=True)
+some = examples(60)
 
 
 @st.composite

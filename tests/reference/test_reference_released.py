@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from video_strategies import importances, merge_options, partitions, smooth_videos, videos
 
 from earlytom_compile.reference import frame_similarity, plan_frame_merge, segment_frames, select_tokens
 
-some = settings(max_examples=60, deadline=None, print_blob=True)
+some = examples(60)
 
 
 def released(video, **options):

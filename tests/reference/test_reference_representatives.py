@@ -5,14 +5,15 @@ import math
 import brute_force
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.reference import select_representatives
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-some = settings(max_examples=60, deadline=None, print_blob=True)
+some = examples(60)
 
 
 @st.composite

@@ -5,14 +5,15 @@ import math
 import brute_force
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from video_strategies import importances, partitions
 
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.reference import select_tokens
 
-some = settings(max_examples=100, deadline=None, print_blob=True)
+some = examples(100)
 
 
 @st.composite
