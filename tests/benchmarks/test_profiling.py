@@ -1,11 +1,14 @@
 """A real call under the profiler: every product of the model lies in the range of its stage, in every arm."""
 
 import json
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_llava_onevision
+from without_inductor import leave_graphs_as_they_are
 
 from earlytom_compile.benchmarks import profiling
 from earlytom_compile.benchmarks.arms import make_arms
@@ -23,11 +26,24 @@ CASES = [
 ]
 
 
+@dataclass
+class Profiled:
+    model: Any
+    breakdowns: dict
+    events: list  # complete ones of the trace
+    compiled: int  # graphs, while profiling
+
+
 @pytest.fixture(scope="module", params=CASES)
 def profiled(request):
-    """(model, breakdowns, complete events of the trace, graphs compiled meanwhile)."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param[1] == "eager":
+            leave_graphs_as_they_are(patch)  # so that nothing in this case is Inductor's
+        return profile(*request.param)
+
+
+def profile(device, lowering):
     torch._dynamo.reset()
-    device, lowering = request.param
     model = tiny_llava_onevision(vision_layers=VISION_LAYERS, text_layers=TEXT_LAYERS).to(device)
     inputs = make_inputs(model, frames=8, batch=ROWS, redundancy=0.7)
     arms = list(make_arms(model, inputs, (0.25,), {"lowering": lowering, "merge_layers": (0, 1), "tau_seg": 0.3}))[:4]
@@ -39,7 +55,7 @@ def profiled(request):
     breakdowns, trace = profile_arms(model, arms)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled
     trace = json.loads(json.dumps(trace))
-    return model, breakdowns, [event for event in trace["traceEvents"] if event.get("ph") == "X"], compiled
+    return Profiled(model, breakdowns, [event for event in trace["traceEvents"] if event.get("ph") == "X"], compiled)
 
 
 ARMS = ["transformers", "inductor", "earlytom 0.25", "earlytom 0.25 (backend)"]
@@ -53,7 +69,7 @@ def ranges(events, name):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_parts_are_not_negative_and_add_up_to_the_wall_time(profiled, arm):
-    breakdown = profiled[1][arm]
+    breakdown = profiled.breakdowns[arm]
     assert list(breakdown.parts) == [VISION, TOKENS, LLM, OVERHEAD]
     assert all(breakdown.stages[stage] > 0 for stage in STAGES) and breakdown.overhead >= 0
     assert sum(breakdown.parts.values()) == pytest.approx(breakdown.wall)
@@ -61,7 +77,7 @@ def test_parts_are_not_negative_and_add_up_to_the_wall_time(profiled, arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_stages_of_a_call_follow_each_other_without_gaps(profiled, arm):
-    events = profiled[2]
+    events = profiled.events
     ((begin, end),) = ranges(events, arm)
     stages = sorted((*span, stage) for stage in STAGES for span in ranges(events, stage_range(arm, stage)))
     assert all(first[1] == pytest.approx(second[0]) for first, second in pairwise(stages))
@@ -73,7 +89,7 @@ def test_stages_of_a_call_follow_each_other_without_gaps(profiled, arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_product_lies_in_the_stage_of_its_weight(profiled, arm):
-    events = profiled[2]
+    events = profiled.events
     products = [e for e in events if e["cat"] == "cpu_op" and (e["name"] in PRODUCTS or "earlytom::" in e["name"])]
     outermost, end = [], 0.0
     for event in sorted(products, key=lambda e: (e["ts"], -e["dur"])):
@@ -90,7 +106,7 @@ def test_every_product_lies_in_the_stage_of_its_weight(profiled, arm):
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_stage_has_a_peak_and_the_calls_is_the_highest(profiled, arm):
-    model, breakdown = profiled[0], profiled[1][arm]
+    model, breakdown = profiled.model, profiled.breakdowns[arm]
     cache = TEXT_LAYERS * 2 * ROWS * model.config.text_config.hidden_size * 4  # bytes of one position, at most
     assert list(breakdown.stage_memory) == list(STAGES) and min(breakdown.stage_memory.values()) > cache
     assert breakdown.memory == max(breakdown.stage_memory.values())
@@ -121,9 +137,8 @@ def test_an_arm_without_memory_has_no_breakdown():
 def test_profiling_compiles_nothing_and_leaves_nothing_behind(profiled):
     from torch._inductor.select_algorithm import extern_kernels
 
-    model, _, _, compiled = profiled
-    assert compiled == 0
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert profiled.compiled == 0
+    assert not any(module._forward_pre_hooks for module in profiled.model.modules())
     kernels = [*vars(extern_kernels).values(), torch._C._nn.linear]
     assert kernels and not any("watched" in getattr(kernel, "__qualname__", "") for kernel in kernels)
 

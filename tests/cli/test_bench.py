@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_checkpoint import TinySize, write_checkpoint
+from without_inductor import leave_graphs_as_they_are
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmarks.measure import Result
@@ -26,21 +27,18 @@ def checkpoint(tmp_path_factory):
     return str(write_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", size))
 
 
-def test_bench_prints_and_writes_every_arm(checkpoint, tmp_path, capsys):
+@pytest.fixture(params=["Dynamo", pytest.param("Inductor", marks=pytest.mark.long)])
+def compiler(request, monkeypatch):
+    if request.param == "Dynamo":
+        leave_graphs_as_they_are(monkeypatch)
+
+
+def test_bench_prints_and_writes_every_arm(compiler, checkpoint, tmp_path, capsys):
     files = {name: str(tmp_path / f"bench.{name}") for name in ("json", "markdown", "trace")}
     arguments = ["bench", "--model", checkpoint, "--frames", "8", "--repeats", "2", "--decode-tokens", "1"]
-    arguments += [
-        "--lowering",
-        "eager",
-        "--retain-ratios",
-        "0.25",
-        "--json",
-        files["json"],
-        "--markdown",
-        files["markdown"],
-        "--trace",
-        files["trace"],
-    ]
+    arguments += ["--lowering", "eager", "--retain-ratios", "0.25"]
+    for name, path in files.items():
+        arguments += [f"--{name}", path]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     content = json.loads(Path(files["json"]).read_text())

@@ -5,12 +5,13 @@ Colours are exact and things stand apart, so each thing is one connected piece o
     seen(frames)  ->  [Seen(frame=0, color="red", shape="ring", x=31.0, y=70.5, mask=bool [96, 96]), ...]
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from scipy import ndimage
 
-from earlytom_compile.toyworld.world import COLORS, GLOW
+from earlytom_compile.toyworld.world import COLORS, GLOW, SIZE
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,22 @@ def pixels_of(color: str, frames: np.ndarray) -> np.ndarray:
 
 def seen(frames: np.ndarray) -> list[Seen]:
     """Everything in frames [F, 96, 96, 3] without specks."""
+    return [
+        replace(thing, frame=number) for number, frame in enumerate(frames) for thing in _seen_in(frame.tobytes())
+    ]
+
+
+@lru_cache(maxsize=16)  # what stands still shows one picture several times
+def _seen_in(picture: bytes) -> tuple[Seen, ...]:
+    frame = np.frombuffer(picture, np.uint8).reshape(SIZE, SIZE, 3)
     found = []
-    for number, frame in enumerate(frames):
-        for color in COLORS:
-            pieces, count = ndimage.label(pixels_of(color, frame))
-            for piece in range(1, count + 1):
-                mask = pieces == piece
-                y, x = ndimage.center_of_mass(mask)
-                found.append(Seen(number, color, shape_of(mask), float(x), float(y), mask))
-    return found
+    for color in COLORS:
+        pieces, _ = ndimage.label(pixels_of(color, frame))
+        for piece, box in enumerate(ndimage.find_objects(pieces), 1):
+            mask = pieces == piece
+            y, x = ndimage.center_of_mass(mask[box])
+            found.append(Seen(0, color, shape_of(mask[box]), box[1].start + float(x), box[0].start + float(y), mask))
+    return tuple(found)
 
 
 def glows(frame: np.ndarray, mask: np.ndarray) -> bool:
@@ -49,9 +57,8 @@ def glows(frame: np.ndarray, mask: np.ndarray) -> bool:
     return bool((frame[edge] == np.array(GLOW, np.uint8)).all(-1).mean() > 0.9)
 
 
-def shape_of(mask: np.ndarray) -> str:
-    """By holes, by how much of its box a piece fills, and by whether it is wider below."""
-    box = mask[ndimage.find_objects(mask.astype(int))[0]]
+def shape_of(box: np.ndarray) -> str:
+    """Of a piece that fills its ``box``: by holes, by how much of it is filled, and by whether it is wider below."""
     if ndimage.binary_fill_holes(box).sum() > box.sum():
         return "ring"
     filled = box.mean()

@@ -6,22 +6,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from pixels import seen
 
 from earlytom_compile.cli.main import main
 from earlytom_compile.toyworld.answers import answer_logits
+from earlytom_compile.toyworld.checkpoint import build_model
 from earlytom_compile.toyworld.evaluate import Result, arms, evaluate, load_questions
+from earlytom_compile.toyworld.language import build_tokenizer
 from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, method
-from earlytom_compile.toyworld.model import build_model, save
+from earlytom_compile.toyworld.model import SHAPE, save
 from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.toyworld.world import sample_video
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model(seed=5).eval()
+    # What is counted and written does not depend on how deep the model is that is compiled for every arm.
+    return build_model(replace(SHAPE, vision_layers=3, text_layers=1), build_tokenizer(), seed=5).eval()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def test_tokens_and_accuracy_of_a_chunked_run_are_those_of_one_chunk(model, ques
     assert np.array_equal(whole.right, parts.right) and np.array_equal(whole.asked, parts.asked)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(0, 2**32 - 1), st.integers(5, 60))
 def test_accuracy_lies_in_its_interval(seed, videos):
     rng = np.random.default_rng(seed)

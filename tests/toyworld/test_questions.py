@@ -20,6 +20,7 @@ from earlytom_compile.toyworld.questions import (
 from earlytom_compile.toyworld.world import COLORS, SHAPES, SPEEDS, rng_of, sample_video
 
 LOOKED_AT = 400
+VIDEOS, MANY_VIDEOS = 1500, 6000  # asked about in `make test`, and in the long tests
 TEMPLATES = (
     "what color is the", "what shape is the", "which way does", "how fast does", "how many things", "at first",
     "at last", "which comes first", "what color flashes", "what shape flashes", "in which column", "in which row",
@@ -28,10 +29,15 @@ CENTRE_WITHIN = 3.0  # pixels: that of a triangle is not where its pixels have t
 
 
 @pytest.fixture(scope="module")
-def looked_at():
+def videos():
+    return [sample_video("test", seed) for seed in range(VIDEOS)]
+
+
+@pytest.fixture(scope="module")
+def looked_at(videos):
     """What is seen in each of the first videos, and all questions about it. Specks are no part of any answer."""
-    videos = [replace(sample_video("test", seed), specks={}) for seed in range(LOOKED_AT)]
-    return [(seen(video.frames()), all_questions(video)) for video in videos]
+    bare = [replace(video, specks={}) for video in videos[:LOOKED_AT]]
+    return [(seen(video.frames()), all_questions(video)) for video in bare]
 
 
 # --- Right answers -------------------------------------------------------------------------------------
@@ -115,14 +121,15 @@ def test_every_question_is_of_a_known_template(looked_at):
             assert sum(template in question.text for template in TEMPLATES) == 1, question.text
 
 
-@pytest.mark.parametrize("category", TRAINING_CATEGORIES)
-def test_no_question_of_a_video_has_two_answers(category):
-    for seed in range(1000):
+def test_no_question_of_a_video_has_two_answers(videos):
+    asked = set()
+    for seed, video in enumerate(videos):
         answers = defaultdict(set)
-        for question in all_questions(sample_video("test", seed)):
-            if question.category == category:
-                answers[question.text].add(question.answer)
+        for question in all_questions(video):
+            answers[question.category, question.text].add(question.answer)
+            asked.add(question.category)
         assert all(len(found) == 1 for found in answers.values()), (seed, answers)
+    assert asked == set(TRAINING_CATEGORIES)
 
 
 def test_answers_are_among_their_choices(looked_at):
@@ -134,18 +141,16 @@ def test_answers_are_among_their_choices(looked_at):
         assert question.chance == 1 / len(set(question.choices))
 
 
-def test_specks_change_no_question():
-    for seed in range(50):
-        video = sample_video("test", seed)
+def test_specks_change_no_question(videos):
+    for video in videos[:50]:
         assert all_questions(video) == all_questions(replace(video, specks={}))
 
 
 # --- Drawing -------------------------------------------------------------------------------------------
 
 
-def test_ask_draws_one_question_of_each_category_there_is():
-    for seed in range(100):
-        video = sample_video("test", seed)
+def test_ask_draws_one_question_of_each_category_there_is(videos):
+    for seed, video in enumerate(videos[:100]):
         questions, asked = all_questions(video), ask(video, rng_of("test", seed, 3))
         assert list(asked) == [c for c in CATEGORIES if any(q.category == c for q in questions)]
         assert all(question in questions and question.category == c for c, question in asked.items())
@@ -165,12 +170,20 @@ def test_choices_are_drawn_before_questions():
 
 
 def asked_about(split, videos):
-    return [q for seed in range(videos) for q in ask(sample_video(split, seed), rng_of(split, seed, 3)).values()]
+    """One question of each category about each, by the number of the video."""
+    return [q for seed, video in enumerate(videos) for q in ask(video, rng_of(split, seed, 3)).values()]
 
 
 @pytest.fixture(scope="module")
-def many_asked():
-    return asked_about("test", 6000)
+def asked(videos):
+    return asked_about("test", videos)
+
+
+@pytest.fixture(scope="module", params=[VIDEOS, pytest.param(MANY_VIDEOS, marks=pytest.mark.long)])
+def counted(request, videos, asked):
+    """What is asked about so many videos."""
+    more = range(len(videos), request.param)
+    return asked + [q for seed in more for q in ask(sample_video("test", seed), rng_of("test", seed, 3)).values()]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,22 +11,47 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from earlytom_compile.toyworld import train
 from earlytom_compile.toyworld.batches import patch_batch, question_batch
-from earlytom_compile.toyworld.model import build_model
+from earlytom_compile.toyworld.checkpoint import build_model as build_tiny_model
+from earlytom_compile.toyworld.language import build_tokenizer
+from earlytom_compile.toyworld.model import SHAPE
 from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.toyworld.train import AnswerTrainee, PatchTrainee, Phase
 
 SHORT = (
-    Phase("patches", 3, 2, 1e-3, encoder=True),
-    Phase("frozen", 3, 2, 1e-3, (1, 1, 1, 1, 1, 1), drop=0.5),
-    Phase("whole", 3, 2, 1e-3, (1, 1, 1, 1, 1, 1), encoder=True, drop=0.5),
+    Phase("patches", 2, 2, 1e-3, encoder=True),
+    Phase("frozen", 2, 2, 1e-3, (1, 1, 1, 1, 1, 1), drop=0.5),
+    Phase("whole", 2, 2, 1e-3, (1, 1, 1, 1, 1, 1), encoder=True, drop=0.5),
 )
+# Whether a run goes on where it stopped does not depend on how deep its model is.
+SHALLOW = replace(SHAPE, vision_layers=2, text_layers=1)
 
 
-@pytest.fixture(autouse=True)
-def short_checks(monkeypatch):
-    monkeypatch.setattr(train, "CHECK_VIDEOS", 5)
-    monkeypatch.setattr(train, "_CHECK_AT_ONCE", 5)
-    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+def shallow_model(seed):
+    return build_tiny_model(SHALLOW, build_tokenizer(), seed=seed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_runs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CHECK_VIDEOS", 5)
+        patch.setattr(train, "_CHECK_AT_ONCE", 5)
+        patch.setattr(train, "SAVE_EVERY", 1)
+        patch.setattr(train, "build_model", shallow_model)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of a run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train.train(folder, 4, SHORT, cpu=True)
+    return folder
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Drawing them takes as long as a run of six steps."""
+    monkeypatch.setattr(train, "draw_curves", lambda history, picture: None)
 
 
 def weights(folder):
@@ -58,63 +84,88 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(train.Run, "save", stopping)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 5, 6, 7, 9, 10])  # 1, 5 and 9 are beginnings of phases
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch, stop):
-    whole = weights(train.train(tmp_path / "whole", 4, SHORT, cpu=True))
+def also_long(stop):
+    return pytest.param(stop, marks=pytest.mark.long)
+
+
+# 1, 4 and 7 are beginnings of phases, 2, 5 and 8 lie within them, and 3, 6 and 9 are their last steps.
+@pytest.mark.parametrize("stop", [*map(also_long, (1, 2)), 3, *map(also_long, (4, 5, 6, 7)), 8, also_long(9)])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path, monkeypatch, no_curves, stop):
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
         with pytest.raises(Stopped):
-            train.train(tmp_path / "stopped", 4, SHORT, cpu=True)
-    assert same(whole, weights(train.train(tmp_path / "stopped", 4, SHORT, cpu=True)))
-    assert history(tmp_path / "stopped") == history(tmp_path / "whole")
+            train.train(tmp_path, 4, SHORT, cpu=True)
+    assert same(weights(whole / "checkpoint"), weights(train.train(tmp_path, 4, SHORT, cpu=True)))
+    assert history(tmp_path) == history(whole)
 
 
 TWO_PROCESSES = """
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+from accelerate import debug_launcher
+
 from earlytom_compile.toyworld import train
+from earlytom_compile.toyworld.checkpoint import build_model
+from earlytom_compile.toyworld.language import build_tokenizer
+from earlytom_compile.toyworld.model import SHAPE
 from earlytom_compile.toyworld.train import Phase
 
+shape = replace(SHAPE, vision_layers=2, text_layers=1)
+train.build_model = lambda seed: build_model(shape, build_tokenizer(), seed=seed)
 train.CHECK_VIDEOS = train._CHECK_AT_ONCE = 5
 train.SAVE_EVERY = 2
 phases = (Phase("patches", 2, 2, 1e-3, encoder=True), Phase("whole", 2, 2, 1e-3, (1,) * 6, encoder=True, drop=0.5))
-train.train(Path(sys.argv[1]), 4, phases, cpu=True)
+
+
+def run():
+    train.train(Path(sys.argv[1]), 4, phases, cpu=True)
+
+
+if sys.argv[2:] == ["fork"]:
+    debug_launcher(run, num_processes=2)
+else:
+    run()
 """
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def test_two_processes_train_one_model(tmp_path):
+# Forked, both have what one has imported; torchrun, which most people will use, starts two that import it all again.
+@pytest.mark.parametrize(
+    "launch, how",
+    [pytest.param((), ("fork",), id="forked"), pytest.param(TORCHRUN, (), id="torchrun", marks=pytest.mark.long)],
+)
+def test_two_processes_train_one_model(tmp_path, launch, how):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, tmp_path / "script.py", tmp_path / "run"], check=True)
+    subprocess.run([sys.executable, *launch, tmp_path / "script.py", tmp_path / "run", *how], check=True)
     assert (tmp_path / "run" / "state" / "random_states_1.pkl").exists()
     checks = [line for line in history(tmp_path / "run") if "validation" in line]
     assert [(line["phase"], line["step"]) for line in checks] == [("whole", 2)]  # written once, not by both
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "checkpoint").values())
 
 
-def test_another_seed_is_another_model(tmp_path):
-    one, other = (weights(train.train(tmp_path / str(seed), seed, SHORT, cpu=True)) for seed in (1, 2))
-    assert not same(one, other)
+def test_another_seed_is_another_model(whole, tmp_path, no_curves):
+    assert not same(weights(whole / "checkpoint"), weights(train.train(tmp_path, 5, SHORT, cpu=True)))
 
 
-def test_a_folder_with_another_run_is_left_alone(tmp_path):
-    train.train(tmp_path, 1, SHORT[:1], cpu=True)
-    with pytest.raises(SystemExit, match="seed 1"):
-        train.train(tmp_path, 2, SHORT[:1], cpu=True)
+def test_a_folder_with_another_run_is_left_alone(whole):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="seed 4"):
+        train.train(whole, 2, SHORT, cpu=True)
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
-def test_history_and_curves(tmp_path):
-    train.train(tmp_path, 1, SHORT, cpu=True)
-    lines = history(tmp_path)
-    checks = [line for line in lines if "validation" in line]
+def test_history_and_curves(whole):
+    checks = [line for line in history(whole) if "validation" in line]
     assert [line["phase"] for line in checks] == ["frozen", "whole"]
     assert all(set(line["validation"]) == set(CATEGORIES) for line in checks)
-    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert (whole / "curves.png").stat().st_size > 1000
 
 
-def test_only_a_phase_with_the_encoder_trains_it(tmp_path):
+def test_only_a_phase_with_the_encoder_trains_it():
     for phase in SHORT[1:]:
-        model = build_model(0)
+        model = shallow_model(0)
         trainee = AnswerTrainee(model, phase)
         sum(trainee(question_batch(range(2), dict.fromkeys(CATEGORIES, 1.0), 2)).values()).backward()
         touched = [p.grad is not None for p in model.model.vision_tower.encoder.parameters()]
@@ -125,7 +176,7 @@ def test_only_a_phase_with_the_encoder_trains_it(tmp_path):
 @pytest.mark.parametrize("kind", ["patches", "answers"])
 def test_losses_fall_on_one_batch(kind):
     torch.manual_seed(0)
-    model = build_model(0).train()
+    model = shallow_model(0).train()
     if kind == "patches":
         trainee, batch = PatchTrainee(model), patch_batch(range(4))
     else:
