@@ -5,6 +5,7 @@
 conftest.py has the two profiles; ``--hypothesis-profile=long --hypothesis-seed=7`` gives the long one a seed.
 """
 
+import pytest
 from hypothesis import settings
 
 QUICK, LONG = 100, 1000
@@ -14,3 +15,13 @@ QUICK, LONG = 100, 1000
 def examples(quick: int) -> settings:
     """``quick`` inputs in the quick profile, ten times as many in the long one."""
     return settings(max_examples=quick * settings.default.max_examples // QUICK)
+
+
+def cases(*quick, among):
+    """Parameters: all ``among``, of which the quick suite runs the ``quick`` ones.
+
+    Where axes do not depend on each other in the code, each value of each and the most complex case prove what all
+    combinations do; the long suite runs those.
+    """
+    assert set(quick) <= set(among)
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.long) for case in among]

@@ -10,6 +10,7 @@ from itertools import product
 
 import pytest
 import torch
+from effort import cases
 from oracle import compressed_forward, compressed_videos
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
 
@@ -64,12 +65,6 @@ def returned_features(output, kind):
 @pytest.fixture(scope="module")
 def model():
     return tiny_llava_onevision(vision_layers=4, text_layers=1)
-
-
-def cases(*quick, among):
-    """All ``among``, of which `make test` runs the ``quick`` ones: each value of each axis, and what is most complex."""
-    assert set(quick) <= set(among)
-    return [pytest.param(*case, marks=() if case in quick else pytest.mark.long) for case in among]
 
 
 VARIANTS = ("paper", "released", "plus")

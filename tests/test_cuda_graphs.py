@@ -7,7 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from effort import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import compressed_forward, compressed_generate
 from tiny_models import tiny_llava_onevision, video_inputs
@@ -114,7 +115,7 @@ CALLS = st.lists(
 
 @given(CALLS, st.booleans())
 @example([9, 9, 9, 10, "update the weight", 9, "replace the weight", 9, 9, 9, 16, 16, 1, 16, 9], True)
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_every_result_is_right_and_stays_so(calls, faster):
     device = FakeGraphs() if faster else FakeGraphs(3.0, 2.0)
     run, weight, kept = graphed(device=device), torch.randn(3), []

@@ -20,6 +20,9 @@ SEGMENT = math.nan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where Triton providers are tested: on the GPU, or in the interpreter (conftest.py)."""
 
+RUNS = 20 if DEVICE == "cuda" else 3
+"""That must have the same bits: a GPU runs programs in any order, the interpreter one after the other."""
+
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from(DTYPES)
 native_dtypes = st.sampled_from([*DTYPES, torch.float64])

@@ -7,7 +7,7 @@ import torch
 from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from op_inputs import DEVICE, ops
+from op_inputs import DEVICE, RUNS, ops
 from test_triton_select_tokens import selection, selections
 
 pytest.importorskip("triton")
@@ -113,10 +113,10 @@ def test_released_refuses_nan_everywhere(place):
 
 
 @both_variants
-def test_the_same_bits_in_20_runs(variant, amount):
+def test_the_same_bits_in_many_runs(variant, amount):
     inputs = selection(13, [2, 1], 12, 2)
     expected = OPERATORS[variant](*inputs, *amount)
-    for _ in range(20):
+    for _ in range(RUNS):
         assert_same(select(inputs, *amount, place="host", variant=variant), expected)
 
 

@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SETS = {"vendored": REPOSITORY / "tests" / "golden", "shared": REPOSITORY.parent / "shared" / "golden"}
 
 
-def golden(stage):
-    """Every case of a stage, (scalars, tensors), once."""
+def golden(stage, quick_every=1):
+    """Every case of a stage, (scalars, tensors), once; the quick suite takes one of ``quick_every``."""
     parameters, seen = [], set()
     for name, folder in SETS.items():
         if not (folder / f"{stage}.json").exists():
@@ -30,7 +30,8 @@ def golden(stage):
             seen.add(scalars["case"])
             prefix = scalars["case"] + "."
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            parameters.append(pytest.param(scalars, own, id=f"{name}-{scalars['case']}"))
+            marks = pytest.mark.long if len(parameters) % quick_every else ()
+            parameters.append(pytest.param(scalars, own, id=f"{name}-{scalars['case']}", marks=marks))
     assert parameters, f"no golden {stage} in any of {list(map(str, SETS.values()))}"
     return pytest.mark.parametrize("scalars, tensors", parameters)
 

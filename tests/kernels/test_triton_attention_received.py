@@ -7,7 +7,7 @@ import torch
 from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from op_inputs import DEVICE, DTYPES, dtypes, laid_out, layouts, ops, seeds
+from op_inputs import DEVICE, DTYPES, RUNS, dtypes, laid_out, layouts, ops, seeds
 from rounding import assert_within
 
 triton = pytest.importorskip("triton")
@@ -81,7 +81,7 @@ def test_frame_has_the_same_bits_in_any_company_and_any_run(dtype):
     for t in range(3):
         assert torch.equal(received(query[t : t + 1], key[t : t + 1], 0.2), together[t : t + 1])
     assert torch.equal(received(query[1:].flip(0), key[1:].flip(0), 0.2).flip(0), together[1:])
-    assert all(torch.equal(received(query[:1], key[:1], 0.2), together[:1]) for _ in range(20))
+    assert all(torch.equal(received(query[:1], key[:1], 0.2), together[:1]) for _ in range(RUNS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -195,6 +195,7 @@ compiled(module._mean_over_heads, {"received": "*fp32", "out": "*fp32"}, {"BLOCK
 """
 
 
+@pytest.mark.long
 def test_compiles_for_hopper_without_spills_onto_tensor_cores_with_wide_loads(tmp_path):
     binaries = hopper.compiled(COMPILE, tmp_path)
     assert len(binaries) == 12

@@ -47,12 +47,12 @@ def every_operator_is_triton(monkeypatch):
     monkeypatch.setattr(test_ops_chain, "ops", Providers)
 
 
-@test_ops_golden.golden("stage1")
+@test_ops_golden.golden("stage1", quick_every=4)
 def test_golden_merge_layer(scalars, tensors):
     test_ops_golden.test_one_merge_layer(scalars, tensors)
 
 
-@test_ops_golden.golden("stage1_chain")
+@test_ops_golden.golden("stage1_chain", quick_every=4)
 def test_golden_chain(scalars, tensors):
     test_ops_golden.test_three_merge_layers(scalars, tensors)
 

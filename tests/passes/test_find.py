@@ -1,6 +1,9 @@
 """Encoders and video paths are found by structure, and only by structure."""
 
+from itertools import product
+
 import pytest
+from effort import cases
 from hand_made import VIDEO, VideoModel, capture
 from tiny_models import tiny_llava_onevision, video_inputs
 
@@ -57,10 +60,14 @@ def test_images_are_told_from_videos():
     assert boundary.frames == 5 and boundary.placeholders.token == model.config.video_token_id
 
 
-@pytest.mark.parametrize("pool", ["avg", "bilinear"])
-@pytest.mark.parametrize("newline", [False, True])
-@pytest.mark.parametrize("frames", [1, 4, 8])
-@pytest.mark.parametrize("videos", [1, 3])
+@pytest.mark.parametrize(
+    "pool, newline, frames, videos",
+    cases(
+        ("avg", False, 1, 1), ("bilinear", True, 1, 3), ("avg", True, 4, 1), ("bilinear", False, 4, 3),
+        ("bilinear", True, 8, 1), ("avg", False, 8, 3),
+        among=list(product(["avg", "bilinear"], [False, True], [1, 4, 8], [1, 3])),
+    ),
+)  # fmt: skip
 def test_boundary(pool, newline, frames, videos):
     model = VideoModel(layers=2, pool=pool, newline=newline)
     boundary = find_video_boundary(encoders_of(model, frames=frames, videos=videos))

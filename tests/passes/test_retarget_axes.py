@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Node
@@ -20,7 +21,7 @@ from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 COLLIDING = st.sampled_from([2, 3, 4, 6])
 """Few sizes for many axes: most examples have axes of equal size that mean different things."""
 
-few, fewer = (settings(max_examples=n, deadline=None) for n in (12, 4))
+few, fewer = examples(12), examples(4)
 """Tracing symbolic sizes takes a second."""
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given, note, reject, settings
+from effort import examples
+from hypothesis import given, note, reject
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -238,7 +239,7 @@ def program(steps: list[Step]) -> Callable[[Tensor], Tensor]:
 
 
 @given(st.lists(STEPS, min_size=1, max_size=9), SIZES, SIZES, SIZES, st.booleans(), st.booleans(), st.data())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_programs_follow(steps, a, b, c, as_node, both, data):
     x = torch.randn(a, b, c, generator=torch.Generator().manual_seed(0))
     run = program(steps)
@@ -248,7 +249,7 @@ def test_programs_follow(steps, a, b, c, as_node, both, data):
 
 
 @given(st.lists(STEPS, min_size=2, max_size=6), SIZES, SIZES, st.data())
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_programs_follow_in_dynamic_graphs(steps, a, b, data):
     x = torch.randn(a, b, a, generator=torch.Generator().manual_seed(0))
     run = program(steps)
