@@ -213,7 +213,9 @@ def data_dependent_sizes() -> Iterator[None]:
 
 def _hint(size: torch.SymInt, likely: int) -> None:
     """What Inductor takes a size known only at run time for; without a hint, for thousands of frames."""
-    size.node.shape_env.var_to_hint_override[size.node.expr] = likely
+    shape_env = size.node.shape_env
+    assert shape_env is not None
+    shape_env.var_to_hint_override[size.node.expr] = likely
 
 
 def _run_on_fake_tensors(graph_module: GraphModule, frames: int) -> None:
