@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_llava_onevision, tokens_per_frame
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,7 +66,7 @@ def test_bytes_of_each_part_are_those_of_the_tensors_that_cross_its_borders(mode
     assert work["lm_head"].bytes == model.lm_head.weight.nbytes
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.data(), st.floats(1e9, 1e15), st.floats(1e8, 1e13))
 def test_fewer_frames_and_tokens_never_raise_the_floor(model, data, matmul, copy):
     more = data.draw(st.lists(st.integers(1, 40), min_size=3, max_size=3).map(lambda x: sorted(x, reverse=True)))

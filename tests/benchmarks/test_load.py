@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_checkpoint import TinySize, write_checkpoint
 from tiny_models import tiny_llava_onevision
+from without_inductor import leave_graphs_as_they_are
 
 import earlytom_compile
 from earlytom_compile.benchmarks import load as serving
@@ -385,7 +386,11 @@ def calls(monkeypatch):
     return seen
 
 
-def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls):
+# The pass over the prompt is Inductor's in both cases.
+@pytest.mark.parametrize("vision", ["Dynamo", pytest.param("Inductor", marks=pytest.mark.long)])
+def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls, monkeypatch, vision):
+    if vision == "Dynamo":
+        leave_graphs_as_they_are(monkeypatch)
     size = TinySize(image=32, patch=16, vision_layers=3, vision_width=32, text_layers=1, text_width=64)
     checkpoint = str(write_checkpoint(tmp_path / "tiny", size))
     files = {name: tmp_path / f"load.{name}" for name in ("json", "markdown")}

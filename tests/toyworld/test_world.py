@@ -6,7 +6,8 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from effort import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from pixels import pixels_of, seen
 
@@ -60,7 +61,7 @@ def masks_at(video, time):
 
 
 @given(st.sampled_from(SPLITS), st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_same_split_and_seed_same_video(split, seed):
     video, again = sample_video(split, seed), sample_video(split, seed)
     assert video.specks == again.specks
@@ -98,7 +99,7 @@ def test_every_color_and_every_shape_is_trained():
 
 
 @given(any_video)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_frames_are_eight_rgb_pictures(video):
     frames = video.frames()
     assert frames.shape == (FRAMES, SIZE, SIZE, 3) == (8, 96, 96, 3)
@@ -106,7 +107,7 @@ def test_frames_are_eight_rgb_pictures(video):
 
 
 @given(any_video)
-@settings(max_examples=200, deadline=None)
+@examples(100)
 def test_scenes_follow_one_another_without_a_gap(video):
     shown = [frame for scene in video.scenes for frame in range(scene.first, scene.last + 1)]
     assert shown == list(range(FRAMES))
@@ -124,7 +125,7 @@ def test_a_cut_lies_half_way_between_two_frames():
 
 
 @given(any_video)
-@settings(max_examples=200, deadline=None)
+@examples(100)
 def test_things_stay_inside_the_picture(video):
     for time in range(FRAMES):
         for thing, (x, y) in video.scene_at(time).visible(time):
@@ -134,7 +135,7 @@ def test_things_stay_inside_the_picture(video):
 
 
 @given(any_video)
-@settings(max_examples=200, deadline=None)
+@examples(100)
 def test_nothing_is_hidden(video):
     for time in range(FRAMES):
         masks = masks_at(video, time)
