@@ -51,7 +51,7 @@ def method(name: str, model: Model, retain_ratio: float, **options: Any) -> Comp
     config = EarlyTomConfig.from_options({"retain_ratio": retain_ratio, **options})
     parts: dict[str, Callable[[Model, EarlyTomConfig, torch.Tensor], torch.Tensor]] = {
         ALL_TOKENS: _all_tokens,
-        NO_TOKENS: lambda *given: _all_tokens(*given)[:0],
+        NO_TOKENS: _no_tokens,
         STAGE_1: _stage_1,
         "only stage 2": _stage_2,
         "top-k without decoupling": _top_k,
@@ -162,6 +162,10 @@ def _budget(config: EarlyTomConfig, frames: int) -> int:
 
 def _all_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:
     return encode(model, config, pixels, merge=False).tokens.flatten(0, 1)
+
+
+def _no_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:
+    return model.model.image_newline.new_empty(0, model.config.text_config.hidden_size)
 
 
 def _stage_1(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_checkpoint import TinySize, write_checkpoint
 from tiny_models import tiny_llava_onevision
+from without_inductor import leave_graphs_as_they_are
 
 import earlytom_compile
 from earlytom_compile.benchmarks import load as serving
@@ -262,32 +264,59 @@ def test_inductor_gets_the_mode(model, monkeypatch):
     assert given == ["reduce-overhead"] * 2  # the vision encoder, the language model's pass over the prompt
 
 
-@pytest.mark.parametrize("name", ["transformers", "earlytom 0.2"])
-def test_answers_under_load_are_those_of_single_calls(model, prompts, name):
-    server = servers_of(model)[name]
+@dataclass
+class Served:
+    """What came of calling one server in several ways."""
 
-    def serve(batch):
+    measured: LoadResult
+    answered: list  # to ten requests, four at a time
+    alone: list  # answers to the same prompts one by one
+    steps: list  # of the language model: until the first token was seen, and in all
+    answers: list  # of the call in which steps were counted
+
+
+NAMES = ["transformers", "earlytom 0.2"]
+
+
+@pytest.fixture(scope="module")
+def served(model, prompts):
+    """By name; every server compiles once for all tests, and none of that is to be seen in the model."""
+    torch._dynamo.reset()
+    before = dict(model.__dict__)
+    servers = servers_of(model)
+    measured = measure_load(servers.values(), prompts, max_batch=4, rounds=1, new_tokens=2)
+    found = {name: serve(model, prompts, servers[name], result) for name, result in zip(NAMES, measured, strict=True)}
+    assert model.__dict__ == before
+    return found
+
+
+def serve(model, prompts, server, measured):
+    def answer(batch):
         return server.answer([prompts[request.client] for request in batch], 4, lambda: 0.0)
 
-    answered = closed_loop(serve, clients=5, each=2, max_batch=4, clock=lambda: 0.0)
-    alone = [
-        (server.model or model).generate(**prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, -4:].tolist()
-        for prompt in prompts
-    ]
+    answered = closed_loop(answer, clients=5, each=2, max_batch=4, clock=lambda: 0.0)
+    own = server.model or model
+    alone = [own.generate(**p, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, -4:].tolist() for p in prompts]
+    steps = []
+    hook = own.lm_head.register_forward_hook(lambda *ignored: steps.append(1))
+    try:
+        seen, answers = server.answer(prompts[:3], 4, lambda: len(steps))
+    finally:
+        hook.remove()
+    return Served(measured, answered, alone, [seen, len(steps)], answers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_under_load_are_those_of_single_calls(served, name):
+    answered, alone = served[name].answered, served[name].alone
     assert sorted({a.batch for a in answered}) == [2, 4]
     assert [a.answer for a in answered] == [alone[a.request.client] for a in answered]
     assert len(set(map(tuple, alone))) > 1
 
 
-@pytest.mark.parametrize("name", ["transformers", "earlytom 0.2"])
-def test_the_first_token_is_seen_before_the_second_is_computed(model, prompts, name):
-    server, steps = servers_of(model)[name], []
-    hook = (server.model or model).lm_head.register_forward_hook(lambda *ignored: steps.append(1))
-    try:
-        seen, answers = server.answer(prompts[:3], 4, lambda: len(steps))
-    finally:
-        hook.remove()
-    assert seen == 1 and len(steps) == 4 and [len(answer) for answer in answers] == [4] * 3
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_token_is_seen_before_the_second_is_computed(served, name):
+    assert served[name].steps == [1, 4] and [len(answer) for answer in served[name].answers] == [4] * 3
 
 
 def test_answers_have_their_length_whatever_the_model_says(model, prompts):
@@ -302,15 +331,16 @@ def test_answers_have_their_length_whatever_the_model_says(model, prompts):
     assert len(longer) == 4 and answer[0] not in longer[:3]
 
 
-def test_batches_of_other_sizes_compile_nothing_after_the_first_round(model, prompts):
-    before = dict(model.__dict__)
-    servers = servers_of(model).values()
-    full, compressed = measure_load(servers, prompts, max_batch=4, rounds=1, new_tokens=2)
+def test_batches_of_other_sizes_compile_nothing_after_the_first_round(served):
+    full, compressed = (served[name].measured for name in NAMES)
     assert full.recompiles == compressed.recompiles == 0 and sorted(set(compressed.batches)) == [2, 4]
     assert len(compressed.ttft) == 10 and all(a <= b for a, b in zip(compressed.ttft, compressed.latency, strict=True))
     assert full.retention is None and len(compressed.frames) == 10
     assert {frames[0] for frames in compressed.frames} == {8} and compressed.retention < 1
-    assert model.__dict__ == before and earlytom_compile.restore(model) is model
+
+
+def test_the_model_is_left_as_it_was(model, served):
+    assert earlytom_compile.restore(model) is model
 
 
 # --- what is written ---------------------------------------------------------------------------------------------
@@ -385,7 +415,11 @@ def calls(monkeypatch):
     return seen
 
 
-def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls):
+# The pass over the prompt is Inductor's in both cases.
+@pytest.mark.parametrize("vision", ["Dynamo", pytest.param("Inductor", marks=pytest.mark.long)])
+def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls, monkeypatch, vision):
+    if vision == "Dynamo":
+        leave_graphs_as_they_are(monkeypatch)
     size = TinySize(image=32, patch=16, vision_layers=3, vision_width=32, text_layers=1, text_width=64)
     checkpoint = str(write_checkpoint(tmp_path / "tiny", size))
     files = {name: tmp_path / f"load.{name}" for name in ("json", "markdown")}

@@ -45,9 +45,13 @@ def assert_compared(output):
     assert {"answer", "answers agree"} <= set(table)
 
 
-def test_demo_ends_in_table_report_and_true_answers(earlytom, tmp_path):
-    status, output, _ = earlytom("demo", *EAGER, "--repeats", 1, "--save", tmp_path)
-    assert status == 0
+# Without a compiler the demo is as eager as if it had been asked to be, and says so.
+@pytest.mark.parametrize("compiler", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_demo_ends_in_table_report_and_true_answers(earlytom, tmp_path, monkeypatch, compiler):
+    if not compiler:
+        monkeypatch.setattr(toolchain, "get_cpp_compiler", _no_compiler)
+    status, output, _ = earlytom("demo", *(EAGER if compiler else ()), "--repeats", 1, "--save", tmp_path)
+    assert status == 0 and ("both models run eagerly" in output) == (not compiler)
     table = rows(output.split("More questions")[0])
     assert table["frames"][0] == "8"
     assert table["video tokens"] == ["128", "13 (10.2%)"]  # 16 of each frame
@@ -136,13 +140,10 @@ def test_mistakes_exit_with_2_and_one_line(earlytom, checkpoint, clip, tmp_path)
         assert message in errors and "Traceback" not in errors
 
 
-def test_without_a_compiler_run_stops_and_demo_runs_eagerly(earlytom, checkpoint, clip, monkeypatch):
+def test_without_a_compiler_run_stops(earlytom, checkpoint, clip, monkeypatch):
     monkeypatch.setattr(toolchain, "get_cpp_compiler", _no_compiler)
     status, _, errors = earlytom("run", "--model", checkpoint, "--video", clip, "--prompt", "What?")
     assert status == 2 and "no C++ compiler was found" in errors and "--lowering eager" in errors
-
-    status, output, _ = earlytom("demo", "--frames", 4, "--repeats", 1, "--max-new-tokens", 1)
-    assert status == 0 and "both models run eagerly" in output
 
 
 def _no_compiler():

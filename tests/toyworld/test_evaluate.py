@@ -90,12 +90,11 @@ def test_a_model_that_always_says_one_word_is_right_where_that_is_the_answer(mod
             assert found.right[video, column] == (question.answer == said)
 
 
-def test_every_arm_can_be_evaluated(model, questions):
-    found = {(name, ratio): evaluate(model, questions, name, ratio) for name, ratio in arms((0.1,))}
-    assert {name for name, _ in found} == {ALL_TOKENS, NO_TOKENS, STAGE_1, *METHODS}
-    assert found[ALL_TOKENS, None].tokens == 128
-    assert found[NO_TOKENS, None].tokens == 0
-    assert found["earlytom paper", 0.1].tokens == 13
+def test_arms_are_all_methods_at_all_ratios():
+    expected = {(ALL_TOKENS, None), (NO_TOKENS, None), (STAGE_1, None)}
+    expected |= {(name, ratio) for name in METHODS for ratio in (0.25, 0.1)}
+    found = arms((0.25, 0.1))
+    assert set(found) == expected and len(found) == len(expected)
 
 
 def test_options_reach_the_methods(model, questions):
@@ -143,13 +142,19 @@ def test_a_category_nobody_asked_about_has_no_interval():
     assert np.isnan(result_of(asked, asked).interval("needle")).all()
 
 
-def test_the_command_writes_what_it_prints(model, tmp_path, capsys):
+# Each ratio compiles three methods anew.
+@pytest.mark.parametrize("ratios", ["0.1", pytest.param("0.25,0.1", marks=pytest.mark.long)])
+def test_the_command_evaluates_every_arm_and_writes_what_it_prints(model, tmp_path, capsys, ratios):
     folder = save(model, tmp_path / "model")
     files = [str(tmp_path / name) for name in ("a.json", "a.md", "plots")]
-    command = ["eval", "--toy", "--model", str(folder), "--videos", "6", "--retain-ratios", "0.25,0.1"]
+    command = ["eval", "--toy", "--model", str(folder), "--videos", "6", "--retain-ratios", ratios]
     assert main([*command, "--device", "cpu", "--json", files[0], "--markdown", files[1], "--plot", files[2]]) == 0
     content = json.loads((tmp_path / "a.json").read_text())
-    assert len(content["results"]) == 3 + 2 * len(METHODS)
+    found = {(result["method"], result["retain_ratio"]): result for result in content["results"]}
+    assert list(found) == arms(tuple(map(float, ratios.split(",")))) and len(found) == len(content["results"])
+    assert found[ALL_TOKENS, None]["tokens"] == 128
+    assert found[NO_TOKENS, None]["tokens"] == 0
+    assert found["earlytom paper", 0.1]["tokens"] == 13
     assert content["split"] == "test" and content["torch"] == torch.__version__
     assert sum(part["videos"] for part in content["unseen pairs"].values()) == 6
     table = (tmp_path / "a.md").read_text()

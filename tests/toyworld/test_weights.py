@@ -15,9 +15,11 @@ def model():
     return LlavaOnevisionForConditionalGeneration.from_pretrained(WEIGHTS).eval()
 
 
-@pytest.fixture(scope="module")
-def questions():
-    return load_questions("test", first=0, videos=150)
+# With 60 videos there are 193 questions, and 22 of the rarest category. Where the model is right 97 times of 100, that
+# is a standard deviation of 0.012 overall, six of which lie between 0.97 and 0.9, and 0.036 in a category.
+@pytest.fixture(scope="module", params=[60, pytest.param(150, marks=pytest.mark.long)])
+def questions(request):
+    return load_questions("test", first=0, videos=request.param)
 
 
 def test_it_answers(model, questions):

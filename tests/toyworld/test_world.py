@@ -107,7 +107,7 @@ def test_frames_are_eight_rgb_pictures(video):
 
 
 @given(any_video)
-@examples(200)
+@examples(100)
 def test_scenes_follow_one_another_without_a_gap(video):
     shown = [frame for scene in video.scenes for frame in range(scene.first, scene.last + 1)]
     assert shown == list(range(FRAMES))
@@ -125,7 +125,7 @@ def test_a_cut_lies_half_way_between_two_frames():
 
 
 @given(any_video)
-@examples(200)
+@examples(100)
 def test_things_stay_inside_the_picture(video):
     for time in range(FRAMES):
         for thing, (x, y) in video.scene_at(time).visible(time):
@@ -135,7 +135,7 @@ def test_things_stay_inside_the_picture(video):
 
 
 @given(any_video)
-@examples(200)
+@examples(100)
 def test_nothing_is_hidden(video):
     for time in range(FRAMES):
         masks = masks_at(video, time)
