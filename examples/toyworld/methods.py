@@ -165,7 +165,7 @@ def _all_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> t
 
 
 def _no_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:
-    return model.model.image_newline.new_empty(0, model.config.text_config.hidden_size)
+    return model.model.image_newline[None][:0]
 
 
 def _stage_1(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:
