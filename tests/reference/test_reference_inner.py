@@ -125,7 +125,6 @@ def test_released_halves_again_and_again_where_the_paper_takes_the_mean():
     hidden = torch.tensor([[[4.0], [8.0], [16.0]]])
     scores = torch.tensor([1.0, 0.5, 0.25])
     span = {"image_start": 0, "image_length": 3, "drop_ratio": 0.6}
-    assert merge_inner_tokens(hidden, scores, variant="paper", **span)[0].flatten().tolist() == [28 / 3] or True
     paper, kept = merge_inner_tokens(hidden, scores, variant="paper", **span)
     released, _ = merge_inner_tokens(hidden, scores, variant="released", **span)
     assert kept.tolist() == [0]
