@@ -4,7 +4,7 @@ import pytest
 from clip import write_clip
 from tiny_checkpoint import TinySize, write_checkpoint
 
-SMALL = TinySize(image=48, patch=8, vision_layers=4, vision_width=64, text_layers=1, text_width=64)
+SMALL = TinySize(image=48, patch=8, vision_layers=4, vision_width=64, text_layers=2, text_width=64)
 
 
 @pytest.fixture(scope="session")
