@@ -274,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if len(arguments.out) > 1:
         parser.error("name one folder to write to")
+    if not arguments.dry_run and _card() is None:
+        parser.error("nvidia-smi finds no GPU here; DRY=1 (--dry-run) tries everything on a CPU, with tiny sizes")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stage is stopped too
     install()
     stages = {key: stage for key, stage in STAGES.items() if key >= arguments.start}

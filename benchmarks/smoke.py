@@ -71,9 +71,9 @@ def checks(frames: int, shape: Shape, dtype: torch.dtype) -> Iterator[Check]:
     config = EarlyTomConfig(retain_ratio=RETAIN_RATIO)
     hidden, counts = scenes(frames, shape.tokens, shape.channels).to(dtype), torch.tensor([frames])
     band = {"band": config.similarity_band(frames)}
-    # Unit vectors and their products are summed in float32, over channels and then over tokens; each sum in parts of
-    # at least 16, so that an error passes through log2(terms) + 16 additions at most.
-    rounding = (math.log2(shape.tokens * shape.channels) + 2 * 16) * _EPS
+    # A tensor core adds 16 products to a sum, and goes on with it: channels / 16 + 16 additions, each of which may cut
+    # off an epsilon. So are the squares of both lengths, whose roots divide; the mean over tokens adds 4 roundings.
+    rounding = (2 * (shape.channels / 16 + 16) + 4) * _EPS
     yield Check("frame_similarity", "frame_similarity", (hidden,), band, rounding)
 
     similarity = ops.frame_similarity(hidden, **band)

@@ -89,6 +89,13 @@ def test_no_stage_is_begun_without_time_for_it(tmp_path, capsys):
     assert results == {} and "go on with FROM=a" in capsys.readouterr().out
 
 
+def test_without_a_gpu_it_says_so_and_begins_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "_card", lambda: None)
+    with pytest.raises(SystemExit):
+        gpu.main([str(tmp_path / "results")])
+    assert "DRY=1" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
 DRIVER = """
 import sys
 from pathlib import Path
