@@ -11,6 +11,7 @@ from hypothesis import settings
 # A suite that draws other inputs every time is green on one machine and red on the next. What `make test` draws is
 # always the same; `make test-all` goes and looks for what nobody has seen yet.
 settings.register_profile("quick", max_examples=QUICK, deadline=None, derandomize=True)
+settings.register_profile("seeded", max_examples=QUICK, deadline=None, print_blob=True)
 settings.register_profile("long", max_examples=LONG, deadline=None, print_blob=True)
 settings.load_profile("quick")
 

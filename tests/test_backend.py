@@ -198,9 +198,9 @@ def kinds_compiled(monkeypatch, vision_layers, text_layers):
 
 
 def test_a_deeper_model_has_more_pieces_but_no_more_to_compile(monkeypatch):
-    kinds, pieces = kinds_compiled(monkeypatch, vision_layers=8, text_layers=4)
-    more_kinds, more_pieces = kinds_compiled(monkeypatch, vision_layers=13, text_layers=6)
-    assert more_pieces - pieces == 13 - 8 + 6 - 4
+    kinds, pieces = kinds_compiled(monkeypatch, vision_layers=7, text_layers=3)
+    more_kinds, more_pieces = kinds_compiled(monkeypatch, vision_layers=11, text_layers=5)
+    assert more_pieces - pieces == 11 - 7 + 5 - 3
     assert more_kinds == kinds < pieces
 
 
@@ -212,7 +212,8 @@ def test_compile_seconds_grow_with_every_new_shape_and_with_nothing_else(model, 
 
     slept, seconds = [], []
     monkeypatch.setattr(stages, "lower", slow)
-    compiled = compress(model, lowering="staged")
+    options = {"lowering": "staged", **MERGE}
+    compiled = torch.compile(model, backend="earlytom", dynamic=False, options=options)  # two shapes, not one for all
     for frames, seed in ((8, 0), (8, 1), (12, 0), (8, 2), (12, 1)):
         with torch.no_grad():
             compiled(**video_inputs(model, frames, seed=seed))
@@ -285,14 +286,14 @@ def test_dynamic_shapes(model):
     compiled = torch.compile(
         model, backend="earlytom", dynamic=True, options={"lowering": "eager", "retain_ratio": 0.2, **MERGE}
     )
-    for after in (4, 9, 30):
+    for after in (4, 30):
         assert_equals_oracle(model, compiled, video_inputs(model, 12, after=after, seed=after))
     assert graphs_and_breaks(compiled) == (1, 0, 0)
 
 
 def test_longer_prompts_become_dynamic_not_wrong(model):
     compiled = compress(model)
-    for after in (4, 9, 30):
+    for after in (4, 30):
         assert_equals_oracle(model, compiled, video_inputs(model, 12, after=after, seed=after))
 
 
