@@ -1,5 +1,6 @@
 """Every test starts with an empty compiler and fails on warnings it did not ask for."""
 
+import gc
 import os
 import warnings
 
@@ -30,9 +31,16 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_collection_finish():
+    # What was imported stays. Python would go through all of it again and again while compilers make objects.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
+def fresh_compiler(request):
+    if "one_trace" not in request.fixturenames:  # which tests share, each with a backend of its own
+        torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     reporting._RECORDS.clear()
     with warnings.catch_warnings():

@@ -1,9 +1,11 @@
 """What tests of ``generate()`` in place share: inputs in all layouts, and the two sides of a comparison."""
 
 import torch
+from one_trace import OneTrace
 from oracle import compressed_generate
 
 import earlytom_compile
+from earlytom_compile.integrations import generate as in_place
 from earlytom_compile.integrations.caches import cache_name
 
 OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
@@ -20,6 +22,22 @@ LAYOUTS = {
 
 def compiled(model, **options):
     return earlytom_compile.compile(model, **{"lowering": "eager", **OPTIONS, **options})
+
+
+def trace_of_video_rows():
+    """For :func:`share_vision_paths`, in tests that want one trace of a model for each shape of its videos."""
+    return OneTrace(in_place._video_rows)
+
+
+def share_vision_paths(one_trace, monkeypatch):
+    """Models compiled in place trace their vision through ``one_trace``, each with options of its own."""
+
+    class SharedPath(in_place._VisionPath):
+        def __init__(self, config):
+            super().__init__(config)
+            self._compiled = one_trace.through(self._backend)
+
+    monkeypatch.setattr(in_place, "_VisionPath", SharedPath)
 
 
 def new_tokens(model, inputs, **kwargs):

@@ -6,7 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from generating import LAYOUTS, NEW, OPTIONS, compiled, given, graphs_compiled, new_tokens, oracle_tokens
+from generating import (
+    LAYOUTS,
+    NEW,
+    OPTIONS,
+    compiled,
+    given,
+    graphs_compiled,
+    new_tokens,
+    oracle_tokens,
+    share_vision_paths,
+    trace_of_video_rows,
+)
 from oracle import compressed_generate
 from tiny_models import tiny_llava_onevision, video_inputs
 from torch._inductor.exc import InductorError
@@ -16,6 +27,7 @@ from transformers import (
     CompileConfig,
     DynamicCache,
 )
+from without_inductor import leave_pieces_as_they_are
 
 import earlytom_compile
 from earlytom_compile import (
@@ -34,10 +46,26 @@ def pristine():
     return tiny_llava_onevision(vision_layers=4, text_layers=1)
 
 
+@pytest.fixture(scope="module")
+def one_trace():
+    return trace_of_video_rows()
+
+
 @pytest.fixture
-def model(pristine):
+def shared_vision(one_trace, monkeypatch):
+    share_vision_paths(one_trace, monkeypatch)
+
+
+@pytest.fixture
+def model(pristine, shared_vision):
     yield pristine
     earlytom_compile.restore(pristine)
+
+
+@pytest.fixture
+def without_inductor(monkeypatch):
+    """For tests of when a prompt is compiled, and not of what Inductor makes of it."""
+    leave_pieces_as_they_are(monkeypatch)
 
 
 def test_the_prompt_is_compiled_once_for_all_lengths(model):
@@ -52,6 +80,7 @@ def test_the_prompt_is_compiled_once_for_all_lengths(model):
     assert first.shape == (1, NEW)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_restore_gives_the_language_model_back(model):
     language_model = model.model.language_model
     before = dict(language_model.__dict__)
@@ -61,6 +90,7 @@ def test_restore_gives_the_language_model_back(model):
     assert language_model.__dict__ == before
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_without_a_video_the_language_model_runs_its_own_code(model):
     ids = video_inputs(model, 4, videos_per_row=(0,), after=9)["input_ids"]
     with torch.no_grad():
@@ -72,6 +102,7 @@ def test_without_a_video_the_language_model_runs_its_own_code(model):
     assert graphs_compiled() == graphs
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_threads_do_not_meet(model):
     """One generates about videos, the other about nothing, which must stay bit for bit what it was."""
     text = {"input_ids": video_inputs(model, 4, videos_per_row=(0,), after=9)["input_ids"]}
@@ -92,6 +123,7 @@ def test_threads_do_not_meet(model):
     assert "forward" not in model.model.language_model.__dict__
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_a_copy_compiles_for_itself(model):
     inputs = video_inputs(model, 12)
     tokens = new_tokens(compiled(model, lowering="staged"), inputs)
@@ -153,43 +185,57 @@ def test_chunks_of_the_prompt_are_a_reason(model):
         assert torch.equal(new_tokens(compiled(model), inputs, prefill_chunk_size=16), plain)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_the_compiled_prompt_is_in_the_report(model):
     new_tokens(compiled(model, lowering="staged"), video_inputs(model, 12))
     content = report(model).to_dict()
     assert content["graphs"] == 2 and content["recompiles"] == 0 and content["reasons"] == []
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_compile_llm_can_be_turned_off(model):
     inputs = video_inputs(model, 12)
     compiled(model, lowering="staged", compile_llm=False)
+    new_tokens(model, inputs)
+    compiled(model, lowering="staged", compile_llm=False)
+    graphs = graphs_compiled()
     got = new_tokens(model, inputs)
-    assert graphs_compiled() == 1  # the vision path
+    assert graphs_compiled() == graphs, "the vision path was traced before, and nothing else is"
     assert torch.equal(got, oracle_tokens(model, inputs))
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padded", "not padded"])
-def test_rows_of_one_batch_size_compile_for_all(model, padded):
-    """One graph for the vision path, and one for the prompts: of 2, 3 and 4 rows, padded or not."""
+def test_rows_of_one_batch_size_compile_for_all(model, monkeypatch, padded):
+    """One graph for the prompts of 2, 3 and 4 rows, padded or not."""
+    if not padded:  # the mask's sizes are what could be too much for Inductor
+        leave_pieces_as_they_are(monkeypatch)
     compiled(model, lowering="staged")
+    model.generate(**video_inputs(model, 12), max_new_tokens=1)  # traces the vision path, and the prompt of one row
+    before_any = graphs_compiled()
     for rows in (2, 3, 4):
-        for after in (5, 9, 12):
+        for after in (5, 9):
             before = range(1, rows + 1) if padded else 2
             inputs = video_inputs(model, 12, videos_per_row=(1,) * rows, before=before, after=after, seed=after)
             assert bool(inputs["attention_mask"].all()) is not padded
             got = new_tokens(model, inputs, max_new_tokens=2)
-            assert graphs_compiled() == 2, f"{rows} rows with {after} tokens after the video were compiled again"
+            assert graphs_compiled() == before_any + 1, f"{rows} rows, {after} tokens at the end: compiled again"
             if after == 9:
                 with torch.no_grad():
                     expected = compressed_generate(model, inputs, 2, variant="paper", **OPTIONS)
                 assert torch.equal(got, expected)
     other = video_inputs(model, 12, videos_per_row=(1, 1), before=2 if padded else (1, 2))
     new_tokens(model, other, max_new_tokens=2)
-    assert graphs_compiled() == 3, "with a mask the code is another than without, once"
+    assert graphs_compiled() == before_any + 2, "with a mask the code is another than without, once"
+
+
+@pytest.fixture(scope="module")
+def deeper():
+    return tiny_llava_onevision(vision_layers=4, text_layers=3)
 
 
 @pytest.mark.parametrize("lowering", ["staged", "whole"])
-def test_the_prompt_is_lowered_as_the_vision_path_is(monkeypatch, lowering):
-    model, lowered = tiny_llava_onevision(vision_layers=4, text_layers=4), []
+def test_the_prompt_is_lowered_as_the_vision_path_is(deeper, shared_vision, monkeypatch, lowering):
+    model, lowered = deeper, []
     monkeypatch.setattr(stages, "lower", lambda *args: lowered.append(args[2]) or args[0].forward)
     inputs = video_inputs(model, 12)
     new_tokens(compiled(model, lowering=lowering, compile_llm=False), inputs)
@@ -289,7 +335,7 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
         reads.hold(moved)
         return moved
 
-    monkeypatch.setattr(stages, "lower", lambda *args: args[0].forward)
+    leave_pieces_as_they_are(monkeypatch)
     monkeypatch.setattr(in_place.CompiledModel, "_encode", encode_then_watch)
     monkeypatch.setattr(in_place, "without_waiting", sent)
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # else what is on the host is what is on the device
@@ -319,7 +365,7 @@ def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout)
         reached.append(kwargs["inputs_embeds"].shape)
         return lambda own, args, kwargs: own(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "lower", lambda *args: args[0].forward)
+    leave_pieces_as_they_are(monkeypatch)
     monkeypatch.setattr(in_place.CompiledModel, "_encode", encode_then_watch)
     monkeypatch.setattr(CompiledPrefill, "_compiled_for", language_model)
     try:
@@ -330,6 +376,7 @@ def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout)
     assert len(reached) == 1
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_decoding_that_transformers_compiles_itself_stays_compiled(model):
     """Its static caches grow until the second length: from then on nothing is compiled anew, prompt or decoding."""
     decoding = CompileConfig(backend="eager", mode=None, fullgraph=True)

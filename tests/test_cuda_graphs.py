@@ -3,6 +3,7 @@
 import contextlib
 import math
 import threading
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from effort import examples
 from hypothesis import example, given
 from hypothesis import strategies as st
+from one_trace import OneTrace
 from oracle import compressed_forward, compressed_generate
 from tiny_models import tiny_llava_onevision, video_inputs
 from torch import nn
 
 import earlytom_compile
 from earlytom_compile import EarlyTomFallbackWarning, cuda_graphs, report, stages
+from earlytom_compile.backend import earlytom
 from earlytom_compile.cuda_graphs import GraphedRun, bucket, fewest_of_bucket
 from earlytom_compile.integrations.caches import cache_of
 from earlytom_compile.passes.find_capturable import Signature
@@ -287,6 +290,11 @@ def model():
     return tiny_llava_onevision(vision_layers=4, text_layers=3)
 
 
+@pytest.fixture(scope="module")
+def one_trace(model):
+    return OneTrace(model.forward)
+
+
 @contextlib.contextmanager
 def fake_graphs(device):
     """Graphs on the CPU, of pieces that nothing compiles, with NaN in every frame that fills a bucket."""
@@ -300,10 +308,10 @@ def fake_graphs(device):
 
 
 @pytest.mark.parametrize("variant, videos", [("paper", 8), ("released", 3), ("plus", 3)])
-def test_videos_through_graphs_are_what_they_are_without(model, variant, videos):
+def test_videos_through_graphs_are_what_they_are_without(model, one_trace, variant, videos):
     device, options, frames, kept = FakeGraphs(), {"variant": variant, **MERGE}, set(), []
     inputs = [video_inputs(model, 16, seed=seed, scenes=1 + seed % 4) for seed in range(videos)]
-    compiled = torch.compile(model, backend="earlytom", options={"mode": "reduce-overhead", **options}, dynamic=False)
+    compiled = one_trace.through(partial(earlytom, options={"mode": "reduce-overhead", **options}))
     with fake_graphs(device), torch.no_grad():
         expected = [compressed_forward(model, video, **options).logits for video in inputs]
         for video, logits in zip(inputs * 3, expected * 3, strict=True):
@@ -374,12 +382,10 @@ def test_where_there_are_none_the_record_says_so():
     assert cuda_graphs.device_for(torch.device("cpu")) is None
 
 
-def test_one_graph_of_everything_has_none():
-    model = tiny_llava_onevision(vision_layers=3, text_layers=1)
+def test_one_graph_of_everything_has_none(model, one_trace):
     options = {"mode": "reduce-overhead", "lowering": "eager", **MERGE}
-    compiled = torch.compile(model, backend="earlytom", options=options)
     with torch.no_grad():
-        compiled(**video_inputs(model, 8))
+        one_trace.through(partial(earlytom, options=options))(**video_inputs(model, 16))
     assert any('need lowering="staged"' in reason for reason in report(model).to_dict()["reasons"])
 
 

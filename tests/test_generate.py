@@ -7,7 +7,17 @@ from itertools import product
 import pytest
 import torch
 from effort import cases
-from generating import LAYOUTS, NEW, OPTIONS, compiled, given, new_tokens, oracle_tokens
+from generating import (
+    LAYOUTS,
+    NEW,
+    OPTIONS,
+    compiled,
+    given,
+    new_tokens,
+    oracle_tokens,
+    share_vision_paths,
+    trace_of_video_rows,
+)
 from oracle import compressed_forward
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
 from transformers import (
@@ -32,13 +42,26 @@ takes_features = pytest.mark.skipif(
     reason="this transformers takes no features in place of pixels",
 )
 
+
 @pytest.fixture(scope="module")
 def pristine():
     return tiny_llava_onevision(vision_layers=4, text_layers=1)
 
 
+@pytest.fixture(scope="module")
+def one_trace():
+    return trace_of_video_rows()
+
+
 @pytest.fixture
-def model(pristine):
+def model(pristine, one_trace, monkeypatch):
+    share_vision_paths(one_trace, monkeypatch)
+    yield pristine
+    earlytom_compile.restore(pristine)
+
+
+@pytest.fixture
+def unshared(pristine):
     yield pristine
     earlytom_compile.restore(pristine)
 
@@ -83,25 +106,28 @@ def test_each_row_equals_that_row_alone(model):
         assert torch.equal(new_tokens(model, alone)[0], together[row])
 
 
-def test_prompts_of_other_lengths_do_not_recompile(model):
-    compiled(model)
+def test_prompts_of_other_lengths_do_not_recompile(unshared):
+    compiled(unshared)
     for seed, after in enumerate((4, 9, 30, 2)):
-        new_tokens(model, video_inputs(model, 12, after=after, seed=seed))
-        new_tokens(model, video_inputs(model, 12, videos_per_row=(1, 1), after=after, seed=seed))
-    content = report(model).to_dict()
+        new_tokens(unshared, video_inputs(unshared, 12, after=after, seed=seed))
+        new_tokens(unshared, video_inputs(unshared, 12, videos_per_row=(1, 1), after=after, seed=seed))
+    content = report(unshared).to_dict()
     assert (content["graphs"], content["recompiles"]) == (1, 0)
-    new_tokens(model, video_inputs(model, 8))
-    assert report(model).to_dict()["graphs"] == 2
+    new_tokens(unshared, video_inputs(unshared, 8))
+    assert report(unshared).to_dict()["graphs"] == 2
 
 
-def test_many_frame_counts_stay_compressed(model):
+@torch.no_grad()
+def test_many_frame_counts_stay_compressed(unshared):
     """More shapes than Dynamo's recompile limit: each has a compiled function of its own."""
-    compiled(model)
+    inputs = {frames: video_inputs(unshared, frames, scenes=1) for frames in (1, 2, 4, 5, 7)}
+    expected = {frames: compressed_forward(unshared, x, variant="paper", **OPTIONS) for frames, x in inputs.items()}
+    compiled(unshared)
     with torch._dynamo.config.patch(recompile_limit=2):
-        for frames in (1, 2, 5, 8):
-            new_tokens(model, video_inputs(model, frames), max_new_tokens=1)
-            (video,) = report(model).to_dict()["videos"]
-            assert video["tokens"][1] == max(1, round(0.2 * frames * tokens_per_frame(model)))
+        for frames, x in inputs.items():
+            torch.testing.assert_close(unshared(**x).logits, expected[frames].logits, atol=1e-4, rtol=1e-4)
+            (video,) = report(unshared).to_dict()["videos"]
+            assert video["tokens"][1] == max(1, round(0.2 * frames * tokens_per_frame(unshared)))
 
 
 def test_beams(model):
@@ -384,14 +410,14 @@ def test_compiling_again_replaces_the_options(model):
     assert video["tokens"][1] == round(0.1 * 12 * tokens_per_frame(model))
 
 
-def test_a_copy_is_compiled_on_its_own(model):
-    inputs = video_inputs(model, 12)
-    original = new_tokens(compiled(model), inputs)
-    other = copy.deepcopy(model)
+def test_a_copy_is_compiled_on_its_own(unshared):
+    inputs = video_inputs(unshared, 12)
+    original = new_tokens(compiled(unshared), inputs)
+    other = copy.deepcopy(unshared)
     with torch.no_grad():
         other.lm_head.weight.mul_(-1)
     assert not torch.equal(new_tokens(other, inputs), original)
-    assert torch.equal(new_tokens(model, inputs), original)
+    assert torch.equal(new_tokens(unshared, inputs), original)
     earlytom_compile.restore(other)
 
 

@@ -415,10 +415,9 @@ def calls(monkeypatch):
     return seen
 
 
-# The pass over the prompt is Inductor's in both cases.
-@pytest.mark.parametrize("vision", ["Dynamo", pytest.param("Inductor", marks=pytest.mark.long)])
-def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls, monkeypatch, vision):
-    if vision == "Dynamo":
+@pytest.mark.parametrize("compiler", ["Dynamo", pytest.param("Inductor", marks=pytest.mark.long)])
+def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls, monkeypatch, compiler):
+    if compiler == "Dynamo":
         leave_graphs_as_they_are(monkeypatch)
     size = TinySize(image=32, patch=16, vision_layers=3, vision_width=32, text_layers=1, text_width=64)
     checkpoint = str(write_checkpoint(tmp_path / "tiny", size))

@@ -4,12 +4,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import DTYPES, laid_out, layouts, native_dtypes, operator_settings, ops, per_video, seeds
+from rounding import gamma
 
 from earlytom_compile.kernels.select_representatives import _TIE, _windows
 from earlytom_compile.reference import select_representatives
 
-ROUNDING = 1e-4
-"""More than float32 makes of a sum of some hundred similarities."""
+
+def rounding_of_gains(tokens, channels):
+    """Of a float32 gain: a sum of likenesses, which come to no more than ``tokens`` in all.
+
+    A likeness is a sum of C products over the root of two more, times a length as a multiple of the mean of all.
+    """
+    return tokens * gamma(2 * channels + 2 * tokens + 8)
 
 
 def tokens_of_few_kinds(seed, frames, tokens, channels, kinds, noise):
@@ -52,7 +58,7 @@ def test_takes_the_token_that_adds_most_by_the_rules_read_literally(video, share
             chosen = {place - inside.start for place in places if inside.start <= place < inside.stop}
             assert len(chosen) == share_of_it
             alike = plain_python.likeness(features[rows][window.start : window.stop].float().numpy())
-            assert plain_python.may_be_chosen(alike, chosen, _TIE, ROUNDING)
+            assert plain_python.may_be_chosen(alike, chosen, _TIE, rounding_of_gains(len(alike), features.shape[2]))
 
 
 @pytest.mark.parametrize("seed", range(20))

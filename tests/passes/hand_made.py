@@ -4,11 +4,15 @@ Passes that find things by structure must find them here too; each switch breaks
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+
+from earlytom_compile import EarlyTomConfig
+from earlytom_compile.passes.manager import Rewrite, run_passes
 
 VIDEO = 9
 
@@ -151,6 +155,24 @@ def capture(model: nn.Module, *inputs: Tensor, dynamic: bool | None = None) -> G
     (graph_module,) = graphs
     graph_module.graph.eliminate_dead_code()
     return graph_module
+
+
+def rewrite(model: nn.Module, example: tuple[Tensor, ...], compile=None, **options) -> Rewrite:
+    """The state after all passes, run inside a compilation as they always are; ``compile(backend)`` is the model's."""
+    states = []
+
+    def backend(graph_module, example_inputs):
+        config = EarlyTomConfig.from_options({"merge_layers": (0, 2), "tau_seg": 0.0, **options})
+        state = Rewrite(graph_module, config, features_only=model.switches.tail == "features")
+        states.append(run_passes(state))
+        return graph_module.forward
+
+    if compile is None:
+        torch._dynamo.reset()
+        compile = partial(torch.compile, model, fullgraph=True)  # noqa: A001
+    with torch.no_grad():
+        compile(backend=backend)(*example)
+    return states[0]
 
 
 def count(graph_module: GraphModule, name: str) -> int:

@@ -1,18 +1,25 @@
 """Merging, selecting and cutting on a model of our own, against the reference applied by hand."""
 
 import math
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from effort import cases, examples
-from hand_made import VIDEO, VideoModel, capture, count
+from hand_made import VIDEO, VideoModel, capture, count, rewrite
 from hypothesis import given
 from hypothesis import strategies as st
 
-from earlytom_compile import EarlyTomCompileError, EarlyTomConfig, EarlyTomConfigError, EarlyTomFallbackWarning
+from earlytom_compile import (
+    EarlyTomCompileError,
+    EarlyTomConfigError,
+    EarlyTomFallbackWarning,
+    report,
+    stages,
+)
 from earlytom_compile.passes import manager
-from earlytom_compile.passes.manager import PASSES, Rewrite, run_passes
+from earlytom_compile.passes.manager import PASSES
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.reference import plan_frame_merge, segment_frames, select_representatives, select_tokens
 
@@ -81,8 +88,7 @@ def compress(model, **options):
 @pytest.mark.parametrize(
     "pool, newline, videos, rows, attention",
     cases(
-        ("avg", False, 1, 1, "matmul"), ("avg", True, 1, 1, "sdpa"), ("bilinear", True, 2, 2, "matmul"),
-        ("avg", False, 2, 2, "sdpa"), ("bilinear", False, 2, 1, "sdpa"), ("bilinear", True, 2, 1, "matmul"),
+        ("avg", False, 1, 1, "matmul"), ("avg", True, 2, 2, "sdpa"), ("bilinear", True, 2, 1, "matmul"),
         among=[
             (pool, newline, *videos, attention)
             for pool in ("avg", "bilinear")
@@ -101,7 +107,7 @@ def test_numerics(pool, newline, videos, rows, attention):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("newline", [False, True])
+@pytest.mark.parametrize("newline", cases((True,), among=[(False,), (True,)]))
 def test_numerics_released(newline):
     model = VideoModel(newline=newline).eval()
     ids, pixels = model.example(frames=12)
@@ -111,8 +117,13 @@ def test_numerics_released(newline):
     torch.testing.assert_close(got, expected_logits(model, ids, rows), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("newline", [False, True])
-@pytest.mark.parametrize(("videos", "rows"), [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize(
+    "newline, videos, rows",
+    cases(
+        (False, 2, 2), (True, 2, 1),
+        among=[(newline, *videos) for newline in (False, True) for videos in ((1, 1), (2, 2), (2, 1))],
+    ),
+)  # fmt: skip
 def test_numerics_plus(newline, videos, rows):
     model = VideoModel(newline=newline).eval()
     ids, pixels = model.example(frames=12, videos=videos, rows=rows)
@@ -144,48 +155,29 @@ def test_frame_counts_that_collide_with_other_sizes(frames, heads, videos, dynam
 # --- What is in the graph -------------------------------------------------------------------------
 
 
-def rewrite(model, example, **options):
-    """The state after all passes, run inside a compilation as they always are."""
-    states = []
-
-    def backend(graph_module, example_inputs):
-        config = EarlyTomConfig.from_options({"merge_layers": (0, 2), "tau_seg": 0.0, **options})
-        state = Rewrite(graph_module, config, features_only=model.switches.tail == "features")
-        states.append(run_passes(state))
-        return graph_module.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend, fullgraph=True)(*example)
-    return states[0]
-
-
 def host_reads(graph_module):
     return sum(node.target == "item" for node in graph_module.graph.nodes)
 
 
-def test_operators_inserted_for_each_merge_layer():
-    model = VideoModel().eval()
-    graph_module = rewrite(model, model.example(frames=8)).graph_module
+def test_operators_inserted_for_each_merge_layer(rewritten):
+    graph_module = rewritten().graph_module
     assert [count(graph_module, op) for op in OPS] == [3, 2, 2, 1, 1]
     assert count(graph_module, "select_tokens") == 1 and count(graph_module, "keep_positions") == 1
     assert host_reads(graph_module) == 2, "one number a merge layer"
-    assert set(rewrite(model, model.example()).seconds) == {name for name, _ in PASSES}
+    assert set(rewritten().seconds) == {name for name, _ in PASSES}
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
-def test_videos_too_short_to_merge_get_no_merge_ops(frames):
-    model = VideoModel().eval()
-    graph_module = rewrite(model, model.example(frames=frames)).graph_module
+def test_videos_too_short_to_merge_get_no_merge_ops(rewritten, frames):
+    graph_module = rewritten(frames).graph_module
     assert count(graph_module, "plan_merge") == 0 and host_reads(graph_module) == 0
     assert count(graph_module, "select_tokens") == 1
 
 
 @pytest.mark.parametrize("merge_layers", [(), (0, 2)])
 @pytest.mark.parametrize("frames", [1, 8])
-def test_plus_compares_tokens_and_asks_for_no_attention(frames, merge_layers):
-    model = VideoModel().eval()
-    graph_module = rewrite(model, model.example(frames=frames), variant="plus", merge_layers=merge_layers).graph_module
+def test_plus_compares_tokens_and_asks_for_no_attention(rewritten, frames, merge_layers):
+    graph_module = rewritten(frames, variant="plus", merge_layers=merge_layers).graph_module
     merges = len(merge_layers) if frames > 1 else 0
     assert [count(graph_module, op) for op in OPS] == [merges, merges, merges, 0, 0]
     assert count(graph_module, "select_representatives") == 1 and count(graph_module, "select_tokens") == 0
@@ -193,15 +185,13 @@ def test_plus_compares_tokens_and_asks_for_no_attention(frames, merge_layers):
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
-def test_other_variants_ask_for_no_representatives(variant):
-    model = VideoModel().eval()
-    graph_module = rewrite(model, model.example(frames=8), variant=variant).graph_module
+def test_other_variants_ask_for_no_representatives(rewritten, variant):
+    graph_module = rewritten(variant=variant).graph_module
     assert count(graph_module, "select_representatives") == 0 and count(graph_module, "attention_received") == 1
 
 
-def test_no_layer_merges_and_selection_still_happens():
-    model = VideoModel().eval()
-    graph_module = rewrite(model, model.example(), merge_layers=()).graph_module
+def test_no_layer_merges_and_selection_still_happens(rewritten):
+    graph_module = rewritten(merge_layers=()).graph_module
     assert count(graph_module, "plan_merge") == 0 and count(graph_module, "select_tokens") == 1
 
 
@@ -284,3 +274,36 @@ def test_a_weight_as_long_as_the_prompt_cannot_be_cut():
         got = compress(model)(ids, pixels)
     with torch.no_grad():
         torch.testing.assert_close(got, model(ids, pixels))
+
+
+# --- What is compiled ---------------------------------------------------------------------------------
+
+
+def test_compile_seconds_grow_with_every_new_shape_and_with_nothing_else(monkeypatch):
+    def slow(*args):
+        time.sleep(0.02)
+        slept.append(0.02)
+        return args[0].forward
+
+    slept, seconds = [], []
+    monkeypatch.setattr(stages, "lower", slow)
+    model = VideoModel().eval()
+    compiled = compress(model, lowering="staged", dynamic=False)  # two shapes, not one for all
+    for frames, seed in ((8, 0), (8, 1), (12, 0), (8, 2), (12, 1)):
+        with torch.no_grad():
+            compiled(*model.example(frames=frames, seed=seed))
+        seconds.append(report(model).to_dict()["compile_seconds"])
+        assert seconds[-1] >= sum(slept)
+    first, same, other, *later = seconds
+    assert 0 < first == same < other and later == [other, other]
+
+
+def test_the_last_shape_that_dynamo_compiles_is_announced():
+    model = VideoModel().eval()
+    compiled = compress(model, retain_ratio=0.3, dynamic=False)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        ids, pixels = model.example(frames=4)
+        expected = expected_logits(model, ids, expected_rows(model, pixels, retain_ratio=0.3))
+        torch.testing.assert_close(compiled(ids, pixels), expected, atol=1e-4, rtol=1e-4)
+        with pytest.warns(EarlyTomFallbackWarning, match="no more than 2 shapes"):
+            compiled(*model.example(frames=5))

@@ -13,6 +13,13 @@ from earlytom_compile.reference import merge_inner_tokens
 some = examples(60)
 
 
+def assert_mean(actual, expected, hidden):
+    """Means of at most all L tokens [1, L, D] in float32, one side exact: L roundings of numbers no larger than L times
+    the largest, divided by L, and one of the result on either side."""
+    atol = (hidden.shape[1] + 2) * 2.0**-24 * hidden.abs().max().item()
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
 @st.composite
 def prompts(draw):
     before, image, after = draw(st.integers(0, 4)), draw(st.integers(0, 12)), draw(st.integers(1, 4))
@@ -46,7 +53,7 @@ def test_the_result_is_that_of_brute_force(arguments):
         arguments["drop_ratio"],
     )
     assert kept.tolist() == list(expected)
-    torch.testing.assert_close(hidden[0], torch.tensor(list(expected.values())), atol=1e-5, rtol=1e-5)
+    assert_mean(hidden[0], torch.tensor(list(expected.values())), arguments["hidden"])
 
 
 @some
@@ -101,7 +108,7 @@ def test_with_one_token_left_it_is_the_mean_of_all(arguments):
         hidden, kept = merge(arguments, drop_ratio=0.99)
         left = hidden[0, arguments["image_start"]]
         assert arguments["image_start"] <= kept[arguments["image_start"]] < image.stop
-        torch.testing.assert_close(left, arguments["hidden"][0, image].mean(0), atol=1e-5, rtol=1e-5)
+        assert_mean(left, arguments["hidden"][0, image].double().mean(0).float(), arguments["hidden"])
 
 
 @some

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from effort import cases
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from earlytom_compile.toyworld import train
@@ -70,7 +71,7 @@ class Stopped(Exception):
     """Somebody pulled the plug."""
 
 
-def stop_after(monkeypatch, steps):
+def run_until_stopped(folder, monkeypatch, steps):
     """Let ``steps`` steps be saved, then stop."""
     save = train.Run.save
     saved = []
@@ -81,20 +82,19 @@ def stop_after(monkeypatch, steps):
         if len(saved) == steps:
             raise Stopped
 
-    monkeypatch.setattr(train.Run, "save", stopping)
-
-
-def also_long(stop):
-    return pytest.param(stop, marks=pytest.mark.long)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train.Run, "save", stopping)
+        train.train(folder, 4, SHORT, cpu=True)
 
 
 # 1, 4 and 7 are beginnings of phases, 2, 5 and 8 lie within them, and 3, 6 and 9 are their last steps.
-@pytest.mark.parametrize("stop", [*map(also_long, (1, 2)), 3, *map(also_long, (4, 5, 6, 7)), 8, also_long(9)])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path, monkeypatch, no_curves, stop):
-    with monkeypatch.context() as patch:
-        stop_after(patch, stop)
-        with pytest.raises(Stopped):
-            train.train(tmp_path, 4, SHORT, cpu=True)
+ONE_STOP = [((stop,),) for stop in range(1, 10)]
+
+
+@pytest.mark.parametrize("stops", cases(((3, 2),), among=[((3, 2),), *ONE_STOP]))
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path, monkeypatch, no_curves, stops):
+    for steps in stops:
+        run_until_stopped(tmp_path, monkeypatch, steps)
     assert same(weights(whole / "checkpoint"), weights(train.train(tmp_path, 4, SHORT, cpu=True)))
     assert history(tmp_path) == history(whole)
 
@@ -145,8 +145,12 @@ def test_two_processes_train_one_model(tmp_path, launch, how):
     assert all(value.isfinite().all() for value in weights(tmp_path / "run" / "checkpoint").values())
 
 
-def test_another_seed_is_another_model(whole, tmp_path, no_curves):
-    assert not same(weights(whole / "checkpoint"), weights(train.train(tmp_path, 5, SHORT, cpu=True)))
+SEEDS = {"one": 4, "same seed": 4, "other": 5}
+
+
+def test_another_seed_is_another_model(tmp_path, no_curves):
+    one, same_seed, other = (train.train(tmp_path / name, seed, SHORT[:1], cpu=True) for name, seed in SEEDS.items())
+    assert same(weights(one), weights(same_seed)) and not same(weights(one), weights(other))
 
 
 def test_a_folder_with_another_run_is_left_alone(whole):
