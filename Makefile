@@ -25,16 +25,19 @@ MATRIX := 5.17.0 5.23.0 5.24.0
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo gpu gpu-page test test-all test-matrix types clean
+.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
 	.venv/bin/earlytom demo
 
-test: export OMP_NUM_THREADS := 1
+# mypy, which has one thread, and the tests at once.
 test: .venv/.installed-test
 	.venv/bin/python -m ruff check .
-	$(MAKE) types
+	$(MAKE) -j2 types quick-tests
+
+quick-tests: export OMP_NUM_THREADS := 1
+quick-tests: .venv/.installed-test
 	.venv/bin/python $(PYTEST)
 
 test-all: export OMP_NUM_THREADS := 1

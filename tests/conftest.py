@@ -19,6 +19,8 @@ settings.load_profile("quick")
 if not torch.cuda.is_available():
     # The Triton providers are tested in Triton's interpreter, which must be chosen before anybody imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
+    # Inductor would start processes of its own, each of which imports torch, in every process that runs tests.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 from earlytom_compile import EarlyTomFallbackWarning, reporting  # noqa: E402
 

@@ -68,6 +68,7 @@ def without_inductor(monkeypatch):
     leave_pieces_as_they_are(monkeypatch)
 
 
+@pytest.mark.usefixtures("without_inductor")
 def test_the_prompt_is_compiled_once_for_all_lengths(model):
     compiled(model, lowering="staged")
     first = new_tokens(model, video_inputs(model, 12, after=4))

@@ -26,6 +26,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from without_inductor import leave_pieces_as_they_are
 
 import earlytom_compile
 from earlytom_compile import (
@@ -83,7 +84,7 @@ def test_greedy_tokens_equal_the_oracle(model, layout, variant):
 
 @pytest.mark.parametrize(
     "variant, lowering",
-    cases(("paper", "whole"), ("plus", "staged"), among=[("paper", "whole"), ("paper", "staged"), ("plus", "staged")]),
+    cases(("paper", "whole"), among=[("paper", "whole"), ("paper", "staged"), ("plus", "staged")]),
 )
 def test_inductor_gives_the_same_tokens(model, variant, lowering):
     inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(1, 4))
@@ -120,7 +121,7 @@ def test_prompts_of_other_lengths_do_not_recompile(unshared):
 @torch.no_grad()
 def test_many_frame_counts_stay_compressed(unshared):
     """More shapes than Dynamo's recompile limit: each has a compiled function of its own."""
-    inputs = {frames: video_inputs(unshared, frames, scenes=1) for frames in (1, 2, 4, 5, 7)}
+    inputs = {frames: video_inputs(unshared, frames, scenes=1) for frames in (1, 4, 7)}
     expected = {frames: compressed_forward(unshared, x, variant="paper", **OPTIONS) for frames, x in inputs.items()}
     compiled(unshared)
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -236,7 +237,8 @@ def test_a_filled_cache_runs_uncompressed(model):
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_names_that_transformers_deprecates_are_not_used(model):
+def test_names_that_transformers_deprecates_are_not_used(model, monkeypatch):
+    leave_pieces_as_they_are(monkeypatch)
     inputs = video_inputs(model, 12)
     first = compiled(model, lowering="staged").generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     assert cache_of(first).get_seq_length() < inputs["input_ids"].shape[1]

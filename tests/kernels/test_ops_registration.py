@@ -121,11 +121,11 @@ def compressed_encoder(hidden, counts, query, key):
     return tokens * 2, kept, representatives - 1, ragged + 1, places, counts
 
 
-@pytest.fixture
-def compiled():
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def compiled(request):
     """torch.compile that counts graphs and lets sizes depend on content, as the backend does."""
     torch._dynamo.reset()
-    count = CompileCounterWithBackend("inductor")
+    count = CompileCounterWithBackend(request.param)
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
         yield lambda function: torch.compile(function, backend=count, fullgraph=True), count
     torch._dynamo.reset()

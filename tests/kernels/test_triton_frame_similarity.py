@@ -21,7 +21,7 @@ from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-some = examples(20)
+some = examples(8)
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 7), st.sampled_from([1, 9, 72, 130]))
 
 

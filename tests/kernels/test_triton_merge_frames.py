@@ -34,7 +34,7 @@ def native(x, source, weight, n):
     return ops.merge_frames([x], source, weight, n)[0]
 
 
-@examples(25)
+@examples(12)
 @given(
     seed=seeds,
     plan=merge_plans(),
@@ -54,7 +54,7 @@ def test_is_the_native_operator(seed, plan, rest, dtype, layout):
     assert torch.equal(actual.cpu()[copies], x[source[:n, 0][copies]])
 
 
-@examples(25)
+@examples(12)
 @given(
     seed=seeds,
     plan=merge_plans(),

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 
 import pytest
 import torch
@@ -231,6 +232,16 @@ def test_everything_or_nothing(switches, reason):
         got = compress(model)(ids, pixels)
     with torch.no_grad():
         torch.testing.assert_close(got, model(ids, pixels))
+
+
+def test_a_graph_break_inside_the_vision_path():
+    model = VideoModel().eval()
+    model.project.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    ids, pixels = model.example()
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # each part of the broken graph has a reason of its own
+        torch.testing.assert_close(compress(model)(ids, pixels), model(ids, pixels))
+    assert any("a graph break inside the vision path" in str(w.message) for w in caught)
 
 
 def test_a_pass_that_fails_is_a_reason_not_a_crash(monkeypatch):

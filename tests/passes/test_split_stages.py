@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from effort import cases
 from torch import nn
 from tracing import trace
 
@@ -56,8 +57,13 @@ def split(model, x, structure=False, **options):
     return traced, stages, pieces
 
 
-@pytest.mark.parametrize("structure, listed", [(True, True), (False, True), (True, False)])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "structure, listed, dynamic",
+    cases(
+        (True, True, False), (False, True, True), (True, False, True),
+        among=[(*how, dynamic) for how in ((True, True), (False, True), (True, False)) for dynamic in (False, True)],
+    ),
+)  # fmt: skip
 def test_pieces_compute_what_the_graph_computed(structure, listed, dynamic):
     model, x = Stack([16, 16, 16, 16], listed).eval(), torch.randn(4, 6, 3)
     traced, stages, pieces = split(model, x, structure, dynamic=dynamic)
