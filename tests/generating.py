@@ -1,5 +1,7 @@
 """What tests of ``generate()`` in place share: inputs in all layouts, and the two sides of a comparison."""
 
+from dataclasses import replace
+
 import torch
 from one_trace import OneTrace
 from oracle import compressed_generate
@@ -29,12 +31,12 @@ def trace_of_video_rows():
     return OneTrace(in_place._video_rows)
 
 
-def share_vision_paths(one_trace, monkeypatch):
-    """Models compiled in place trace their vision through ``one_trace``, each with options of its own."""
+def share_vision_paths(one_trace, monkeypatch, **options):
+    """Models compiled in place trace their vision through ``one_trace``, each with its own options but for these."""
 
     class SharedPath(in_place._VisionPath):
         def __init__(self, config):
-            super().__init__(config)
+            super().__init__(replace(config, **options))
             self._compiled = one_trace.through(self._backend)
 
     monkeypatch.setattr(in_place, "_VisionPath", SharedPath)
