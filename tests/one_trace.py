@@ -3,10 +3,12 @@
 Of the seconds that it takes to compile a tiny model with ``backend="earlytom"``, most are Dynamo's own, and the graph
 that it hands over does not depend on our options. So tests that differ in nothing but options share it:
 
-    model = OneTrace(model.forward)            # instead of torch.compile(model, backend=...)
-    with_this = model.through(backend)
-    with_this(**inputs)                        # traced, for this shape
-    model.through(another_backend)(**inputs)   # another graph from the same trace
+    trace = OneTrace(model.forward)
+    compiled = trace.through(backend)          # instead of torch.compile(model, backend=backend, dynamic=False)
+    compiled(**inputs)                         # traces this shape
+    trace.through(another_backend)(**inputs)   # compiles what was traced
+
+A fixture of the name ``one_trace`` keeps conftest.py from resetting Dynamo before each test that asks for it.
 """
 
 import copy
@@ -25,7 +27,6 @@ class OneTrace:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._compiled = torch.compile(function, backend=self._hand_over, dynamic=False)
         self._backend: Callable[..., Any] | None = None
-        self.graphs = 0  # that Dynamo has traced
 
     def through(self, backend: Callable[..., Any]) -> Callable[..., Any]:
         """The function compiled by ``backend``, as ``torch.compile(function, backend=backend)`` would."""
@@ -38,7 +39,6 @@ class OneTrace:
         return call
 
     def _hand_over(self, graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        self.graphs += 1
         # Dynamo strips its graph once the backend has answered, and a backend edits what it gets.
         untouched = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
         contexts = (tracing, TracingContext.get()), (compile_context, CompileContext.get())
