@@ -1,4 +1,4 @@
-"""Every test starts with an empty compiler and fails on warnings it did not ask for."""
+"""Every test starts with an empty compiler, unless it shares a trace, and fails on warnings it did not ask for."""
 
 import gc
 import os
