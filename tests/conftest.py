@@ -25,8 +25,14 @@ if not torch.cuda.is_available():
 from earlytom_compile import EarlyTomFallbackWarning, reporting  # noqa: E402
 
 
+def shares_a_trace(item):
+    return "one_trace" in item.fixturenames
+
+
 def pytest_collection_modifyitems(items):
-    """``gpu(only=True)``: of no use without one."""
+    """``gpu(only=True)``: of no use without one. In each file, those that share a trace go before those that reset."""
+    files = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (files[item.path], not shares_a_trace(item)))
     if not torch.cuda.is_available():
         for item in items:
             if any(marker.kwargs.get("only") for marker in item.iter_markers("gpu")):
@@ -41,7 +47,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(request):
-    if "one_trace" not in request.fixturenames:  # which tests share, each with a backend of its own
+    if not shares_a_trace(request.node):  # each compiles what it shares with a backend of its own
         torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     reporting._RECORDS.clear()

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from effort import cases
 from generating import (
     LAYOUTS,
     NEW,
@@ -236,7 +237,7 @@ def deeper():
     return tiny_llava_onevision(vision_layers=4, text_layers=3)
 
 
-@pytest.mark.parametrize("lowering", ["staged", "whole"])
+@pytest.mark.parametrize("lowering", cases(("staged",), among=[("staged",), ("whole",)]))
 def test_the_prompt_is_lowered_as_the_vision_path_is(deeper, shared_vision, monkeypatch, lowering):
     model, lowered = deeper, []
     monkeypatch.setattr(stages, "lower", lambda *args: lowered.append(args[2]) or args[0].forward)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ from earlytom_compile.toyworld.model import POOLED
 
 Compress = Callable[[torch.Tensor], torch.Tensor]
 """Pixels of one video, [8, 3, 96, 96], to the tokens [K, C] that the language model gets."""
-Model = LlavaOnevisionForConditionalGeneration
+Model: TypeAlias = LlavaOnevisionForConditionalGeneration
 
 ALL_TOKENS = "all tokens"
 NO_TOKENS = "no tokens"

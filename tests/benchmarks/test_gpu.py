@@ -63,7 +63,8 @@ def test_a_stage_that_fails_leaves_the_others_their_turn(tmp_path):
     assert results["b"]["result"] is None and "nothing_of_the_kind" in (tmp_path / "results.md").read_text()
 
 
-def test_a_stage_that_takes_too_long_is_stopped_with_all_it_started(tmp_path):
+def test_a_stage_that_takes_too_long_is_stopped_with_all_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_GRACE", 1)
     starts = """
 import subprocess
 open(sys.argv[1] + ".pid", "w").write(str(subprocess.Popen(["sleep", "600"]).pid))

@@ -72,12 +72,12 @@ def test_released_is_the_native_selection_bit_for_bit(inputs, merged, ratio):
     assert_same(select_tokens_released(*inputs, *options), ops.select_tokens_released(*inputs, *options))
 
 
-BEYOND_ONE_BLOCK = [(3, 196, 530, 300), (1, 729, 5, 700), (3, 1, 1, 3), (1, 1024, 2, 2)]
+BEYOND_ONE_BLOCK = [(3, 196, 530, 300), (1, 729, 5, 700), (3, 1, 1, 3), (1, 256, 2, 2), (1, 1024, 2, 2)]
 
 
 @pytest.mark.parametrize(
     "frames, per_frame, channels, budget",
-    cases((3, 196, 530, 300), (3, 1, 1, 3), (1, 1024, 2, 2), among=BEYOND_ONE_BLOCK),
+    cases((3, 196, 530, 300), (3, 1, 1, 3), (1, 256, 2, 2), among=BEYOND_ONE_BLOCK),
 )
 def test_frames_and_channels_beyond_one_block(frames, per_frame, channels, budget):
     inputs = selection(budget, [frames], per_frame, channels, 50)

@@ -128,16 +128,16 @@ class VideoModel(nn.Module):
         return (logits, last) if self.switches.beside == "returned" else logits
 
     def example(
-        self, frames: int = 8, videos: int = 1, rows: int | None = None, seed: int = 0
+        self, frames: int = 8, videos: int = 1, rows: int | None = None, seed: int = 0, after: int = 2
     ) -> tuple[Tensor, Tensor]:
-        """(ids, frames) with the right placeholders."""
+        """(ids, frames) with the right placeholders, and ``after`` tokens behind them."""
         generator = torch.Generator().manual_seed(seed)
         rows = rows or videos
         base = torch.randn(videos, 1, 3, 8, 8, generator=generator)
         pixels = base + 0.4 * torch.randn(videos, frames, 3, 8, 8, generator=generator)
         per_frame = 16 if self.switches.pool == "none" else 4
         run = [VIDEO] * (frames * per_frame + self.switches.newline)
-        ids = torch.tensor([[1, 2, *(run + [3]) * (videos // rows), 4, 5]] * rows)
+        ids = torch.tensor([[1, 2, *(run + [3]) * (videos // rows), *[4] * (after - 1), 5]] * rows)
         return ids, pixels
 
 

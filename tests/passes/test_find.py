@@ -51,6 +51,7 @@ def test_real_model():
     assert boundary.placeholders.token == model.config.video_token_id
 
 
+@pytest.mark.long  # test_backend.py compresses a video beside an image
 def test_images_are_told_from_videos():
     model = tiny_llava_onevision(vision_layers=2, text_layers=1)
     inputs = video_inputs(model, 5, images_per_row=(1,))

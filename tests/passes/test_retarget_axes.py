@@ -21,7 +21,7 @@ from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 COLLIDING = st.sampled_from([2, 3, 4, 6])
 """Few sizes for many axes: most examples have axes of equal size that mean different things."""
 
-few, fewer = examples(12), examples(4)
+few, fewer = examples(8), examples(3)
 """Tracing symbolic sizes takes a second."""
 
 

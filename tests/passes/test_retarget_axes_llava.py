@@ -62,8 +62,8 @@ def test_text_prompt(rows, length, attention, dynamic, monkeypatch):
 @pytest.mark.parametrize(
     ("sizes", "dynamic"),
     [
-        ({"frames": 4}, None),  # heads, head size, pooled tokens
-        ({"frames": 11, "after": 3}, None),  # a prompt of 4 * 11 + 1 + 3 tokens, as long as the hidden size
+        # heads, head size, pooled tokens; a prompt of 4 * 4 + 1 + 31 tokens, as long as the hidden size
+        ({"frames": 4, "after": 31}, None),
         ({"frames": 16}, True),  # vision hidden size, encoder tokens, and the symbol of the image size
     ],
     ids=str,

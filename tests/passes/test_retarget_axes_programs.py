@@ -239,7 +239,7 @@ def program(steps: list[Step]) -> Callable[[Tensor], Tensor]:
 
 
 @given(st.lists(STEPS, min_size=1, max_size=9), SIZES, SIZES, SIZES, st.booleans(), st.booleans(), st.data())
-@examples(300)
+@examples(150)
 def test_programs_follow(steps, a, b, c, as_node, both, data):
     x = torch.randn(a, b, c, generator=torch.Generator().manual_seed(0))
     run = program(steps)
@@ -249,7 +249,7 @@ def test_programs_follow(steps, a, b, c, as_node, both, data):
 
 
 @given(st.lists(STEPS, min_size=2, max_size=6), SIZES, SIZES, st.data())
-@examples(10)
+@examples(6)
 def test_programs_follow_in_dynamic_graphs(steps, a, b, data):
     x = torch.randn(a, b, a, generator=torch.Generator().manual_seed(0))
     run = program(steps)

@@ -19,7 +19,7 @@ from earlytom_compile.toyworld.questions import (
 )
 from earlytom_compile.toyworld.world import COLORS, SHAPES, SPEEDS, rng_of, sample_video
 
-LOOKED_AT = 400
+LOOKED_AT = 300
 VIDEOS, MANY_VIDEOS = 1500, 6000  # asked about in `make test`, and in the long tests
 TEMPLATES = (
     "what color is the", "what shape is the", "which way does", "how fast does", "how many things", "at first",
