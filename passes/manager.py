@@ -9,6 +9,7 @@ caller then throws the half-rewritten copy away.
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from functools import partial
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._logging import trace_structured
+from torch._prims_common import is_contiguous_or_false
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from earlytom_compile.config import EarlyTomConfig
@@ -218,18 +221,46 @@ def _hint(size: torch.SymInt, likely: int) -> None:
     shape_env.var_to_hint_override[size.node.expr] = likely
 
 
+POSITION_WISE = frozenset({"linear", "layer_norm", "gelu", "silu"})
+"""Functions of the last axis, whatever the others are; so is ``layer_norm``, unless it is one of several axes."""
+
+
+class _Recorder(Interpreter):
+    """Records as ``example_value`` what comes out of every node."""
+
+    def __init__(self, graph_module: GraphModule, frames: int) -> None:
+        super().__init__(graph_module)
+        self.frames = frames
+        self.before = {node: node.meta.get("example_value") for node in graph_module.graph.nodes}
+
+    def run_node(self, n: Node) -> object:
+        result = self._of_each_position(n)
+        if result is None:
+            result = super().run_node(n)
+        if n.op not in ("placeholder", "output"):
+            n.meta["example_value"] = result
+        if isinstance(result, torch.SymInt) and op_name(n) == "item":
+            _hint(result, self.frames)
+        return result
+
+    def _of_each_position(self, n: Node) -> torch.Tensor | None:
+        """What it was, for other positions. PyTorch's symbolic shapes of these functions take half of all the time."""
+        if op_name(n) not in POSITION_WISE or not n.args or not isinstance(n.args[0], Node):
+            return None
+        x, was, out = self.env[n.args[0]], self.before[n.args[0]], self.before[n]
+        if not (isinstance(was, torch.Tensor) and isinstance(out, torch.Tensor) and is_contiguous_or_false(x)):
+            return None
+        if op_name(n) == "layer_norm" and (len(n.args) < 2 or len(n.args[1]) != 1):  # type: ignore[arg-type]
+            return None
+        if x.dim() != was.dim() or not statically_known_true(x.shape[-1] == was.shape[-1]):
+            return None
+        sizes = (*x.shape[:-1], out.shape[-1])
+        strides = [math.prod(sizes[axis + 1 :]) for axis in range(x.dim())]
+        return out.new_empty_strided(sizes, strides)
+
+
 def _run_on_fake_tensors(graph_module: GraphModule, frames: int) -> None:
     """Run the rewritten graph on fake tensors; records the new shapes, raises NotApplicable if they clash."""
-
-    class Recorder(Interpreter):
-        def run_node(self, n: Node) -> object:
-            result = super().run_node(n)
-            if n.op not in ("placeholder", "output"):
-                n.meta["example_value"] = result
-            if isinstance(result, torch.SymInt) and op_name(n) == "item":
-                _hint(result, frames)
-            return result
-
     inputs = [node.meta["example_value"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     # Dynamo's own fake mode, not the one it made for the backend: the recorded inputs belong to it.
     fake_mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
@@ -243,7 +274,7 @@ def _run_on_fake_tensors(graph_module: GraphModule, frames: int) -> None:
         fake_mode.shape_env.ignore_fresh_unbacked_symbols(),
     ):
         try:
-            Recorder(graph_module).run(*inputs)
+            _Recorder(graph_module, frames).run(*inputs)
         except Exception as error:
             raise NotApplicable(
                 f"the rewritten graph does not fit together: {type(error).__name__}: {error}",

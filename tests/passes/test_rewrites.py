@@ -1,8 +1,12 @@
 """Merging, selecting and cutting on a model of our own, against the reference applied by hand."""
 
 import math
+import re
 import time
 import warnings
+from collections import Counter
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from effort import cases, examples
 from hand_made import VIDEO, VideoModel, capture, count, rewrite
 from hypothesis import given
 from hypothesis import strategies as st
+from sympy import Max, expand, sympify
 
 from earlytom_compile import (
     EarlyTomCompileError,
@@ -21,6 +26,7 @@ from earlytom_compile import (
 )
 from earlytom_compile.passes import manager
 from earlytom_compile.passes.manager import PASSES
+from earlytom_compile.passes.patterns import op_name
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.reference import plan_frame_merge, segment_frames, select_representatives, select_tokens
 
@@ -202,6 +208,52 @@ def test_plus_compares_tokens_and_asks_for_no_attention(rewritten, frames, merge
 def test_other_variants_ask_for_no_representatives(rewritten, variant):
     graph_module = rewritten(variant=variant).graph_module
     assert count(graph_module, "select_representatives") == 0 and count(graph_module, "attention_received") == 1
+
+
+def recorded(graph_module):
+    """Shape, strides and dtype of what every node gives; sizes that only a run tells by order of appearance."""
+    unknown, values = {}, []
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor):
+            strides = [sympify(str(stride)) for stride in value.stride()]
+            strides = [expand(stride.replace(Max, lambda _, size: size)) for stride in strides]  # sizes are not 0
+            text = f"{node.name} {tuple(value.shape)} {strides} {value.dtype} {value.device}"
+            values.append(re.sub(r"\bu\d+\b", lambda found: unknown.setdefault(found[0], f"n{len(unknown)}"), text))
+    return values
+
+
+class Unusual(torch.nn.Module):
+    """Channels that are not the last axis, rows that lie one after the other in memory, norms of two axes, keywords."""
+
+    def forward(self, h):
+        h = h + F.gelu(h.mT).mT + F.layer_norm(input=h, normalized_shape=(12,))
+        h = h + F.layer_norm(h.unflatten(2, (3, 4)), (3, 4)).flatten(2)
+        return F.silu(F.silu(h).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("dynamic, autocast", cases((False, True), among=list(product([False, True], [False, True]))))
+def test_shapes_of_position_wise_functions_are_those_that_pytorch_finds(monkeypatch, dynamic, autocast):
+    model = VideoModel(newline=True).eval()
+    model.reader = torch.nn.Sequential(model.reader, Unusual())
+    compile_ = partial(torch.compile, model, fullgraph=True, dynamic=dynamic)
+    of_each_position, fired, found = manager._Recorder._of_each_position, [], []
+
+    def watched(recorder, node):
+        if (result := of_each_position(recorder, node)) is not None:
+            fired.append(op_name(node))
+        return result
+
+    monkeypatch.setattr(manager._Recorder, "_of_each_position", watched)
+    for names in (manager.POSITION_WISE, frozenset()):
+        torch._dynamo.reset()
+        monkeypatch.setattr(manager, "POSITION_WISE", names)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(recorded(rewrite(model, model.example(videos=2), compile_).graph_module))
+    assert found[0] == found[1] and any("n1" in value for value in found[0])
+    # All of four layers, projector, language model and head, but for two norms that read what a merge left. None of
+    # what is unusual, but for one silu.
+    assert Counter(fired) == {"linear": 4 * 6 + 2 + 6 + 1, "layer_norm": 4 * 2 - 2 + 2, "gelu": 4 + 1 + 1, "silu": 1}
 
 
 def test_no_layer_merges_and_selection_still_happens(rewritten):
