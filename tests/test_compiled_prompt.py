@@ -400,7 +400,10 @@ def test_decoding_that_transformers_compiles_itself_stays_compiled(model):
     assert graphs[0] < graphs[1] < graphs[2] == graphs[3]
 
 
-def test_a_static_cache_and_a_compiled_prompt(model):
+@pytest.mark.parametrize("inductor", cases((False,), among=[(False,), (True,)]), ids=["Dynamo", "Inductor"])
+def test_a_static_cache_and_a_compiled_prompt(model, monkeypatch, inductor):
+    if not inductor:
+        leave_pieces_as_they_are(monkeypatch)
     inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(1, 4))
     got = new_tokens(compiled(model, lowering="staged"), inputs, cache_implementation="static")
     assert torch.equal(got, oracle_tokens(model, inputs))

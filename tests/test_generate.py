@@ -82,10 +82,8 @@ def test_greedy_tokens_equal_the_oracle(model, layout, variant):
     assert torch.equal(got, oracle_tokens(model, inputs, variant=variant))
 
 
-@pytest.mark.parametrize(
-    "variant, lowering",
-    cases(("paper", "whole"), among=[("paper", "whole"), ("paper", "staged"), ("plus", "staged")]),
-)
+@pytest.mark.long  # test_compiled_prompt.py and test_backend.py have pieces, test_rewrites.py the whole of a small one
+@pytest.mark.parametrize("variant, lowering", [("paper", "whole"), ("paper", "staged"), ("plus", "staged")])
 def test_inductor_gives_the_same_tokens(variant, lowering):
     model = tiny_llava_onevision(vision_layers=2, text_layers=1)
     options = {"variant": variant, "merge_layers": (0,)}
@@ -414,6 +412,7 @@ def test_compiling_again_replaces_the_options(model):
     assert video["tokens"][1] == round(0.1 * 12 * tokens_per_frame(model))
 
 
+@pytest.mark.long  # test_compiled_prompt.py copies a model whose prompt is compiled, too
 def test_a_copy_is_compiled_on_its_own(unshared):
     inputs = video_inputs(unshared, 12)
     original = new_tokens(compiled(unshared), inputs)

@@ -19,7 +19,7 @@ from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-interpreter_settings = examples(12)
+interpreter_settings = examples(8)
 SEGMENTATION = {"variant": "paper", "tau_seg": 0.5, "alpha": 0.9, "max_window": 0}
 MERGE = {"tau_merge": SEGMENT, "min_frames": 1}
 

@@ -16,7 +16,7 @@ from earlytom_compile.kernels.providers import provider_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-interpreter_settings = examples(10)
+interpreter_settings = examples(8)
 FEATURES = [*DTYPES, torch.float64, torch.int64, torch.uint8, torch.bool]
 
 

@@ -114,6 +114,18 @@ def test_numerics(pool, newline, videos, rows, attention):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lowering", cases(("whole",), among=[("staged",), ("whole",)]))
+def test_numerics_of_what_inductor_makes_of_it(lowering):
+    model = VideoModel(layers=2, newline=True).eval()
+    ids, pixels = model.example(frames=9)
+    with torch.no_grad():
+        got = compress(model, retain_ratio=0.3, merge_layers=(0,), lowering=lowering)(ids, pixels)
+    expected = expected_logits(model, ids, expected_rows(model, pixels, retain_ratio=0.3, merge_layers=(0,)))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    (record,) = report(model).records
+    assert record.lowering == lowering and record.reasons == []
+
+
 @pytest.mark.parametrize("newline", cases((True,), among=[(False,), (True,)]))
 def test_numerics_released(newline):
     model = VideoModel(newline=newline).eval()

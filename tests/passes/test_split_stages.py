@@ -5,6 +5,7 @@ import torch
 from effort import cases
 from torch import nn
 from tracing import trace
+from without_inductor import leave_pieces_as_they_are
 
 from earlytom_compile.passes.find_vision_encoder import find_vision_encoder
 from earlytom_compile.passes.split_stages import split_stages
@@ -155,7 +156,10 @@ class WritesUnderAView(nn.Module):
         return x
 
 
-def test_views_of_memory_that_is_written_stay_in_one_piece():
+@pytest.mark.parametrize("inductor", cases((False,), among=[(False,), (True,)]), ids=["Dynamo", "Inductor"])
+def test_views_of_memory_that_is_written_stay_in_one_piece(monkeypatch, inductor):
+    if not inductor:
+        leave_pieces_as_they_are(monkeypatch)
     model, x = WritesUnderAView().eval(), torch.randn(2, 4)
 
     def backend(graph_module, example_inputs):

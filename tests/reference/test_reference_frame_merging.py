@@ -11,7 +11,7 @@ from video_strategies import merge_options, segment_options, smooth_videos, vide
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.reference import frame_similarity, plan_frame_merge, segment_frames
 
-some = examples(60)
+some = examples(40)
 UNIT = 2.0**-24
 """The relative error of one rounding to float32."""
 WEIGHT = 5 * UNIT

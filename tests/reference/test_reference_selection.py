@@ -13,7 +13,7 @@ from video_strategies import importances, partitions
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.reference import select_tokens
 
-some = examples(100)
+some = examples(60)
 
 
 @st.composite

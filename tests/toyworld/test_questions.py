@@ -19,7 +19,7 @@ from earlytom_compile.toyworld.questions import (
 )
 from earlytom_compile.toyworld.world import COLORS, SHAPES, SPEEDS, rng_of, sample_video
 
-LOOKED_AT = 300
+LOOKED_AT = 200
 VIDEOS, MANY_VIDEOS = 1500, 6000  # asked about in `make test`, and in the long tests
 TEMPLATES = (
     "what color is the", "what shape is the", "which way does", "how fast does", "how many things", "at first",
@@ -111,7 +111,7 @@ def test_answers_are_what_the_pixels_show(looked_at, template):
             certain += len(answers) == 1
             assert question.answer in answers, (seed, question)
             assert len(answers) == 1 or question.category == "place", (seed, question, answers)
-    assert certain > 30
+    assert certain > 20
     assert certain > 0.7 * asked
 
 

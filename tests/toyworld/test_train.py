@@ -146,6 +146,7 @@ def test_two_processes_train_one_model(tmp_path, launch, how):
 SEEDS = {"one": 4, "same seed": 4, "other": 5}
 
 
+@pytest.mark.long
 def test_another_seed_is_another_model(tmp_path, no_curves):
     one, same_seed, other = (train.train(tmp_path / name, seed, SHORT[:1], cpu=True) for name, seed in SEEDS.items())
     assert same(weights(one), weights(same_seed)) and not same(weights(one), weights(other))
