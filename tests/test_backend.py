@@ -344,7 +344,8 @@ def test_images_in_the_same_graph_are_untouched(model):
     assert graphs_and_breaks(compiled) == (1, 0, 0)
 
 
-@pytest.mark.parametrize("dtype", cases((torch.bfloat16,), among=[(torch.bfloat16,), (torch.float16,)]))
+@pytest.mark.long  # test_rewrites.py has a smaller one
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_runs(dtype):
     model = tiny_llava_onevision(vision_layers=3, text_layers=1, dtype=dtype)
     with torch.no_grad():

@@ -415,7 +415,8 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("compiler", ["Dynamo", pytest.param("Inductor", marks=pytest.mark.long)])
+@pytest.mark.long  # test_gpu.py has it in its last stage
+@pytest.mark.parametrize("compiler", ["Dynamo", "Inductor"])
 def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls, monkeypatch, compiler):
     if compiler == "Dynamo":
         leave_graphs_as_they_are(monkeypatch)

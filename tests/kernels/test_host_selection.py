@@ -38,7 +38,7 @@ def most(counts, per_frame):
     return min(counts) * per_frame
 
 
-@examples(8)
+@examples(5)
 @given(inputs=selections(), share=st.floats(0, 1))
 def test_is_what_the_device_selects(inputs, share):
     values, _, _, counts = inputs
@@ -46,7 +46,7 @@ def test_is_what_the_device_selects(inputs, share):
     assert_same(select(inputs, budget, place="host"), ops.select_tokens(*inputs, budget))
 
 
-@examples(8)
+@examples(5)
 @given(inputs=selections(), merged=st.integers(0, 9), ratio=st.floats(0.01, 1))
 def test_released_is_what_the_device_selects(inputs, merged, ratio):
     amount = int(inputs[3].max()) + merged, ratio

@@ -77,8 +77,8 @@ def test_is_as_exact_for_the_shapes_of_real_encoders(frames, dtype):
 
 @some
 @given(seed=seeds, shape=shapes, counts=counts_lists, band=st.integers(1, 9), dtype=dtypes)
-@example(seed=0, shape=(1, 2, 72), counts=[9, 31], band=30, dtype=torch.bfloat16)
-@example(seed=0, shape=(1, 2, 72), counts=[30, 40], band=39, dtype=torch.float16)
+@example(seed=0, shape=(1, 1, 72), counts=[9, 31], band=30, dtype=torch.bfloat16)
+@example(seed=0, shape=(1, 1, 72), counts=[30, 40], band=39, dtype=torch.float16)
 def test_a_video_has_the_same_bits_alone_and_in_a_batch(seed, shape, counts, band, dtype):
     hidden = comparable(video(seed, sum(counts), *shape[1:], dtype))
     together = similarity(hidden, band)

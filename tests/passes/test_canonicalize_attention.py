@@ -106,6 +106,7 @@ def test_fires_on_the_attention_of_llava_next(dtype, tolerance):
         torch.testing.assert_close(actual, model(x), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.long  # test_backend.py compresses such a model, which takes that it fires in the encoder
 def test_fires_on_transformers_eager_attention():
     model = tiny_llava_onevision(vision_layers=3, text_layers=2, attn_implementation="eager")
     inputs = video_inputs(model, 4)

@@ -41,6 +41,7 @@ def test_layers_of_another_shape_end_the_chain():
     assert lengths == [2]  # the third begins where a block ends, so it starts no chain of its own
 
 
+@pytest.mark.long  # test_backend.py compresses it
 def test_real_model():
     model = tiny_llava_onevision(vision_layers=4, text_layers=2)
     graph_module = capture_llava(model, video_inputs(model, 6))
