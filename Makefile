@@ -15,8 +15,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # Processes that run tests, one thread each: with more, processes and OpenMP threads would fight for the cores.
 TEST_JOBS ?= $(shell test $(CORES) -gt 4 && echo 4 || echo $(CORES))
-# A file is one process' work: what its tests share is made once.
-PYTEST := -m pytest -n $(TEST_JOBS) --dist loadfile
+# A file is one process' work: what its tests share is made once. Those with few but long tests are not left for last.
+PYTEST := -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 # The oldest transformers that was tried, the last one before caches and features got other names, and the first after.
 MATRIX := 5.17.0 5.23.0 5.24.0
 
