@@ -82,7 +82,7 @@ def test_greedy_tokens_equal_the_oracle(model, layout, variant):
     assert torch.equal(got, oracle_tokens(model, inputs, variant=variant))
 
 
-@pytest.mark.long  # test_compiled_prompt.py and test_backend.py have pieces, test_rewrites.py the whole of a small one
+@pytest.mark.long  # test_backend.py has pieces of the whole model, test_compiled_prompt.py those of a prompt
 @pytest.mark.parametrize("variant, lowering", [("paper", "whole"), ("paper", "staged"), ("plus", "staged")])
 def test_inductor_gives_the_same_tokens(variant, lowering):
     model = tiny_llava_onevision(vision_layers=2, text_layers=1)

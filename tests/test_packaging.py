@@ -114,12 +114,13 @@ def test_top_level_folders_hold_a_docstring_only(folder):
 
 
 FRESH = """
-import sys, torch, transformers
+import sys, torch
+from transformers import LlavaOnevisionForConditionalGeneration
 assert not any(name.startswith("earlytom") for name in sys.modules)
 sys.path.remove("")  # where a folder named earlytom_compile lies, too, which is not the one that is installed
 assert "earlytom" in torch.compiler.list_backends()
 folder, lowering = sys.argv[1:]
-model = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
+model = LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
 fast = torch.compile(model, backend="earlytom", options={"lowering": lowering})
 with torch.inference_mode():
     logits = fast(**torch.load(folder + "/inputs.pt")).logits

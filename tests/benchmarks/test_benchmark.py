@@ -75,6 +75,7 @@ def merged():
     return found
 
 
+@pytest.mark.long  # nothing of it is tiny
 @pytest.mark.parametrize(
     "look, schedule", [("scenes of 4", [16, 12, 12, 12]), ("scenes of 8", [16, 10, 8, 6]), ("noise", [16] * 4)]
 )

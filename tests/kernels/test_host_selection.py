@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from effort import cases, examples
+from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import DEVICE, RUNS, ops
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.gpu
 DECLARED = {"paper": declared.select_tokens, "released": declared.select_tokens_released}
 PROVIDERS = {"paper": triton_select_tokens, "released": triton_select_tokens_released}
 OPERATORS = {"paper": ops.select_tokens, "released": ops.select_tokens_released}
-VARIANTS = [("paper", (8,)), ("released", (6, 0.4))]
-both_variants = pytest.mark.parametrize("variant, amount", VARIANTS)
+both_variants = pytest.mark.parametrize("variant, amount", [("paper", (8,)), ("released", (6, 0.4))])
 
 
 def select(inputs, *amount, place, variant="paper"):
@@ -168,7 +167,8 @@ def test_without_a_gpu_all_places_are_the_same(place, variant, amount):
     assert_same(op(*inputs, *amount, static_selection=place), op(*inputs, *amount))
 
 
-@pytest.mark.parametrize("variant, amount", cases(("paper", (8,)), among=VARIANTS))
+@pytest.mark.long
+@both_variants
 def test_inductor_calls_it_as_it_is(variant, amount, monkeypatch):
     inputs, calls, select_on_host = selection(17, [5, 4], 12, 8), [], host_selection.select
 
