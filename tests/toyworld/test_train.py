@@ -87,11 +87,11 @@ def run_until_stopped(folder, monkeypatch, steps):
 
 
 # 1, 4 and 7 are beginnings of phases, 2, 5 and 8 lie within them, and 3, 6 and 9 are their last steps.
-ONE_STOP = [((stop,),) for stop in range(1, 10)]
+ONE_STOP = [(stop,) for stop in range(1, 10)]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stops", [((3, 2),), *ONE_STOP])
+@pytest.mark.parametrize("stops", [(3, 2), *ONE_STOP])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(whole, tmp_path, monkeypatch, no_curves, stops):
     for steps in stops:
         run_until_stopped(tmp_path, monkeypatch, steps)
