@@ -75,7 +75,7 @@ def merged():
     return found
 
 
-@pytest.mark.long  # nothing of it is tiny
+@pytest.mark.long  # the model is not a tiny one: the schedule is that of the documented numbers
 @pytest.mark.parametrize(
     "look, schedule", [("scenes of 4", [16, 12, 12, 12]), ("scenes of 8", [16, 10, 8, 6]), ("noise", [16] * 4)]
 )

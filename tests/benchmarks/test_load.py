@@ -415,7 +415,7 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.long  # test_gpu.py has it in its last stage
+@pytest.mark.long  # the dry run in test_gpu.py ends with it, but for Inductor's arm
 @pytest.mark.parametrize("compiler", ["Dynamo", "Inductor"])
 def test_bench_under_load_prints_and_writes_every_model(tmp_path, capsys, calls, monkeypatch, compiler):
     if compiler == "Dynamo":

@@ -167,7 +167,7 @@ def test_without_a_gpu_all_places_are_the_same(place, variant, amount):
     assert_same(op(*inputs, *amount, static_selection=place), op(*inputs, *amount))
 
 
-@pytest.mark.long
+@pytest.mark.long  # compiled with aot_eager the operators are in test_ops_registration.py
 @both_variants
 def test_inductor_calls_it_as_it_is(variant, amount, monkeypatch):
     inputs, calls, select_on_host = selection(17, [5, 4], 12, 8), [], host_selection.select

@@ -62,7 +62,7 @@ def test_the_installed_code_agrees_with_hooks_and_specification(shallow, videos,
         torch.testing.assert_close(compress(pixels), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.long  # compiles twice; the ratio and the variant reach it in the test above
 @torch.no_grad()
 def test_options_reach_the_installed_code(shallow, videos):
     none, many = (methods.method("earlytom paper", shallow, 0.25, merge_layers=layers) for layers in ((0,), (0, 1, 2)))

@@ -1,4 +1,7 @@
-"""The training script: losses fall, a run goes on where it stopped, the checkpoint is one that loads."""
+"""The training script: losses fall, a run goes on where it stopped, the checkpoint is one that loads.
+
+Tests that train more than the one run of ``whole`` are long.
+"""
 
 import json
 import subprocess
