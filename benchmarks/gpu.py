@@ -67,7 +67,7 @@ STAGES = {
     "c": Stage("kernels", 100, f"{_BENCHMARKS}.kernels", dry=("--quick", "--device", "cpu", "--frames", "5")),
     "d": Stage(
         "tests", 150, f"{_BENCHMARKS}.gpu_tests",
-        dry=("-k", "triton_merge_frames and refuses", "-n", "0"),
+        dry=("tests/kernels/test_triton_merge_frames.py", "-k", "refuses", "-n", "0"),
     ),
     "e": Stage(
         "load", 200, "earlytom_compile.cli.main",

@@ -21,7 +21,9 @@ from generating import (
 )
 from oracle import compressed_generate
 from tiny_models import tiny_llava_onevision, video_inputs
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.exc import InductorError
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -106,8 +108,17 @@ def test_without_a_video_the_language_model_runs_its_own_code(model):
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_threads_do_not_meet(model):
+def test_threads_do_not_meet(pristine, monkeypatch):
     """One generates about videos, the other about nothing, which must stay bit for bit what it was."""
+    model, settings = pristine, []
+    compile_graph = in_place.compile_graph
+
+    def noting_settings(*args, **kwargs):
+        settings.append(torch._dynamo.config.get_config_copy())
+        return compile_graph(*args, **kwargs)
+
+    monkeypatch.setattr(in_place, "compile_graph", noting_settings)
+    own = torch._dynamo.config.get_config_copy()
     text = {"input_ids": video_inputs(model, 4, videos_per_row=(0,), after=9)["input_ids"]}
     inputs = video_inputs(model, 12)
     with torch.no_grad():
@@ -124,6 +135,17 @@ def test_threads_do_not_meet(model):
             assert all(answers.result()) and all(torch.equal(video.result(), tokens) for video in videos)
     earlytom_compile.restore(model)
     assert "forward" not in model.model.language_model.__dict__
+    # In torch 2.11 threads share one configuration: who changes it for a call, changes it for the others.
+    assert settings == [own] and torch._dynamo.config.get_config_copy() == own
+
+
+@pytest.mark.long
+def test_what_dynamo_is_told_about_shapes_does_not_matter(pristine):
+    inputs = video_inputs(pristine, 12)
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        tokens = new_tokens(compiled(pristine, compile_llm=False), inputs)
+    (record,) = report(pristine).records
+    assert torch.equal(tokens, oracle_tokens(pristine, inputs)) and not record.reasons
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -207,7 +229,18 @@ def test_compile_llm_can_be_turned_off(model):
     assert torch.equal(got, oracle_tokens(model, inputs))
 
 
-@pytest.mark.parametrize("padded", [True, False], ids=["padded", "not padded"])
+# The C++ that Inductor of torch 2.11 makes of the rotary embedding uses a variable that is not there. Users are told,
+# and that piece runs as it is; here the warning is an error.
+PADDED = pytest.param(
+    True,
+    id="padded",
+    marks=pytest.mark.xfail(
+        torch.__version__ < TorchVersion("2.12"), reason="Inductor of torch 2.11", raises=BackendCompilerFailed
+    ),
+)
+
+
+@pytest.mark.parametrize("padded", [PADDED, pytest.param(False, id="not padded")])
 def test_rows_of_one_batch_size_compile_for_all(model, monkeypatch, padded):
     """One graph for the prompts of 2, 3 and 4 rows, padded or not."""
     if not padded:  # the mask's sizes are what could be too much for Inductor

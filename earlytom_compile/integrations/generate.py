@@ -15,6 +15,7 @@ original one. Videos are encoded one at a time, so that a row's answer does not 
 import copy
 import functools
 import inspect
+import itertools
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -321,6 +322,9 @@ class _CutCall:
     mask: torch.Tensor | None  # [R, S'], the attention mask among them, on the host
 
 
+_names = itertools.count()
+
+
 class _VisionPath:
     """The compiled vision path for one video shape."""
 
@@ -328,10 +332,10 @@ class _VisionPath:
         self._config = config
         self._graphs: list[CompressedGraph] = []
         self._traced = False
-        # Dynamo's recompile limit counts per code object; every frame count gets one of its own.
-        code = _video_rows.__code__.replace(co_name=f"video_rows_{id(self)}")
+        # Dynamo's recompile limit counts per code object, and what it learns about sizes it keeps by name.
+        code = _video_rows.__code__.replace(co_name=f"video_rows_{next(_names)}")
         function = types.FunctionType(code, globals(), code.co_name)
-        self._compiled = torch.compile(function, backend=self._backend, dynamic=False)
+        self._compiled = torch.compile(function, backend=self._backend)
 
     @property
     def told(self) -> bool:
@@ -343,7 +347,11 @@ class _VisionPath:
     ) -> tuple[torch.Tensor, CompressedGraph | None]:
         """Rows [K, C], and the graph that compressed them in this call, None if none did."""
         start = time.monotonic()
-        rows = self._compiled(model, video.unsqueeze(0), choices)[0]
+        videos = video.unsqueeze(0)
+        # Not dynamic=False: that changes Dynamo's configuration in every call, which torch 2.11 has one of for all
+        # threads. Two that meet there leave the whole process without automatic dynamic shapes.
+        torch._dynamo.mark_static(videos)
+        rows = self._compiled(model, videos, choices)[0]
         return rows, next((graph for graph in self._graphs if graph.record.last_call >= start), None)
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
