@@ -4,7 +4,7 @@ import pytest
 import torch
 from effort import cases
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
@@ -113,7 +113,9 @@ def test_an_impossible_total_is_refused():
 
 
 def attention_flops(query, key, value, *args, out_shape=None, **kwargs):
-    return sdpa_flop_count(query, key, value)
+    # As torch counts it on a GPU; the function that torch 2.11 does it with knows no query heads that share a key.
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
 
 
 def product_flops(added, left, right, *args, out_shape=None, **kwargs):

@@ -156,8 +156,9 @@ def test_measures_the_real_arms(called):
 
 
 def test_the_model_is_left_as_it_was(model, called):
-    torchs = {"_is_torch_compile": True}  # torch.compile's wrapper hands what is set on it to the model
-    assert called.after == {**called.before, **torchs} and earlytom_compile.restore(model) is model
+    # Of torch's own: its wrapper hands what is set on it to the model, and torch 2.11 sets nothing.
+    after = {name: value for name, value in called.after.items() if name != "_is_torch_compile"}
+    assert after == called.before and earlytom_compile.restore(model) is model
 
 
 def test_every_compiled_arm_gets_the_mode(model, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from test_split_stages import Stack
 from torch import nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.fx import Interpreter, symbolic_trace
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
@@ -32,7 +33,7 @@ def piece_of(function, *shapes):
     (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
     if not isinstance(output.args[0], tuple):
         output.args = ((output.args[0],),)
-    with FakeTensorMode(shape_env=shape_env):
+    with FakeTensorMode(shape_env=shape_env), enable_python_dispatcher():
         Recorder(graph_module).run(*(torch.empty([sizes.get(size, size) for size in shape]) for shape in shapes))
     return Piece("piece", graph_module)
 
@@ -144,7 +145,7 @@ def test_data_dependent_sizes_are_waited_for():
     piece = piece_of(lambda x: x * 2, (5, 4))
     (product,) = (node for node in piece.graph_module.graph.nodes if node.op == "call_function")
     shape_env = ShapeEnv()
-    with FakeTensorMode(shape_env=shape_env):
+    with FakeTensorMode(shape_env=shape_env), enable_python_dispatcher():
         product.meta["example_value"] = torch.empty(shape_env.create_unbacked_symint(), 4)
     assert free_unbacked_symbols(product.meta["example_value"])
     assert reason_not_to_capture(piece) == "it makes a size that depends on the data"

@@ -190,13 +190,15 @@ def test_losses_fall_on_one_batch(kind):
         batch = question_batch(range(4), dict.fromkeys(CATEGORIES, 1.0), 3)
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=2e-3)
     losses = []
-    for _ in range(30):
+    while len(losses) < 100:
         loss = sum(trainee(batch).values())
         losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
+        if len(losses) >= 5 and sum(losses[-5:]) / 5 < losses[0] / 2:
+            return
+    pytest.fail(f"after a hundred steps {losses[0]} is {losses[-5:]}")
 
 
 def test_dropped_tokens_keep_their_order():
