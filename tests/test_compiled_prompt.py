@@ -42,6 +42,7 @@ from earlytom_compile import (
 )
 from earlytom_compile.integrations import generate as in_place
 from earlytom_compile.integrations.prefill import CompiledPrefill
+from earlytom_compile.integrations.tracing import with_its_own_code
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,25 @@ def test_threads_do_not_meet(pristine, monkeypatch):
     assert "forward" not in model.model.language_model.__dict__
     # In torch 2.11 threads share one configuration: who changes it for a call, changes it for the others.
     assert settings == [own] and torch._dynamo.config.get_config_copy() == own
+
+
+def minus(x):
+    return -x
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_what_dynamo_learns_about_one_model_is_not_used_for_another(copied):
+    """Sizes that differ from one call of a function to the next are dynamic to Dynamo, if the function is the same."""
+    symbolic = []
+
+    def backend(graph_module, example_inputs):
+        symbolic.append(any(isinstance(x, torch.SymInt) for x in example_inputs))
+        return graph_module.forward
+
+    for size in (3, 5):
+        x = torch.arange(float(size))
+        assert torch.equal(torch.compile(with_its_own_code(minus) if copied else minus, backend=backend)(x), -x)
+    assert symbolic == [False, not copied]
 
 
 @pytest.mark.long

@@ -15,9 +15,7 @@ original one. Videos are encoded one at a time, so that a row's answer does not 
 import copy
 import functools
 import inspect
-import itertools
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -35,7 +33,7 @@ from ..reporting import Counts, GraphRecord, forget
 from ..stages import CompressedGraph, fall_back
 from .caches import cache_of, given_cache
 from .prefill import CompiledPrefill
-from .tracing import make_traceable
+from .tracing import make_traceable, with_its_own_code
 
 _HANDLE = "_earlytom"
 _REPLACED = ("forward", "generate")
@@ -322,9 +320,6 @@ class _CutCall:
     mask: torch.Tensor | None  # [R, S'], the attention mask among them, on the host
 
 
-_names = itertools.count()
-
-
 class _VisionPath:
     """The compiled vision path for one video shape."""
 
@@ -332,10 +327,7 @@ class _VisionPath:
         self._config = config
         self._graphs: list[CompressedGraph] = []
         self._traced = False
-        # Dynamo's recompile limit counts per code object, and what it learns about sizes it keeps by name.
-        code = _video_rows.__code__.replace(co_name=f"video_rows_{next(_names)}")
-        function = types.FunctionType(code, globals(), code.co_name)
-        self._compiled = torch.compile(function, backend=self._backend)
+        self._compiled = torch.compile(with_its_own_code(_video_rows), backend=self._backend)
 
     @property
     def told(self) -> bool:

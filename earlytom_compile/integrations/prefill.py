@@ -13,7 +13,6 @@ through to the model's own code.
 import copy
 import functools
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,6 +25,7 @@ from torch.fx import GraphModule
 from ..reporting import GraphRecord, add_record
 from ..stages import inductor_options, lower_stages, lower_whole
 from .caches import given_cache
+from .tracing import with_its_own_code
 
 
 class CompiledPrefill:
@@ -95,10 +95,8 @@ class CompiledPrefill:
         shapes = tuple((name, tensor.dim()) for name, tensor in tensors.items())
         kind = (several, shapes, type(given_cache(kwargs)))
         if kind not in self._compiled:
-            # Dynamo's recompile limit counts per code object; every kind gets one of its own.
-            code = _call.__code__.replace(co_name=f"prefill_{id(self)}_{len(self._compiled)}")
-            function = types.FunctionType(code, globals(), code.co_name)
-            self._compiled[kind] = torch.compile(function, backend=partial(_compile_prompt, self._lowering, self._mode))
+            backend = partial(_compile_prompt, self._lowering, self._mode)
+            self._compiled[kind] = torch.compile(with_its_own_code(_call), backend=backend)
         return self._compiled[kind]
 
 

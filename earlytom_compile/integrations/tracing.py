@@ -14,10 +14,11 @@ itself, on every call, before any compressed graph runs; the third reads a plain
 import ctypes
 import importlib
 import inspect
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ _CHECK = "torch_compilable_check"
 _INSTALL = "maybe_install_capturing_hooks"
 _MODELING = "transformers.models.llava_onevision.modeling_llava_onevision"
 _CAPTURING = "transformers.utils.output_capturing"
+_copies = itertools.count()
+
+
+def with_its_own_code(function: FunctionType) -> FunctionType:
+    """A copy that Dynamo takes for another function: it counts recompiles by code object, and what it has learned
+    about sizes it keeps by name."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
+    return FunctionType(code, function.__globals__, code.co_name)
 
 
 def make_traceable() -> None:

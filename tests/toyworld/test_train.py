@@ -190,7 +190,7 @@ def test_losses_fall_on_one_batch(kind):
         batch = question_batch(range(4), dict.fromkeys(CATEGORIES, 1.0), 3)
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=2e-3)
     losses = []
-    while len(losses) < 100:
+    for _ in range(100):
         loss = sum(trainee(batch).values())
         losses.append(loss.item())
         loss.backward()
