@@ -32,9 +32,10 @@ _CAPTURING = "transformers.utils.output_capturing"
 _copies = itertools.count()
 
 
-def with_its_own_code(function: FunctionType) -> FunctionType:
+def with_its_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy that Dynamo takes for another function: it counts recompiles by code object, and what it has learned
     about sizes it keeps by name."""
+    assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
     return FunctionType(code, function.__globals__, code.co_name)
 
