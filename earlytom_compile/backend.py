@@ -19,7 +19,7 @@ from .integrations.tracing import make_traceable
 from .passes.manager import Rewrite, run_passes
 from .passes.reasons import NotApplicable
 from .reporting import GraphRecord, add_record, discard_record
-from .stages import fall_back, inductor_options, lower, lower_compressed
+from .stages import Kinds, fall_back, inductor_options, lower, lower_compressed
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -46,10 +46,12 @@ def compile_graph(
     config: EarlyTomConfig,
     *,
     features_only: bool = False,
+    kinds: Kinds | None = None,
 ) -> Compiled:
     """Compress and lower one Dynamo graph.
 
-    With ``features_only`` the caller knows that it gets compressed video features and places them itself.
+    With ``features_only`` the caller knows that it gets compressed video features and places them itself; ``kinds``
+    holds what the same caller has compiled before.
     """
     record = add_record(_new_record(config), example_inputs)
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
@@ -57,7 +59,7 @@ def compile_graph(
     try:
         run_passes(state)
         _describe(state, record)
-        return lower_compressed(state, original, example_inputs, record)
+        return lower_compressed(state, original, example_inputs, record, kinds)
     except NotApplicable as found:
         if _computes(original):
             try:
@@ -103,9 +105,8 @@ def _describe(state: Rewrite, record: GraphRecord) -> None:
     record.encoder = boundary.encoder.name
     record.layers = len(boundary.encoder.blocks)
     record.merge_layers = state.config.resolve_merge_layers(record.layers)
-    record.frames = boundary.frames
-    record.tokens_before = boundary.frames * boundary.tokens
-    record.budget = state.selected.budget
+    record.tokens_per_frame = boundary.tokens
+    record.budget = state.config.token_budget if state.config.keeps_exactly() else None
     record.inserted, record.providers = state.inserted, state.providers
     record.seconds.update(state.seconds)
 

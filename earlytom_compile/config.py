@@ -71,8 +71,8 @@ class EarlyTomConfig:
     """That of ``torch.compile``. ``"reduce-overhead"`` and ``"max-autotune"`` ask for CUDA graphs, which replay the
     layers between two waits for the host where that measures faster, under ``lowering="staged"``."""
     compile_llm: bool = True
-    """``compile()`` compiles the language model's pass over the prompt too, as ``lowering`` says; with
-    ``torch.compile`` the language model is part of the graph in any case."""
+    """``compile()`` compiles the language model's pass over the prompt too, as ``lowering`` says, on a CPU for prompts
+    of 128 positions and more; with ``torch.compile`` the language model is part of the graph in any case."""
     static_selection: Literal["auto", "device", "host"] = "auto"
     """Where static frames' tokens are selected on a GPU: ``"host"`` is the CPU, meanwhile; ``"auto"`` is what a
     measurement at the first call says. The result is the same; on the CPU all three are. Without effect under

@@ -6,7 +6,7 @@ last call       frames 32 -> 27 -> 22 -> 19, video tokens 6272 -> 627, prompt 63
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,8 @@ class GraphRecord:
     encoder: str = ""
     layers: int = 0
     merge_layers: tuple[int, ...] = ()
-    frames: int = 0
-    tokens_before: int = 0
-    budget: int | None = None
+    tokens_per_frame: int = 0  # P, after pooling
+    budget: Callable[[int, int], int] | None = None  # (F, P) -> K; None where that depends on the content
     inserted: dict[str, int] = field(default_factory=dict)
     providers: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -49,11 +48,15 @@ class GraphRecord:
 
     def describe(self, counts: "Counts") -> list[dict[str, list[int]]]:
         """Frames and tokens of each video of a call."""
-        frames = torch.stack(list(counts.frames), dim=1).tolist()
-        kept = [self.budget] * len(frames) if counts.tokens is None else counts.tokens.tolist()
+        videos = torch.stack(list(counts.frames), dim=1).tolist()
+        if self.budget is not None:
+            kept = [self.budget(frames[0], self.tokens_per_frame) for frames in videos]
+        else:
+            assert counts.tokens is not None
+            kept = counts.tokens.tolist()
         return [
-            {"frames": per_layer, "tokens": [self.tokens_before, tokens]}
-            for per_layer, tokens in zip(frames, kept, strict=True)
+            {"frames": frames, "tokens": [frames[0] * self.tokens_per_frame, tokens]}
+            for frames, tokens in zip(videos, kept, strict=True)
         ]
 
 
@@ -62,7 +65,7 @@ class Counts:
     """What one call kept, as device tensors: nobody waits for them until somebody asks."""
 
     frames: Sequence[torch.Tensor]  # int64 [V] each: at first, then after each merge layer
-    tokens: torch.Tensor | None  # int64 [V] where it depends on the content, else the record's budget
+    tokens: torch.Tensor | None  # int64 [V] where it depends on the content, else the record's budget tells
 
 
 @dataclass(frozen=True)

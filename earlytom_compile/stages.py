@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .config import EarlyTomConfig
 from .cuda_graphs import replay_runs
@@ -43,6 +44,8 @@ _CANNOT_LOWER = (
     PendingUnbackedSymbolNotFound,
 )
 Runnable = Callable[..., Sequence[Any]]
+Kinds = dict[Any, "_Compiled | None"]
+"""Compiled code by what it was compiled from; None: Inductor cannot."""
 
 
 _CUDA_GRAPHS = "triton.cudagraphs"
@@ -51,6 +54,11 @@ _CUDA_GRAPHS = "triton.cudagraphs"
 def inductor_options(mode: str | None) -> dict[str, Any]:
     """What ``torch.compile``'s ``mode`` means to Inductor."""
     return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def asks_for_cuda_graphs(mode: str | None) -> bool:
+    """Whether ``torch.compile``'s ``mode`` means that CUDA graphs replay what was compiled."""
+    return bool(inductor_options(mode).get(_CUDA_GRAPHS))
 
 
 def lower(
@@ -69,19 +77,28 @@ def lower_compressed(
     original: GraphModule,
     example_inputs: Sequence[Any],
     record: GraphRecord,
+    kinds: "Kinds | None" = None,
 ) -> "CompressedGraph":
-    """Lower a rewritten graph whose counts are handed out beside its own outputs."""
+    """Lower a rewritten graph whose counts are handed out beside its own outputs; of pieces that serve any number of
+    frames, those among ``kinds`` are compiled already, and those compiled now are added."""
     outputs = _append_counts(state)
     options = inductor_options(state.config.mode)
     start = time.perf_counter()
     with data_dependent_sizes():
-        compiled = _lower(state, example_inputs, options, record)
+        compiled = _lower(state, example_inputs, options, record, kinds)
     record.seconds["lowering"] = time.perf_counter() - start
     return CompressedGraph(compiled, original, outputs, _expected(state), state, record)
 
 
-def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, Any], record: GraphRecord) -> Runnable:
+def _lower(
+    state: Rewrite,
+    example_inputs: Sequence[Any],
+    options: Mapping[str, Any],
+    record: GraphRecord,
+    kinds: "Kinds | None",
+) -> Runnable:
     assert state.boundary is not None
+    frames = state.boundary.frames
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
         cut_language_model, videos = state.config.keeps_exactly(), state.boundary.videos
@@ -92,7 +109,9 @@ def _lower(state: Rewrite, example_inputs: Sequence[Any], options: Mapping[str, 
             options,
             state.boundary.encoder.blocks,
             by_module=cut_language_model,
-            frames=range(videos, videos * state.boundary.frames + 1),
+            frames=range(videos, videos * frames + 1) if isinstance(frames, int) else range(0),
+            any_size=not isinstance(frames, int),
+            kinds=kinds,
         )
     return lower_whole(state.graph_module, example_inputs, record, options)
 
@@ -125,32 +144,40 @@ def lower_stages(
     *,
     by_module: bool = True,
     frames: range = range(0),
+    any_size: bool = False,
+    kinds: "Kinds | None" = None,
 ) -> Runnable:
     """Compile one piece of each kind. Pieces that hold only operators of ours have nothing to compile, and a piece
     that Inductor cannot compile runs as it is, with a warning. CUDA graphs among Inductor's ``options`` are ours,
-    for which ``frames`` are the values of sizes known at run time only."""
+    for which ``frames`` are the values of sizes known at run time only. With ``any_size``, no piece is specialised
+    to a size that is a symbol, so that it is of one kind with those whose sizes depend on the data, and may be taken
+    from ``kinds``."""
     options = dict(options or {})
     cuda_graphs = options.pop(_CUDA_GRAPHS, False)
     stages, pieces = split_stages(graph_module, blocks, by_module=by_module)
     inputs = [value_of(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     given = {id(value): example for value, example in zip(inputs, example_inputs, strict=True)}
-    kinds: dict[str, _Compiled | None] = {}
+    forgotten = _forget_sizes(pieces, given) if any_size else set()
+    kinds, own = kinds if kinds is not None else {}, dict[Any, _Compiled | None]()
+    settings, used = _settings(options), dict[Any, bool]()
     compiled = set[str]()
     for piece in pieces:
         if not piece.computes:
             continue
-        key = piece.key
-        if key not in kinds:
+        key = piece.key, settings
+        known = kinds if piece.name in forgotten else own
+        if key not in known:
             try:
-                kinds[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options))
+                known[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options))
             except _CANNOT_LOWER as error:
-                kinds[key] = None
+                known[key] = None
                 record.note(_not_compiled(f"a part of the model ({piece.where})", error))
-        run = kinds[key]
+        run = known[key]
+        used[key] = run is not None
         if run is not None:
             stages.add_submodule(piece.name, run)
             compiled.add(piece.name)
-    record.stages = len(pieces), sum(run is not None for run in kinds.values())
+    record.stages = len(pieces), sum(used.values())
     if cuda_graphs:
         replay_runs(stages, pieces, compiled, frames, record)
     return cast(Runnable, stages.forward)
@@ -179,6 +206,59 @@ def _examples(piece: Piece, given: Mapping[int, Any]) -> list[Any]:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     return [example(value) for value in piece.inputs]
+
+
+def _forget_sizes(pieces: Sequence[Piece], given: Mapping[int, Any]) -> set[str]:
+    """Put sizes of which nothing is known in the place of Dynamo's symbols, in what the pieces are compiled for. Those
+    that read the graph's own inputs keep theirs. Returns the names of the others."""
+    fake_mode = torch._guards.TracingContext.get().fake_mode
+    assert fake_mode is not None and fake_mode.shape_env is not None
+    shape_env, unknown = fake_mode.shape_env, dict[Any, Any]()
+
+    def forgotten(size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expression = size.node.expr
+        for symbol in expression.free_symbols - unknown.keys():
+            unknown[symbol] = symbol
+            if not symbol_is_type(symbol, SymT.UNBACKED_INT):
+                unbacked = shape_env.create_unbacked_symint()
+                torch._check(unbacked >= 1)
+                unknown[symbol] = unbacked.node.expr
+                shape_env.var_to_hint_override[unbacked.node.expr] = int(shape_env.backed_var_to_val[symbol])
+        return shape_env.create_symintnode(expression.xreplace(unknown), hint=None)
+
+    names = set()
+    for piece in pieces:
+        inputs = {node: value_of(node) for node in piece.graph_module.graph.nodes if node.op == "placeholder"}
+        symbolic = {node: value for node, value in inputs.items() if _is_symbolic(value)}
+        if any(id(value) in given for value in symbolic.values() if isinstance(value, torch.Tensor)):
+            continue  # such as a convolution, whose layout PyTorch does not know for a size of which nothing is known
+        names.add(piece.name)
+        with fake_mode, shape_env.ignore_fresh_unbacked_symbols():
+            for node, value in symbolic.items():
+                if isinstance(value, torch.Tensor):
+                    layout = [[forgotten(size) for size in sizes] for sizes in (value.shape, value.stride())]
+                    made = torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
+                node.meta["example_value"] = made if isinstance(value, torch.Tensor) else forgotten(value)
+    return names
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride()))
+    return isinstance(value, torch.SymInt)
+
+
+def _settings(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What compiled code depends on beside the graph."""
+    return (
+        repr(sorted(options.items())),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        *(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
+    )
 
 
 class _Compiled(torch.nn.Module):
@@ -211,7 +291,17 @@ class CompressedGraph:
         self._config = state.config
         self._num_counts = len(state.video.counts) if state.video else 0
         self.record = record
-        self.rows_per_video = state.boundary.rows_per_video if state.boundary else 0
+        self._boundary = state.boundary
+
+    @property
+    def any_length(self) -> bool:
+        """Whether it serves videos of any number of frames above 1."""
+        return self._boundary is not None and not isinstance(self._boundary.frames, int)
+
+    def rows_of(self, frames: int) -> int:
+        """Rows of a video of so many frames that is not compressed."""
+        assert self._boundary is not None
+        return self._boundary.rows_of(frames)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         if self._expected is not None:
@@ -267,7 +357,7 @@ def _expected(state: Rewrite) -> tuple[int, ExpectedPlaceholders] | None:
     expected = ExpectedPlaceholders(
         boundary.placeholders.token,
         boundary.videos,
-        boundary.rows_per_video,
+        boundary.rows_of(int(boundary.frames)),
         even_rows=state.config.keeps_exactly(),
     )
     return inputs.index(boundary.placeholders.input_ids), expected

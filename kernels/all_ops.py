@@ -14,6 +14,7 @@ from earlytom_compile.kernels import (
     select_representatives,
     select_tokens,
     sequence,
+    video_budget,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "select_representatives",
     "select_tokens",
     "sequence",
+    "video_budget",
 ]

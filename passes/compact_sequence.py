@@ -74,7 +74,7 @@ def compact_sequence(
     consumers = {node: list(node.users) for node in carriers}
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        if selected.budget is not None:
+        if isinstance(selected.budget, int):
             keep, length = _keep_exactly(graph, boundary, selected.budget)
         else:
             keep, length = _keep_ragged(graph, boundary, selected, inputs)
@@ -96,8 +96,9 @@ def _keep_exactly(graph: Graph, boundary: Boundary, budget: int) -> tuple[Node, 
             f"{boundary.videos} videos do not spread evenly over {int(rows)} prompts",
             "Give every row the same number of videos, or use earlytom_compile.compile(model) and generate()",
         )
-    before = boundary.rows_per_video
-    after = before - boundary.frames * boundary.tokens + budget
+    frames = int(boundary.frames)
+    before = boundary.rows_of(frames)
+    after = before - frames * boundary.tokens + budget
     dropped = boundary.videos // int(rows) * (before - after)
     length: Node | int
     if isinstance(positions, int):
@@ -129,7 +130,7 @@ def _keep_ragged(
         inputs.input_ids,
         kept,
         token,
-        boundary.rows_per_video,
+        boundary.rows_of(int(boundary.frames)),
     )
     return keep, insert(graph, torch.ops.aten.sym_size.int, keep, 1)
 

@@ -8,11 +8,13 @@ stay one batch up to the 2-D pooling, and only then join with the tokens of thei
 regrouped or sliced right after the projector, so they never match and are never touched.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from earlytom_compile.passes.find_vision_encoder import NORMS, Encoder
 from earlytom_compile.passes.patterns import ACTIVATIONS, MOVES, argument, op_name, peel, readers, shape_of
@@ -37,7 +39,7 @@ class Boundary:
 
     encoder: Encoder
     videos: int
-    frames: int
+    frames: int | torch.SymInt  # a symbol where one graph serves videos of every length
     tokens: int
     pixels: Node  # [V, F, 3, H, W]
     pool: Node  # [V*F, C, h, w] -> [V*F, C, h', w']
@@ -48,16 +50,15 @@ class Boundary:
     rows: Node | None  # [V*(F*P (+1)), C]
     placeholders: Placeholders | None
 
-    @property
-    def rows_per_video(self) -> int:
-        """Rows (and so placeholder tokens) of one uncompressed video."""
-        return self.frames * self.tokens + (self.separator is not None)
+    def rows_of(self, frames: int) -> int:
+        """Rows (and so placeholder tokens) of one uncompressed video of so many frames."""
+        return frames * self.tokens + (self.separator is not None)
 
 
-def find_video_boundary(encoders: list[Encoder]) -> Boundary | None:
+def find_video_boundary(encoders: list[Encoder], *, any_length: bool = False) -> Boundary | None:
     """The video path of the graph; None if there is none, :class:`NotApplicable` if there is one that is
-    not understood or more than one."""
-    found = [boundary for encoder in encoders if (boundary := _match(encoder)) is not None]
+    not understood or more than one. Unless ``any_length``, the graph is specialised to its number of frames."""
+    found = [boundary for encoder in encoders if (boundary := _match(encoder, any_length)) is not None]
     if len(found) > 1:
         raise NotApplicable(
             f"the graph has {len(found)} video paths ({', '.join(b.encoder.name for b in found)})",
@@ -66,7 +67,7 @@ def find_video_boundary(encoders: list[Encoder]) -> Boundary | None:
     return found[0] if found else None
 
 
-def _match(encoder: Encoder) -> Boundary | None:
+def _match(encoder: Encoder, any_length: bool) -> Boundary | None:
     pixels = _video_input(encoder)
     if pixels is None:
         return None
@@ -76,8 +77,9 @@ def _match(encoder: Encoder) -> Boundary | None:
     if pool is None:
         return None
     encoder = Encoder(encoder.blocks[:used])
-    # Frame counts and resolutions are part of what a compiled video path is specialised to: int() guards them.
-    videos, frames = (int(size) for size in shape_of(pixels)[:2])  # type: ignore[index]
+    # The number of videos and the resolution are what a compiled video path is specialised to: int() guards them.
+    videos, frames = shape_of(pixels)[:2]  # type: ignore[index]
+    videos, frames = int(videos), frames if any_length else int(frames)
     features, flat = _flatten_after(pool, videos, frames)
     tokens = int(shape_of(features)[1])  # type: ignore[index]
     separator, end = _separator_after(flat)
@@ -150,13 +152,13 @@ def _downstream(node: Node) -> Iterator[Node]:
         pending += following
 
 
-def _flatten_after(pool: Node, videos: int, frames: int) -> tuple[Node, Node]:
+def _flatten_after(pool: Node, videos: int, frames: int | torch.SymInt) -> tuple[Node, Node]:
     """([V*F, P, C], [V, F*P, C]): the last node of each shape in the run of moves behind the pooling."""
     channels = shape_of(pool)[1]  # type: ignore[index]
     run = [pool]
     while len(following := readers(run[-1])) == 1 and op_name(following[0]) in MOVES:
         run += following
-    area = _product(shape_of(pool)[2:])  # type: ignore[index]
+    area = math.prod(map(int, shape_of(pool)[2:]))  # type: ignore[index]
     per_frame = [n for n in run if _is(shape_of(n), videos * frames, area, channels)]
     per_video = [n for n in run if _is(shape_of(n), videos, frames * area, channels)]
     if not per_frame or not per_video:
@@ -167,7 +169,7 @@ def _flatten_after(pool: Node, videos: int, frames: int) -> tuple[Node, Node]:
             "Models that arrange video tokens in another way are not supported yet",
         )
     # With one frame both shapes are equal: the first such node is the frame's, the last one the video's.
-    features = per_frame[0] if frames == 1 else per_frame[-1]
+    features = per_frame[0] if statically_known_true(frames == 1) else per_frame[-1]
     return features, per_video[-1]
 
 
@@ -233,16 +235,5 @@ def _is(shape: tuple[object, ...] | None, *sizes: object) -> bool:
     return (
         shape is not None
         and len(shape) == len(sizes)
-        and all(_int(a) == _int(b) for a, b in zip(shape, sizes, strict=True))
+        and all(statically_known_true(a == b) for a, b in zip(shape, sizes, strict=True))  # type: ignore[arg-type]
     )
-
-
-def _int(size: object) -> int:
-    return int(size) if isinstance(size, torch.SymInt) else size  # type: ignore[return-value]
-
-
-def _product(sizes: tuple[object, ...]) -> int:
-    result = 1
-    for size in sizes:
-        result *= _int(size)
-    return result

@@ -28,6 +28,7 @@ from earlytom_compile.passes.find_vision_encoder import Block
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis
+from earlytom_compile.passes.video_sizes import HINT, VideoSizes, likely_size
 
 _FEWEST_MERGEABLE = 4
 """A segment's head and tail never merge, and a merge needs two frames between them."""
@@ -43,7 +44,9 @@ class MergedVideo:
     axes: tuple[ResizedAxis, ...]  # the frame axes that changed
 
 
-def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig) -> MergedVideo:
+def insert_frame_merge(
+    graph: Graph, boundary: Boundary, sizes: VideoSizes, config: EarlyTomConfig
+) -> MergedVideo:
     """Insert the merge ops of every merge layer; literals that mean the frame axis still have their old size."""
     blocks = boundary.encoder.blocks
     layers = config.resolve_merge_layers(len(blocks))
@@ -53,21 +56,21 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, config: EarlyTomConfig)
         with graph.inserting_before(scored.attention):
             importance = _attention_received(graph, scored)
     with graph.inserting_before(blocks[0].input.next):
-        counts = [_frame_counts(graph, boundary)]
+        counts = [_frame_counts(graph, boundary, sizes)]
     features, axes = scored.output, []
     for layer in layers:
-        if boundary.frames < _FEWEST_MERGEABLE:
+        if isinstance(boundary.frames, int) and boundary.frames < _FEWEST_MERGEABLE:
             counts.append(counts[-1])
             continue
         riders = [importance] if importance is not None and blocks[layer] is scored else []
-        merge = _merge_behind(graph, blocks[layer], riders, counts[-1], boundary, config)
+        merge = _merge_behind(graph, blocks[layer], riders, counts[-1], boundary, sizes, config)
         counts.append(merge.counts)
         axes.append(ResizedAxis(merge.hidden, 0, f"frames after layer {layer}", merge.size))
         if riders:
             features, (importance,) = merge.hidden, merge.riders
     if importance is not None:
         with graph.inserting_before(_behind(features, importance)):
-            band = config.similarity_band(boundary.frames)
+            band = sizes.similarity_band
             similarity = insert(graph, torch.ops.earlytom.frame_similarity.default, features, band)
             dynamic = insert(
                 graph, torch.ops.earlytom.dynamic_frames.default, similarity, counts[-1], **_segmentation(config)
@@ -86,7 +89,13 @@ class _Merge:
 
 
 def _merge_behind(
-    graph: Graph, block: Block, riders: Sequence[Node], counts: Node, boundary: Boundary, config: EarlyTomConfig
+    graph: Graph,
+    block: Block,
+    riders: Sequence[Node],
+    counts: Node,
+    boundary: Boundary,
+    sizes: VideoSizes,
+    config: EarlyTomConfig,
 ) -> _Merge:
     """Insert the ops of one merge layer right behind its block; whoever read the block reads the merged frames."""
     ops, before = torch.ops.earlytom, block.output
@@ -94,16 +103,17 @@ def _merge_behind(
     options = {
         **_segmentation(config),
         "tau_merge": math.nan if config.tau_merge == "segment" else float(config.tau_merge),
-        "min_frames": config.min_frames(boundary.frames),
+        "min_frames": sizes.fewest_frames,
     }
     with graph.inserting_before(before.next):
-        similarity = insert(graph, ops.frame_similarity.default, before, config.similarity_band(boundary.frames))
+        similarity = insert(graph, ops.frame_similarity.default, before, sizes.similarity_band)
         plan = insert(graph, ops.plan_merge.default, similarity, counts, **options)
         source, weight, counts = (insert(graph, operator.getitem, plan, i) for i in range(3))
         size = insert(graph, "item", insert(graph, torch.sum, counts))
+        size.meta[HINT] = boundary.videos * likely_size(boundary.frames)
         # The range of the unbacked size: at least a frame a video, at most what there was.
         insert(graph, torch._check, insert(graph, operator.ge, size, boundary.videos))
-        insert(graph, torch._check, insert(graph, operator.le, size, boundary.videos * boundary.frames))
+        insert(graph, torch._check, insert(graph, operator.le, size, _times(graph, boundary.videos, sizes.frames)))
         merged = insert(graph, ops.merge_frames.default, [before, *riders], source, weight, size)
         hidden = insert(graph, operator.getitem, merged, 0, like=value_of(before))
         riders = [insert(graph, operator.getitem, merged, i) for i in range(1, len(riders) + 1)]
@@ -112,9 +122,13 @@ def _merge_behind(
     return _Merge(hidden, riders, counts, size)
 
 
-def _frame_counts(graph: Graph, boundary: Boundary) -> Node:
+def _times(graph: Graph, videos: int, frames: int | Node) -> int | Node:
+    return videos * frames if isinstance(frames, int) else insert(graph, operator.mul, videos, frames)
+
+
+def _frame_counts(graph: Graph, boundary: Boundary, sizes: VideoSizes) -> Node:
     device = value_of(boundary.pixels).device  # type: ignore[union-attr]
-    return insert(graph, torch.full, (boundary.videos,), boundary.frames, dtype=torch.int64, device=device)
+    return insert(graph, torch.full, (boundary.videos,), sizes.frames, dtype=torch.int64, device=device)
 
 
 def _attention_received(graph: Graph, block: Block) -> Node:

@@ -22,60 +22,47 @@ from earlytom_compile.passes.insert_frame_merge import MergedVideo
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis
+from earlytom_compile.passes.video_sizes import VideoSizes
 
 
 @dataclass(frozen=True)
 class SelectedTokens:
     """What stage 2 keeps."""
 
-    budget: int | None  # K, tokens of each video; None where it depends on the content
+    budget: int | Node | None  # K, tokens of each video; None where it depends on the content
     kept_counts: Node | None  # int64 [V], tokens of each video where K depends on the content
     axes: tuple[ResizedAxis, ...]  # the token axis, whose size changed
 
 
 def insert_token_selection(
-    graph: Graph, boundary: Boundary, video: MergedVideo, config: EarlyTomConfig
+    graph: Graph, boundary: Boundary, sizes: VideoSizes, video: MergedVideo, config: EarlyTomConfig
 ) -> SelectedTokens:
     """Replace the flattened video tokens by the selected ones."""
     with graph.inserting_before(boundary.features.next):
         if video.importance is None or video.dynamic is None:
-            return _select_representatives(graph, boundary, video, config)
+            operands = (boundary.features, video.counts[-1])
+            op = torch.ops.earlytom.select_representatives.default
+            return _kept_exactly(graph, boundary, insert(graph, op, *operands, sizes.budget), sizes)
         importance = _pool_like_features(graph, boundary, video.importance)
         operands = (boundary.features, importance, video.dynamic, video.counts[-1])
         if config.keeps_exactly():
-            return _select_exactly(graph, boundary, operands, config)
-        return _select_released(graph, boundary, operands, config)
+            op = torch.ops.earlytom.select_tokens.default
+            selected = insert(graph, op, *operands, sizes.budget, static_selection=config.static_selection)
+            return _kept_exactly(graph, boundary, selected, sizes)
+        return _select_released(graph, boundary, operands, sizes, config)
 
 
-def _select_exactly(
-    graph: Graph, boundary: Boundary, operands: tuple[Node, ...], config: EarlyTomConfig
-) -> SelectedTokens:
-    budget = config.token_budget(boundary.frames, boundary.tokens)
-    op = torch.ops.earlytom.select_tokens.default
-    selected = insert(graph, op, *operands, budget, static_selection=config.static_selection)
-    return _kept_exactly(graph, boundary, selected, budget)
-
-
-def _select_representatives(
-    graph: Graph, boundary: Boundary, video: MergedVideo, config: EarlyTomConfig
-) -> SelectedTokens:
-    budget = config.token_budget(boundary.frames, boundary.tokens)
-    op = torch.ops.earlytom.select_representatives.default
-    selected = insert(graph, op, boundary.features, video.counts[-1], budget)
-    return _kept_exactly(graph, boundary, selected, budget)
-
-
-def _kept_exactly(graph: Graph, boundary: Boundary, selected: Node, budget: int) -> SelectedTokens:
+def _kept_exactly(graph: Graph, boundary: Boundary, selected: Node, sizes: VideoSizes) -> SelectedTokens:
     tokens = insert(graph, operator.getitem, selected, 0, like=value_of(boundary.flat))
     _replace(boundary.flat, tokens)
-    return SelectedTokens(budget, None, (ResizedAxis(tokens, 1, "selected tokens", budget),))
+    return SelectedTokens(sizes.budget, None, (ResizedAxis(tokens, 1, "selected tokens", sizes.budget),))
 
 
 def _select_released(
-    graph: Graph, boundary: Boundary, operands: tuple[Node, ...], config: EarlyTomConfig
+    graph: Graph, boundary: Boundary, operands: tuple[Node, ...], sizes: VideoSizes, config: EarlyTomConfig
 ) -> SelectedTokens:
     ops = torch.ops.earlytom
-    op, amount = ops.select_tokens_released.default, (boundary.frames, config.retain_ratio)
+    op, amount = ops.select_tokens_released.default, (sizes.frames, config.retain_ratio)
     selected = insert(graph, op, *operands, *amount, static_selection=config.static_selection)
     rows = insert(graph, operator.getitem, selected, 0)
     kept_counts = insert(graph, operator.getitem, selected, 2)

@@ -36,9 +36,10 @@ from earlytom_compile.passes.find_vision_encoder import Encoder, find_vision_enc
 from earlytom_compile.passes.graph_order import stable_topological_sort
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
-from earlytom_compile.passes.patterns import op_name, value_of
+from earlytom_compile.passes.patterns import insert, op_name, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
+from earlytom_compile.passes.video_sizes import HINT, VideoSizes, video_sizes
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Rewrite:
     encoders: list[Encoder] = field(default_factory=list)
     boundary: Boundary | None = None
     sequence: SequenceInputs | None = None
+    sizes: VideoSizes | None = None
     video: MergedVideo | None = None
     selected: SelectedTokens | None = None
     keep: Node | None = None  # int64 [R, S'], positions of the prompt that stay
@@ -75,7 +77,7 @@ class Rewrite:
                 name = str(node.target).split(".")[1]
                 args, kwargs = map_arg((node.args, node.kwargs), value_of)
                 devices = (x.device.type for x in args if isinstance(x, torch.Tensor))
-                found.setdefault(name, set()).add(provider_of(name, next(devices), *args, **kwargs))
+                found.setdefault(name, set()).add(provider_of(name, next(devices, "cpu"), *args, **kwargs))
         return {name: ", ".join(sorted(names)) for name, names in found.items()}
 
 
@@ -96,7 +98,8 @@ def _find_encoder(state: Rewrite) -> None:
 
 
 def _find_boundary(state: Rewrite) -> None:
-    state.boundary = find_video_boundary(state.encoders)
+    # A prompt has placeholders for one number of frames; without one, a graph can serve them all.
+    state.boundary = find_video_boundary(state.encoders, any_length=state.features_only)
     if state.boundary is None:
         names = ", ".join(encoder.name for encoder in state.encoders)
         raise NotApplicable(
@@ -128,16 +131,32 @@ def _find_sequence(state: Rewrite) -> None:
         state.sequence = find_sequence_inputs(state.graph_module, boundary.placeholders.input_ids)
 
 
+def _lay_out_frames(state: Rewrite) -> None:
+    assert state.boundary is not None
+    first = state.boundary.encoder.blocks[0].input
+    layout = value_of(first)
+    if not is_contiguous_or_false(layout):
+        consumers = list(first.users)
+        with state.graph_module.graph.inserting_after(first):
+            copied = insert(state.graph_module.graph, "contiguous", first, like=layout.contiguous())
+        for consumer in consumers:
+            consumer.replace_input_with(first, copied)
+        blocks = (replace(state.boundary.encoder.blocks[0], input=copied), *state.boundary.encoder.blocks[1:])
+        state.boundary = replace(state.boundary, encoder=replace(state.boundary.encoder, blocks=blocks))
+
+
 def _merge_frames(state: Rewrite) -> None:
     assert state.boundary is not None
-    state.video = insert_frame_merge(state.graph_module.graph, state.boundary, state.config)
+    graph = state.graph_module.graph
+    state.sizes = video_sizes(graph, state.boundary, state.config)
+    state.video = insert_frame_merge(graph, state.boundary, state.sizes, state.config)
     state.axes += state.video.axes
 
 
 def _select_tokens(state: Rewrite) -> None:
-    assert state.boundary is not None and state.video is not None
+    assert state.boundary is not None and state.sizes is not None and state.video is not None
     graph = state.graph_module.graph
-    state.selected = insert_token_selection(graph, state.boundary, state.video, state.config)
+    state.selected = insert_token_selection(graph, state.boundary, state.sizes, state.video, state.config)
     state.axes += state.selected.axes
 
 
@@ -159,8 +178,7 @@ def _check(state: Rewrite) -> None:
     state.graph_module.graph.eliminate_dead_code()
     state.graph_module.graph.lint()
     state.graph_module.recompile()
-    assert state.boundary is not None
-    _run_on_fake_tensors(state.graph_module, state.boundary.videos * state.boundary.frames)
+    _run_on_fake_tensors(state.graph_module)
 
 
 PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
@@ -169,6 +187,7 @@ PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
     ("find_video_boundary", _find_boundary),
     ("require_inference", _require_inference),
     ("find_sequence_inputs", _find_sequence),  # the last analysis: needs the graph as Dynamo left it
+    ("lay_out_frames", _lay_out_frames),  # the first layer, which reads what a convolution made, is one of all then
     ("insert_frame_merge", _merge_frames),
     ("insert_token_selection", _select_tokens),  # reads the importance and segments the merges leave
     ("compact_sequence", _compact),  # needs K
@@ -228,9 +247,8 @@ POSITION_WISE = frozenset({"linear", "layer_norm", "gelu", "silu"})
 class _Recorder(Interpreter):
     """Records as ``example_value`` what comes out of every node."""
 
-    def __init__(self, graph_module: GraphModule, frames: int) -> None:
+    def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
-        self.frames = frames
         self.before = {node: node.meta.get("example_value") for node in graph_module.graph.nodes}
 
     def run_node(self, n: Node) -> object:
@@ -239,8 +257,8 @@ class _Recorder(Interpreter):
             result = super().run_node(n)
         if n.op not in ("placeholder", "output"):
             n.meta["example_value"] = result
-        if isinstance(result, torch.SymInt) and op_name(n) == "item":
-            _hint(result, self.frames)
+        if isinstance(result, torch.SymInt) and HINT in n.meta:
+            _hint(result, n.meta[HINT])
         return result
 
     def _of_each_position(self, n: Node) -> torch.Tensor | None:
@@ -259,7 +277,7 @@ class _Recorder(Interpreter):
         return out.new_empty_strided(sizes, strides)
 
 
-def _run_on_fake_tensors(graph_module: GraphModule, frames: int) -> None:
+def _run_on_fake_tensors(graph_module: GraphModule) -> None:
     """Run the rewritten graph on fake tensors; records the new shapes, raises NotApplicable if they clash."""
     inputs = [node.meta["example_value"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     # Dynamo's own fake mode, not the one it made for the backend: the recorded inputs belong to it.
@@ -274,7 +292,7 @@ def _run_on_fake_tensors(graph_module: GraphModule, frames: int) -> None:
         fake_mode.shape_env.ignore_fresh_unbacked_symbols(),
     ):
         try:
-            _Recorder(graph_module, frames).run(*inputs)
+            _Recorder(graph_module).run(*inputs)
         except Exception as error:
             raise NotApplicable(
                 f"the rewritten graph does not fit together: {type(error).__name__}: {error}",

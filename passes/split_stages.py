@@ -35,13 +35,13 @@ from torch.fx.node import map_arg
 
 from earlytom_compile.passes.find_vision_encoder import Block
 from earlytom_compile.passes.graph_order import writes
-from earlytom_compile.passes.patterns import module_path, op_name, value_of
+from earlytom_compile.passes.patterns import insert, module_path, op_name, value_of
 
 _ENTER = frozenset(("_enter_autocast", "_enter_inference_mode"))
 _EXIT = frozenset(("_exit_autocast", "_exit_inference_mode"))
 _LAYER = re.compile(r"^(.*?)[.](\d+)(?=[.]|$)")
 _FEWEST_LAYERS = 3
-_SIZES = frozenset(("getitem", "sum", "item", "sym_size.int", "full", "_check", "ge", "le"))
+_SIZES = frozenset(("getitem", "sum", "item", "sym_size.int", "full", "_check", "ge", "le", "sub", "mul"))
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def split_stages(
     for start, end in zip(cuts, cuts[1:], strict=False):
         name = f"piece_{len(pieces)}"
         part, read, made = extract(nodes[start:end], sizes)
+        read = _sizes_from_tensors(part, read)
         modules[name] = GraphModule(graph_module, part)
         pieces.append(Piece(name, modules[name]))
         call = top.call_module(name, tuple(copies[node] for node in read))
@@ -215,6 +216,32 @@ def extract(members: list[Node], sizes: dict[Any, Node]) -> tuple[Graph, list[No
         copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(tuple(copies[node] for node in made))
     return graph, [node for node in read if not _is_module(node)], made
+
+
+def _sizes_from_tensors(graph: Graph, read: list[Node]) -> list[Node]:
+    """Let a piece ask its tensors for their sizes, whoever told it before, so that layers which differ in that alone
+    are of one kind; returns what of ``read`` is still an input."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    places: dict[Any, tuple[Node, int]] = {}
+    for node in reversed(inputs):
+        shape = value_of(node).shape if isinstance(value_of(node), torch.Tensor) else ()
+        for dim, size in reversed(list(enumerate(shape))):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                places[size.node.expr] = node, dim
+    asked: dict[Any, Node] = {}
+    first = next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+    for node in list(graph.nodes):
+        size = value_of(node)
+        symbol = size.node.expr if isinstance(size, torch.SymInt) else None
+        if symbol not in places:
+            continue
+        if symbol not in asked:
+            with graph.inserting_before(first):
+                asked[symbol] = insert(graph, torch.ops.aten.sym_size.int, *places[symbol], like=size)
+        node.replace_all_uses_with(asked[symbol])
+        graph.erase_node(node)
+    left = set(graph.nodes)
+    return [source for source, node in zip(read, inputs, strict=True) if node in left]
 
 
 def _is_module(node: Node) -> bool:

@@ -23,6 +23,10 @@ if not torch.cuda.is_available():
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 from earlytom_compile import EarlyTomFallbackWarning, reporting  # noqa: E402
+from earlytom_compile.integrations import prefill  # noqa: E402
+
+# Tiny models have short prompts, which are to be compiled as those of a real one.
+prefill.FEWEST_POSITIONS_ON_CPU = 2
 
 
 def shares_a_trace(item):

@@ -115,12 +115,12 @@ def test_prompts_of_other_lengths_do_not_recompile(unshared):
     content = report(unshared).to_dict()
     assert (content["graphs"], content["recompiles"]) == (1, 0)
     new_tokens(unshared, video_inputs(unshared, 8))
-    assert report(unshared).to_dict()["graphs"] == 2
+    assert report(unshared).to_dict()["graphs"] == 1, "nor do videos"
 
 
 @torch.no_grad()
 def test_many_frame_counts_stay_compressed(unshared):
-    """More shapes than Dynamo's recompile limit: each has a compiled function of its own."""
+    """More lengths than Dynamo's recompile limit, among them the one that has a compiled function of its own."""
     inputs = {frames: video_inputs(unshared, frames, scenes=1) for frames in (1, 4, 7)}
     expected = {frames: compressed_forward(unshared, x, variant="paper", **OPTIONS) for frames, x in inputs.items()}
     compiled(unshared)

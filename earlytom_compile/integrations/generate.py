@@ -1,7 +1,7 @@
 """In place, for ``generate``: ``earlytom_compile.compile(model, retain_ratio=0.1)``.
 
     generate(input_ids [R, S], pixel_values_videos [V, F, 3, H, W], ...)
- -> rows = compiled_vision(video) for each video                  # one compilation for a frame count
+ -> rows = compiled_vision(video) for each video                  # one compilation for all numbers of frames
  -> input_ids, attention_mask cut to the rows that are left       # [R, S'], left-padded where rows differ
  -> the model's own generate(input_ids, inputs_embeds, ...)       # cache, beams, streamers agree by construction;
                                                                   # the prompt's pass through the language model
@@ -30,7 +30,7 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
 from ..prompt import PromptCut, UncuttablePrompt, without_waiting
 from ..reporting import Counts, GraphRecord, forget
-from ..stages import CompressedGraph, fall_back
+from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from .caches import cache_of, given_cache
 from .prefill import CompiledPrefill
 from .tracing import make_traceable, with_its_own_code
@@ -43,22 +43,30 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     """Make ``model`` compress its videos in ``generate()`` and ``forward()``; returns the same model.
 
     ``options`` are those of :class:`EarlyTomConfig`; bad ones raise :class:`EarlyTomConfigError` now. Calling it
-    again replaces the options. Promises: ``generate`` returns the caller's own prompt ids followed by the new
-    tokens; :func:`restore` undoes it exactly; a call without a video runs the model's own code.
+    again replaces the options; what was compiled stays where it does not depend on them: all of it with the same
+    options, the layers with another ``retain_ratio``. Promises: ``generate`` returns the caller's own prompt ids
+    followed by the new tokens; :func:`restore` undoes it exactly; a call without a video runs the model's own code.
     """
     config = EarlyTomConfig.from_options(options)
     _require_supported(model)
     layers = _layers_that_count(model)
     if layers is not None:
         config.resolve_merge_layers(layers)
+    before: CompiledModel | None = model.__dict__.get(_HANDLE)
+    if before is not None and before.config == config and before.is_in_place():
+        return model
     restore(model)
     make_traceable()
     handle = CompiledModel(model, config)
     model.__dict__[_HANDLE] = handle
     for name in _REPLACED:
         model.__dict__[name] = _Method(handle, name, getattr(model, name))
+    if before is not None:
+        handle.take_over(before)
     if config.compile_llm and config.lowering != "eager":
-        handle.prefill = CompiledPrefill(handle.model.model.language_model, config.lowering, config.mode)
+        if handle.prefill is None:
+            handle.prefill = CompiledPrefill(handle.model.model.language_model, config.lowering, config.mode)
+        handle.prefill.install()
     return model
 
 
@@ -87,7 +95,7 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any) -> list[torc
     handle = model.__dict__.get(_HANDLE)
     if handle is None:
         raise EarlyTomConfigError("the model is not compiled: call earlytom_compile.compile(model) first.")
-    _check_videos(pixel_values_videos)
+    _check_videos(pixel_values_videos, model.config.vision_config)
     return handle.encode_videos(pixel_values_videos)
 
 
@@ -103,12 +111,26 @@ class CompiledModel:
         self.videos: list[tuple[GraphRecord, Counts]] = []
         self.record = GraphRecord("", False)
         self._paths: dict[Any, _VisionPath] = {}
+        # A CUDA graph replays fixed sizes, and none is captured behind a size that is not known.
+        self._any_length = not asks_for_cuda_graphs(config.mode)
+        self._kinds: Kinds = {}
         self.prefill: CompiledPrefill | None = None
+
+    def is_in_place(self) -> bool:
+        """Whether nobody has put something else over the methods of the model since."""
+        return all(isinstance(self.model.__dict__.get(name), _Method) for name in _REPLACED)
+
+    def take_over(self, before: "CompiledModel") -> None:
+        """Use what was compiled with other options and does not depend on them."""
+        self._kinds = before._kinds
+        same = ("compile_llm", "lowering", "mode")
+        if all(getattr(self.config, name) == getattr(before.config, name) for name in same):
+            self.prefill = before.prefill
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        state = {**self.__dict__, "_paths": {}, "videos": []}
+        state = {**self.__dict__, "_paths": {}, "_kinds": {}, "videos": []}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
 
@@ -183,7 +205,7 @@ class CompiledModel:
         elif reason is None and self._generation_option("prefill_chunk_size", kwargs, args[0] if args else None):
             reason = "prefill_chunk_size cuts the prompt by its ids", "Leave it out: the cut prompt is short"
         if reason is None:
-            _check_shapes(ids, videos, kwargs.get("attention_mask"))
+            _check_shapes(ids, videos, kwargs.get("attention_mask"), self.model.config.vision_config)
             return None
         fall_back(*reason, self.config, self.record)
         return reason[0]
@@ -241,13 +263,16 @@ class CompiledModel:
         self, video: torch.Tensor, choices: dict[str, Any], counts: list[tuple[GraphRecord, Counts]]
     ) -> tuple[torch.Tensor, int]:
         """(rows [K, C], rows it would have had uncompressed) of one video [F, 3, H, W]; adds to ``counts``."""
-        key = (tuple(video.shape), video.dtype, video.device, repr(choices))
-        path = self._paths.get(key) or self._paths.setdefault(key, _VisionPath(self.config))
+        frames, *picture = video.shape
+        any_length = self._any_length and frames > 1  # PyTorch tells sizes of 1 from all others
+        key = (None if any_length else frames, *picture, video.dtype, video.device, repr(choices))
+        path = self._paths.get(key) or self._paths.setdefault(key, _VisionPath(self.config, any_length, self._kinds))
         rows, graph = path(self.model, video, choices)
         if graph is not None:
+            self._any_length &= graph.any_length or frames == 1  # some models cannot be traced so
             assert graph.record.last_counts is not None
             counts.append((graph.record, graph.record.last_counts))
-            return rows, graph.rows_per_video
+            return rows, graph.rows_of(len(video))
         if not path.told:
             fall_back(
                 "Dynamo did not trace the vision path: it is switched off, or a mode that it skips is active",
@@ -321,10 +346,12 @@ class _CutCall:
 
 
 class _VisionPath:
-    """The compiled vision path for one video shape."""
+    """The compiled vision path for one resolution and, unless ``any_length``, one number of frames."""
 
-    def __init__(self, config: EarlyTomConfig) -> None:
+    def __init__(self, config: EarlyTomConfig, any_length: bool, kinds: Kinds) -> None:
         self._config = config
+        self._kinds = kinds
+        self._any_length = any_length
         self._graphs: list[CompressedGraph] = []
         self._traced = False
         self._compiled = torch.compile(with_its_own_code(_video_rows), backend=self._backend)
@@ -342,13 +369,17 @@ class _VisionPath:
         videos = video.unsqueeze(0)
         # Not dynamic=False: that changes Dynamo's configuration in every call, which torch 2.11 has one of for all
         # threads. Two that meet there leave the whole process without automatic dynamic shapes.
-        torch._dynamo.mark_static(videos)
+        torch._dynamo.mark_static(videos, [0, 2, 3, 4])
+        if self._any_length:
+            torch._dynamo.maybe_mark_dynamic(videos, 1)
+        else:
+            torch._dynamo.mark_static(videos, 1)
         rows = self._compiled(model, videos, choices)[0]
         return rows, next((graph for graph in self._graphs if graph.record.last_call >= start), None)
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self._traced = True
-        compiled = compile_graph(graph_module, example_inputs, self._config, features_only=True)
+        compiled = compile_graph(graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds)
         if isinstance(compiled, CompressedGraph):
             self._graphs.append(compiled)
         return compiled
@@ -470,22 +501,27 @@ def _reason_against(ids: Any, kwargs: dict[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def _check_shapes(ids: torch.Tensor, videos: Any, mask: torch.Tensor | None) -> None:
+def _check_shapes(ids: torch.Tensor, videos: Any, mask: torch.Tensor | None, tower: Any) -> None:
     if ids.dim() != 2:
         raise EarlyTomConfigError(f"input_ids have shape {tuple(ids.shape)}; they must be [rows, prompt length].")
-    _check_videos(videos)
+    _check_videos(videos, tower)
     if mask is not None and mask.shape != ids.shape:
         raise EarlyTomConfigError(
             f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; they must be equal."
         )
 
 
-def _check_videos(videos: Any) -> None:
-    if any(video.dim() != 4 for video in videos):
-        shape = tuple(videos.shape) if isinstance(videos, torch.Tensor) else [tuple(v.shape) for v in videos]
-        raise EarlyTomConfigError(
-            f"pixel_values_videos have shape {shape}; they must be [videos, frames, channels, height, width]."
-        )
+def _check_videos(videos: Any, tower: Any) -> None:
+    """Raise for what the vision tower, known by its configuration, cannot take: it would say so in its own words."""
+    picture = (tower.num_channels, tower.image_size, tower.image_size)
+    for video in videos:
+        if video.dim() != 4 or len(video) == 0 or tuple(video.shape[1:]) != picture:
+            shape = tuple(videos.shape) if isinstance(videos, torch.Tensor) else [tuple(v.shape) for v in videos]
+            raise EarlyTomConfigError(
+                f"pixel_values_videos have shape {shape}; they must be [videos, frames, channels, height, width] with "
+                f"at least one frame, and this model's vision tower takes {picture} (channels, height, width). Prepare "
+                "videos with the model's processor."
+            )
 
 
 _CACHE_MARK = "_earlytom_compressed"
