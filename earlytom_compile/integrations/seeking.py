@@ -37,6 +37,10 @@ class NotExact(Exception):
     """The list of packets does not say which frames come out, or seeking does not lead to them; says why."""
 
 
+class Damaged(NotExact):
+    """Packets cannot be decoded. What then comes out is only certain with one thread; see :func:`one_thread`."""
+
+
 class OtherFrames(Exception):
     """Frames at one end of the file do not come out; ``order`` is what is left of the list."""
 
@@ -101,13 +105,21 @@ def presentation_order(stream: av.VideoStream, packets: Sequence[Packet]) -> lis
         raise NotExact("packets without time stamps")
     if len(stamps) < len(shown):
         raise NotExact("packets with the same time stamp")
+    order = sorted(shown, key=lambda number: packets[number].pts or 0)
+    if order == shown and len(shown) > 1 and stream.codec_context.has_b_frames:
+        raise NotExact("frames that change places and time stamps that do not say so, as in AVI")
     if any(packet.corrupt for packet in packets[:-1]):
-        raise NotExact("damaged packets")
+        raise Damaged("damaged packets")
     codec = stream.codec_context.codec
     claimed = len(packets) > 1 and all(packet.key for packet in packets)
     if claimed and not codec.intra_only and codec.name not in _KNOW_KEY_FRAMES:
         raise NotExact(f"{codec.name}, in which every packet claims to be a key frame")
-    return sorted(shown, key=lambda number: packets[number].pts or 0)
+    return order
+
+
+def one_thread(stream: av.VideoStream) -> None:
+    """Decode in one thread: with several, PyAV gives up frames that wait behind a packet that cannot be decoded."""
+    stream.thread_count = 1
 
 
 def decode_all(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame | None]:
@@ -148,8 +160,16 @@ class Seeker:
                 if progress is not None:
                     progress(max(done - (index + 1 - run.rank), done - more), cost)
             yield frame
-        if run is not None and indices[-1] == len(self.order) - 1:
-            run.finish()
+        self._prove_the_end(run)
+
+    def _prove_the_end(self, run: "_Run | None") -> None:
+        """The last frame of the list must come out, and none behind it."""
+        start = self._start(len(self.order) - 1)
+        if run is None or start.packet > run.fed + _NEAR:
+            run = _Run(self, start)
+        while run.rank < len(self.order):
+            run.next_frame()
+        run.finish()
 
     def packets_from(self, number: int) -> Iterator[av.Packet]:
         """Seek, read on to that packet, and give it and all that follow."""
@@ -206,10 +226,12 @@ class _Run:
             return frame
         if not self._begun or self.fed < len(self._seeker.packets) - 1:
             raise NotExact(f"the file ends before frame {self.rank}")
+        if self._seeker.stream.thread_count != 1:
+            raise Damaged(f"no frame {self.rank}")
         raise OtherFrames(self._seeker.order[: self.rank])
 
     def finish(self) -> None:
-        """To be called at the last frame of all: nothing may come behind it."""
+        """To be called behind the last frame of all: nothing else may come."""
         if next(self._frames, None) is not None:
             raise NotExact("more frames than packets")
 
@@ -235,7 +257,8 @@ class _Run:
             try:
                 yield from self._seeker.stream.decode(packet)
             except av.error.InvalidDataError as error:
-                raise NotExact(f"packet {self.fed} cannot be decoded") from error
+                if self._seeker.stream.thread_count != 1:
+                    raise Damaged(f"packet {self.fed} cannot be decoded") from error
 
 
 def _starts(packets: Sequence[Packet], order: Sequence[int]) -> list[_Start]:
@@ -259,9 +282,7 @@ def _costs(indices: Sequence[int], starts: Sequence[_Start]) -> list[int]:
 def _noted(packet: av.Packet, codec: str) -> Packet:
     # An alternate reference frame of VP8 is a packet of its own from which no frame comes out.
     hidden = packet.is_discard or (codec in ("vp8", "libvpx") and not memoryview(packet)[0] & _VP8_SHOWN)
-    return Packet(
-        packet.pts, packet.dts, packet.size, packet.pos, packet.is_keyframe, not hidden, packet.is_corrupt
-    )
+    return Packet(packet.pts, packet.dts, packet.size, packet.pos, packet.is_keyframe, not hidden, packet.is_corrupt)
 
 
 def _readable(container: av.container.InputContainer, streams: Iterable[av.stream.Stream]) -> Iterator[av.Packet]:

@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import EarlyTomConfigError, EarlyTomVideoWarning
 from .orientation import display_matrix, upright
 from .seeking import (
+    Damaged,
     NotExact,
     OtherFrames,
     Packets,
@@ -26,6 +27,7 @@ from .seeking import (
     Seeker,
     decode_all,
     list_packets,
+    one_thread,
     presentation_order,
 )
 
@@ -111,10 +113,12 @@ class _Film:
 
     def choose(self, total: int) -> tuple[int, ...]:
         """The frames to take of ``total``; raises if there are too few."""
-        if total < (self.frames or 1):
+        if not total:
+            raise EarlyTomConfigError(f"{self.name!r}: no frame of it can be decoded. Is the file damaged?")
+        if self.frames is not None and total < self.frames:
             raise EarlyTomConfigError(
-                f"{self.name!r} has {total} frame(s), fewer than the {self.frames or 1} asked for: "
-                + (f"ask for at most {total}, or take a longer video." if total else "is the file damaged?")
+                f"{self.name!r} has {total} frame(s), fewer than the {self.frames} asked for: "
+                f"ask for at most {total}, or take a longer video."
             )
         return sample_indices(total, self.frames or min(self.default, total))
 
@@ -151,16 +155,26 @@ class _Pixels:
 
 def _read(film: _Film) -> tuple[VideoFrames, str | None]:
     """The frames, and what to warn of."""
-    with _open(film) as (container, stream):
-        claim = _claim(container, stream)
-        packets = list_packets(container, stream)
-        try:
-            video = _by_seeking(film, container, stream, packets)
-            return video, _lost(film, claim, packets, video.total, damaged=0)
-        except NotExact as reason:
-            logging.getLogger(__name__).debug("%s is decoded from its start: %s", film.name, reason)
-    video, damaged = _from_start(film, sum(packet.shown for packet in packets.listed))
-    return video, _lost(film, claim, packets, video.total, damaged)
+    damaged = False
+    while True:
+        with _open(film) as (container, stream):
+            claim = _claim(container, stream)
+            packets = list_packets(container, stream)
+            shown = sum(packet.shown for packet in packets.listed)
+            if any(packet.corrupt for packet in packets.listed):
+                damaged = True
+            if damaged:
+                one_thread(stream)
+            try:
+                video = _by_seeking(film, container, stream, packets)
+                return video, _lost(film, claim, packets, video.total, shown if damaged else 0)
+            except NotExact as reason:
+                logging.getLogger(__name__).debug("%s is not read by seeking: %s", film.name, reason)
+                if damaged or not isinstance(reason, Damaged):
+                    break
+                damaged = True
+    video, damaged = _from_start(film, shown, damaged)
+    return video, _lost(film, claim, packets, video.total, shown if damaged else 0)
 
 
 def _by_seeking(
@@ -181,33 +195,37 @@ def _by_seeking(
             order = others.order
 
 
-def _from_start(film: _Film, expected: int) -> tuple[VideoFrames, int]:
-    """Decode everything, and once more where another number of frames comes out; also gives how many packets failed."""
+def _from_start(film: _Film, expected: int, damaged: bool) -> tuple[VideoFrames, bool]:
+    """Decode everything; again where another number of frames comes out, or damage shows. Also says if there is any."""
     indices = sample_indices(expected, min(film.frames or film.default, expected)) if expected else ()
-    kept, total, damaged = _decode_once(film, indices, expected)
+    kept, total, failed = _decode_once(film, indices, expected, damaged)
+    if failed and not damaged:
+        return _from_start(film, total, True)
     chosen = film.choose(total)
     if chosen != indices:
-        kept, seen, damaged = _decode_once(film, chosen, total)
+        kept, seen, _ = _decode_once(film, chosen, total, damaged)
         if seen != total:
             raise EarlyTomConfigError(f"{film.name!r} gave {total} frames, and {seen} when it was read again.")
     assert kept.pixels is not None
     return VideoFrames(kept.pixels, chosen, total), damaged
 
 
-def _decode_once(film: _Film, indices: Sequence[int], expected: int) -> tuple[_Pixels, int, int]:
+def _decode_once(film: _Film, indices: Sequence[int], expected: int, damaged: bool) -> tuple[_Pixels, int, int]:
     """The frames at ``indices``, how many there are in all, and how many packets could not be decoded."""
-    wanted, kept, seen, damaged = set(indices), _Pixels(len(indices), film.resize), 0, 0
+    wanted, kept, seen, failed = set(indices), _Pixels(len(indices), film.resize), 0, 0
     with _open(film) as (container, stream):
+        if damaged:
+            one_thread(stream)
         for frame in decode_all(container, stream):
             if frame is None:
-                damaged += 1
+                failed += 1
                 continue
             if seen in wanted:
                 kept.add(frame)
             seen += 1
             if film.progress is not None:
                 film.progress(seen, max(seen, expected))
-    return kept, seen, damaged
+    return kept, seen, failed
 
 
 def _claim(container: av.container.InputContainer, stream: av.VideoStream) -> _Claim:
@@ -218,17 +236,17 @@ def _claim(container: av.container.InputContainer, stream: av.VideoStream) -> _C
 
 
 def _lost(film: _Film, claim: _Claim, packets: Packets, total: int, damaged: int) -> str | None:
-    """What to tell about frames that should be there, None if all are."""
-    about, claimed, read = "", claim.frames, len(packets.listed)
+    """What to tell about frames that should be there; ``damaged``: how many should come out of what can be read."""
+    about, claimed = "", claim.frames
     if 0 < packets.end < 0.95 * claim.seconds - 1:
         about, claimed = "about ", round(total * claim.seconds / packets.end)
-    if read < claimed:
+    if len(packets.listed) < claimed:
         return (
             f"{film.name!r} breaks off: {total} of {about}{claimed} frames can be read, and the video is taken to end "
             "there. Fetch or copy the file again for the rest."
         )
-    if damaged:
-        return f"{film.name!r} is damaged: {total} of {read} frames can be decoded, and the others are left out."
+    if total < damaged:
+        return f"{film.name!r} is damaged: {total} of {damaged} frames can be decoded, and the others are left out."
     return None
 
 
