@@ -23,13 +23,6 @@ Progress = Callable[[int, int], None]
 # Decoding on costs less than a seek to a key frame that is this many packets away.
 _NEAR = 8
 
-# Their decoders find key frames in the stream itself. Others may repeat what the container says, and one that does not
-# know says that every frame is one.
-_KNOW_KEY_FRAMES = frozenset(
-    ("h264", "hevc", "vvc", "av1", "libdav1d", "vp8", "libvpx", "vp9", "libvpx-vp9", "theora", "vc1", "h263", "flv")
-    + ("mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3")
-)
-
 _VP8_SHOWN = 0x10
 
 
@@ -110,10 +103,6 @@ def presentation_order(stream: av.VideoStream, packets: Sequence[Packet]) -> lis
         raise NotExact("frames that change places and time stamps that do not say so, as in AVI")
     if any(packet.corrupt for packet in packets[:-1]):
         raise Damaged("damaged packets")
-    codec = stream.codec_context.codec
-    claimed = len(packets) > 1 and all(packet.key for packet in packets)
-    if claimed and not codec.intra_only and codec.name not in _KNOW_KEY_FRAMES:
-        raise NotExact(f"{codec.name}, in which every packet claims to be a key frame")
     return order
 
 
