@@ -1,7 +1,7 @@
 """Small videos of every kind, and what is in them according to decoding all of it.
 
-    write_film("x.mkv", 40, gop=12, b_frames=2)    ->    40 frames of 64x48, no two alike
-    decode_everything("x.mkv")                     ->    what FFmpeg's decoder gives, in order
+write_film("x.mkv", 40, gop=12, b_frames=2)    ->    40 frames of 64x48, no two alike
+decode_everything("x.mkv")                     ->    what FFmpeg's decoder gives, in order
 """
 
 import struct
@@ -74,7 +74,7 @@ def rewrite(
 
 
 def decode_everything(path: Path) -> list[np.ndarray]:
-    """All frames as uint8 RGB, in one thread, going on over packets that cannot be decoded as the ffmpeg program does."""
+    """All frames as uint8 RGB, in one thread; as for the ffmpeg program, what cannot be decoded does not end it."""
     frames: list[np.ndarray] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -107,7 +107,7 @@ def turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
 
 
 def edit(path: Path, cuts: list[tuple[int, int]]) -> Path:
-    """Give an MP4 file, whose header is at its end, an edit list of (milliseconds to show, from which time stamp on)."""
+    """Give an MP4 file with its header at the end an edit list: (milliseconds to show, from which time stamp on)."""
     data = path.read_bytes()
     entries = b"".join(struct.pack(">Iihh", shown, begin, 1, 0) for shown, begin in cuts)
     elst = _box(b"elst", struct.pack(">II", 0, len(cuts)) + entries)

@@ -1,6 +1,6 @@
 """Frames as a player shows them: phones film lying down and write into the file how to turn the picture.
 
-    a picture of 320x240 and a display matrix of 90 degrees     ->     240x320, on its feet
+a picture of 320x240 and a display matrix of 90 degrees     ->     240x320, on its feet
 """
 
 import struct

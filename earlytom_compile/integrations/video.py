@@ -100,6 +100,14 @@ def read_video(
     return video
 
 
+class _TooFew(EarlyTomConfigError):
+    """A file has only ``total`` frames."""
+
+    def __init__(self, message: str, total: int) -> None:
+        super().__init__(message)
+        self.total = total
+
+
 @dataclass(frozen=True)
 class _Film:
     """What is to be read: ``address`` for FFmpeg, ``name`` for people, and the arguments of :func:`read_video`."""
@@ -114,11 +122,12 @@ class _Film:
     def choose(self, total: int) -> tuple[int, ...]:
         """The frames to take of ``total``; raises if there are too few."""
         if not total:
-            raise EarlyTomConfigError(f"{self.name!r}: no frame of it can be decoded. Is the file damaged?")
+            raise _TooFew(f"{self.name!r}: no frame of it can be decoded. Is the file damaged?", total)
         if self.frames is not None and total < self.frames:
-            raise EarlyTomConfigError(
+            raise _TooFew(
                 f"{self.name!r} has {total} frame(s), fewer than the {self.frames} asked for: "
-                f"ask for at most {total}, or take a longer video."
+                f"ask for at most {total}, or take a longer video.",
+                total,
             )
         return sample_indices(total, self.frames or min(self.default, total))
 
@@ -173,7 +182,11 @@ def _read(film: _Film) -> tuple[VideoFrames, str | None]:
                 if damaged or not isinstance(reason, Damaged):
                     break
                 damaged = True
-    video, damaged = _from_start(film, shown, damaged)
+    try:
+        video, damaged = _from_start(film, shown, damaged)
+    except _TooFew as error:
+        lost = _lost(film, claim, packets, error.total, shown)
+        raise EarlyTomConfigError(f"{error} {lost}" if lost else str(error)) from None
     return video, _lost(film, claim, packets, video.total, shown if damaged else 0)
 
 

@@ -1,5 +1,7 @@
 """Whatever the file: the frames read are those at the same places among all that FFmpeg's decoder gives."""
 
+from types import SimpleNamespace
+
 import av
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.integrations import video as video_module
+from earlytom_compile.integrations.seeking import NotExact, Packet, presentation_order
 from earlytom_compile.integrations.video import read_video, sample_indices
 
 OPEN_GOPS = {"x264-params": "open-gop=1:keyint=12:min-keyint=12"}
@@ -234,3 +237,26 @@ def test_without_a_number_there_are_at_most_as_many_as_there_are(tmp_path, total
     assert read_video(path, default=3).indices == sample_indices(total, min(total, 3))
     with pytest.raises(EarlyTomConfigError, match=f"has {total} frame.* fewer than the {total + 1} asked for"):
         read_video(path, total + 1)
+
+
+def a_list(*stamps, **fields):
+    return [
+        Packet(pts, dts, size=100, pos=None, key=dts == 0, shown=True, corrupt=False)._replace(**fields)
+        for dts, pts in enumerate(stamps)
+    ]
+
+
+@pytest.mark.parametrize(
+    "packets, reason",
+    [
+        (a_list(0, None, 2), "without time stamps"),
+        (a_list(0, 3, 3, 5), "the same time stamp"),  # as the two fields of one frame
+        (a_list(0, 1, 2, 3), "do not say so"),  # where frames change places
+        (a_list(0, 2, 1, corrupt=True), "damaged"),
+    ],
+)
+def test_lists_that_prove_nothing(packets, reason):
+    stream = SimpleNamespace(codec_context=SimpleNamespace(has_b_frames=True))
+    with pytest.raises(NotExact, match=reason):
+        presentation_order(stream, packets)
+    assert presentation_order(stream, a_list(0, 3, 1, 2)) == [0, 2, 3, 1]
