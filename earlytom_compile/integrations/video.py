@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import EarlyTomConfigError, EarlyTomVideoWarning
 from .orientation import display_matrix, upright
 from .seeking import (
+    DURATION_IN_HEADER,
     Damaged,
     NotExact,
     OtherFrames,
@@ -36,9 +37,6 @@ Resize = Callable[[np.ndarray], np.ndarray]
 
 # FFmpeg reads any text file as the drawing of a terminal.
 _NO_VIDEO_FORMATS = frozenset({"tty"})
-
-# Their headers say how long the whole file is, whatever is left of it.
-_DURATION_IN_HEADER = frozenset({"matroska,webm", "flv", "asf"})
 
 # AV_DISPOSITION_ATTACHED_PIC
 _ATTACHED_PICTURE = 1 << 10
@@ -148,12 +146,18 @@ class _Pixels:
     taken: int = 0
     pixels: np.ndarray | None = field(default=None, repr=False)
     size: tuple[int, int] | None = None
+    rotation: int | None = None
+    matrix: tuple[int, ...] | None = None
 
     def add(self, frame: av.VideoFrame) -> None:
+        # A frame that was asked for its matrix refers to itself and stays in memory until Python looks for such cycles.
+        rotation = getattr(frame, "rotation", 0)  # unknown to the first PyAV 14
+        if rotation != self.rotation:
+            self.rotation, self.matrix = rotation, display_matrix(frame)
         if self.size is None or self.resize is not None:
             self.size = frame.width, frame.height
         width, height = self.size
-        picture = upright(frame.to_ndarray(format="rgb24", width=width, height=height), display_matrix(frame))
+        picture = upright(frame.to_ndarray(format="rgb24", width=width, height=height), self.matrix)
         if self.resize is not None:
             picture = self.resize(picture)
         if self.pixels is None:
@@ -244,7 +248,7 @@ def _decode_once(film: _Film, indices: Sequence[int], expected: int, damaged: bo
 def _claim(container: av.container.InputContainer, stream: av.VideoStream) -> _Claim:
     # An index lacks what an edit list leaves out, the number in the header does not.
     indexed = len(getattr(stream, "index_entries", ())) if container.format.name.startswith("mov") else 0
-    timed = container.format.name in _DURATION_IN_HEADER
+    timed = container.format.name in DURATION_IN_HEADER
     return _Claim(indexed or stream.frames, (container.duration or 0) / av.time_base if timed else 0.0)
 
 
