@@ -73,9 +73,12 @@ def rewrite(
     return target
 
 
-def decode_everything(path: Path) -> list[np.ndarray]:
-    """All frames as uint8 RGB, in one thread; as for the ffmpeg program, what cannot be decoded does not end it."""
-    frames: list[np.ndarray] = []
+def decode_everything(path: Path) -> list[np.ndarray | None]:
+    """All frames as uint8 RGB, in one thread; as for the ffmpeg program, what cannot be decoded does not end it.
+
+    None for frames that the decoder itself calls damaged: what it puts there differs with the number of threads.
+    """
+    frames: list[np.ndarray | None] = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1
@@ -90,7 +93,7 @@ def decode_everything(path: Path) -> list[np.ndarray]:
                 decoded = stream.decode(None if ends else packet)
             except av.error.InvalidDataError:
                 decoded = []
-            frames += [frame.to_ndarray(format="rgb24") for frame in decoded]
+            frames += [None if frame.is_corrupt else frame.to_ndarray(format="rgb24") for frame in decoded]
             if ends:
                 return frames
 
