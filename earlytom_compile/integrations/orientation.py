@@ -5,6 +5,7 @@ a picture of 320x240 and a display matrix of 90 degrees     ->     240x320, on i
 
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import av
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
     """The frame's nine numbers (a b u, c d v, x y w; 16.16 and 2.30 fixed point), from its track or its own headers."""
-    found = frame.side_data.get("DISPLAYMATRIX")  # type: ignore[attr-defined]
+    found: Any = frame.side_data.get("DISPLAYMATRIX")
     return None if found is None else struct.unpack("=9i", bytes(found))
 
 

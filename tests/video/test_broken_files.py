@@ -19,13 +19,14 @@ def cut(path, share):
     return path
 
 
-def same_as_everything(path, frames):
+def same_as_everything(path, *numbers):
     everything = decode_everything(path)
-    video = quietly(read_video, path, frames)
-    assert video.total == len(everything)
-    assert video.indices == sample_indices(len(everything), frames)
-    for got, at in zip(video.pixels, video.indices, strict=True):
-        assert everything[at] is None or np.array_equal(got, everything[at])
+    for frames in numbers:
+        video = quietly(read_video, path, frames)
+        assert video.total == len(everything)
+        assert video.indices == sample_indices(len(everything), frames)
+        for got, at in zip(video.pixels, video.indices, strict=True):
+            assert everything[at] is None or np.array_equal(got, everything[at])
 
 
 @pytest.mark.parametrize(
@@ -52,12 +53,11 @@ def test_too_few_frames_because_a_file_breaks_off(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.ts", "x.flv", "x.mpg"])
-@pytest.mark.parametrize("share", [0.5, 0.65, 0.8])
+@pytest.mark.parametrize("share", [0.5, 0.8])
 def test_what_is_left_of_it_is_what_the_decoder_gives(tmp_path, name, share):
     codec = "mpeg2video" if name == "x.mpg" else "libx264"
     path = cut(write_film(tmp_path / name, 60, codec=codec, container=HEADER_FIRST if name == "x.mp4" else {}), share)
-    for frames in (1, 2, 5, 9):
-        same_as_everything(path, frames)
+    same_as_everything(path, 1, 2, 5, 9)
 
 
 def test_whole_files_are_read_without_a_word(tmp_path, recwarn):
