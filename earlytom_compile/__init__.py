@@ -7,7 +7,13 @@
 from typing import TYPE_CHECKING, Any
 
 from .config import EarlyTomConfig
-from .errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
+from .errors import (
+    EarlyTomCompileError,
+    EarlyTomConfigError,
+    EarlyTomError,
+    EarlyTomFallbackWarning,
+    EarlyTomVideoWarning,
+)
 
 if TYPE_CHECKING:
     from .integrations.generate import compile, encode_videos, restore
@@ -19,6 +25,7 @@ __all__ = [
     "EarlyTomConfigError",
     "EarlyTomError",
     "EarlyTomFallbackWarning",
+    "EarlyTomVideoWarning",
     "Report",
     "compile",
     "encode_videos",

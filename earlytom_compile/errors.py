@@ -19,3 +19,7 @@ class EarlyTomCompileError(EarlyTomError, RuntimeError):
 
 class EarlyTomFallbackWarning(UserWarning):
     """A call runs without compression; the message names the reason and the cure."""
+
+
+class EarlyTomVideoWarning(UserWarning):
+    """A video holds fewer frames than it says; the message has both numbers and what was done."""

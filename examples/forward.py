@@ -10,7 +10,7 @@ import sys
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from earlytom_compile.integrations.preprocess import conversation, load_processor
+from earlytom_compile.integrations.preprocess import conversation, frame_resizer, load_processor
 from earlytom_compile.integrations.video import read_video
 
 
@@ -20,7 +20,7 @@ def main(checkpoint: str, video: str, question: str = "What happens in the video
 
     processor = load_processor(checkpoint)
     prompt = processor.apply_chat_template(conversation(question), add_generation_prompt=True)
-    frames = read_video(video, 32).pixels
+    frames = read_video(video, resize=frame_resizer(processor)).pixels
     inputs = processor(text=prompt, videos=frames, return_tensors="pt").to(model.device, model.dtype)
 
     with torch.no_grad():

@@ -11,7 +11,7 @@ import sys
 from transformers import LlavaOnevisionForConditionalGeneration
 
 import earlytom_compile
-from earlytom_compile.integrations.preprocess import conversation, load_processor
+from earlytom_compile.integrations.preprocess import conversation, frame_resizer, load_processor
 from earlytom_compile.integrations.video import read_video
 
 
@@ -22,7 +22,7 @@ def main(checkpoint: str, video: str, question: str = "What happens in the video
     # transformers' own processor, or a stand-in with the same calls where torchvision is missing
     processor = load_processor(checkpoint)
     prompt = processor.apply_chat_template(conversation(question), add_generation_prompt=True)
-    frames = read_video(video, 32).pixels
+    frames = read_video(video, resize=frame_resizer(processor)).pixels
     inputs = processor(text=prompt, videos=frames, return_tensors="pt").to(model.device, model.dtype)
 
     output = model.generate(**inputs, max_new_tokens=32, do_sample=False)

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from transformers.utils.hub import cached_file
 
 from ..errors import EarlyTomConfigError
-from ..integrations.preprocess import Processor, conversation, load_processor, torchvision_works
+from ..integrations.preprocess import Processor, conversation, frame_resizer, load_processor, torchvision_works
 
 Inputs = dict[str, torch.Tensor]
 """``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]."""
@@ -63,8 +63,19 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Any:
     return model.to(place, resolve_dtype(dtype, place, model.dtype)).eval()
 
 
-def prepare_inputs(loaded: Loaded, video: str | Path, question: str, *, frames: int, progress_on: Console) -> Inputs:
-    """Decode ``frames`` frames and make the model's inputs on its device, with a progress bar."""
+def prepare_inputs(
+    loaded: Loaded,
+    video: str | Path,
+    question: str,
+    *,
+    frames: int | None,
+    default_frames: int = 32,
+    progress_on: Console,
+) -> Inputs:
+    """Decode ``frames`` frames and make the model's inputs on its device, with a progress bar.
+
+    ``frames``: None takes ``default_frames``, or all of a video that has fewer.
+    """
     with progress_bars(progress_on) as progress:
         task = progress.add_task("decoding the video", total=None)
 
@@ -73,7 +84,8 @@ def prepare_inputs(loaded: Loaded, video: str | Path, question: str, *, frames: 
 
         from ..integrations.video import read_video  # timing needs no PyAV, and a lent machine may lack it
 
-        clip = read_video(video, frames, progress=advance)
+        resize = frame_resizer(loaded.processor)
+        clip = read_video(video, frames, default=default_frames, resize=resize, progress=advance)
     prompt = loaded.processor.apply_chat_template(conversation(question), add_generation_prompt=True)
     inputs = loaded.processor(text=prompt, videos=clip.pixels, return_tensors="pt")
     names = ("input_ids", "attention_mask", "pixel_values_videos")

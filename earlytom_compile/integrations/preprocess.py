@@ -16,7 +16,7 @@ Where each rule comes from, in transformers: ``processing_llava_onevision.py`` (
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,25 @@ def torchvision_works() -> bool:
     return True
 
 
+def frame_resizer(processor: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """What ``processor`` does first to each frame of a video, for ``read_video(..., resize=)``.
+
+    uint8 [H, W, 3] -> uint8 [h, w, 3]. The processor leaves frames of that size as they are, so its result is the same
+    bit for bit, and no video need be in memory at its full size. ``processor``: of :func:`load_processor` or
+    transformers' own.
+    """
+    if isinstance(processor, VideoTextProcessor):
+        return lambda frame: _channels_last(processor.pixels.resized(frame[None])[0])
+    resize = getattr(processor, "video_processor", processor)
+    # A crop would be taken again from what it left.
+    only = {"do_rescale": False, "do_normalize": False, "do_center_crop": False, "return_tensors": "pt"}
+    return lambda frame: _channels_last(resize(videos=[frame[None]], **only)["pixel_values_videos"][0, 0])
+
+
+def _channels_last(frame: torch.Tensor) -> np.ndarray:
+    return frame.permute(1, 2, 0).contiguous().numpy()
+
+
 @dataclass(frozen=True)
 class PixelSettings:
     """The part of a checkpoint's video settings that decides the pixels, with transformers' defaults."""
@@ -105,6 +124,10 @@ class PixelSettings:
 
     def apply(self, frames: Video) -> torch.Tensor:
         """uint8 [F, H, W, 3] or [F, 3, H, W] -> float32 [F, 3, height, width], bit for bit as torchvision."""
+        return self._normalized(self.resized(frames).float())
+
+    def resized(self, frames: Video) -> torch.Tensor:
+        """The first half of :meth:`apply`: uint8 [F, 3, height, width]. Frames of that size stay as they are."""
         pixels = torch.as_tensor(frames)
         if pixels.ndim != 4 or pixels.dtype != torch.uint8 or 3 not in (pixels.shape[1], pixels.shape[3]):
             raise EarlyTomConfigError(
@@ -118,7 +141,7 @@ class PixelSettings:
             pixels = torch.nn.functional.interpolate(
                 pixels, size, mode=_FILTERS[self.resample], align_corners=False, antialias=True
             )
-        return self._normalized(pixels.float())
+        return pixels
 
     def _normalized(self, pixels: torch.Tensor) -> torch.Tensor:
         if not self.do_normalize:

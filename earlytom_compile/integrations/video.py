@@ -4,21 +4,45 @@ read_video("jobs.mp4", 32)      # 524 frames in the file
 -> VideoFrames: uint8 [32, 1024, 576, 3], indices (0, 16, 33, ..., 523)
 """
 
-from collections.abc import Callable, Iterator
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 
-from ..errors import EarlyTomConfigError
+from ..errors import EarlyTomConfigError, EarlyTomVideoWarning
+from .orientation import display_matrix, upright
+from .seeking import (
+    DURATION_IN_HEADER,
+    Damaged,
+    NotExact,
+    OtherFrames,
+    Packets,
+    Progress,
+    Seeker,
+    decode_all,
+    list_packets,
+    one_thread,
+    presentation_order,
+)
 
-Progress = Callable[[int, int], None]
-"""Called with (frames decoded so far, frames to decode)."""
+Resize = Callable[[np.ndarray], np.ndarray]
+"""uint8 [H, W, 3] -> uint8 [h, w, 3], of the same size for every frame."""
 
 # FFmpeg reads any text file as the drawing of a terminal.
 _NO_VIDEO_FORMATS = frozenset({"tty"})
+
+# AV_DISPOSITION_ATTACHED_PIC
+_ATTACHED_PICTURE = 1 << 10
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SECONDS_TO_ANSWER = 30.0
 
 
 @dataclass(frozen=True)
@@ -38,73 +62,269 @@ def sample_indices(total: int, frames: int) -> tuple[int, ...]:
     return tuple(int(index) for index in np.linspace(0, total - 1, frames, dtype=np.int64))
 
 
-def read_video(path: str | Path, frames: int, *, progress: Progress | None = None) -> VideoFrames:
-    """Decode ``frames`` frames of the file's first video stream, spread evenly over it.
+def read_video(
+    path: str | Path,
+    frames: int | None = None,
+    *,
+    default: int = 32,
+    resize: Resize | None = None,
+    progress: Progress | None = None,
+) -> VideoFrames:
+    """Decode ``frames`` frames of a video, spread evenly over it, upright as a player shows them.
 
-    Raises :class:`EarlyTomConfigError` for a missing file, a file without video, and fewer frames than asked.
+    ``path``: a video, an animation or a picture (one frame), anything that FFmpeg reads; an address such as
+    ``https://...`` is read where FFmpeg can. Several video streams: the first that is no cover picture.
+    ``frames``: None takes ``default`` frames, or all of a video that has fewer.
+    ``resize``: makes each frame smaller as soon as it is decoded (uint8 [H, W, 3] -> uint8 [h, w, 3]), so that the
+    large ones are never in memory together: 32 frames of 3840x2160 are 800 MB. ``frame_resizer(processor)`` in
+    ``preprocess`` is what the model's processor would do to them later, bit for bit.
+    ``progress``: called with (frames decoded so far, frames to decode); of a long video only what leads from key
+    frames to the frames wanted is decoded.
+
+    The frames are those that decoding the whole file gives at ``sample_indices(total, frames)``, in their own
+    resolution; a video that changes its resolution on the way has that of its first frame. Where seeking does not
+    prove to lead to exactly these frames, everything is decoded. Damage in parts that need not be decoded is not seen.
+
+    Warns (:class:`EarlyTomVideoWarning`) where the file breaks off before its end or cannot be decoded in places; the
+    frames are then spread over what there is. Raises :class:`EarlyTomConfigError` for a missing file, a file without
+    video, an address that cannot be read, and fewer frames than ``frames``.
     """
-    path = Path(path)
-    if frames < 1:
-        raise EarlyTomConfigError(f"frames={frames}: must be at least 1.")
-    if not path.is_file():
-        raise EarlyTomConfigError(f"no video file at {str(path)!r}: give the path of an existing file.")
-    total = _count_packets(path)
-    indices = _sample_or_raise(path, total, frames)
-    pixels, seen = _decode(path, indices, progress)
-    if len(pixels) < frames:  # Fewer frames come out than packets went in, as in a file that was cut off.
-        total, indices = seen, _sample_or_raise(path, seen, frames)
-        pixels, _ = _decode(path, indices, progress)
-    return VideoFrames(np.stack(pixels), indices, total)
+    for name, number in (("frames", frames), ("default", default)):
+        if number is not None and number < 1:
+            raise EarlyTomConfigError(f"{name}={number}: must be at least 1.")
+    film = _Film(_address(path), str(path), frames, default, resize, progress)
+    video, lost = _read(film)
+    if lost is not None:
+        warnings.warn(lost, EarlyTomVideoWarning, stacklevel=2)
+    return video
 
 
-def _sample_or_raise(path: Path, total: int, frames: int) -> tuple[int, ...]:
-    if total < frames:
-        raise EarlyTomConfigError(
-            f"{str(path)!r} has {total} frame(s), fewer than the {frames} asked for: "
-            f"ask for at most {total}, or take a longer video."
+class _TooFew(EarlyTomConfigError):
+    """A file has only ``total`` frames."""
+
+    def __init__(self, message: str, total: int) -> None:
+        super().__init__(message)
+        self.total = total
+
+
+@dataclass(frozen=True)
+class _Film:
+    """What is to be read: ``address`` for FFmpeg, ``name`` for people, and the arguments of :func:`read_video`."""
+
+    address: str
+    name: str
+    frames: int | None
+    default: int
+    resize: Resize | None
+    progress: Progress | None
+
+    def choose(self, total: int) -> tuple[int, ...]:
+        """The frames to take of ``total``; raises if there are too few."""
+        if not total:
+            raise _TooFew(f"{self.name!r}: no frame of it can be decoded. Is the file damaged?", total)
+        if self.frames is not None and total < self.frames:
+            raise _TooFew(
+                f"{self.name!r} has {total} frame(s), fewer than the {self.frames} asked for: "
+                f"ask for at most {total}, or take a longer video.",
+                total,
+            )
+        return sample_indices(total, self.frames or min(self.default, total))
+
+
+class _Claim(NamedTuple):
+    """What a file's headers say there is, before anybody has looked; 0 where they say nothing."""
+
+    frames: int
+    seconds: float
+
+
+@dataclass
+class _Pixels:
+    """Collects frames in one array, made when the first comes: a list would need its memory twice."""
+
+    count: int
+    resize: Resize | None
+    taken: int = 0
+    pixels: np.ndarray | None = field(default=None, repr=False)
+    size: tuple[int, int] | None = None
+    rotation: int | None = None
+    matrix: tuple[int, ...] | None = None
+
+    def add(self, frame: av.VideoFrame) -> None:
+        # A frame that was asked for its matrix refers to itself and stays in memory until Python looks for such cycles.
+        rotation = getattr(frame, "rotation", 0)  # unknown to the first PyAV 14
+        if rotation != self.rotation:
+            self.rotation, self.matrix = rotation, display_matrix(frame)
+        if self.size is None or self.resize is not None:
+            self.size = frame.width, frame.height
+        width, height = self.size
+        picture = upright(frame.to_ndarray(format="rgb24", width=width, height=height), self.matrix)
+        if self.resize is not None:
+            picture = self.resize(picture)
+        if self.pixels is None:
+            self.pixels = np.empty((self.count, *picture.shape), np.uint8)
+        self.pixels[self.taken] = picture
+        self.taken += 1
+
+
+def _read(film: _Film) -> tuple[VideoFrames, str | None]:
+    """The frames, and what to warn of."""
+    damaged = False
+    while True:
+        with _open(film) as (container, stream):
+            claim = _claim(container, stream)
+            packets = list_packets(container, stream)
+            shown = sum(packet.shown for packet in packets.listed)
+            if any(packet.corrupt for packet in packets.listed):
+                damaged = True
+            if damaged:
+                one_thread(stream)
+            try:
+                video = _by_seeking(film, container, stream, packets)
+                return video, _lost(film, claim, packets, video.total, shown if damaged else 0)
+            except NotExact as reason:
+                logging.getLogger(__name__).debug("%s is not read by seeking: %s", film.name, reason)
+                if damaged or not isinstance(reason, Damaged):
+                    break
+                damaged = True
+    try:
+        video, damaged = _from_start(film, shown, damaged)
+    except _TooFew as error:
+        lost = _lost(film, claim, packets, error.total, shown)
+        raise EarlyTomConfigError(f"{error} {lost}" if lost else str(error)) from None
+    return video, _lost(film, claim, packets, video.total, shown if damaged else 0)
+
+
+def _by_seeking(
+    film: _Film, container: av.container.InputContainer, stream: av.VideoStream, packets: Packets
+) -> VideoFrames:
+    order: Sequence[int] = presentation_order(stream, packets.listed)
+    while True:
+        if len(order) < (film.frames or 1):
+            raise NotExact(f"{len(order)} packets, too few; perhaps more frames come out")
+        indices = film.choose(len(order))
+        kept = _Pixels(len(indices), film.resize)
+        try:
+            for frame in Seeker(container, stream, packets.listed, order).frames(indices, film.progress):
+                kept.add(frame)
+            assert kept.pixels is not None
+            return VideoFrames(kept.pixels, indices, len(order))
+        except OtherFrames as others:  # always fewer, so this comes to an end
+            order = others.order
+
+
+def _from_start(film: _Film, expected: int, damaged: bool) -> tuple[VideoFrames, bool]:
+    """Decode everything; again where another number of frames comes out, or damage shows. Also says if there is any."""
+    indices = sample_indices(expected, min(film.frames or film.default, expected)) if expected else ()
+    kept, total, failed = _decode_once(film, indices, expected, damaged)
+    if failed and not damaged:
+        return _from_start(film, total, True)
+    chosen = film.choose(total)
+    if chosen != indices:
+        kept, seen, _ = _decode_once(film, chosen, total, damaged)
+        if seen != total:
+            raise EarlyTomConfigError(f"{film.name!r} gave {total} frames, and {seen} when it was read again.")
+    assert kept.pixels is not None
+    return VideoFrames(kept.pixels, chosen, total), damaged
+
+
+def _decode_once(film: _Film, indices: Sequence[int], expected: int, damaged: bool) -> tuple[_Pixels, int, int]:
+    """The frames at ``indices``, how many there are in all, and how many packets could not be decoded."""
+    wanted, kept, seen, failed = set(indices), _Pixels(len(indices), film.resize), 0, 0
+    with _open(film) as (container, stream):
+        if damaged:
+            one_thread(stream)
+        for frame in decode_all(container, stream):
+            if frame is None:
+                failed += 1
+                continue
+            if seen in wanted:
+                kept.add(frame)
+            seen += 1
+            if film.progress is not None:
+                film.progress(seen, max(seen, expected))
+    return kept, seen, failed
+
+
+def _claim(container: av.container.InputContainer, stream: av.VideoStream) -> _Claim:
+    # An index lacks what an edit list leaves out, the number in the header does not.
+    indexed = len(getattr(stream, "index_entries", ())) if container.format.name.startswith("mov") else 0
+    timed = container.format.name in DURATION_IN_HEADER
+    return _Claim(indexed or stream.frames, (container.duration or 0) / av.time_base if timed else 0.0)
+
+
+def _lost(film: _Film, claim: _Claim, packets: Packets, total: int, damaged: int) -> str | None:
+    """What to tell about frames that should be there; ``damaged``: how many should come out of what can be read."""
+    about, claimed = "", claim.frames
+    if 0 < packets.end < 0.95 * claim.seconds - 1:
+        about, claimed = "about ", round(total * claim.seconds / packets.end)
+    if len(packets.listed) < claimed:
+        return (
+            f"{film.name!r} breaks off: {total} of {about}{claimed} frames can be read, and the video is taken to end "
+            "there. Fetch or copy the file again for the rest."
         )
-    return sample_indices(total, frames)
+    if total < damaged:
+        return f"{film.name!r} is damaged: {total} of {damaged} frames can be decoded, and the others are left out."
+    return None
 
 
-def _count_packets(path: Path) -> int:
-    """Frames in the file, without decoding; headers often carry 0 or a guess."""
-    with _open(path) as container, _damage_explained(path):
-        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
-
-
-def _decode(path: Path, indices: tuple[int, ...], progress: Progress | None) -> tuple[list[np.ndarray], int]:
-    """The frames at ``indices`` (ascending), and how many frames came out up to the last of them."""
-    wanted, pixels, seen = set(indices), [], 0
-    with _open(path) as container, _damage_explained(path):
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for seen, frame in enumerate(container.decode(stream), start=1):
-            if seen - 1 in wanted:
-                pixels.append(frame.to_ndarray(format="rgb24"))
-            if progress is not None:
-                progress(seen, indices[-1] + 1)
-            if seen > indices[-1]:
-                break
-    return pixels, seen
+def _address(path: str | Path) -> str:
+    """As FFmpeg wants it; ``file:`` keeps it from reading ``12:30.mp4`` as an address."""
+    if _is_url(path):
+        return str(path)
+    local = Path(path).expanduser()
+    if local.is_dir():
+        raise EarlyTomConfigError(f"{str(path)!r} is a folder: give the path of a video file.")
+    if not local.is_file():
+        raise EarlyTomConfigError(f"no video file at {str(path)!r}: give the path of an existing file.")
+    return f"file:{local}"
 
 
 @contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
+def _open(film: _Film) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        yield
+        container = av.open(film.address, timeout=_SECONDS_TO_ANSWER if _is_url(film.address) else None)
     except av.error.FFmpegError as error:
-        message = f"{str(path)!r} cannot be decoded: {error.strerror}. Is the file damaged?"
-        raise EarlyTomConfigError(message) from error
-
-
-def _open(path: Path) -> av.container.InputContainer:
-    try:
-        container = av.open(str(path))
-    except av.error.FFmpegError as error:
-        message = f"{str(path)!r} is no video file FFmpeg can read: {error.strerror}."
-        raise EarlyTomConfigError(message) from error
-    if not container.streams.video or container.format.name in _NO_VIDEO_FORMATS:
-        container.close()
+        raise EarlyTomConfigError(_unreadable(film, error)) from error
+    with container:
+        _refuse_endless(film, container)
+        pictures = [each for each in container.streams.video if not _is_cover(each)]
         kind = container.format.name
-        raise EarlyTomConfigError(f"{str(path)!r} has no video in it (FFmpeg reads it as {kind}).")
-    return container
+        if not pictures or kind in _NO_VIDEO_FORMATS:
+            raise EarlyTomConfigError(f"{film.name!r} has no video in it (FFmpeg reads it as {kind}).")
+        if pictures[0].codec_context is None:
+            raise EarlyTomConfigError(f"{film.name!r}: this FFmpeg has no decoder for its video.")
+        pictures[0].thread_type = "AUTO"
+        try:
+            yield container, pictures[0]
+        except av.error.FFmpegError as error:
+            message = f"{film.name!r} cannot be decoded: {error.strerror}. Is the file damaged?"
+            raise EarlyTomConfigError(message) from error
+
+
+def _unreadable(film: _Film, error: av.error.FFmpegError) -> str:
+    if isinstance(error, av.error.ProtocolNotFoundError):
+        scheme = film.address.partition(":")[0]
+        return f"{film.name!r}: FFmpeg here reads no {scheme} addresses. Download the video and give the file's path."
+    if isinstance(error, av.error.ExitError):
+        return f"{film.name!r} has not answered for {_SECONDS_TO_ANSWER:.0f} s. Download the video, or try again."
+    return f"{film.name!r} is no video file FFmpeg can read: {error.strerror}."
+
+
+def _refuse_endless(film: _Film, container: av.container.InputContainer) -> None:
+    """Frames cannot be spread over a live stream."""
+    of_parts = container.format.name in ("hls", "dash")  # the size is that of the list of parts
+    if _is_url(film.address) and container.duration is None and (of_parts or container.size <= 0):
+        raise EarlyTomConfigError(
+            f"{film.name!r} does not say where it ends, as a live stream does not: save a part of it and give the "
+            "file's path."
+        )
+
+
+def _is_url(path: str | Path) -> bool:
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def _is_cover(stream: av.VideoStream) -> bool:
+    """The picture of a song; before PyAV 15 nothing says so."""
+    return bool(getattr(stream, "disposition", 0) & _ATTACHED_PICTURE)

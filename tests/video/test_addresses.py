@@ -1,0 +1,102 @@
+"""Videos on a server: read where FFmpeg can, refused by name where it cannot, and never with a slash less."""
+
+import contextlib
+import http.server
+import re
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from films import write_film
+
+from earlytom_compile import EarlyTomConfigError
+from earlytom_compile.integrations import video as video_module
+from earlytom_compile.integrations.video import read_video
+
+
+class Whole(http.server.SimpleHTTPRequestHandler):
+    """Sends files from their start only, as Python's own server does."""
+
+    def log_message(self, *arguments):
+        pass
+
+    def handle(self):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # FFmpeg hangs up when it has seen enough
+            super().handle()
+
+
+class Parts(Whole):
+    """Sends the part that is asked for, as most servers do."""
+
+    def do_GET(self):
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if asked is None or not path.is_file():
+            return super().do_GET()
+        content = path.read_bytes()
+        first, last = int(asked[1]), int(asked[2] or len(content) - 1)
+        self.send_response(206)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        self.wfile.write(content[first : last + 1])
+
+
+@pytest.fixture(params=[Whole, Parts], ids=["whole files", "parts"])
+def server(request, tmp_path):
+    def handler(*arguments):
+        return request.param(*arguments, directory=tmp_path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.ts"])
+def test_a_video_on_a_server_is_the_one_on_the_disk(server, tmp_path, name):
+    path = write_film(tmp_path / name, 60, container={"movflags": "faststart"} if name == "x.mp4" else {})
+    here, there = read_video(path, 5), read_video(f"{server}/{name}", 5)
+    assert there.total == here.total and np.array_equal(there.pixels, here.pixels)
+
+
+def test_what_is_not_there_keeps_its_slashes(server):
+    with pytest.raises(EarlyTomConfigError, match=f"'{server}/a//b.mp4'.*404 Not Found"):
+        read_video(f"{server}/a//b.mp4", 5)
+
+
+def test_addresses_that_ffmpeg_does_not_read_are_refused_by_name():
+    with pytest.raises(EarlyTomConfigError, match="'s3://bucket//talk.mp4': FFmpeg here reads no s3"):
+        read_video("s3://bucket//talk.mp4", 5)
+
+
+def test_a_server_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(video_module, "_SECONDS_TO_ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/x.mp4"
+        with pytest.raises(EarlyTomConfigError, match="has not answered for"):
+            read_video(address, 5)
+
+
+def test_a_live_stream_has_no_end_to_spread_frames_over(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(video_module, "_SECONDS_TO_ANSWER", 1.0)
+    write_film(tmp_path / "part.ts", 20)
+    playlist = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.8,\npart.ts\n"
+    (tmp_path / "live.m3u8").write_text(playlist)
+    (tmp_path / "ended.m3u8").write_text(playlist + "#EXT-X-ENDLIST\n")
+    with pytest.raises(EarlyTomConfigError, match="live.m3u8' does not say where it ends"):
+        read_video(f"{server}/live.m3u8", 5)
+    assert read_video(f"{server}/ended.m3u8", 5).total == 20
+
+
+def test_an_address_of_a_file_is_the_file(tmp_path):
+    path = write_film(tmp_path / "x.mp4", 20)
+    assert np.array_equal(read_video(path.as_uri(), 5).pixels, read_video(path, 5).pixels)
+
+
+def test_a_folder_is_no_video(tmp_path):
+    with pytest.raises(EarlyTomConfigError, match="is a folder"):
+        read_video(tmp_path)
