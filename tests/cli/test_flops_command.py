@@ -84,10 +84,11 @@ def test_mistakes_exit_with_2_and_one_line(flops, tmp_path):
         "one number for each of": flops("--schedule", "32,16"),
         "never grow": flops("--schedule", "32,16,20,8"),
         "frames=0": flops("--frames", 0),
-        "prompt_length=-1": flops("--prompt-length", -1),
+        "prompt_length=-1": flops("--prompt-length", -1, "--protocol", "exact"),
         "retain_ratio=2.0": flops("--retain-ratio", 2),
         "layer 30 does not exist": flops("--merge-layers", "6,30"),
     }
     for message, (status, _, errors) in cases.items():
         assert status == 2, message
         assert message in errors and "Traceback" not in errors
+    assert "repo" not in "".join(errors for _, _, errors in cases.values())
