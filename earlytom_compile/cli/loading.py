@@ -26,7 +26,14 @@ from transformers.utils.hub import cached_file
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.generate import _layers_that_count
-from ..integrations.preprocess import Processor, conversation, frame_resizer, load_processor, torchvision_works
+from ..integrations.preprocess import (
+    PixelSettings,
+    Processor,
+    conversation,
+    frame_resizer,
+    load_processor,
+    torchvision_works,
+)
 from .progress import progress_bars
 
 Inputs = dict[str, torch.Tensor]
@@ -139,6 +146,25 @@ def prepare_inputs(
     return moved
 
 
+def decoded(
+    video: str | Path, pixels: PixelSettings, frames: int | None, default_frames: int, progress_on: Console
+) -> torch.Tensor:
+    """A video's pixels as a model takes them, float32 [F, 3, H, W], for what needs no processor."""
+    from ..integrations.video import read_video
+
+    def resize(frame: np.ndarray) -> np.ndarray:
+        return pixels.resized(frame[None])[0].permute(1, 2, 0).contiguous().numpy()
+
+    with progress_bars(progress_on) as progress:
+        task = progress.add_task("decoding the video", total=None)
+
+        def advance(done: int, of: int) -> None:
+            progress.update(task, completed=done, total=of)
+
+        clip = read_video(video, frames, default=default_frames, resize=resize, progress=advance)
+    return pixels.apply(clip.pixels)
+
+
 def ask_again(loaded: Loaded | Checkpoint, inputs: Inputs, question: str) -> Inputs:
     """Inputs for another ``question`` about the only video of ``inputs``, which is not decoded again."""
     videos = inputs["pixel_values_videos"]
@@ -248,7 +274,7 @@ def require_weights(name: str) -> None:
 def _require_whole(file: Path) -> None:
     with file.open("rb") as opened:
         if opened.read(len(_LFS)) == _LFS:
-            raise EarlyTomConfigError(f"{str(file)!r} is only a pointer to the weights: fetch them with 'git lfs pull'.")
+            raise EarlyTomConfigError(f"{str(file)!r} only points to the weights: fetch them with 'git lfs pull'.")
     try:
         with safetensors.safe_open(file, framework="pt"):
             pass

@@ -65,7 +65,8 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
         raise EarlyTomConfigError(f"mode={config.mode!r} with lowering='eager': nothing is compiled; leave one out.")
     if config.static_selection != "auto" and config.variant == "plus":
         raise EarlyTomConfigError(
-            f"static_selection={config.static_selection!r} with variant='plus': it selects on the device; leave one out."
+            f"static_selection={config.static_selection!r} with variant='plus', which selects on the device: leave "
+            "one out."
         )
     return options
 
