@@ -9,7 +9,6 @@ Reading the weights of a large model takes a minute: whatever else can be wrong 
 """
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +51,8 @@ class Loaded:
 
     model: Any
     processor: Processor
+    frames: int = FRAMES
+    """How many frames a video has unless the user says so."""
 
     @property
     def device(self) -> torch.device:
@@ -72,13 +73,13 @@ class Checkpoint:
     device: torch.device
     dtype: torch.dtype
     frames: int
-    """How many frames a video has unless the user says so."""
+    """As in :class:`Loaded`."""
 
     def load(self, progress_on: Console) -> Loaded:
         """Read the weights; raises :class:`EarlyTomConfigError` where that fails."""
         with progress_bars(progress_on) as progress:
             progress.add_task("loading the weights", total=None)
-            return Loaded(_read_weights(self.name, self.device, self.dtype), self.processor)
+            return Loaded(_read_weights(self.name, self.device, self.dtype), self.processor, self.frames)
 
 
 def open_checkpoint(
@@ -292,7 +293,7 @@ def _read_weights(name: str, place: torch.device, dtype: torch.dtype) -> Any:
         model, found = LlavaOnevisionForConditionalGeneration.from_pretrained(name, output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+    except Exception as error:  # an index of parts, say, without a key that transformers takes for granted
         raise EarlyTomConfigError(f"{name!r} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(found["missing_keys"])
     if missing:  # transformers fills them with random numbers
@@ -313,8 +314,9 @@ def _json_of(name: str, file: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _first_line(error: Exception) -> str:
+    said = repr(error) if isinstance(error, KeyError) else str(error).strip()  # of the latter, str is only the key
+    return next(iter(said.splitlines()), type(error).__name__)
 
 
 def resolve_device(name: str) -> torch.device:

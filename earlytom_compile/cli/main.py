@@ -81,7 +81,8 @@ def build_parser() -> CommandParser:
 class _Version(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         ours, *others = (f"{name} {_version(name)}" for name in ("earlytom-compile", "torch", "transformers"))
-        parser.exit(message=f"{ours} ({', '.join(others)}, Python {platform.python_version()})\n")
+        print(f"{ours} ({', '.join(others)}, Python {platform.python_version()})")
+        parser.exit()
 
 
 def _version(package: str) -> str:

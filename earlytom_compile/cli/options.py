@@ -10,6 +10,7 @@ passed on, so that ``--preset`` fills in what was left open. Fields that do noth
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import types
@@ -108,6 +109,7 @@ def _metavar(hint: Any) -> str:
     return "|".join(words)
 
 
+@functools.cache
 def _field_docstrings() -> dict[str, str]:
     """The string under each field of the dataclass, which Python itself throws away."""
     source = textwrap.dedent(inspect.getsource(EarlyTomConfig))

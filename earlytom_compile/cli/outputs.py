@@ -27,8 +27,6 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     for name in FILES:
         path = getattr(arguments, name, None)
         if path and not (path == STANDARD_OUTPUT and name == "json"):
-            if Path(path).is_dir():
-                raise EarlyTomConfigError(f"{name}={path!r}: that is a folder; name a file in it.")
             _require_writable(name, path)
     if getattr(arguments, "plot", None):
         from ..benchmarks.results import require_matplotlib  # which imports torch; `earlytom flops` needs none
@@ -63,8 +61,10 @@ def write_text(path: str | Path, text: str) -> None:
 def _require_writable(name: str, given: str, inside: str = "") -> None:
     """Try the file itself, and leave it as it was: not there, or with what it had."""
     file = Path(given) / inside
-    there = file.exists()
     try:
+        there = file.exists()
+        if file.is_dir():
+            raise EarlyTomConfigError(f"{name}={given!r}: that is a folder; name a file in it.")
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("ab"):
             pass
