@@ -16,7 +16,7 @@ from ..benchmarks.arms import Arm, arm_names, choose, make_arms, require_beginni
 from ..benchmarks.ceilings import Clock, ceilings
 from ..benchmarks.environment import environment
 from ..benchmarks.floor import Work, floor, work_of
-from ..benchmarks.forecast import in_words, measured_piece, seconds_of
+from ..benchmarks.forecast import in_words, measured_piece, one_call, seconds_of
 from ..benchmarks.load import server_names
 from ..benchmarks.measure import Result, measure
 from ..benchmarks.profiling import profile_arms
@@ -40,8 +40,9 @@ from .loading import (
     resolve_dtype,
     video_settings,
 )
+from .options import require_effect
 from .outputs import check_outputs, output_console, write_text
-from .resume import check_resume, saved_content, stopped
+from .resume import check_resume, counted, saved_content, stopped
 from .toolchain import require_toolchain
 
 _SHAPES_SETTINGS = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}  # SigLIP's
@@ -55,6 +56,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     progress_on, console = Console(stderr=True), output_console(arguments)
     transformers.utils.logging.disable_progress_bar()  # there is one of ours
     place = resolve_device(arguments.device)
+    require_effect(options, place.type)
     frame_counts, clips = _frames(arguments, progress_on)
     about = {**environment(place), **_asked(arguments, options)}
     saved = saved_content(arguments, about, progress_on)
@@ -106,12 +108,12 @@ def _is_done(workload: Workload, repeats: int) -> bool:
 def _what_is_there(workloads: Sequence[Workload], repeats: int) -> str:
     """For somebody who stopped it."""
     done = sum(workload.complete for workload in workloads)
-    parts = [f"{done} finished table{'' if done == 1 else 's'}"]
+    parts = [counted(done, "finished table")] if done else []
     for workload in workloads:
-        if not workload.complete:
-            rounds = min((result.rounds for result in workload.measured), default=0)
-            parts.append(f"{rounds} of {repeats} rounds at {workload.frames} frames")
-    return " and ".join(parts) + (" are" if len(parts) > 1 or done != 1 else " is")
+        if not workload.complete and any(result.rounds for result in workload.measured):
+            rounds = min(result.rounds for result in workload.measured)
+            parts.append(f"{rounds} of {counted(repeats, 'round')} at {workload.frames} frames")
+    return " and ".join(parts)
 
 
 def _require_compiler(arguments: argparse.Namespace, device: torch.device, options: dict[str, Any]) -> None:
@@ -204,8 +206,9 @@ def _say_how_long(
         lowering=session.options.get("lowering", "staged"),
     )
     session.say(
-        f"{frames} frames: {len(arms)} arms, first calls and {arguments.repeats} rounds, {in_words(seconds)} (one call "
-        f"takes {piece.first:.2g} s before it is compiled; how long compilation takes is a guess)"
+        f"{frames} frames: {counted(len(arms), 'arm')}, a first call and {counted(arguments.repeats, 'round')} of each, "
+        + in_words(seconds)
+        + one_call(piece)
     )
 
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..benchmarks.arms import choose
-from ..benchmarks.forecast import in_words, load_seconds, measured_piece
+from ..benchmarks.forecast import in_words, load_seconds, measured_piece, one_call
 from ..benchmarks.load import REQUESTS_EACH, Server, make_prompts, make_servers, measure_load
 from ..benchmarks.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from ..benchmarks.workload import Inputs
 from ..errors import EarlyTomConfigError
 from .bench_session import Session
 from .outputs import write_text
-from .resume import stopped
+from .resume import counted, stopped
 
 
 def check_load(arguments: argparse.Namespace) -> None:
@@ -46,8 +46,7 @@ def measure_loads(session: Session, frame_counts: Sequence[int]) -> None:
             session.write_json(lambda about: load_to_dict(loads, about), last=len(loads) == len(cases))
             plots = _write_documents(session, loads)
     except KeyboardInterrupt:
-        tables = "1 finished table is" if len(loads) == 1 else f"{len(loads)} finished tables are"
-        raise stopped(arguments, tables) from None
+        raise stopped(arguments, counted(len(loads), "finished table") if loads else "") from None
     for plot in plots:
         session.console.print(f"wrote {plot}")
 
@@ -84,8 +83,7 @@ def _say_how_long(session: Session, servers: Sequence[Server], prompt: Inputs, f
         lowering=session.options.get("lowering", "staged"),
     )
     session.say(
-        f"{frames} frames: {len(servers)} models, {in_words(seconds)} at most (one call takes {piece.first:.2g} s "
-        "before it is compiled; how long compilation takes is a guess)"
+        f"{frames} frames: {counted(len(servers), 'model')}, {in_words(seconds)} at most{one_call(piece)}"
     )
 
 

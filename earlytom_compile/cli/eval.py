@@ -18,7 +18,7 @@ from ..benchmarks.forecast import compilation, in_words
 from ..errors import EarlyTomConfigError
 from .loading import open_checkpoint, progress_bars
 from .outputs import check_outputs, output_console, write_text
-from .resume import check_resume, saved_content, stopped
+from .resume import check_resume, counted, saved_content, stopped
 
 _FILE_WIDTH = 130  # columns, where nobody watches
 _MERGING = ("earlytom", "only", "top-k", "random")
@@ -69,7 +69,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
                 results.append(evaluate.evaluate(model, questions, method, ratio, options, answered))
                 write()
     except KeyboardInterrupt:
-        rows = f"{len(results)} of {len(arms)} rows {'is' if len(results) == 1 else 'are'}"
+        rows = f"{len(results)} of {counted(len(arms), 'row')}" if results else ""
         raise stopped(arguments, rows) from None
     console.print(report.table(results, questions))
     write(last=True)
@@ -108,7 +108,8 @@ def _say_how_long(model: Any, questions: Any, arms: list[tuple[str, float | None
     seconds = sum(row + compilation(name, layers, "eager") for name, _ in arms if name.startswith("earlytom"))
     seconds += sum(row for name, _ in arms if not name.startswith("earlytom"))
     progress_on.print(
-        f"{len(arms)} rows, {len(questions.asked)} videos: {in_words(seconds)} (measured with {len(few.asked)} videos)",
+        f"{counted(len(arms), 'row')}, {counted(len(questions.asked), 'video')}: {in_words(seconds)} (measured with "
+        f"{len(few.asked)} of them)",
         markup=False,
         highlight=False,
         soft_wrap=True,

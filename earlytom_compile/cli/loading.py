@@ -33,6 +33,7 @@ from ..integrations.preprocess import (
     load_processor,
     torchvision_works,
 )
+from .options import require_effect
 from .progress import progress_bars
 
 Inputs = dict[str, torch.Tensor]
@@ -91,6 +92,7 @@ def open_checkpoint(
     ``options``, those of :func:`earlytom_compile.compile`, name layers that its encoder does not have.
     """
     place, (name, config) = resolve_device(device), checked_config(name)
+    require_effect(options or {}, place.type)
     require_layers(config, options or {})
     require_weights(name)
     try:

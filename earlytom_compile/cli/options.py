@@ -15,7 +15,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..config import NOT_YET, EarlyTomConfig
@@ -70,6 +70,19 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
             "one out."
         )
     return options
+
+
+def require_effect(options: Mapping[str, Any], device: str) -> None:
+    """Raise :class:`EarlyTomConfigError` for options that change nothing on that type of device."""
+    config = EarlyTomConfig.from_options(options)
+    if device == "cuda":
+        return
+    if config.static_selection != "auto":
+        raise EarlyTomConfigError(
+            f"static_selection={config.static_selection!r} on {device}: it is about who works beside a GPU; leave it out."
+        )
+    if config.mode == "reduce-overhead":
+        raise EarlyTomConfigError(f"mode={config.mode!r} on {device}: there are no CUDA graphs; leave it out.")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

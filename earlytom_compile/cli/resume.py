@@ -56,8 +56,15 @@ def _difference(file: str, name: str, before: Any, now: Any) -> str:
     )
 
 
+def counted(number: int, what: str) -> str:
+    """``"1 row"``, ``"2 rows"``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def stopped(arguments: argparse.Namespace, saved: str) -> KeyboardInterrupt:
-    """What to raise at Ctrl-C; ``saved`` says what is in the file by now."""
+    """What to raise at Ctrl-C; ``saved`` says what is in the file by now, if anything."""
     if not arguments.json or arguments.json == STANDARD_OUTPUT:
         return KeyboardInterrupt("nothing was saved. With --json FILE, all that is finished would be, for --resume.")
-    return KeyboardInterrupt(f"{saved} in {arguments.json}; the same command with --resume goes on from there.")
+    if not saved:
+        return KeyboardInterrupt(f"nothing was finished yet that {arguments.json} could have.")
+    return KeyboardInterrupt(f"{arguments.json} has {saved}; the same command with --resume goes on from there.")

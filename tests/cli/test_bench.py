@@ -64,7 +64,7 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
     ranges = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
     stages = ("vision encoding", "visual token processing", "LLM prefill")
     assert {*names, *(f"{name}: {stage}" for name in names for stage in stages)} <= ranges
-    assert re.search(r"8 frames: 3 arms, first calls and 2 rounds, (about|less than) ", told)
+    assert re.search(r"8 frames: 3 arms, a first call and 2 rounds of each, (about|less than) ", told)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_enough(checkpoint, tmp_path, capsys):
@@ -152,6 +152,8 @@ def test_frames_are_the_shapes_own_unless_given():
         (["--video", "v.mp4", "--scene-frames", "8"], "scene_frames=8 with --video"),
         (["--arms", "transformers", "--variant", "plus"], "variant with --arms transformers: it is EarlyTom's"),
         (["--arms", "transformers,inductor", "--retain-ratios", "0.2"], "they keep all tokens"),
+        (["--static-selection", "host", "--device", "cpu"], "static_selection='host' on cpu"),
+        (["--mode", "reduce-overhead", "--device", "cpu"], "there are no CUDA graphs"),
         (["--resume"], "--resume without --json FILE"),
         (["--resume", "--json", "-"], "--resume without --json FILE"),
         (["--video", "nowhere.mp4"], "nowhere.mp4"),

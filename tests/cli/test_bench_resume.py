@@ -98,9 +98,17 @@ def test_ctrl_c_says_what_is_saved_and_where(tmp_path, capsys):
     with counted(stop_at=len(ARMS) * (CALLS_BEFORE + 3) + len(ARMS) * (CALLS_BEFORE + 1) + 1):
         assert main(command(file)) == 130
     said = capsys.readouterr()
-    assert f"stopped: 1 finished table and 1 of 3 rounds at 4 frames are in {file}" in " ".join(said.err.split())
+    assert f"stopped: {file} has 1 finished table and 1 of 3 rounds at 4 frames;" in " ".join(said.err.split())
     assert "the same command with --resume goes on from there" in said.err
     assert "2 frames, batch 1" in said.out and "4 frames, batch 1" not in said.out
+
+
+def test_before_anything_is_finished_ctrl_c_says_that(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    for stop_at in (0, 3):  # before the first call, among the first calls
+        with counted(stop_at):
+            assert main(command(file)) == 130
+        assert f"nothing was finished yet that {file} could have" in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_a_file_ctrl_c_says_that_nothing_was_saved(tmp_path, monkeypatch, capsys):
@@ -196,7 +204,7 @@ def test_load_goes_on_with_the_next_number_of_clients(tmp_path, monkeypatch, cap
     words = [*command(file, "2", 1), "--concurrency", "1,2,3"]
     with counted():
         assert main(words) == 130
-        assert f"2 finished tables are in {file}" in " ".join(capsys.readouterr().err.split())
+        assert f"{file} has 2 finished tables;" in " ".join(capsys.readouterr().err.split())
         stop_at = None
         assert main([*words, "--resume"]) == 0
     loads = json.loads(file.read_text())["loads"]

@@ -81,7 +81,7 @@ def test_ctrl_c_saves_finished_rows_and_resume_counts_the_rest(counted, tmp_path
     file, words = tmp_path / "eval.json", [*TOY, "--variant", "plus", "--retain-ratios", "0.25,0.1", "--json"]
     counted.stop_at = 2
     assert main([*words, str(file)]) == 130
-    assert f"stopped: 2 of 3 rows are in {file}" in " ".join(capsys.readouterr().err.split())
+    assert f"stopped: {file} has 2 of 3 rows;" in " ".join(capsys.readouterr().err.split())
     saved = json.loads(file.read_text())["results"]
     assert [(row["method"], row["retain_ratio"]) for row in saved] == [(ALL_TOKENS, None), ("earlytom plus", 0.25)]
     counted.stop_at = None
@@ -159,5 +159,5 @@ def test_how_long_it_takes_is_measured_and_said(monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
     assert main([*TOY, "--methods", "random", "--retain-ratios", "0.1"]) == 0
-    assert "2 rows, 4 videos: less than a minute (measured with 4 videos)" in capsys.readouterr().err
+    assert "2 rows, 4 videos: less than a minute (measured with 4 of them)" in capsys.readouterr().err
     assert done == [(ALL_TOKENS, None, 1), (ALL_TOKENS, None, 4), (ALL_TOKENS, None, 4), ("random tokens", 0.1, 4)]

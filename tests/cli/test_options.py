@@ -8,7 +8,7 @@ import pytest
 
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
 from earlytom_compile.cli.main import build_parser, main
-from earlytom_compile.cli.options import COMMON, given_options
+from earlytom_compile.cli.options import COMMON, given_options, require_effect
 from earlytom_compile.config import NOT_YET
 
 FIELDS = [field.name for field in dataclasses.fields(EarlyTomConfig) if field.name not in NOT_YET]
@@ -76,6 +76,14 @@ def test_options_that_would_do_nothing_beside_others_are_refused(flags, message,
 )
 def test_values_arrive_as_the_config_wants_them(flags, expected):
     assert options_of(*flags) == expected
+
+
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"static_selection": "host"}])
+def test_options_that_a_device_has_no_use_for_are_refused_there(options):
+    require_effect(options, "cuda")
+    with pytest.raises(EarlyTomConfigError, match="on cpu: .*leave it out"):
+        require_effect(options, "cpu")
+    require_effect({"mode": "max-autotune", "static_selection": "auto"}, "cpu")
 
 
 def test_an_explicit_flag_wins_over_the_preset():
