@@ -205,11 +205,8 @@ def _say_how_long(
         layers=session.layers,
         lowering=session.options.get("lowering", "staged"),
     )
-    session.say(
-        f"{frames} frames: {counted(len(arms), 'arm')}, a first call and {counted(arguments.repeats, 'round')} of each, "
-        + in_words(seconds)
-        + one_call(piece)
-    )
+    calls = f"{counted(len(arms), 'arm')}, a first call and {counted(arguments.repeats, 'round')} of each"
+    session.say(f"{frames} frames: {calls}, {in_words(seconds)}{one_call(piece)}")
 
 
 def _ceilings(model: Any, console: Console) -> dict[str, float]:

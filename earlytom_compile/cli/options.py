@@ -79,7 +79,7 @@ def require_effect(options: Mapping[str, Any], device: str) -> None:
         return
     if config.static_selection != "auto":
         raise EarlyTomConfigError(
-            f"static_selection={config.static_selection!r} on {device}: it is about who works beside a GPU; leave it out."
+            f"static_selection={config.static_selection!r} on {device}: it says who works beside a GPU; leave it out."
         )
     if config.mode == "reduce-overhead":
         raise EarlyTomConfigError(f"mode={config.mode!r} on {device}: there are no CUDA graphs; leave it out.")
