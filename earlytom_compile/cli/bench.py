@@ -126,14 +126,12 @@ def _require_compiler(arguments: argparse.Namespace, device: torch.device, optio
 def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """What the numbers depend on beside the machine."""
     name = {"model": arguments.model} if arguments.model else {"shape": arguments.shape}
-    look = {"video": arguments.video} if arguments.video else {}
+    made_up = {"scene_frames": arguments.scene_frames, "redundancy": arguments.redundancy}
     names = ("batch", "prompt_length", "decode_tokens", "retain_ratios", "arms", "dtype")
     load = ("concurrency", "max_batch", "repeats") if arguments.concurrency else ()
     return {
         **name,
-        **look,
-        "scene_frames": arguments.scene_frames,
-        "redundancy": arguments.redundancy,
+        **({"video": arguments.video} if arguments.video else made_up),
         "asked": {name: getattr(arguments, name) for name in (*names, *load)},
         "options": options,
     }
