@@ -76,7 +76,8 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 def _measure_all(session: Session, frame_counts: Sequence[int]) -> None:
     """A table for each number of frames; what was measured before is only shown."""
     arguments, console = session.arguments, session.console
-    rates = _ceilings(session.model, console)
+    with session.bars("what this machine can do"):
+        rates = _ceilings(session.model, console)
     known = {content["frames"]: Workload.from_dict(content) for content in session.saved.get("workloads", ())}
     tables_of: dict[int, Workload] = {}  # by frames, in the order of the command
     plots: list[Path] = []
@@ -297,10 +298,10 @@ def _refuse_what_does_nothing(arguments: argparse.Namespace, options: dict[str, 
             "take --batch."
         )
     ours = not arms or any(name.startswith("earlytom") or "earlytom".startswith(name) for name in arms)
-    if options and not ours and set(options) != {"mode"}:  # which Inductor gets too
-        raise EarlyTomConfigError(
-            f"{next(iter(options))} with --arms {','.join(arms)}: it is EarlyTom's, which is not among them."
-        )
+    inductors = any(not "transformers".startswith(name) and not name.startswith("transformers") for name in arms)
+    idle = {name for name in options if not ours and not (name == "mode" and inductors)}
+    if idle:
+        raise EarlyTomConfigError(f"{min(idle)} with --arms {','.join(arms)}: none of them takes it.")
     if "retain_ratios" in given and arms and all(name in ("transformers", "inductor") for name in arms):
         raise EarlyTomConfigError(f"retain_ratios with --arms {','.join(arms)}: they keep all tokens.")
 

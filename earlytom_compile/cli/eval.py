@@ -56,6 +56,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
             questions = evaluate.load_questions(
                 arguments.split, arguments.first, arguments.videos, lambda: progress.advance(task)
             )
+            progress.add_task(f"timing {_PIECE} videos", total=None)
             _say_how_long(model, questions, [arm for arm in arms if arm not in known], progress_on)
             for arm in arms:
                 if arm in known:

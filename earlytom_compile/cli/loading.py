@@ -89,7 +89,8 @@ def open_checkpoint(
     """Look at a LLaVA-OneVision checkpoint folder or Hub id, with transformers' own code.
 
     Raises :class:`EarlyTomConfigError` if there is none, if it is of another family, incomplete or damaged, and if
-    ``options``, those of :func:`earlytom_compile.compile`, name layers that its encoder does not have.
+    ``options``, those of :func:`earlytom_compile.compile`, name layers that its encoder does not have or what the
+    device has no use for.
     """
     place, (name, config) = resolve_device(device), checked_config(name)
     require_effect(options or {}, place.type)
@@ -105,9 +106,11 @@ def open_checkpoint(
     return Checkpoint(name, config, processor, place, resolve_dtype(dtype, place, known), frames_of(name))
 
 
-def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+def load_checkpoint(
+    name: str, *, device: str = "auto", dtype: str = "auto", options: Mapping[str, Any] | None = None
+) -> Loaded:
     """All of a checkpoint at once; raises as :func:`open_checkpoint` and its ``load`` do."""
-    return open_checkpoint(name, device=device, dtype=dtype).load(Console(stderr=True))
+    return open_checkpoint(name, device=device, dtype=dtype, options=options).load(Console(stderr=True))
 
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Any:

@@ -5,13 +5,15 @@ Only the parser lives here. What a command needs (torch, transformers) is import
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..config import EarlyTomConfig
@@ -29,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         options = given_options(arguments)
-        _command(arguments).execute(arguments, options)
+        with _plain_warnings(arguments.command):
+            _command(arguments).execute(arguments, options)
     except EarlyTomError as error:
         print(f"earlytom {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -42,6 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     return 0
+
+
+@contextlib.contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """Our own warnings are for people: without the place in the code, as errors are."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Any, category: type[Warning], *place: Any) -> str:
+        ours = category.__module__ == EarlyTomError.__module__
+        return f"earlytom {command}: warning: {message}\n" if ours else usual(message, category, *place)
+
+    warnings.formatwarning = formatted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _command(arguments: argparse.Namespace) -> Any:
@@ -118,7 +137,7 @@ def _add_run(parser: CommandParser) -> None:
     )
     _add_frames(parser)
     parser.add_argument("--compare", action="store_true", help="answer with the full model too, and compare")
-    parser.add_argument("--quiet", action="store_true", help="print answers and errors alone")
+    parser.add_argument("--quiet", action="store_true", help="print answers, warnings and errors alone")
     _add_json(parser, "answers, tokens, frames, times and options", alone=True)
     _add_max_new_tokens(parser, 64)
     _add_repeats(parser, "timed runs of each model, with --compare (%(default)s)")
@@ -281,12 +300,9 @@ def _add_device(parser: CommandParser) -> None:
 
 def _add_json(parser: CommandParser, what: str, *, alone: bool = False) -> None:
     """``alone``: without a file, the flag means the standard output."""
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        **({"nargs": "?", "const": "-"} if alone else {}),
-        help=f"write {what} there; -: to the standard output, and nothing else",
-    )
+    settings: dict[str, Any] = {"nargs": "?", "const": "-"} if alone else {}
+    text = f"write {what} there; -: to the standard output, and nothing else"
+    parser.add_argument("--json", metavar="FILE", help=text, **settings)
 
 
 def _add_resume(parser: CommandParser, what: str) -> None:

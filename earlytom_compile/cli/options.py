@@ -64,6 +64,8 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     config = EarlyTomConfig.from_options(options)
     if config.mode is not None and config.lowering == "eager":
         raise EarlyTomConfigError(f"mode={config.mode!r} with lowering='eager': nothing is compiled; leave one out.")
+    if options.get("compile_llm") and config.lowering == "eager":
+        raise EarlyTomConfigError("compile_llm=True with lowering='eager': nothing is compiled; leave one out.")
     if config.static_selection != "auto" and config.variant == "plus":
         raise EarlyTomConfigError(
             f"static_selection={config.static_selection!r} with variant='plus', which selects on the device: leave "

@@ -19,9 +19,9 @@ class CommandParser(argparse.ArgumentParser):
     """argparse's parser. A command's namespace has one name more, ``given``: the names of the options that were on the
     command line, so that a command can refuse those that it would ignore."""
 
-    def __init__(self, *args: Any, chooses: bool = False, **settings: Any) -> None:
+    def __init__(self, *, chooses: bool = False, **settings: Any) -> None:
         """``chooses``: it is the one that chooses a command."""
-        super().__init__(*args, allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, **settings)
         self._chooses = chooses
         self._rare: list[tuple[argparse.Action, str]] = []
         if not chooses:

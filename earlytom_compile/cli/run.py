@@ -54,20 +54,28 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     if arguments.quiet:
         transformers.utils.logging.set_verbosity_error()
     progress = Console(stderr=True, quiet=arguments.quiet)
-    checkpoint = open_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=options)
+    with progress_bars(progress) as bars:
+        bars.add_task("looking at the checkpoint", total=None)
+        checkpoint = open_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=options)
     require_toolchain(checkpoint.device, options)
     asked = list(_ask(checkpoint, arguments, progress))
     loaded = checkpoint.load(progress)
     console, about = _console(arguments), _about(arguments, loaded, options)
     if not arguments.compare:
         earlytom_compile.compile(loaded.model, **options)
-    for one in asked:
-        if len(asked) > 1 and not arguments.quiet:
-            console.print(f"{one.video}: {one.question}", style="bold", markup=False, soft_wrap=True)
-        answer = (_compare if arguments.compare else _answer)(loaded, one, arguments, options, console, progress)
-        about["answers"].append({"video": one.video, "prompt": one.question, **answer})
-        if arguments.json and (arguments.json != STANDARD_OUTPUT or one is asked[-1]):
-            write_text(arguments.json, json.dumps(about, indent=2) + "\n")
+    try:
+        for one in asked:
+            if len(asked) > 1 and not arguments.quiet:
+                console.print(f"{one.video}: {one.question}", style="bold", markup=False, soft_wrap=True)
+            answer = (_compare if arguments.compare else _answer)(loaded, one, arguments, options, console, progress)
+            about["answers"].append({"video": one.video, "prompt": one.question, **answer})
+            if arguments.json and (arguments.json != STANDARD_OUTPUT or one is asked[-1]):
+                write_text(arguments.json, json.dumps(about, indent=2) + "\n")
+    except KeyboardInterrupt:
+        if not arguments.json or arguments.json == STANDARD_OUTPUT or not about["answers"]:
+            raise
+        saved = f"{arguments.json} has {len(about['answers'])} of {len(asked)} answers."
+        raise KeyboardInterrupt(saved) from None
 
 
 def _check(arguments: argparse.Namespace) -> None:

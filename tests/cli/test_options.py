@@ -50,6 +50,7 @@ def test_what_does_nothing_yet_is_no_flag(name, capsys):
     [
         (["--mode", "max-autotune", "--lowering", "eager"], "nothing is compiled"),
         (["--static-selection", "host", "--variant", "plus"], "selects on the device"),
+        (["--lowering", "eager", "--compile-llm"], "nothing is compiled"),
     ],
 )
 def test_options_that_would_do_nothing_beside_others_are_refused(flags, message, capsys):

@@ -4,6 +4,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,25 @@ def test_an_interruption_says_so_and_is_130(monkeypatch, capsys):
     monkeypatch.setattr(flops, "execute", stop)
     assert main(["flops"]) == 130
     assert "earlytom flops: stopped: 1 row is in x.json" in capsys.readouterr().err
+
+
+def test_our_warnings_are_lines_for_people(monkeypatch, capsys):
+    from earlytom_compile import EarlyTomFallbackWarning
+    from earlytom_compile.cli import flops
+
+    def warn(arguments, options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda *told: print(warnings.formatwarning(*told[:4]), end="", file=sys.stderr)
+            warnings.warn("runs uncompressed.", EarlyTomFallbackWarning, stacklevel=2)
+            warnings.warn("of somebody else", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr(flops, "execute", warn)
+    usual = warnings.formatwarning
+    assert main(["flops"]) == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "earlytom flops: warning: runs uncompressed."
+    assert second.endswith("UserWarning: of somebody else") and warnings.formatwarning is usual
 
 
 def test_a_reader_that_leaves_early_is_no_traceback():

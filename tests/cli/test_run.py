@@ -109,6 +109,23 @@ def test_json_on_the_standard_output_is_all_there_is(earlytom, checkpoint, clip,
     assert answer["video_tokens"] is None and answer["frames"] == [8]
 
 
+def test_ctrl_c_says_which_answers_are_saved(earlytom, checkpoint, clip, tmp_path, monkeypatch):
+    answers = iter([([2], 0.5)])
+
+    def timed(*given):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(command, "timed_answer", timed)
+    file = tmp_path / "run.json"
+    more = ["--frames", 8, "--prompt", "Who?", "--json", file]
+    status, _, err = earlytom(*ask(checkpoint, clip, *more))
+    assert status == 130 and f"stopped: {file} has 1 of 2 answers." in " ".join(err.split())
+    assert len(json.loads(file.read_text())["answers"]) == 1
+
+
 def test_an_empty_answer_is_said_to_be_empty(earlytom, checkpoint, clip, monkeypatch):
     monkeypatch.setattr(command, "timed_answer", lambda model, inputs, most: ([2], 0.5))  # <|im_end|>
     status, out, err = earlytom(*ask(checkpoint, clip, "--frames", 8))
