@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
 from ..benchmarks.arms import Arm, arm_names, choose, make_arms, require_beginnings
@@ -41,7 +40,7 @@ from .loading import (
     video_settings,
 )
 from .options import require_effect
-from .outputs import check_outputs, output_console, write_text
+from .outputs import output_console, write_text
 from .resume import check_resume, counted, saved_content, stopped
 from .toolchain import require_toolchain
 
@@ -54,7 +53,6 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     _check(arguments, options)
     start = time.perf_counter()
     progress_on, console = Console(stderr=True), output_console(arguments)
-    transformers.utils.logging.disable_progress_bar()  # there is one of ours
     place = resolve_device(arguments.device)
     require_effect(options, place.type)
     frame_counts, clips = _frames(arguments, progress_on)
@@ -279,7 +277,6 @@ def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     require_beginnings(server_names(ratios) if arguments.concurrency else arm_names(ratios), arguments.arms)
     _refuse_what_does_nothing(arguments, options)
     check_resume(arguments)
-    check_outputs(arguments)
 
 
 def _refuse_what_does_nothing(arguments: argparse.Namespace, options: dict[str, Any]) -> None:

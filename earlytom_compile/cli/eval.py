@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import transformers
 from rich.console import Console
 
 from ..benchmarks.environment import environment
 from ..benchmarks.forecast import compilation, in_words
 from ..errors import EarlyTomConfigError
 from .loading import open_checkpoint, progress_bars
-from .outputs import check_outputs, output_console, write_text
+from .outputs import output_console, write_text
 from .resume import check_resume, counted, saved_content, stopped
 
 _FILE_WIDTH = 130  # columns, where nobody watches
@@ -34,7 +33,6 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         from ..toyworld.model import WEIGHTS
     except ImportError as error:
         raise EarlyTomConfigError(f"{error}: pip install '.[toy]' in the repository brings what it needs.") from error
-    transformers.utils.logging.disable_progress_bar()
     progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
     arms = evaluate.arms(arguments.retain_ratios, _methods(arguments))
     _refuse_what_does_nothing(arguments, options, arms)
@@ -138,7 +136,6 @@ def _check(arguments: argparse.Namespace) -> None:
             f"'earlytom {arguments.only_variant}'."
         )
     check_resume(arguments)
-    check_outputs(arguments)
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Flops, Protocol, count, implied_encoder, implied_frames, merged_inside
 from ..shapes import ModelShape, shape_of
-from .outputs import check_outputs, output_console, write_text
+from .outputs import output_console, write_text
 
 INNER_LAYER = 18
 """Where HoliTom merges inside the language model, and EarlyTom after it (Table 8, "w. Inner LLM")."""
@@ -123,7 +123,6 @@ def _check(arguments: argparse.Namespace) -> None:
             f"prompt_length={arguments.prompt_length} with --protocol paper: it counts no text (Eq. 8); "
             "take --protocol exact."
         )
-    check_outputs(arguments)
 
 
 def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple[str, float], float]) -> list[Row]:

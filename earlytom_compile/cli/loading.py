@@ -20,6 +20,7 @@ import numpy as np
 import safetensors
 import torch
 from rich.console import Console
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from ..config import EarlyTomConfig
@@ -294,6 +295,7 @@ def _read_weights(name: str, place: torch.device, dtype: torch.dtype) -> Any:
     torchvision_works()
     from transformers import LlavaOnevisionForConditionalGeneration
 
+    logging.disable_progress_bar()  # there is one of ours
     try:
         model, found = LlavaOnevisionForConditionalGeneration.from_pretrained(name, output_loading_info=True)
     except torch.OutOfMemoryError:

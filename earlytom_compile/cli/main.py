@@ -64,9 +64,10 @@ def _plain_warnings(command: str) -> Iterator[None]:
 
 
 def _command(arguments: argparse.Namespace) -> Any:
-    """The command's module; what it imports can take long."""
+    """The command's module, whose imports take long, once what it is to write to has been tried."""
     from rich.console import Console
 
+    from .outputs import check_outputs
     from .progress import progress_bars
 
     if arguments.command == "bench":
@@ -75,6 +76,7 @@ def _command(arguments: argparse.Namespace) -> Any:
     console = Console(stderr=True, quiet=getattr(arguments, "quiet", False))
     with progress_bars(console) as progress:
         progress.add_task("importing torch and transformers", total=None)
+        check_outputs(arguments)  # needs neither
         return importlib.import_module(f".{arguments.command}", __package__)
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from ..errors import EarlyTomConfigError
 
 FILES = ("json", "markdown", "trace", "html", "png")
-"""Options that name a file; ``plot`` names a folder."""
+"""Options that name a file."""
+FOLDERS = ("plot", "save")
 STANDARD_OUTPUT = "-"
 _FILE_WIDTH = 120  # columns, where nobody watches
 
@@ -32,7 +33,10 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         from ..benchmarks.results import require_matplotlib  # which imports torch; `earlytom flops` needs none
 
         require_matplotlib()
-        _require_writable("plot", arguments.plot, inside="accuracy.png")
+    for name in FOLDERS:
+        path = getattr(arguments, name, None)
+        if path:
+            _require_writable(name, path, inside="tried")
 
 
 def output_console(arguments: argparse.Namespace, *, width: int = _FILE_WIDTH) -> Console:

@@ -32,7 +32,7 @@ from .loading import (
     progress_bars,
     require_question,
 )
-from .outputs import STANDARD_OUTPUT, check_outputs, output_console, write_text
+from .outputs import STANDARD_OUTPUT, output_console, write_text
 from .toolchain import require_toolchain
 
 EMPTY = "(empty answer)"
@@ -50,7 +50,6 @@ class Asked:
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Look, load, answer, print."""
     _check(arguments)
-    transformers.utils.logging.disable_progress_bar()  # there is one of ours
     if arguments.quiet:
         transformers.utils.logging.set_verbosity_error()
     progress = Console(stderr=True, quiet=arguments.quiet)
@@ -87,7 +86,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise EarlyTomConfigError(f"{name}={value}: must be at least 1.")
     if "repeats" in arguments.given and not arguments.compare:
         raise EarlyTomConfigError(f"repeats={arguments.repeats} without --compare: nothing is timed repeatedly.")
-    check_outputs(arguments)
 
 
 def _ask(checkpoint: Checkpoint, arguments: argparse.Namespace, progress: Console) -> Iterator[Asked]:

@@ -36,6 +36,15 @@ def test_places_where_nothing_can_be_written(name, tmp_path):
             check_outputs(asked(**{name: str(path)}))
 
 
+def test_folders_are_tried_too(tmp_path):
+    (tmp_path / "file").touch()
+    check_outputs(asked(save=str(tmp_path / "new")))
+    assert not list((tmp_path / "new").iterdir())
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nothing"):
+        with pytest.raises(EarlyTomConfigError, match="save=.*nothing can be written there"):
+            check_outputs(asked(save=str(path)))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_file_that_is_protected_is_found_first(tmp_path):
     file = tmp_path / "mine.json"
