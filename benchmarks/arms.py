@@ -61,17 +61,28 @@ def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict
             yield Arm(f"{name} {ratio:g}", partial(_forward, inductor, shorter), ratio, model, few)
 
 
+def arm_names(ratios: Sequence[float]) -> list[str]:
+    """Names of :func:`make_arms`, before there is a model."""
+    names = ["transformers", "inductor"]
+    names += [f"earlytom {ratio:g}{spelling}" for ratio in ratios for spelling in ("", " (backend)")]
+    return names + [f"{name} {ratio:g}" for ratio in ratios for name in ("subsampling", "average pooling")]
+
+
 def choose(arms: Iterable[Any], beginnings: Sequence[str]) -> list[Any]:
     """Those of ``arms`` (anything with a name) whose names begin so, in their order; without beginnings, all.
 
     Raises :class:`EarlyTomConfigError` for a beginning that no name has.
     """
     arms = list(arms)
-    names = [arm.name for arm in arms]
+    require_beginnings([arm.name for arm in arms], beginnings)
+    return [arm for arm in arms if arm.name.startswith(tuple(beginnings))] if beginnings else arms
+
+
+def require_beginnings(names: Sequence[str], beginnings: Sequence[str]) -> None:
+    """Raise :class:`EarlyTomConfigError` for a beginning that none of ``names`` has."""
     for beginning in beginnings:
         if not any(name.startswith(beginning) for name in names):
             raise EarlyTomConfigError(f"arms={beginning!r}: no arm begins so; there are {', '.join(names)}.")
-    return [arm for arm in arms if arm.name.startswith(tuple(beginnings))] if beginnings else arms
 
 
 def twin_of(model: Any) -> Any:

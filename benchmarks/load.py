@@ -154,6 +154,11 @@ def make_servers(model: Any, ratios: Sequence[float], options: dict[str, Any]) -
         yield Server(f"earlytom {ratio:g}", twin.generate, ratio, twin)
 
 
+def server_names(ratios: Sequence[float]) -> list[str]:
+    """Names of :func:`make_servers`, before there is a model."""
+    return ["transformers", "inductor", *(f"earlytom {ratio:g}" for ratio in ratios)]
+
+
 def _compiled_generate(model: Any, mode: str | None) -> Callable[..., torch.Tensor]:
     twin = twin_of(model)
     # Each batch size gets code of its own: the fastest it can be, and there are few.

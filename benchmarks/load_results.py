@@ -38,6 +38,14 @@ class Load:
     concurrency: int
     results: list[LoadResult]
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Load":
+        """One of those that :func:`load_to_dict` wrote."""
+        known = {entry.name: content[entry.name] for entry in dataclasses.fields(cls)}
+        names = [entry.name for entry in dataclasses.fields(LoadResult)]
+        results = [LoadResult(**{name: result[name] for name in names}) for result in content["results"]]
+        return cls(**{**known, "results": results})
+
     @property
     def title(self) -> str:
         """What was measured."""

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -46,10 +46,24 @@ class Result:
     floor: Floor | None = None
     failure: str | None = None  # why there was no memory for it; then nothing else counts
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Result":
+        """What ``dataclasses.asdict`` made a dictionary of, which may have more in it by now."""
+        known = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        for name, kind in (("breakdown", Breakdown), ("floor", Floor)):
+            if known.get(name) is not None:
+                known[name] = kind(**known[name])
+        return cls(**known)
+
     @property
     def median(self) -> float:
         """Seconds to the first token."""
         return statistics.median(self.ttft)
+
+    @property
+    def rounds(self) -> int:
+        """How often it was timed."""
+        return len(self.ttft)
 
     @property
     def decode_rate(self) -> float | None:
@@ -77,6 +91,8 @@ def measure(
     decode_tokens: int,
     progress: Progress = lambda text: None,
     caches: str | None = None,
+    earlier: Sequence[Result] = (),
+    save: Callable[[list[Result]], None] = lambda results: None,
 ) -> list[Result]:
     """Call every arm ``2 + repeats`` times, in turn; ``model`` decodes for all of them, without compilation.
 
@@ -84,21 +100,27 @@ def measure(
     another one or an earlier run compiled; None: with those there are. It must last as long as the arms.
 
     An arm that runs out of memory has failed, and the others go on.
+
+    ``save`` gets all results so far after each arm's part of a round. Given back as ``earlier``, they are added to: the
+    first calls are made again, since nothing compiled outlives a process, and the rounds that are missing.
     """
     arms = list(arms)
     device = model.device
-    results = [Result(arm.name, arm.retain_ratio) for arm in arms]
+    before = {result.name: result for result in earlier}
+    results = [before.get(arm.name) or Result(arm.name, arm.retain_ratio) for arm in arms]
     # Every arm compiles the same functions for itself, and Dynamo counts them together.
     with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=256):
         for arm, result in zip(arms, results, strict=True):
             progress(f"{arm.name}: first call")
             with _empty_caches(caches):
                 result.failure = attempt(partial(_warm_up, arm, result, device))
+            save(results)
         for number in range(repeats):
             for arm, result in zip(arms, results, strict=True):
-                if result.failure is None:
+                if result.failure is None and result.rounds <= number:
                     progress(f"round {number + 1} of {repeats}: {arm.name}")
                     result.failure = attempt(partial(_measure_once, model, arm, result, decode_tokens))
+                    save(results)
     return results
 
 
@@ -128,13 +150,13 @@ def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int) -> N
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     seconds, first = timed(arm.first_token, device)
-    result.ttft.append(seconds)
     if on_gpu:
         result.peak_memory = max(result.peak_memory or 0, torch.cuda.max_memory_allocated(device))
     result.recompiles += _graphs() - before
     if decode_tokens:
-        seconds, _ = timed(lambda: decode(model, first, decode_tokens), device)
-        result.decode.append(seconds / decode_tokens)
+        decoding, _ = timed(lambda: decode(model, first, decode_tokens), device)
+        result.decode.append(decoding / decode_tokens)
+    result.ttft.append(seconds)  # last, so that whoever stops the program leaves no half of a round
 
 
 def decode(model: Any, first: First, tokens: int) -> Tensor:
@@ -166,9 +188,9 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 def speeds(results: Sequence[Result], against: str) -> dict[str, float]:
     """How many times faster than the arm called ``against`` each one's median is; nothing if there is none.
 
-    Arms that failed are left out.
+    Arms that failed, or that were not timed yet, are left out.
     """
-    medians = {result.name: result.median for result in results if not result.failure}
+    medians = {result.name: result.median for result in results if not result.failure and result.ttft}
     return {name: medians[against] / median for name, median in medians.items()} if against in medians else {}
 
 

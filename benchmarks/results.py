@@ -56,6 +56,13 @@ class Workload:
     results: list[Result]
     dtype: str = ""
     ceilings: dict[str, float] = field(default_factory=dict)  # operations and bytes a second
+    complete: bool = True  # else somebody stopped it, and it can be gone on with
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Workload":
+        """One of those that :func:`to_dict` wrote."""
+        known = {entry.name: content[entry.name] for entry in dataclasses.fields(cls)}
+        return cls(**{**known, "results": [Result.from_dict(result) for result in content["results"]]})
 
     @property
     def title(self) -> str:
@@ -82,7 +89,7 @@ class Workload:
 
     def video_tokens(self, result: Result) -> int | None:
         """Of a row: positions of the prompt without the words and the newline behind the video."""
-        return None if result.failure else result.cache_tokens - self.prompt_length - 1
+        return None if result.failure or not result.ttft else result.cache_tokens - self.prompt_length - 1
 
     @property
     def breakdown_title(self) -> str:

@@ -59,12 +59,17 @@ def make_inputs(
     scene_frames: int = SCENE_FRAMES,
     redundancy: float = 1.0,
     seed: int = 0,
+    video: Tensor | None = None,
 ) -> Inputs:
-    """``batch`` prompts of one video and ``prompt_length`` words each, on the model's device."""
+    """``batch`` prompts of one video and ``prompt_length`` words each, on the model's device.
+
+    ``video``: its pixels as the model takes them, [frames, 3, H, W], in every row instead of one made up for each.
+    """
     config, generator = model.config, torch.Generator().manual_seed(seed)
     size = config.vision_config.image_size
     look: dict[str, Any] = {"scene_frames": scene_frames, "redundancy": redundancy}
-    videos = torch.stack([make_video(frames, size, generator, **look) for _ in range(batch)])
+    made = [make_video(frames, size, generator, **look) if video is None else video for _ in range(batch)]
+    videos = torch.stack(made)
     high = config.text_config.vocab_size
     words = torch.randint(3, high, (batch, prompt_length), generator=generator)
     special = (words == config.video_token_id) | (words == config.image_token_id)

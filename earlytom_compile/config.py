@@ -19,6 +19,9 @@ from .errors import EarlyTomConfigError
 RELEASED_MAX_WINDOW = 8
 """Window of the released code where ``max_window`` is left None (algorithm.md, stage 1)."""
 
+DEFAULT_MERGE_LAYERS = (6, 21, 23)
+"""Where frames merge in an encoder of 26 layers: 7, 22 and 24 of them are done."""
+
 # Table 8 of the paper: tau_seg and merge layers for a retain ratio; every row has alpha = 0.9.
 _RATIOS = (0.25, 0.20, 0.15, 0.10)
 _TABLE_8: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
@@ -37,6 +40,8 @@ _TABLE_8: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
     "videomme-0.5b": ((0.6, (8, 21, 23)), (0.5, (8, 21, 23)), (0.4, (8, 21, 23)), (0.3, (8, 21, 23))),
 }
 PRESETS = tuple(_TABLE_8)
+NOT_YET = ("inner_layer", "inner_drop_ratio")
+"""Fields that do nothing yet: any value but their default is an error, and no list of options has them."""
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -84,7 +89,9 @@ class EarlyTomConfig:
     strict: bool = False
     """Raise :class:`EarlyTomCompileError` where a call would otherwise run uncompressed with a warning."""
     preset: str | None = None
-    """A row of Table 8, such as ``"videomme"`` or ``"videomme-0.5b"``; explicit options win over it."""
+    """A row of Table 8, such as ``"videomme"`` or ``"videomme-0.5b"``, its layers scaled to the depth; explicit
+    options win over it."""
+    _preset_layers = False  # no option: whether merge_layers are those of Table 8, which are meant for 26 layers
 
     def __post_init__(self) -> None:
         _require_number("retain_ratio", self.retain_ratio, 0 < _float(self.retain_ratio) <= 1, "in (0, 1]")
@@ -100,10 +107,10 @@ class EarlyTomConfig:
         if self.mode is not None:
             _require_choice("mode", self.mode, _MODES)
         _require_choice("static_selection", self.static_selection, ("auto", "device", "host"))
-        if self.inner_layer is not None:
-            raise _bad("inner_layer", self.inner_layer, "None: merging inside the language model is not available")
-        drop = _float(self.inner_drop_ratio)
-        _require_number("inner_drop_ratio", self.inner_drop_ratio, 0 <= drop < 1, "in [0, 1)")
+        for name in NOT_YET:
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default:
+                raise _bad(name, value, f"{default!r}: merging inside the language model is not available yet")
         for name in ("strict", "compile_llm"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False")
@@ -114,24 +121,29 @@ class EarlyTomConfig:
             if self.tau_seg == type(self).tau_seg and self.merge_layers is None:
                 for name, value in row.items():
                     object.__setattr__(self, name, value)
+                object.__setattr__(self, "_preset_layers", True)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> "EarlyTomConfig":
         """Build a config from ``options=``; unknown keys and bad values raise :class:`EarlyTomConfigError`."""
         options = {key: value for key, value in (options or {}).items() if value is not None}
-        valid = [field.name for field in dataclasses.fields(cls)]
+        fields = [field.name for field in dataclasses.fields(cls)]
+        valid = [name for name in fields if name not in NOT_YET]
         for key in options:
-            if key not in valid:
+            if key not in fields:
                 near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise EarlyTomConfigError(f"unknown option {key!r}{hint} Valid options: {', '.join(valid)}.")
-        if "preset" in options:
-            options = {**_preset(options["preset"], options.get("retain_ratio", cls.retain_ratio)), **options}
-        return cls(**options)
+        if "preset" not in options:
+            return cls(**options)
+        row = _preset(options["preset"], options.get("retain_ratio", cls.retain_ratio))
+        config = cls(**{**row, **options})
+        object.__setattr__(config, "_preset_layers", "merge_layers" not in options)
+        return config
 
     def resolve_merge_layers(self, num_layers: int) -> tuple[int, ...]:
         """The merge layers of an encoder of ``num_layers`` layers; raises if one does not exist."""
-        if self.merge_layers is not None:
+        if self.merge_layers is not None and not self._preset_layers:
             missing = [layer for layer in self.merge_layers if layer >= num_layers]
             if missing:
                 raise EarlyTomConfigError(
@@ -139,11 +151,8 @@ class EarlyTomConfig:
                     f"has layers 0 to {num_layers - 1}. Choose from those, or leave merge_layers=None."
                 )
             return self.merge_layers
-        if num_layers in (26, 27):
-            return (6, 21, 23)
-        # The same shares of the depth: 7, 22 and 24 of 26 layers are done when frames merge.
-        scaled = {round(done * num_layers / 26) - 1 for done in (7, 22, 24)}
-        return tuple(sorted({min(max(layer, 0), num_layers - 2) for layer in scaled if num_layers > 1}))
+        layers = self.merge_layers or DEFAULT_MERGE_LAYERS
+        return layers if num_layers in (26, 27) else _scaled(layers, num_layers)
 
     def token_budget(self, frames: int, tokens: int) -> int:
         """K = max(1, round(r·F·P)): tokens a video keeps, except under ``released`` (Eq. 5, made exact)."""
@@ -173,6 +182,12 @@ class EarlyTomConfig:
     def similarity_band(self, frames: int) -> int:
         """How many frames back similarities are needed: no segment is longer than its window."""
         return max(1, (min(self.window(), frames) if self.window() else frames) - 1)
+
+
+def _scaled(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """Layers of 26, moved to where the same share of the depth is done; never behind the last layer but one."""
+    scaled = {round((layer + 1) * num_layers / 26) - 1 for layer in layers}
+    return tuple(sorted({min(max(layer, 0), num_layers - 2) for layer in scaled if num_layers > 1}))
 
 
 def _preset(name: Any, ratio: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
+from earlytom_compile.config import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
         {"static_selection": "gpu"},
         {"inner_layer": 18},
         {"inner_drop_ratio": 1.0},
+        {"inner_drop_ratio": 0.3},
         {"strict": 1},
         {"preset": "imagenet"},
         {"preset": "videomme", "retain_ratio": 0.3},
@@ -68,6 +70,37 @@ def test_presets_are_table_8_and_explicit_options_win():
     mixed = EarlyTomConfig.from_options({"preset": "mvbench", "retain_ratio": 0.1, "tau_seg": 0.6})
     assert (mixed.tau_seg, mixed.merge_layers) == (0.6, (8, 14, 20))
     assert EarlyTomConfig.from_options({"preset": "mvbench-0.5b"}).merge_layers == (8, 21, 23)
+
+
+def test_options_that_do_nothing_yet_are_not_offered():
+    with pytest.raises(EarlyTomConfigError) as refused:
+        EarlyTomConfig.from_options({"inner_drop": 0.1})
+    assert "inner" not in str(refused.value).replace("'inner_drop'", "")
+    assert EarlyTomConfig.from_options({"inner_layer": None, "inner_drop_ratio": 0.5}) == EarlyTomConfig()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("layers", [1, 2, 8, 12, 26, 27, 52])
+def test_presets_move_their_layers_to_the_same_share_of_the_depth(preset, layers):
+    config = EarlyTomConfig(preset=preset, retain_ratio=0.1)
+    chosen = config.resolve_merge_layers(layers)
+    assert chosen == EarlyTomConfig.from_options({"preset": preset, "retain_ratio": 0.1}).resolve_merge_layers(layers)
+    if layers in (26, 27):
+        assert chosen == config.merge_layers
+        return
+    assert list(chosen) == sorted(set(chosen)) and all(0 <= layer < layers - 1 for layer in chosen)
+    # No layer is further from its share than rounding, or the last place where merging helps, makes it.
+    for layer in config.merge_layers:
+        share = (layer + 1) / 26 * layers
+        assert layers == 1 or min(abs(min(max(share, 1), layers - 1) - (there + 1)) for there in chosen) <= 0.5
+
+
+def test_the_callers_own_layers_are_never_moved():
+    given = {"preset": "videomme", "retain_ratio": 0.1, "merge_layers": (10, 21, 23)}  # those of the preset, even
+    for config in (EarlyTomConfig.from_options(given), EarlyTomConfig(**given)):
+        assert config.resolve_merge_layers(30) == (10, 21, 23)
+        with pytest.raises(EarlyTomConfigError, match="layer 10 does not exist"):
+            config.resolve_merge_layers(8)
 
 
 def test_budget_and_floor():

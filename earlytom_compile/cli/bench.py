@@ -4,111 +4,164 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from ..benchmarks.arms import Arm, choose, make_arms
+from ..benchmarks.arms import Arm, arm_names, choose, make_arms, require_beginnings
 from ..benchmarks.ceilings import Clock, ceilings
 from ..benchmarks.environment import environment
 from ..benchmarks.floor import Work, floor, work_of
+from ..benchmarks.forecast import in_words, measured_piece, one_call, seconds_of
+from ..benchmarks.load import server_names
 from ..benchmarks.measure import Result, measure
-from ..benchmarks.profiling import Trace, profile_arms
+from ..benchmarks.profiling import profile_arms
 from ..benchmarks.results import Workload, tables, to_dict, to_markdown, write_plots
-from ..benchmarks.workload import make_inputs, random_model
+from ..benchmarks.workload import Inputs, make_inputs, random_model
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
+from ..integrations.preprocess import PixelSettings
 from ..shapes import ModelShape, config_of, shape_of
 from .bench_load import check_load, measure_loads
-from .loading import load_model, progress_bars, resolve_device, resolve_dtype
-from .outputs import check_outputs
+from .bench_session import Session
+from .loading import (
+    checked_config,
+    decoded,
+    frames_of,
+    load_model,
+    progress_bars,
+    require_layers,
+    require_weights,
+    resolve_device,
+    resolve_dtype,
+    video_settings,
+)
+from .options import require_effect
+from .outputs import output_console, write_text
+from .resume import check_resume, counted, saved_content, stopped
 from .toolchain import require_toolchain
 
-_FILE_WIDTH = 120  # columns, where nobody watches
+_SHAPES_SETTINGS = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}  # SigLIP's
 _NOT_INDUCTORS = ("transformers", "earlytom")
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Measure every workload, print and write what came out."""
-    _check(arguments)
+    """Look, say how long it takes, measure every workload, print and write what came out."""
+    _check(arguments, options)
     start = time.perf_counter()
-    progress_on, console = Console(stderr=True), Console()
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
-    model = _model(arguments)
-    frame_counts = arguments.frames or ((32,) if arguments.model else (shape_of(arguments.shape).frames,))
-    _require_compiler(arguments, model, options)
-    options = {name: value for name, value in options.items() if name != "retain_ratio"}
-    about, workloads = {**environment(model.device), **_asked(arguments, model)}, []
+    progress_on, console = Console(stderr=True), output_console(arguments)
+    place = resolve_device(arguments.device)
+    require_effect(options, place.type)
+    frame_counts, clips = _frames(arguments, progress_on)
+    about = {**environment(place), **_asked(arguments, options)}
+    saved = saved_content(arguments, about, progress_on)
+    start -= saved.get("seconds", 0.0)
+    _require_compiler(arguments, place, options)
+    with progress_bars(progress_on) as progress:
+        progress.add_task("loading the weights" if arguments.model else "making the model", total=None)
+        model = _model(arguments)
+    session = Session(arguments, model, options, clips, about, start, saved, console, progress_on)
     if arguments.concurrency:
-        measure_loads(arguments, model, options, frame_counts, about, start, console, progress_on)
-        return
-    rates = _ceilings(model, console)
-    for frames in frame_counts:
-        with progress_bars(progress_on) as progress:
-            task = progress.add_task(f"{frames} frames", total=None)
-            results, trace = _measure(
-                arguments,
-                model,
-                options,
-                frames,
-                rates,
-                lambda text, task=task, bar=progress: bar.update(task, description=text),  # type: ignore[misc]
-            )
-        dtype = str(model.dtype).removeprefix("torch.")
-        workloads.append(Workload(frames, arguments.batch, arguments.prompt_length, results, dtype, rates))
-        console.print(*tables(workloads[-1]))
-        about["seconds"] = round(time.perf_counter() - start, 1)
-        plots = _write(arguments, workloads, about)  # now, so that nothing is lost if the next one fails
-        if arguments.trace:
-            path = _trace_path(Path(arguments.trace), frames if len(frame_counts) > 1 else None)
-            path.write_text(json.dumps(trace), encoding="utf-8")
-            console.print(f"wrote {path}")
+        measure_loads(session, frame_counts)
+    else:
+        _measure_all(session, frame_counts)
+    console.print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+def _measure_all(session: Session, frame_counts: Sequence[int]) -> None:
+    """A table for each number of frames; what was measured before is only shown."""
+    arguments, console = session.arguments, session.console
+    with session.bars("what this machine can do"):
+        rates = _ceilings(session.model, console)
+    known = {content["frames"]: Workload.from_dict(content) for content in session.saved.get("workloads", ())}
+    tables_of: dict[int, Workload] = {}  # by frames, in the order of the command
+    plots: list[Path] = []
+
+    def write(last: bool = False) -> None:
+        session.write_json(lambda about: to_dict(list(tables_of.values()), about), last=last)
+
+    try:
+        for frames in frame_counts:
+            before = known.get(frames)
+            if before is not None and _is_done(before, arguments.repeats):
+                tables_of[frames] = before
+            else:
+                earlier = before.results if before else []
+                _measure(session, frames, rates, earlier, tables_of, write, several=len(frame_counts) > 1)
+            console.print(*tables(tables_of[frames]))
+            write(last=frames == frame_counts[-1])
+            plots = _write_documents(session, list(tables_of.values()))
+    except KeyboardInterrupt:
+        raise stopped(arguments, _what_is_there(list(tables_of.values()), arguments.repeats)) from None
     for plot in plots:
         console.print(f"wrote {plot}")
-    console.print(f"{about['seconds']:.0f} s in all")
 
 
-def _require_compiler(arguments: argparse.Namespace, model: Any, options: dict[str, Any]) -> None:
+def _is_done(workload: Workload, repeats: int) -> bool:
+    return workload.complete and all(result.rounds >= repeats for result in workload.measured)
+
+
+def _what_is_there(workloads: Sequence[Workload], repeats: int) -> str:
+    """For somebody who stopped it."""
+    done = sum(workload.complete for workload in workloads)
+    parts = [counted(done, "finished table")] if done else []
+    for workload in workloads:
+        if not workload.complete and any(result.rounds for result in workload.measured):
+            rounds = min(result.rounds for result in workload.measured)
+            parts.append(f"{rounds} of {counted(repeats, 'round')} at {workload.frames} frames")
+    return " and ".join(parts)
+
+
+def _require_compiler(arguments: argparse.Namespace, device: torch.device, options: dict[str, Any]) -> None:
     """Whatever EarlyTom's lowering is, the other arms are Inductor's."""
     ours = bool(arguments.arms) and all(name.startswith(_NOT_INDUCTORS) for name in arguments.arms)
     otherwise = f"--lowering eager --arms {','.join(_NOT_INDUCTORS)}, which compile nothing"
-    require_toolchain(model.device, options if ours else {}, otherwise=otherwise)
+    require_toolchain(device, options if ours else {}, otherwise=otherwise)
 
 
-def _asked(arguments: argparse.Namespace, model: Any) -> dict[str, Any]:
+def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """What the numbers depend on beside the machine."""
     name = {"model": arguments.model} if arguments.model else {"shape": arguments.shape}
+    made_up = {"scene_frames": arguments.scene_frames, "redundancy": arguments.redundancy}
+    names = ("batch", "prompt_length", "decode_tokens", "retain_ratios", "arms", "dtype")
+    load = ("concurrency", "max_batch", "repeats") if arguments.concurrency else ()
     return {
         **name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "scene_frames": arguments.scene_frames,
-        "redundancy": arguments.redundancy,
+        **({"video": arguments.video} if arguments.video else made_up),
+        "asked": {name: getattr(arguments, name) for name in (*names, *load)},
+        "options": options,
     }
 
 
 def _measure(
-    arguments: argparse.Namespace,
-    model: Any,
-    options: dict[str, Any],
+    session: Session,
     frames: int,
     rates: dict[str, float],
-    progress: Callable[[str], None],
-) -> tuple[list[Result], Trace]:
-    """Every arm: timed in turn, then one call each under the profiler, and its floor."""
-    inputs = make_inputs(
-        model,
-        frames=frames,
-        batch=arguments.batch,
-        prompt_length=arguments.prompt_length,
-        scene_frames=arguments.scene_frames,
-        redundancy=arguments.redundancy,
-    )
-    arms = choose(make_arms(model, inputs, arguments.retain_ratios, options), arguments.arms)
-    with tempfile.TemporaryDirectory(prefix="earlytom-bench-") as caches:
+    earlier: Sequence[Result],
+    tables_of: dict[int, Workload],
+    write: Callable[[], None],
+    several: bool,
+) -> None:
+    """Every arm: timed in turn, then one call each under the profiler, and its floor.
+
+    ``tables_of[frames]`` has what there is from the first call on, and ``write`` is called after each.
+    """
+    arguments, model = session.arguments, session.model
+    dtype = str(model.dtype).removeprefix("torch.")
+    inputs = make_inputs(model, frames=frames, batch=arguments.batch, **session.look(frames))
+    arms = choose(make_arms(model, inputs, arguments.retain_ratios, session.options), arguments.arms)
+
+    def save(results: list[Result], complete: bool = False) -> None:
+        tables_of[frames] = Workload(
+            frames, arguments.batch, arguments.prompt_length, results, dtype, rates, complete=complete
+        )
+        write()
+
+    with session.bars(f"{frames} frames") as progress, tempfile.TemporaryDirectory(prefix="earlytom-bench-") as caches:
+        _say_how_long(session, arms, inputs, frames, progress)
         results = measure(
             model,
             arms,
@@ -116,14 +169,41 @@ def _measure(
             decode_tokens=arguments.decode_tokens,
             progress=progress,
             caches=caches,
+            earlier=earlier,
+            save=save,
         )
         able = [arm for arm, result in zip(arms, results, strict=True) if not result.failure]
         breakdowns, trace = profile_arms(model, able, progress)
     for arm, result in zip(arms, results, strict=True):
         result.breakdown = breakdowns.get(arm.name)
         if rates and not result.failure:
-            result.floor = floor(_work(model, arm, result, arguments.batch, options), rates)
-    return results, trace
+            result.floor = floor(_work(model, arm, result, arguments.batch, session.options), rates)
+    save(results, complete=True)
+    if arguments.trace:
+        path = _trace_path(Path(arguments.trace), frames if several else None)
+        write_text(path, json.dumps(trace))
+        session.console.print(f"wrote {path}")
+
+
+def _say_how_long(
+    session: Session, arms: Sequence[Arm], inputs: Inputs, frames: int, progress: Callable[[str], None]
+) -> None:
+    progress("one call to see how long all takes")
+    piece = measured_piece(session.model, inputs)
+    if piece is None:
+        return
+    arguments = session.arguments
+    seconds = seconds_of(
+        arms,
+        piece,
+        frames=frames,
+        repeats=arguments.repeats,
+        decode_tokens=arguments.decode_tokens,
+        layers=session.layers,
+        lowering=session.options.get("lowering", "staged"),
+    )
+    calls = f"{counted(len(arms), 'arm')}, a first call and {counted(arguments.repeats, 'round')} of each"
+    session.say(f"{frames} frames: {calls}, {in_words(seconds)}{one_call(piece)}")
 
 
 def _ceilings(model: Any, console: Console) -> dict[str, float]:
@@ -151,6 +231,22 @@ def _trace_path(path: Path, frames: int | None) -> Path:
     return path if frames is None else path.with_stem(f"{path.stem}-{frames}-frames")
 
 
+def _frames(arguments: argparse.Namespace, progress_on: Console) -> tuple[tuple[int, ...], dict[int, torch.Tensor]]:
+    """The numbers of frames, and the video's pixels for each, where one is given: [frames, 3, H, W]."""
+    config = checked_config(arguments.model)[1] if arguments.model else config_of(arguments.shape)
+    default = frames_of(arguments.model) if arguments.model else shape_of(arguments.shape).frames
+    if not arguments.video:
+        return arguments.frames or (default,), {}
+    size = config.vision_config.image_size
+    settings = video_settings(arguments.model) if arguments.model else _SHAPES_SETTINGS
+    pixels = PixelSettings.from_settings({"size": {"height": size, "width": size}, **settings})
+    clips = {}
+    for frames in arguments.frames or (None,):
+        clip = decoded(arguments.video, pixels, frames, default, progress_on)
+        clips[len(clip)] = clip
+    return tuple(clips), clips
+
+
 def _model(arguments: argparse.Namespace) -> Any:
     if arguments.model:
         return load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
@@ -159,7 +255,7 @@ def _model(arguments: argparse.Namespace) -> Any:
     return random_model(config, device=device, dtype=resolve_dtype(arguments.dtype, device, torch.bfloat16))
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     for name in ("batch", "repeats", "prompt_length"):
         if getattr(arguments, name) < 1:
             raise EarlyTomConfigError(f"{name}={getattr(arguments, name)}: must be at least 1.")
@@ -171,16 +267,45 @@ def _check(arguments: argparse.Namespace) -> None:
         check_load(arguments)
         if arguments.trace:
             raise EarlyTomConfigError(f"trace={arguments.trace!r} with --concurrency: calls are traced without load.")
-    bad = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
-    if bad:
-        raise EarlyTomConfigError(f"retain_ratio={bad[0]}: must be in (0, 1].")
-    check_outputs(arguments)
+    for ratio in arguments.retain_ratios:
+        EarlyTomConfig.from_options({**options, "retain_ratio": ratio})
+    config = checked_config(arguments.model)[1] if arguments.model else config_of(arguments.shape)
+    require_layers(config, options)
+    if arguments.model:
+        require_weights(arguments.model)
+    ratios = arguments.retain_ratios
+    require_beginnings(server_names(ratios) if arguments.concurrency else arm_names(ratios), arguments.arms)
+    _refuse_what_does_nothing(arguments, options)
+    check_resume(arguments)
 
 
-def _write(arguments: argparse.Namespace, workloads: list[Workload], about: dict[str, Any]) -> list[Path]:
+def _refuse_what_does_nothing(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Raise :class:`EarlyTomConfigError` for options that the others leave nothing to do for."""
+    given, arms = arguments.given, arguments.arms
+    if arguments.model and "shape" in given:
+        raise EarlyTomConfigError(f"shape={arguments.shape!r} with --model: the checkpoint has a shape; give one.")
+    for name in ("scene_frames", "redundancy"):
+        if arguments.video and name in given:
+            raise EarlyTomConfigError(
+                f"{name}={getattr(arguments, name)} with --video: it is of the synthetic video; give one."
+            )
+    if "max_batch" in given and not arguments.concurrency:
+        raise EarlyTomConfigError(
+            f"max_batch={arguments.max_batch} without --concurrency: there is no queue that makes batches; "
+            "take --batch."
+        )
+    ours = not arms or any(name.startswith("earlytom") or "earlytom".startswith(name) for name in arms)
+    inductors = any(not "transformers".startswith(name) and not name.startswith("transformers") for name in arms)
+    idle = {name for name in options if not ours and not (name == "mode" and inductors)}
+    if idle:
+        raise EarlyTomConfigError(f"{min(idle)} with --arms {','.join(arms)}: none of them takes it.")
+    if "retain_ratios" in given and arms and all(name in ("transformers", "inductor") for name in arms):
+        raise EarlyTomConfigError(f"retain_ratios with --arms {','.join(arms)}: they keep all tokens.")
+
+
+def _write_documents(session: Session, workloads: list[Workload]) -> list[Path]:
     """What was asked for, over what was there; returns the plots."""
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(to_dict(workloads, about), indent=2) + "\n", encoding="utf-8")
+    arguments = session.arguments
     if arguments.markdown:
-        Path(arguments.markdown).write_text(to_markdown(workloads, about), encoding="utf-8")
+        write_text(arguments.markdown, to_markdown(workloads, session.told()))
     return write_plots(workloads, Path(arguments.plot)) if arguments.plot else []

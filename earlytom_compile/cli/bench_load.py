@@ -1,19 +1,18 @@
 """``earlytom bench --concurrency 1,8,32``: the same models with several clients at once, in place of single calls."""
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from ..benchmarks.arms import choose
-from ..benchmarks.load import make_prompts, make_servers, measure_load
+from ..benchmarks.forecast import in_words, load_seconds, measured_piece, one_call
+from ..benchmarks.load import REQUESTS_EACH, Server, make_prompts, make_servers, measure_load
 from ..benchmarks.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
+from ..benchmarks.workload import Inputs
 from ..errors import EarlyTomConfigError
-from .loading import progress_bars
+from .bench_session import Session
+from .outputs import write_text
+from .resume import counted, stopped
 
 
 def check_load(arguments: argparse.Namespace) -> None:
@@ -28,52 +27,69 @@ def check_load(arguments: argparse.Namespace) -> None:
         )
 
 
-def measure_loads(
-    arguments: argparse.Namespace,
-    model: Any,
-    options: dict[str, Any],
-    frame_counts: Sequence[int],
-    about: dict[str, Any],
-    start: float,
-    console: Console,
-    progress_on: Console,
-) -> None:
-    """Measure every number of clients, print and write what came out; ``start`` is when all began."""
-    servers = choose(make_servers(model, arguments.retain_ratios, options), arguments.arms)
-    new_tokens, loads = 1 + arguments.decode_tokens, []
-    for frames in frame_counts:
-        prompts = make_prompts(
-            model,
-            max(arguments.concurrency),
-            frames=frames,
-            prompt_length=arguments.prompt_length,
-            scene_frames=arguments.scene_frames,
-            redundancy=arguments.redundancy,
-        )
-        for clients in arguments.concurrency:
-            with progress_bars(progress_on) as progress:
-                task = progress.add_task(f"{clients} clients", total=None)
-                results = measure_load(
-                    servers,
-                    prompts[:clients],
-                    max_batch=arguments.max_batch,
-                    rounds=arguments.repeats,
-                    new_tokens=new_tokens,
-                    progress=lambda text, task=task, bar=progress: bar.update(task, description=text),  # type: ignore[misc]
-                )
-            loads.append(Load(frames, arguments.prompt_length, new_tokens, arguments.max_batch, clients, results))
-            console.print(load_table(loads[-1]))
-            about["seconds"] = round(time.perf_counter() - start, 1)
-            plots = _write(arguments, loads, about)  # now, so that nothing is lost if the next one fails
+def measure_loads(session: Session, frame_counts: Sequence[int]) -> None:
+    """Measure every number of clients, print and write what came out; what was measured before is only shown."""
+    arguments = session.arguments
+    servers = choose(make_servers(session.model, arguments.retain_ratios, session.options), arguments.arms)
+    known = {(load.frames, load.concurrency): load for load in map(Load.from_dict, session.saved.get("loads", ()))}
+    loads: list[Load] = []
+    plots: list[Path] = []
+    cases = [(frames, clients) for frames in frame_counts for clients in arguments.concurrency]
+    try:
+        for frames, clients in cases:
+            if clients == arguments.concurrency[0]:
+                prompts = make_prompts(session.model, max(arguments.concurrency), frames=frames, **session.look(frames))
+                if any(case not in known for case in cases if case[0] == frames):
+                    _say_how_long(session, servers, prompts[0], frames)
+            loads.append(known.get((frames, clients)) or _measure(session, servers, prompts[:clients], frames))
+            session.console.print(load_table(loads[-1]))
+            session.write_json(lambda about: load_to_dict(loads, about), last=len(loads) == len(cases))
+            plots = _write_documents(session, loads)
+    except KeyboardInterrupt:
+        raise stopped(arguments, counted(len(loads), "finished table") if loads else "") from None
     for plot in plots:
-        console.print(f"wrote {plot}")
-    console.print(f"{about['seconds']:.0f} s in all")
+        session.console.print(f"wrote {plot}")
 
 
-def _write(arguments: argparse.Namespace, loads: list[Load], about: dict[str, Any]) -> list[Path]:
+def _measure(session: Session, servers: Sequence[Server], prompts: Sequence[Inputs], frames: int) -> Load:
+    """One client for each of ``prompts``."""
+    arguments = session.arguments
+    new_tokens = 1 + arguments.decode_tokens
+    with session.bars(f"{len(prompts)} clients") as progress:
+        results = measure_load(
+            servers,
+            prompts,
+            max_batch=arguments.max_batch,
+            rounds=arguments.repeats,
+            new_tokens=new_tokens,
+            progress=progress,
+        )
+    return Load(frames, arguments.prompt_length, new_tokens, arguments.max_batch, len(prompts), results)
+
+
+def _say_how_long(session: Session, servers: Sequence[Server], prompt: Inputs, frames: int) -> None:
+    with session.bars("one call to see how long all takes"):
+        piece = measured_piece(session.model, prompt)
+    if piece is None:
+        return
+    arguments = session.arguments
+    seconds = load_seconds(
+        [server.name for server in servers],
+        piece,
+        requests=REQUESTS_EACH * sum(arguments.concurrency),
+        rounds=arguments.repeats,
+        new_tokens=1 + arguments.decode_tokens,
+        layers=session.layers,
+        lowering=session.options.get("lowering", "staged"),
+    )
+    session.say(
+        f"{frames} frames: {counted(len(servers), 'model')}, {in_words(seconds)} at most{one_call(piece)}"
+    )
+
+
+def _write_documents(session: Session, loads: list[Load]) -> list[Path]:
     """What was asked for, over what was there; returns the plots."""
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(load_to_dict(loads, about), indent=2) + "\n", encoding="utf-8")
+    arguments = session.arguments
     if arguments.markdown:
-        Path(arguments.markdown).write_text(load_to_markdown(loads, about), encoding="utf-8")
+        write_text(arguments.markdown, load_to_markdown(loads, session.told()))
     return write_load_plots(loads, Path(arguments.plot)) if arguments.plot else []

@@ -6,18 +6,23 @@ Draw the videos of a split -> ask about each, with all tokens and with what each
 import argparse
 import functools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-import transformers
 from rich.console import Console
 
 from ..benchmarks.environment import environment
+from ..benchmarks.forecast import compilation, in_words
 from ..errors import EarlyTomConfigError
-from .loading import load_checkpoint, progress_bars
-from .outputs import check_outputs
+from .loading import open_checkpoint, progress_bars
+from .outputs import output_console, write_text
+from .resume import check_resume, counted, saved_content, stopped
 
 _FILE_WIDTH = 130  # columns, where nobody watches
+_MERGING = ("earlytom", "only", "top-k", "random")
+"""Beginnings of methods that merge frames, or look at segments of them."""
+_PIECE = 20  # videos that are timed to say how long all take
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -28,37 +33,96 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         from ..toyworld.model import WEIGHTS
     except ImportError as error:
         raise EarlyTomConfigError(f"{error}: pip install '.[toy]' in the repository brings what it needs.") from error
-    transformers.utils.logging.disable_progress_bar()
-    progress_on, console = Console(stderr=True), Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH, highlight=False)
-    model: Any = load_checkpoint(str(arguments.model or WEIGHTS), device=arguments.device).model
-    arms = evaluate.arms(arguments.retain_ratios)
-    results = []
-    with progress_bars(progress_on) as progress:
-        task = progress.add_task("drawing videos", total=arguments.videos)
-        questions = evaluate.load_questions(
-            arguments.split, arguments.first, arguments.videos, lambda: progress.advance(task)
-        )
-        for name, ratio in arms:
-            task = progress.add_task(name if ratio is None else f"{name}, {ratio:.0%}", total=arguments.videos)
-            answered = functools.partial(progress.advance, task)
-            results.append(evaluate.evaluate(model, questions, name, ratio, options, answered))
+    progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
+    arms = evaluate.arms(arguments.retain_ratios, _methods(arguments))
+    _refuse_what_does_nothing(arguments, options, arms)
+    name = str(arguments.model or WEIGHTS)
+    checkpoint = open_checkpoint(name, device=arguments.device, options=options)
+    about = {**environment(checkpoint.device), **_asked(arguments, options)}
+    saved = saved_content(arguments, about, progress_on)
+    known = {_key(content): evaluate.Result.from_dict(content) for content in saved.get("results", ())}
+    model: Any = checkpoint.load(progress_on).model
+    results: list[Any] = []
+
+    def write(last: bool = False) -> None:
+        if arguments.json and (last or arguments.json != "-"):
+            write_text(arguments.json, json.dumps(report.to_dict(results, questions, about), indent=2) + "\n")
+
+    try:
+        with progress_bars(progress_on) as progress:
+            task = progress.add_task("drawing videos", total=arguments.videos)
+            questions = evaluate.load_questions(
+                arguments.split, arguments.first, arguments.videos, lambda: progress.advance(task)
+            )
+            progress.add_task(f"timing {_PIECE} videos", total=None)
+            _say_how_long(model, questions, [arm for arm in arms if arm not in known], progress_on)
+            for arm in arms:
+                if arm in known:
+                    results.append(known[arm])
+                    continue
+                method, ratio = arm
+                task = progress.add_task(
+                    method if ratio is None else f"{method}, {ratio:.0%}", total=arguments.videos
+                )
+                answered = functools.partial(progress.advance, task)
+                results.append(evaluate.evaluate(model, questions, method, ratio, options, answered))
+                write()
+    except KeyboardInterrupt:
+        rows = f"{len(results)} of {counted(len(arms), 'row')}" if results else ""
+        raise stopped(arguments, rows) from None
     console.print(report.table(results, questions))
-    about = {**environment(model.device), "split": arguments.split, "first video": arguments.first}
-    if arguments.json:
-        content = report.to_dict(results, questions, about)
-        Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write(last=True)
     if arguments.markdown:
-        Path(arguments.markdown).write_text(report.to_markdown(results, questions, about), encoding="utf-8")
+        write_text(arguments.markdown, report.to_markdown(results, questions, about))
     if arguments.plot:
         for path in report.write_plots(results, Path(arguments.plot)):
             console.print(f"wrote {path}")
 
 
+def _key(content: dict[str, Any]) -> tuple[str, float | None]:
+    return content["method"], content["retain_ratio"]
+
+
+def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """What an answer depends on beside the machine and the row."""
+    return {
+        "split": arguments.split,
+        "first video": arguments.first,
+        "videos": arguments.videos,
+        "model": arguments.model or "the one that comes along",
+        "options": options,
+    }
+
+
+def _say_how_long(model: Any, questions: Any, arms: list[tuple[str, float | None]], progress_on: Console) -> None:
+    """A few videos are asked about with all tokens, which costs about what other rows do."""
+    from ..toyworld import evaluate
+
+    few = questions.first(_PIECE)
+    evaluate.evaluate(model, questions.first(1), evaluate.ALL_TOKENS, None)  # the first call is no measure
+    start = time.perf_counter()
+    evaluate.evaluate(model, few, evaluate.ALL_TOKENS, None)
+    row = (time.perf_counter() - start) / len(few.asked) * len(questions.asked)
+    layers = model.config.vision_config.num_hidden_layers
+    seconds = sum(row + compilation(name, layers, "eager") for name, _ in arms if name.startswith("earlytom"))
+    seconds += sum(row for name, _ in arms if not name.startswith("earlytom"))
+    progress_on.print(
+        f"{counted(len(arms), 'row')}, {counted(len(questions.asked), 'video')}: {in_words(seconds)} (measured with "
+        f"{len(few.asked)} of them)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _check(arguments: argparse.Namespace) -> None:
     if not arguments.toy:
         raise EarlyTomConfigError("only the toy world can be evaluated so far: earlytom eval --toy.")
+    if arguments.video:
+        raise EarlyTomConfigError(
+            f"video={arguments.video!r}: right answers are known for the videos that eval draws. What compression "
+            "changes in answers about your own, earlytom run --compare shows for one and earlytom compare for many."
+        )
     if arguments.videos < 1 or arguments.first < 0:
         raise EarlyTomConfigError(
             f"videos={arguments.videos}, first={arguments.first}: at least 1 video, counted from 0."
@@ -66,4 +130,26 @@ def _check(arguments: argparse.Namespace) -> None:
     wrong = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
     if wrong:
         raise EarlyTomConfigError(f"retain_ratios: {wrong[0]} must be in (0, 1].")
-    check_outputs(arguments)
+    if arguments.only_variant and arguments.methods:
+        raise EarlyTomConfigError(
+            f"variant={arguments.only_variant!r} with --methods: give one, such as --methods "
+            f"'earlytom {arguments.only_variant}'."
+        )
+    check_resume(arguments)
+
+
+def _methods(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    return (f"earlytom {arguments.only_variant}",) if arguments.only_variant else arguments.methods
+
+
+def _refuse_what_does_nothing(
+    arguments: argparse.Namespace, options: dict[str, Any], arms: list[tuple[str, float | None]]
+) -> None:
+    """Raise :class:`EarlyTomConfigError` for options that no chosen method takes."""
+    names = ", ".join(dict.fromkeys(name for name, _ in arms))
+    if "retain_ratios" in arguments.given and all(ratio is None for _, ratio in arms):
+        raise EarlyTomConfigError(f"retain_ratios: none of these has a ratio: {names}.")
+    for option in options:
+        takers = ("earlytom",) if option == "max_window" else _MERGING
+        if not any(name.startswith(takers) for name, _ in arms):
+            raise EarlyTomConfigError(f"{option}={options[option]!r}: none of these takes it: {names}.")

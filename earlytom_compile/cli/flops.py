@@ -11,16 +11,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Flops, Protocol, count, implied_encoder, implied_frames, merged_inside
 from ..shapes import ModelShape, shape_of
+from .outputs import output_console, write_text
 
 INNER_LAYER = 18
 """Where HoliTom merges inside the language model, and EarlyTom after it (Table 8, "w. Inner LLM")."""
@@ -97,11 +96,12 @@ class Case:
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Count, print, and write what was printed."""
+    _check(arguments)
     case = _case(arguments, options)
     at_home = not arguments.model and case.protocol == "paper" and case.frames == case.shape.frames
     published = PUBLISHED.get(arguments.shape, {}) if at_home else {}
     rows = methods(case, arguments.retain_ratios, published)
-    console = Console()
+    console = output_console(arguments)
     console.print(_table(case, rows, arguments.model or arguments.shape))
     implied = []
     try:
@@ -112,7 +112,17 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         console.print(_implied_table(case, implied))
     if arguments.json:
         content = _to_dict(case, rows, implied, arguments.model or arguments.shape)
-        Path(arguments.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.json, json.dumps(content, indent=2) + "\n")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.model and "shape" in arguments.given:
+        raise EarlyTomConfigError(f"shape={arguments.shape!r} with --model: the checkpoint has a shape; give one.")
+    if "prompt_length" in arguments.given and arguments.protocol == "paper":
+        raise EarlyTomConfigError(
+            f"prompt_length={arguments.prompt_length} with --protocol paper: it counts no text (Eq. 8); "
+            "take --protocol exact."
+        )
 
 
 def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple[str, float], float]) -> list[Row]:
@@ -172,17 +182,9 @@ def _case(arguments: argparse.Namespace, options: dict[str, Any]) -> Case:
 
 def _shape_of_model(name: str) -> ModelShape:
     """The sizes in ``config.json``; weights are not read."""
-    from transformers import AutoConfig
+    from .loading import checked_config  # which imports torch
 
-    try:
-        config = AutoConfig.from_pretrained(str(Path(name).expanduser()))
-    except (OSError, ValueError) as error:
-        raise EarlyTomConfigError(f"{name!r} has no config.json that transformers can read: {error}") from error
-    if config.model_type != "llava_onevision":
-        raise EarlyTomConfigError(
-            f"{name!r} is of the family {config.model_type!r}: only 'llava_onevision' is counted."
-        )
-    return ModelShape.from_config(config)
+    return ModelShape.from_config(checked_config(name)[1])
 
 
 def _implied(case: Case, published: Mapping[tuple[str, float], float]) -> list[tuple[str, dict[str, Any]]]:

@@ -1,28 +1,50 @@
 """A checkpoint, a video and a question -> a model and its inputs, with errors a user can act on.
 
-loaded = load_checkpoint("path/or/hub-id", device="auto", dtype="auto")
-inputs = prepare_inputs(loaded, "jobs.mp4", "What happens?", frames=32, progress_on=console)
+checkpoint = open_checkpoint("path/or/hub-id", device="auto", dtype="auto")     # weights are looked at, not read
+inputs = prepare_inputs(checkpoint, "jobs.mp4", "What happens?", frames=None, progress_on=console)
+loaded = checkpoint.load(console)
 loaded.model.generate(**inputs)
+
+Reading the weights of a large model takes a minute: whatever else can be wrong is found before.
 """
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import safetensors
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
-from ..integrations.preprocess import Processor, conversation, frame_resizer, load_processor, torchvision_works
+from ..integrations.generate import _layers_that_count
+from ..integrations.preprocess import (
+    PixelSettings,
+    Processor,
+    conversation,
+    frame_resizer,
+    load_processor,
+    torchvision_works,
+)
+from .options import require_effect
+from .progress import progress_bars
 
 Inputs = dict[str, torch.Tensor]
 """``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]."""
 
 FAMILY = "llava_onevision"
+FRAMES = 32
+"""Frames of a video where the checkpoint does not say how many it was made for: the paper's, and LLaVA-OneVision's."""
+_WEIGHTS = "model.safetensors"
+_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -31,45 +53,82 @@ class Loaded:
 
     model: Any
     processor: Processor
+    frames: int = FRAMES
+    """How many frames a video has unless the user says so."""
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
 
-def load_checkpoint(name: str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """Load a LLaVA-OneVision checkpoint folder or Hub id with transformers' own code.
 
-    Raises :class:`EarlyTomConfigError` if there is none, or if it is of another family or incomplete.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says without its weights, and where the model is going to be."""
+
+    name: str
+    config: Any
+    processor: Processor
+    device: torch.device
+    dtype: torch.dtype
+    frames: int
+    """As in :class:`Loaded`."""
+
+    def load(self, progress_on: Console) -> Loaded:
+        """Read the weights; raises :class:`EarlyTomConfigError` where that fails."""
+        with progress_bars(progress_on) as progress:
+            progress.add_task("loading the weights", total=None)
+            return Loaded(_read_weights(self.name, self.device, self.dtype), self.processor, self.frames)
+
+
+def open_checkpoint(
+    name: str, *, device: str = "auto", dtype: str = "auto", options: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Look at a LLaVA-OneVision checkpoint folder or Hub id, with transformers' own code.
+
+    Raises :class:`EarlyTomConfigError` if there is none, if it is of another family, incomplete or damaged, and if
+    ``options``, those of :func:`earlytom_compile.compile`, name layers that its encoder does not have or what the
+    device has no use for.
     """
-    name = _checked(name)
+    place, (name, config) = resolve_device(device), checked_config(name)
+    require_effect(options or {}, place.type)
+    require_layers(config, options or {})
+    require_weights(name)
     try:
         processor = load_processor(name)
-    except (OSError, ValueError) as error:
-        raise EarlyTomConfigError(f"the processor of {name!r} cannot be loaded: {error}") from error
-    return Loaded(load_model(name, device=device, dtype=dtype), processor)
+    except EarlyTomConfigError:
+        raise
+    except Exception as error:  # a broken tokenizer.json raises Exception itself
+        raise EarlyTomConfigError(f"the processor of {name!r} cannot be loaded: {_first_line(error)}") from error
+    known = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return Checkpoint(name, config, processor, place, resolve_dtype(dtype, place, known), frames_of(name))
+
+
+def load_checkpoint(
+    name: str, *, device: str = "auto", dtype: str = "auto", options: Mapping[str, Any] | None = None
+) -> Loaded:
+    """All of a checkpoint at once; raises as :func:`open_checkpoint` and its ``load`` do."""
+    return open_checkpoint(name, device=device, dtype=dtype, options=options).load(Console(stderr=True))
 
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Any:
     """Only the model of a checkpoint, which needs no tokenizer; raises as :func:`load_checkpoint` does."""
-    place, name = resolve_device(device), _checked(name)
-    torchvision_works()
-    from transformers import LlavaOnevisionForConditionalGeneration
-
-    try:
-        model: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(name)
-    except OSError as error:
-        raise EarlyTomConfigError(f"{name!r} cannot be loaded: {error}") from error
-    return model.to(place, resolve_dtype(dtype, place, model.dtype)).eval()
+    place, (name, config) = resolve_device(device), checked_config(name)
+    require_weights(name)
+    known = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return _read_weights(name, place, resolve_dtype(dtype, place, known))
 
 
 def prepare_inputs(
-    loaded: Loaded,
+    loaded: Loaded | Checkpoint,
     video: str | Path,
     question: str,
     *,
     frames: int | None,
-    default_frames: int = 32,
+    default_frames: int = FRAMES,
     progress_on: Console,
 ) -> Inputs:
     """Decode ``frames`` frames and make the model's inputs on its device, with a progress bar.
@@ -90,38 +149,181 @@ def prepare_inputs(
     inputs = loaded.processor(text=prompt, videos=clip.pixels, return_tensors="pt")
     names = ("input_ids", "attention_mask", "pixel_values_videos")
     moved = {name: inputs[name].to(loaded.device) for name in names}
-    moved["pixel_values_videos"] = moved["pixel_values_videos"].to(loaded.model.dtype)
+    moved["pixel_values_videos"] = moved["pixel_values_videos"].to(loaded.dtype)
     return moved
 
 
-def progress_bars(console: Console) -> Progress:
-    """Bars that vanish when done; none where nobody watches."""
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
+def decoded(
+    video: str | Path, pixels: PixelSettings, frames: int | None, default_frames: int, progress_on: Console
+) -> torch.Tensor:
+    """A video's pixels as a model takes them, float32 [F, 3, H, W], for what needs no processor."""
+    from ..integrations.video import read_video
+
+    def resize(frame: np.ndarray) -> np.ndarray:
+        return pixels.resized(frame[None])[0].permute(1, 2, 0).contiguous().numpy()
+
+    with progress_bars(progress_on) as progress:
+        task = progress.add_task("decoding the video", total=None)
+
+        def advance(done: int, of: int) -> None:
+            progress.update(task, completed=done, total=of)
+
+        clip = read_video(video, frames, default=default_frames, resize=resize, progress=advance)
+    return pixels.apply(clip.pixels)
 
 
-def _checked(name: str) -> str:
-    """The name without ~; looks at config.json before anything large is read."""
+def ask_again(loaded: Loaded | Checkpoint, inputs: Inputs, question: str) -> Inputs:
+    """Inputs for another ``question`` about the only video of ``inputs``, which is not decoded again."""
+    videos = inputs["pixel_values_videos"]
+    prompt = loaded.processor.apply_chat_template(conversation(question), add_generation_prompt=True)
+    blank = np.zeros((videos.shape[1], 2, 2, 3), np.uint8)  # as many tokens as any video of so many frames
+    encoded = loaded.processor(text=prompt, videos=blank, return_tensors="pt")
+    words = {name: encoded[name].to(loaded.device) for name in ("input_ids", "attention_mask")}
+    return {**words, "pixel_values_videos": videos}
+
+
+def require_question(question: str) -> None:
+    """Raise :class:`EarlyTomConfigError` for what cannot be asked."""
+    if not question.strip():
+        raise EarlyTomConfigError(f"prompt={question!r}: must be a question, such as 'What happens in the video?'.")
+    for token in ("<video>", "<image>"):
+        if token in question:
+            raise EarlyTomConfigError(
+                f"prompt={question!r}: {token} stands for the video itself, which goes before the question by itself."
+            )
+
+
+def require_layers(config: Any, options: Mapping[str, Any]) -> None:
+    """Raise :class:`EarlyTomConfigError` where ``options`` name encoder layers that ``config`` does not have."""
+    layers = _layers_that_count(SimpleNamespace(config=config))
+    if layers is not None:
+        EarlyTomConfig.from_options(options).resolve_merge_layers(layers)
+
+
+def video_settings(name: str) -> dict[str, Any]:
+    """What a checkpoint says about videos, from the file in which transformers looks for it; empty if there is none."""
+    return (
+        _json_of(name, "processor_config.json").get("video_processor")
+        or _json_of(name, "video_preprocessor_config.json")
+        or _json_of(name, "preprocessor_config.json")
+    )
+
+
+def frames_of(name: str) -> int:
+    """How many frames a checkpoint was made for, where it says so in ``num_frames``, transformers' name for it."""
+    frames = video_settings(name).get("num_frames")
+    return frames if isinstance(frames, int) and frames > 0 else FRAMES
+
+
+def checked_config(name: str) -> tuple[str, Any]:
+    """The name without ~, and the ``LlavaOnevisionConfig`` in config.json, before anything large is read."""
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     local = Path(name)
-    if not local.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    beside = len(local.parts) == 2 and local.parent.is_dir()  # a folder called like an owner: it is a path
+    if not local.is_dir() and (beside or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)):
         raise EarlyTomConfigError(f"no checkpoint folder at {name!r}: give a folder or a Hub id (owner/name).")
     if local.is_dir() and not (local / "config.json").is_file():
         raise EarlyTomConfigError(f"{name!r} is no checkpoint folder: it has no config.json.")
     try:
         file = cached_file(name, "config.json")
-        family = json.loads(Path(str(file)).read_text(encoding="utf-8")).get("model_type")
+        content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        family = content.get("model_type")
     except OSError as error:
         raise EarlyTomConfigError(
-            f"{name!r} is neither a folder here nor a checkpoint the Hugging Face Hub gives out: {error}"
+            f"{name!r} is neither a folder here nor a checkpoint the Hugging Face Hub gives out: {_first_line(error)}"
         ) from error
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise EarlyTomConfigError(f"config.json of {name!r} is not valid JSON: {error}.") from error
     if family != FAMILY:
         raise EarlyTomConfigError(
             f"{name!r} is a checkpoint of the family {family!r}: only {FAMILY!r} is supported, such as "
             "llava-hf/llava-onevision-qwen2-0.5b-ov-hf."
         )
-    return name
+    torchvision_works()
+    from transformers import LlavaOnevisionConfig
+
+    try:
+        return name, LlavaOnevisionConfig.from_dict(content)
+    except Exception as error:  # whatever transformers meets in values that it did not expect
+        raise EarlyTomConfigError(f"config.json of {name!r} cannot be read: {_first_line(error)}") from error
+
+
+def require_weights(name: str) -> None:
+    """Raise :class:`EarlyTomConfigError` where files of a folder's weights are missing or cut off.
+
+    Only headers are read. What is on the Hub arrives whole, or transformers says why not.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    index = folder / f"{_WEIGHTS}.index.json"
+    if (folder / _WEIGHTS).is_file():
+        files = [_WEIGHTS]
+    elif index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise EarlyTomConfigError(f"{str(index)!r} is no index of weights: {error!r}.") from error
+    elif list(folder.glob("pytorch_model*.bin*")):
+        return
+    else:
+        raise EarlyTomConfigError(f"{name!r} has no weights: neither {_WEIGHTS} nor an index of its parts is there.")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise EarlyTomConfigError(
+            f"{name!r} cannot be loaded: {len(missing)} of its {len(files)} files of weights are missing "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); download the rest."
+        )
+    for file in files:
+        _require_whole(folder / file)
+
+
+def _require_whole(file: Path) -> None:
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS)) == _LFS:
+            raise EarlyTomConfigError(f"{str(file)!r} only points to the weights: fetch them with 'git lfs pull'.")
+    try:
+        with safetensors.safe_open(file, framework="pt"):
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise EarlyTomConfigError(
+            f"{str(file)!r} is damaged ({_first_line(error)}): a file that was cut off, perhaps; download it again."
+        ) from error
+
+
+def _read_weights(name: str, place: torch.device, dtype: torch.dtype) -> Any:
+    torchvision_works()
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    logging.disable_progress_bar()  # there is one of ours
+    try:
+        model, found = LlavaOnevisionForConditionalGeneration.from_pretrained(name, output_loading_info=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an index of parts, say, without a key that transformers takes for granted
+        raise EarlyTomConfigError(f"{name!r} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers fills them with random numbers
+        raise EarlyTomConfigError(
+            f"{name!r} cannot be loaded: its weights lack {len(missing)} tensors that config.json asks for, such as "
+            f"{missing[0]}."
+        )
+    return model.to(place, dtype).eval()
+
+
+def _json_of(name: str, file: str) -> dict[str, Any]:
+    """A JSON object of the checkpoint, empty where there is none."""
+    try:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError) as error:
+        raise EarlyTomConfigError(f"{file} of {name!r} cannot be read: {_first_line(error)}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    said = repr(error) if isinstance(error, KeyError) else str(error).strip()  # of the latter, str is only the key
+    return next(iter(said.splitlines()), type(error).__name__)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -5,15 +5,25 @@ Only the parser lives here. What a command needs (torch, transformers) is import
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
+import os
+import platform
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomError
 from .options import add_config_flags, given_options
+from .parser import CommandParser
+
+_BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
+# What torch's profiler says about itself; both are read when torch is imported, and what somebody set stays.
+_QUIET_PROFILER = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,21 +31,64 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         options = given_options(arguments)
-        command = importlib.import_module(f".{arguments.command}", __package__)
-        command.execute(arguments, options)
+        with _plain_warnings(arguments.command):
+            _command(arguments).execute(arguments, options)
     except EarlyTomError as error:
         print(f"earlytom {arguments.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        said = f": {stopped}" if str(stopped) else "."
+        print(f"\nearlytom {arguments.command}: stopped{said}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Nobody reads any more, as in `earlytom flops | head`; Python would try once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+@contextlib.contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """Our own warnings are for people: without the place in the code, as errors are."""
+    usual = warnings.formatwarning
+
+    def formatted(message: Any, category: type[Warning], *place: Any) -> str:
+        ours = category.__module__ == EarlyTomError.__module__
+        return f"earlytom {command}: warning: {message}\n" if ours else usual(message, category, *place)
+
+    warnings.formatwarning = formatted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _command(arguments: argparse.Namespace) -> Any:
+    """The command's module, whose imports take long, once what it is to write to has been tried."""
+    from rich.console import Console
+
+    from .outputs import check_outputs
+    from .progress import progress_bars
+
+    if arguments.command == "bench":
+        for name, value in _QUIET_PROFILER.items():
+            os.environ.setdefault(name, value)
+    console = Console(stderr=True, quiet=getattr(arguments, "quiet", False))
+    with progress_bars(console) as progress:
+        progress.add_task("importing torch and transformers", total=None)
+        check_outputs(arguments)  # needs neither
+        return importlib.import_module(f".{arguments.command}", __package__)
+
+
+def build_parser() -> CommandParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="earlytom", description="Video-LLMs that compress their video tokens inside the vision encoder."
+    parser = CommandParser(
+        prog="earlytom",
+        description="Video-LLMs that compress their video tokens inside the vision encoder.",
+        epilog="earlytom COMMAND --help tells more about one of them.",
+        chooses=True,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="compare full and compressed answers, with what comes along"))
     _add_run(commands.add_parser("run", help="ask a LLaVA-OneVision checkpoint about a video"))
@@ -46,31 +99,54 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_demo(parser: argparse.ArgumentParser) -> None:
+class _Version(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        ours, *others = (f"{name} {_version(name)}" for name in ("earlytom-compile", "torch", "transformers"))
+        print(f"{ours} ({', '.join(others)}, Python {platform.python_version()})")
+        parser.exit()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add_demo(parser: CommandParser) -> None:
     parser.description = (
         "Draws a short video, asks questions with the full and with the compressed model, and shows the difference. "
         "The model is a small LLaVA-OneVision that was trained on such videos and comes along."
     )
     parser.add_argument("--save", metavar="FOLDER", help="keep checkpoint and video there (default: thrown away)")
-    _add_frames(parser, 8)
+    parser.add_rare("--frames", type=int, default=8, metavar="N", help="frames taken from the video (%(default)s)")
     _add_max_new_tokens(parser, 16)
     _add_repeats(parser)
     add_config_flags(parser, retain_ratio=0.1)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Asks a LLaVA-OneVision checkpoint about a video, with compressed video tokens."
+def _add_run(parser: CommandParser) -> None:
+    parser.description = (
+        "Asks a LLaVA-OneVision checkpoint about a video, with compressed video tokens. With several videos, each is "
+        "one of its own; with several questions, each is asked about each video, and none knows of the others."
+    )
     _add_model(parser, required=True, fallback="")
-    parser.add_argument("--video", required=True, metavar="FILE", help="any video FFmpeg can read")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    parser.add_argument(
+        "--video", required=True, action="append", metavar="FILE", help="any video FFmpeg can read; may be repeated"
+    )
+    parser.add_argument(
+        "--prompt", required=True, action="append", metavar="TEXT", help="the question; may be repeated"
+    )
     _add_frames(parser)
-    _add_max_new_tokens(parser, 64)
     parser.add_argument("--compare", action="store_true", help="answer with the full model too, and compare")
-    _add_repeats(parser)
+    parser.add_argument("--quiet", action="store_true", help="print answers, warnings and errors alone")
+    _add_json(parser, "answers, tokens, frames, times and options", alone=True)
+    _add_max_new_tokens(parser, 64)
+    _add_repeats(parser, "timed runs of each model, with --compare (%(default)s)")
     add_config_flags(parser)
 
 
-def _add_explain(parser: argparse.ArgumentParser) -> None:
+def _add_explain(parser: CommandParser) -> None:
     parser.description = (
         "Makes one compressed call and prints what matched, what was inserted, what was left alone and why."
     )
@@ -80,20 +156,21 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)
 
 
-def _add_bench(parser: argparse.ArgumentParser) -> None:
+def _add_bench(parser: CommandParser) -> None:
     parser.description = (
         "Times the way to the first token and decoding behind it: transformers, Inductor, EarlyTom in both "
         "spellings, and fewer frames in two trivial ways, all in turn in one process; then one call of each under a "
-        "profiler, for where the time goes. The video is synthetic; how far its frames merge is printed beside every "
-        "row."
+        "profiler, for where the time goes. The video is synthetic unless one is given; how far its frames merge is "
+        "printed beside every row."
     )
     _add_model(parser, required=False, fallback="")
     parser.add_argument(
         "--shape", default="cpu-small", metavar="NAME", help="random weights in this shape (%(default)s)"
     )
-    parser.add_argument("--frames", type=_numbers(int), metavar="N,N", help="one table each (default: the shape's)")
-    parser.add_argument("--batch", type=int, default=1, help="prompts, one video each (%(default)s)")
-    parser.add_argument("--prompt-length", type=int, default=32, help="words beside the video (%(default)s)")
+    parser.add_argument("--video", metavar="FILE", help="a video, in every row of a batch, instead of a synthetic one")
+    parser.add_argument(
+        "--frames", type=_numbers(int), metavar="N,N", help="one table each (default: the model's, or the shape's)"
+    )
     _add_retain_ratios(parser, (0.1,), "EarlyTom's")
     parser.add_argument(
         "--arms",
@@ -102,30 +179,39 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,NAME",
         help="measure only arms whose names begin so, such as transformers,earlytom (default: all)",
     )
-    parser.add_argument(
+    _add_json(parser, "every single number, after every round")
+    _add_resume(parser, "what is in the file of --json is not measured again")
+    parser.add_rare("--batch", type=int, default=1, metavar="N", help="prompts, one video each (%(default)s)")
+    parser.add_rare(
+        "--prompt-length", type=int, default=32, metavar="N", help="words beside the video (%(default)s)"
+    )
+    parser.add_rare(
         "--scene-frames", type=int, default=4, metavar="N", help="frames of a scene; 4 alike merge to 3 (%(default)s)"
     )
-    parser.add_argument(
+    parser.add_rare(
         "--redundancy",
         type=float,
         default=1.0,
+        metavar="SHARE",
         help="share of a frame that is its scene; 1: scenes stand still; less noise is not always more merging "
         "(%(default)s)",
     )
-    parser.add_argument("--decode-tokens", type=int, default=8, help="tokens decoded behind the first (%(default)s)")
+    parser.add_rare(
+        "--decode-tokens", type=int, default=8, metavar="N", help="tokens decoded behind the first (%(default)s)"
+    )
     _add_repeats(parser)
-    parser.add_argument(
+    parser.add_rare(
         "--concurrency", type=_numbers(int), metavar="C,C", help="measure load instead: so many clients, one table each"
     )
-    parser.add_argument("--max-batch", type=int, default=8, help="most requests of a call under load (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write every single number there")
-    parser.add_argument("--markdown", metavar="FILE", help="write the tables there")
-    parser.add_argument("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
-    parser.add_argument("--trace", metavar="FILE", help="write a Chrome trace of one call of every arm there")
+    parser.add_rare(
+        "--max-batch", type=int, default=8, metavar="N", help="most requests of a call under load (%(default)s)"
+    )
+    _add_documents(parser, "the tables")
+    parser.add_rare("--trace", metavar="FILE", help="write a Chrome trace of one call of every arm there")
     add_config_flags(parser, leave_out=("retain_ratio",))
 
 
-def _add_flops(parser: argparse.ArgumentParser) -> None:
+def _add_flops(parser: CommandParser) -> None:
     parser.description = (
         "Counts what a prefill costs with all tokens, with EarlyTom and with other methods, the way the paper counts "
         "or the way torch does. Nothing is run."
@@ -135,33 +221,47 @@ def _add_flops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, metavar="N", help="frames of the video (default: the shape's usual)")
     _add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens that reach the language model")
     parser.add_argument("--protocol", choices=("paper", "exact"), default="paper", help="how to count (%(default)s)")
-    parser.add_argument(
+    _add_json(parser, "every number")
+    parser.add_rare(
         "--merge-layers", type=_numbers(int), metavar="I,I", help="encoder layers after which frames merge"
     )
-    parser.add_argument(
+    parser.add_rare(
         "--schedule", type=_numbers(float), metavar="N,N", help="frames at first and after each merge (73.9%% stay)"
     )
-    parser.add_argument("--prompt-length", type=int, default=32, help="words beside the video, if exact (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write every number there")
+    parser.add_rare(
+        "--prompt-length", type=int, default=32, metavar="N", help="words beside the video, if exact (%(default)s)"
+    )
 
 
-def _add_eval(parser: argparse.ArgumentParser) -> None:
+def _add_eval(parser: CommandParser) -> None:
     parser.description = (
         "Asks a small model, trained for it, about synthetic videos: with all tokens, with EarlyTom, with parts of it "
         "and with trivial ways to fewer tokens, and counts right answers by category."
     )
     parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld (the only one so far)")
-    parser.add_argument("--model", metavar="FOLDER", help="a checkpoint trained on it (default: the one here)")
-    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument(
-        "--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)"
+        "--methods",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME,NAME",
+        help="beside all tokens only methods whose names begin so, such as earlytom,random (default: all)",
     )
-    parser.add_argument("--videos", type=int, default=1000, metavar="N", help="how many (%(default)s)")
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
+    parser.add_argument(
+        "--variant",
+        dest="only_variant",  # `variant` would be an option of every method
+        choices=("paper", "released", "plus"),
+        help="the same as --methods 'earlytom VARIANT'",
+    )
     _add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens")
-    parser.add_argument("--json", metavar="FILE", help="write every number there")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table there")
-    parser.add_argument("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
+    parser.add_argument("--videos", type=int, default=1000, metavar="N", help="how many (%(default)s)")
+    _add_json(parser, "every number, after every row")
+    _add_resume(parser, "rows in the file of --json are not counted again")
+    parser.add_rare("--model", metavar="FOLDER", help="a checkpoint trained on it (default: the one here)")
+    _add_device(parser)
+    parser.add_rare("--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)")
+    parser.add_rare("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
+    # Asked for by name, and refused with what to do instead.
+    parser.add_argument("--video", help=argparse.SUPPRESS)
+    _add_documents(parser, "the table")
     algorithm = ("merge_layers", "tau_seg", "alpha", "max_window", "tau_merge")
     names = [field.name for field in dataclasses.fields(EarlyTomConfig)]
     add_config_flags(parser, leave_out=[name for name in names if name not in algorithm])
@@ -180,17 +280,15 @@ def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
     return numbers
 
 
-def _add_model(
-    parser: argparse.ArgumentParser, *, required: bool, fallback: str = " (default: the demo's)"
-) -> None:
+def _add_model(parser: CommandParser, *, required: bool, fallback: str = " (default: the demo's)") -> None:
     parser.add_argument(
         "--model",
         required=required,
         metavar="PATH_OR_HUB_ID",
         help=f"a LLaVA-OneVision checkpoint: a folder, or a name on the Hugging Face Hub{fallback}",
     )
-    parser.add_argument("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument(
+    _add_device(parser)
+    parser.add_rare(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "float16", "bfloat16"),
@@ -198,7 +296,27 @@ def _add_model(
     )
 
 
-def _add_retain_ratios(parser: argparse.ArgumentParser, default: tuple[float, ...], text: str) -> None:
+def _add_device(parser: CommandParser) -> None:
+    parser.add_rare("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
+
+
+def _add_json(parser: CommandParser, what: str, *, alone: bool = False) -> None:
+    """``alone``: without a file, the flag means the standard output."""
+    settings: dict[str, Any] = {"nargs": "?", "const": "-"} if alone else {}
+    text = f"write {what} there; -: to the standard output, and nothing else"
+    parser.add_argument("--json", metavar="FILE", help=text, **settings)
+
+
+def _add_resume(parser: CommandParser, what: str) -> None:
+    parser.add_argument("--resume", action="store_true", help=f"go on where Ctrl-C stopped: {what}")
+
+
+def _add_documents(parser: CommandParser, what: str) -> None:
+    parser.add_rare("--markdown", metavar="FILE", help=f"write {what} there")
+    parser.add_rare("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
+
+
+def _add_retain_ratios(parser: CommandParser, default: tuple[float, ...], text: str) -> None:
     parser.add_argument(
         "--retain-ratios",
         "--retain-ratio",
@@ -209,17 +327,23 @@ def _add_retain_ratios(parser: argparse.ArgumentParser, default: tuple[float, ..
     )
 
 
-def _add_frames(parser: argparse.ArgumentParser, default: int = 32) -> None:
-    parser.add_argument("--frames", type=int, default=default, help="frames taken evenly from the video (%(default)s)")
+def _add_frames(parser: CommandParser) -> None:
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="frames taken evenly from the video (default: what the checkpoint was made for, else 32, or as many as "
+        "the file has)",
+    )
 
 
-def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
+def _add_max_new_tokens(parser: CommandParser, default: int) -> None:
     text = "length limit of the answer (%(default)s)"
-    parser.add_argument("--max-new-tokens", type=int, default=default, help=text)
+    parser.add_rare("--max-new-tokens", type=int, default=default, metavar="N", help=text)
 
 
-def _add_repeats(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each model (%(default)s)")
+def _add_repeats(parser: CommandParser, text: str = "timed runs of each model (%(default)s)") -> None:
+    parser.add_rare("--repeats", type=int, default=5, metavar="N", help=text)
 
 
 if __name__ == "__main__":

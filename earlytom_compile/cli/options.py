@@ -4,49 +4,87 @@
     strict: bool = False                          ->   --strict / --no-strict
 
 Values are only read here; whether they make sense is EarlyTomConfig's to say. A flag that is not given is not
-passed on, so that ``--preset`` fills in what was left open.
+passed on, so that ``--preset`` fills in what was left open. Fields that do nothing yet are no flags.
 """
 
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config import EarlyTomConfig
+from ..config import NOT_YET, EarlyTomConfig
+from ..errors import EarlyTomConfigError
+from .parser import CommandParser
+
+COMMON = ("retain_ratio", "variant")
+"""What ``--help`` shows; ``--help-all`` shows every field."""
 
 
-def add_config_flags(parser: argparse.ArgumentParser, *, leave_out: Sequence[str] = (), **defaults: Any) -> None:
+def add_config_flags(parser: CommandParser, *, leave_out: Sequence[str] = (), **defaults: Any) -> None:
     """One flag for each field of :class:`EarlyTomConfig`; ``defaults`` replace those of its fields."""
-    group = parser.add_argument_group("compression", "The options of earlytom_compile.compile(), by the same names.")
     hints, meanings = typing.get_type_hints(EarlyTomConfig), _field_docstrings()
-    for field in dataclasses.fields(EarlyTomConfig):
+    fields = [field for field in dataclasses.fields(EarlyTomConfig) if field.name not in (*leave_out, *NOT_YET)]
+    group: Any = parser
+    if any(field.name in COMMON for field in fields):  # else --help would show the title and nothing below it
+        group = parser.add_argument_group(
+            "compression", "The options of earlytom_compile.compile(), by the same names."
+        )
+    for field in fields:
         name, hint = field.name, hints[field.name]
-        if name in leave_out:
-            continue
         text = f"{meanings[name]} (default: {defaults.get(name, field.default)})".replace("%", "%%")
-        flag = "--" + name.replace("_", "-")
-        common: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "dest": name,
             "default": defaults.get(name, argparse.SUPPRESS),
             "help": text,
         }
         if hint is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            settings["action"] = argparse.BooleanOptionalAction
         else:
-            group.add_argument(flag, type=_reader(hint), metavar=_metavar(hint), **common)
+            settings |= {"type": _reader(hint), "metavar": _metavar(hint)}
+        flag = "--" + name.replace("_", "-")
+        if name in COMMON:
+            group.add_argument(flag, **settings)
+        else:
+            parser.add_rare(flag, to=group, **settings)
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that were on the command line, checked; raises :class:`EarlyTomConfigError`."""
+    """The options that were on the command line, checked; raises :class:`EarlyTomConfigError`.
+
+    Also where one of them could do nothing beside the others.
+    """
     names = [field.name for field in dataclasses.fields(EarlyTomConfig)]
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    EarlyTomConfig.from_options(options)
+    config = EarlyTomConfig.from_options(options)
+    if config.mode is not None and config.lowering == "eager":
+        raise EarlyTomConfigError(f"mode={config.mode!r} with lowering='eager': nothing is compiled; leave one out.")
+    if options.get("compile_llm") and config.lowering == "eager":
+        raise EarlyTomConfigError("compile_llm=True with lowering='eager': nothing is compiled; leave one out.")
+    if config.static_selection != "auto" and config.variant == "plus":
+        raise EarlyTomConfigError(
+            f"static_selection={config.static_selection!r} with variant='plus', which selects on the device: leave "
+            "one out."
+        )
     return options
+
+
+def require_effect(options: Mapping[str, Any], device: str) -> None:
+    """Raise :class:`EarlyTomConfigError` for options that change nothing on that type of device."""
+    config = EarlyTomConfig.from_options(options)
+    if device == "cuda":
+        return
+    if config.static_selection != "auto":
+        raise EarlyTomConfigError(
+            f"static_selection={config.static_selection!r} on {device}: it says who works beside a GPU; leave it out."
+        )
+    if config.mode == "reduce-overhead":
+        raise EarlyTomConfigError(f"mode={config.mode!r} on {device}: there are no CUDA graphs; leave it out.")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -86,6 +124,7 @@ def _metavar(hint: Any) -> str:
     return "|".join(words)
 
 
+@functools.cache
 def _field_docstrings() -> dict[str, str]:
     """The string under each field of the dataclass, which Python itself throws away."""
     source = textwrap.dedent(inspect.getsource(EarlyTomConfig))

@@ -1,34 +1,84 @@
-"""Files that a measurement writes: whether they can be written is asked before anything is measured."""
+"""Files that a command writes: whether they can be written is asked before the work, and they are whole at any time.
+
+check_outputs(arguments)                    # --json results/run.json: the folder is there now, the file as it was
+write_text(arguments.json, "{}")            # in one step; "-" is the standard output
+"""
 
 import argparse
-import tempfile
+import os
+import sys
 from pathlib import Path
 
-from ..benchmarks.results import require_matplotlib
+from rich.console import Console
+
 from ..errors import EarlyTomConfigError
+
+FILES = ("json", "markdown", "trace", "html", "png")
+"""Options that name a file."""
+FOLDERS = ("plot", "save")
+STANDARD_OUTPUT = "-"
+_FILE_WIDTH = 120  # columns, where nobody watches
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Make the folders of ``--json``, ``--markdown``, ``--trace`` and ``--plot``.
+    """Make the folders of what is to be written, and try to write there.
 
     Raises :class:`EarlyTomConfigError` for a place that cannot be written to, or for plots without matplotlib.
     """
-    for name in ("json", "markdown", "trace"):
+    for name in FILES:
+        path = getattr(arguments, name, None)
+        if path and not (path == STANDARD_OUTPUT and name == "json"):
+            _require_writable(name, path)
+    if getattr(arguments, "plot", None):
+        from ..benchmarks.results import require_matplotlib  # which imports torch; `earlytom flops` needs none
+
+        require_matplotlib()
+    for name in FOLDERS:
         path = getattr(arguments, name, None)
         if path:
-            if Path(path).is_dir():
-                raise EarlyTomConfigError(f"{name}={path!r}: that is a folder; name a file in it.")
-            _require_folder(name, path, Path(path).parent)
-    if arguments.plot:
-        require_matplotlib()
-        _require_folder("plot", arguments.plot, Path(arguments.plot))
+            _require_writable(name, path, inside="tried")
 
 
-def _require_folder(name: str, given: str, folder: Path) -> None:
+def output_console(arguments: argparse.Namespace, *, width: int = _FILE_WIDTH) -> Console:
+    """Where tables go: the standard output, unless ``--json -`` has taken it; ``width`` columns if nobody watches."""
+    console = Console(highlight=False, stderr=arguments.json == STANDARD_OUTPUT)
+    if not console.is_terminal:
+        console = Console(highlight=False, stderr=arguments.json == STANDARD_OUTPUT, width=width)
+    return console
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Put ``text`` there: all of it or, if somebody stops the program now, nothing."""
+    if str(path) == STANDARD_OUTPUT:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    file = Path(path).resolve()  # behind a link, whose place the new file would take
+    if file.exists() and not file.is_file():  # a pipe, /dev/null
+        file.write_text(text, encoding="utf-8")
+        return
+    new = file.with_name(file.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, file)
+
+
+def _require_writable(name: str, given: str, inside: str = "") -> None:
+    """Try the file itself, and leave it as it was: not there, or with what it had."""
+    file = Path(given) / inside
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = file.exists()
+        if file.is_dir():
+            raise EarlyTomConfigError(f"{name}={given!r}: that is a folder; name a file in it.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab"):
+            pass
+        if not there:
+            file.unlink()
+            # write_text writes beside it first
+            beside = file.with_name(file.name + ".new")
+            beside.touch()
+            beside.unlink()
     except OSError as error:
         raise EarlyTomConfigError(
-            f"{name}={given!r}: nothing can be written to {str(folder)!r} ({error.strerror}); name another place."
+            f"{name}={given!r}: nothing can be written there ({error.strerror}); name another place."
         ) from error

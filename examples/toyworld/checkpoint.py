@@ -39,15 +39,20 @@ def save_checkpoint(
     model: LlavaOnevisionForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     chat_template: str,
+    *,
+    frames: int | None = None,
 ) -> Path:
-    """Save a model, its tokenizer and the settings of its processor in ``folder``, which is made when missing."""
+    """Save a model, its tokenizer and the settings of its processor in ``folder``, which is made when missing.
+
+    ``frames``: how many the videos have that the model is made for, if the checkpoint is to say so.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     vision: Any = model.config.vision_config
-    for name, settings in _processor_files(vision.image_size, vision.patch_size).items():
+    for name, settings in _processor_files(vision.image_size, vision.patch_size, frames).items():
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -93,7 +98,7 @@ def build_model(
         return LlavaOnevisionForConditionalGeneration(config).eval()
 
 
-def _processor_files(image: int, patch: int) -> dict[str, dict[str, Any]]:
+def _processor_files(image: int, patch: int, frames: int | None) -> dict[str, dict[str, Any]]:
     pixels: dict[str, Any] = {
         "do_resize": True,
         "size": {"height": image, "width": image},
@@ -123,5 +128,6 @@ def _processor_files(image: int, patch: int) -> dict[str, dict[str, Any]]:
             "processor_class": "LlavaOnevisionProcessor",
             "video_processor_type": "LlavaOnevisionVideoProcessor",
             **pixels,
+            **({} if frames is None else {"num_frames": frames}),
         },
     }

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.toyworld.answers import answer_logits, normalized
 from earlytom_compile.toyworld.batches import IGNORED, rows_of
 from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, Model, method
@@ -23,7 +24,10 @@ from earlytom_compile.toyworld.questions import CATEGORIES, Question, ask
 from earlytom_compile.toyworld.world import HELD_OUT, rng_of, sample_video
 
 RATIOS = (0.25, 0.20, 0.15, 0.10)
+FIXED = (ALL_TOKENS, NO_TOKENS, STAGE_1)
+"""Methods without a ratio."""
 _AT_ONCE = 50
+_RIGHT, _WRONG, _NO = "1", "0", "-"
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
 
@@ -36,6 +40,10 @@ class Questions:
     frames: torch.Tensor
     asked: list[list[Question]]
     held_out: np.ndarray
+
+    def first(self, videos: int) -> "Questions":
+        """The same for so many videos."""
+        return Questions(self.frames[:videos], self.asked[:videos], self.held_out[:videos])
 
     @property
     def chance(self) -> dict[str, float]:
@@ -82,16 +90,27 @@ class Result:
         ).confidence_interval
         return float(found.low), float(found.high)
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Result":
+        """The result that :meth:`to_dict` made a dictionary of."""
+        answers = np.array([list(video) for video in content["answers"].split()])
+        return cls(content["method"], content["retain_ratio"], content["tokens"], answers == _RIGHT, answers != _NO)
+
     def of(self, videos: np.ndarray) -> "Result":
         """The same for some of the videos, bool [V]."""
         return replace(self, right=self.right[videos], asked=self.asked[videos])
+
+    def _answers(self) -> str:
+        letters = np.where(self.asked, np.where(self.right, _RIGHT, _WRONG), _NO)
+        return " ".join("".join(video) for video in letters)
 
     def _columns(self, category: str | None) -> tuple[np.ndarray, np.ndarray]:
         chosen = slice(None) if category is None else [CATEGORIES.index(category)]
         return self.right[:, chosen], self.asked[:, chosen]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything above, for JSON."""
+        """Everything above, for JSON; ``answers`` has a word for each video and a letter for each category: 1 right,
+        0 wrong, - not asked."""
         low, high = self.interval()
         return {
             "method": self.method,
@@ -99,14 +118,28 @@ class Result:
             "tokens": self.tokens,
             "accuracy": self.accuracy(),
             "interval": [low, high],
+            "answers": self._answers(),
             "categories": {c: {"accuracy": self.accuracy(c), "interval": list(self.interval(c))} for c in CATEGORIES},
         }
 
 
-def arms(ratios: tuple[float, ...] = RATIOS) -> list[tuple[str, float | None]]:
-    """What is compared: (method, ratio), without a ratio where the video decides."""
-    fixed: list[tuple[str, float | None]] = [(ALL_TOKENS, None), (NO_TOKENS, None), (STAGE_1, None)]
-    return fixed + [(name, ratio) for name in METHODS for ratio in ratios]
+def arms(
+    ratios: tuple[float, ...] = RATIOS, beginnings: tuple[str, ...] | None = None
+) -> list[tuple[str, float | None]]:
+    """What is compared: (method, ratio), without a ratio where the video decides.
+
+    ``beginnings``: beside all tokens only methods whose names begin so; raises :class:`EarlyTomConfigError` for one
+    that no name has.
+    """
+    fixed: list[tuple[str, float | None]] = [(name, None) for name in FIXED]
+    every = fixed + [(name, ratio) for name in METHODS for ratio in ratios]
+    if beginnings is None:
+        return every
+    for beginning in beginnings:
+        if not any(name.startswith(beginning) for name, _ in every):
+            names = ", ".join((*FIXED, *METHODS))
+            raise EarlyTomConfigError(f"methods={beginning!r}: no method begins so; there are {names}.")
+    return [(name, ratio) for name, ratio in every if name == ALL_TOKENS or name.startswith(beginnings)]
 
 
 def load_questions(

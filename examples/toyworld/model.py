@@ -36,4 +36,4 @@ def build_model(seed: int) -> LlavaOnevisionForConditionalGeneration:
 
 def save(model: LlavaOnevisionForConditionalGeneration, folder: str | Path) -> Path:
     """Save weights, tokenizer, chat template and processor settings in ``folder``."""
-    return save_checkpoint(folder, model, build_tokenizer(), CHAT_TEMPLATE)
+    return save_checkpoint(folder, model, build_tokenizer(), CHAT_TEMPLATE, frames=FRAMES)

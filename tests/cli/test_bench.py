@@ -1,6 +1,7 @@
 """``earlytom bench`` on a tiny checkpoint: every arm has its row, and every file what the table has."""
 
 import json
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -14,7 +15,6 @@ from tiny_checkpoint import TinySize, write_checkpoint
 from without_inductor import leave_graphs_as_they_are
 
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.benchmarks.measure import Result
 from earlytom_compile.cli import bench, toolchain
 from earlytom_compile.cli.bench import _ceilings, _model, _trace_path
 from earlytom_compile.cli.main import build_parser, main
@@ -40,7 +40,7 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
     for name, path in files.items():
         arguments += [f"--{name}", path]
     assert main(arguments) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
     content = json.loads(Path(files["json"]).read_text())
     (workload,) = content["workloads"]
     assert (content["model"], content["scene_frames"], content["redundancy"]) == (checkpoint, 4, 1.0)
@@ -64,6 +64,7 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
     ranges = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
     stages = ("vision encoding", "visual token processing", "LLM prefill")
     assert {*names, *(f"{name}: {stage}" for name in names for stage in stages)} <= ranges
+    assert re.search(r"8 frames: 3 arms, a first call and 2 rounds of each, (about|less than) ", told)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_enough(checkpoint, tmp_path, capsys):
@@ -102,7 +103,7 @@ def test_inductors_arms_need_a_compiler_whatever_the_lowering(given, stops, monk
     arguments = build_parser().parse_args(["bench", "--lowering", "eager", *given])
     refused = pytest.raises(EarlyTomConfigError, match="--arms transformers,earlytom, which compile nothing")
     with refused if stops else nullcontext():
-        bench._require_compiler(arguments, SimpleNamespace(device=torch.device("cpu")), {"lowering": "eager"})
+        bench._require_compiler(arguments, torch.device("cpu"), {"lowering": "eager"})
 
 
 @pytest.mark.parametrize("command", ["bench", "flops", "eval"])
@@ -115,25 +116,6 @@ def test_a_missing_matplotlib_is_found_first(nothing_runs, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "--plot", str(tmp_path)]) == 2
     assert "--plot needs matplotlib" in capsys.readouterr().err
-
-
-def test_what_is_measured_is_written_before_the_next(monkeypatch, tmp_path, capsys):
-    file = tmp_path / "new" / "bench.json"
-
-    def measured(arguments, model, options, frames, *others):
-        if frames == 4:
-            raise KeyboardInterrupt
-        return [Result("inductor", 1.0, ttft=[0.5], cache_tokens=100)], {}
-
-    monkeypatch.setattr(bench, "_model", lambda arguments: torch.nn.Identity())
-    monkeypatch.setattr(torch.nn.Identity, "device", torch.device("cpu"), raising=False)
-    monkeypatch.setattr(torch.nn.Identity, "dtype", torch.float32, raising=False)
-    monkeypatch.setattr(bench, "_ceilings", lambda model, console: {})
-    monkeypatch.setattr(bench, "_measure", measured)
-    assert main(["bench", "--frames", "2,4", "--json", str(file)]) == 130
-    content = json.loads(file.read_text())
-    assert [workload["frames"] for workload in content["workloads"]] == [2] and content["shape"] == "cpu-small"
-    assert "2 frames, batch 1" in capsys.readouterr().out
 
 
 def test_a_trace_for_each_number_of_frames():
@@ -160,10 +142,26 @@ def test_frames_are_the_shapes_own_unless_given():
         (["--frames", "8,0"], "frames=0: must be at least 1"),
         (["--retain-ratios", "0.1,2"], r"retain_ratio=2.0: must be in (0, 1]"),
         (["--shape", "gpt"], "no shape 'gpt'"),
+        (["--arms", "earlytom,vllm"], "arms='vllm': no arm begins so; there are transformers, inductor, earlytom 0.1"),
+        (["--arms", "subsampling", "--concurrency", "2"], "arms='subsampling': no arm begins so"),
+        (["--merge-layers", "3,10"], "layer 10 does not exist"),
+        (["--preset", "videomme", "--retain-ratios", "0.1,0.3"], "preset='videomme' with retain_ratio=0.3"),
+        (["--shape", "cpu-tiny", "--model", "m"], "no checkpoint folder at 'm'"),
+        (["--max-batch", "4"], "max_batch=4 without --concurrency"),
+        (["--video", "v.mp4", "--redundancy", "0.5"], "redundancy=0.5 with --video"),
+        (["--video", "v.mp4", "--scene-frames", "8"], "scene_frames=8 with --video"),
+        (["--arms", "transformers", "--variant", "plus"], "variant with --arms transformers: none of them takes it"),
+        (["--arms", "transformers", "--mode", "max-autotune"], "mode with --arms transformers: none of them takes it"),
+        (["--arms", "transformers,inductor", "--retain-ratios", "0.2"], "they keep all tokens"),
+        (["--static-selection", "host", "--device", "cpu"], "static_selection='host' on cpu"),
+        (["--mode", "reduce-overhead", "--device", "cpu"], "there are no CUDA graphs"),
+        (["--resume"], "--resume without --json FILE"),
+        (["--resume", "--json", "-"], "--resume without --json FILE"),
+        (["--video", "nowhere.mp4"], "nowhere.mp4"),
         (["--decode-tokens", "-1"], "decode_tokens=-1"),
         (["--concurrency", "2", "--trace", "t.json"], "trace='t.json' with --concurrency"),
     ],
 )
-def test_bench_says_what_is_wrong(arguments, says, capsys):
+def test_bench_says_what_is_wrong(arguments, says, nothing_runs, capsys):
     assert main(["bench", *arguments]) == 2
     assert says in capsys.readouterr().err

@@ -127,7 +127,7 @@ def test_mistakes_exit_with_2_and_one_line(earlytom, checkpoint, clip, tmp_path)
         "it has no config.json": run(tmp_path),
         "of the family 'qwen2_5_vl': only 'llava_onevision'": run(other),
         "is not valid JSON": run(broken),
-        "cannot be loaded": run(weightless),
+        "has no weights": run(weightless),
         "no video file at": run(checkpoint, tmp_path / "nowhere.mp4"),
         "no video in it": run(checkpoint, text),
         "fewer than the 500 asked for": run(checkpoint, clip, "--frames", 500),

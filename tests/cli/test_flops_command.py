@@ -78,16 +78,20 @@ def test_mistakes_exit_with_2_and_one_line(flops, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
     cases = {
         "no shape 'llava'": flops("--shape", "llava"),
-        "no config.json": flops("--model", tmp_path / "nowhere"),
+        "no checkpoint folder at": flops("--model", tmp_path / "nowhere"),
+        "no checkpoint folder at 'nowhere'": flops("--model", "nowhere"),
+        "shape='cpu-tiny' with --model": flops("--shape", "cpu-tiny", "--model", tmp_path),
+        "prompt_length=9 with --protocol paper": flops("--prompt-length", 9),
         "of the family 'qwen2_5_vl'": flops("--model", tmp_path),
         "must start with the 32 frames": flops("--frames", 32, "--schedule", "16,8,8,8"),
         "one number for each of": flops("--schedule", "32,16"),
         "never grow": flops("--schedule", "32,16,20,8"),
         "frames=0": flops("--frames", 0),
-        "prompt_length=-1": flops("--prompt-length", -1),
+        "prompt_length=-1": flops("--prompt-length", -1, "--protocol", "exact"),
         "retain_ratio=2.0": flops("--retain-ratio", 2),
         "layer 30 does not exist": flops("--merge-layers", "6,30"),
     }
     for message, (status, _, errors) in cases.items():
         assert status == 2, message
         assert message in errors and "Traceback" not in errors
+    assert "repo" not in "".join(errors for _, _, errors in cases.values())

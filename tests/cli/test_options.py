@@ -8,9 +8,10 @@ import pytest
 
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
 from earlytom_compile.cli.main import build_parser, main
-from earlytom_compile.cli.options import given_options
+from earlytom_compile.cli.options import COMMON, given_options, require_effect
+from earlytom_compile.config import NOT_YET
 
-FIELDS = [field.name for field in dataclasses.fields(EarlyTomConfig)]
+FIELDS = [field.name for field in dataclasses.fields(EarlyTomConfig) if field.name not in NOT_YET]
 
 
 def options_of(*flags):
@@ -23,12 +24,39 @@ def test_nothing_given_is_nothing_passed_on():
 
 @pytest.mark.parametrize("command", ["demo", "run", "explain"])
 def test_every_field_is_a_flag_with_its_meaning(command, capsys):
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    text = capsys.readouterr().out
-    for name in FIELDS:
-        assert f"--{name.replace('_', '-')}" in text
-    assert "share of the video tokens" in " ".join(text.split())
+    for flag, names in (("--help", COMMON), ("--help-all", FIELDS)):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, flag])
+        text = capsys.readouterr().out
+        shown = [name for name in FIELDS if f"--{name.replace('_', '-')} " in text]
+        assert shown == list(names)
+        assert "share of the video tokens" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_what_does_nothing_yet_is_no_flag(name, capsys):
+    flag = f"--{name.replace('_', '-')}"
+    for command in ("demo", "run", "explain", "bench", "eval"):
+        with pytest.raises(SystemExit):
+            main([command, "--help-all"])
+        assert flag not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["explain", flag, "3"])
+    assert f"unknown option {flag}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mode", "max-autotune", "--lowering", "eager"], "nothing is compiled"),
+        (["--static-selection", "host", "--variant", "plus"], "selects on the device"),
+        (["--lowering", "eager", "--compile-llm"], "nothing is compiled"),
+    ],
+)
+def test_options_that_would_do_nothing_beside_others_are_refused(flags, message, capsys):
+    assert main(["explain", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert options_of(*flags[:2]) and options_of(*flags[2:])  # each alone has its use
 
 
 @pytest.mark.parametrize(
@@ -49,6 +77,14 @@ def test_every_field_is_a_flag_with_its_meaning(command, capsys):
 )
 def test_values_arrive_as_the_config_wants_them(flags, expected):
     assert options_of(*flags) == expected
+
+
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"static_selection": "host"}])
+def test_options_that_a_device_has_no_use_for_are_refused_there(options):
+    require_effect(options, "cuda")
+    with pytest.raises(EarlyTomConfigError, match="on cpu: .*leave it out"):
+        require_effect(options, "cpu")
+    require_effect({"mode": "max-autotune", "static_selection": "auto"}, "cpu")
 
 
 def test_an_explicit_flag_wins_over_the_preset():

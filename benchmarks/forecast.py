@@ -1,0 +1,120 @@
+"""About how long a benchmark takes, said before it begins.
+
+    seconds_of(arms, piece, repeats=5, decode_tokens=8, ...)   ->   212.0
+    in_words(212.0)                                            ->   "about 4 minutes"
+
+Calls are counted and one of them is timed; how long compilation takes is a guess.
+
+Guesses are the constants below. Machines differ, so that half or twice as long is no surprise.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from earlytom_compile.benchmarks.arms import Arm
+from earlytom_compile.benchmarks.failures import attempt
+from earlytom_compile.benchmarks.measure import decode, timed
+from earlytom_compile.benchmarks.workload import Inputs
+from earlytom_compile.integrations.caches import cache_of
+
+# As `earlytom bench --shape cpu-medium` measured them on 2 cores of an AMD EPYC (docs/benchmarks.md).
+WHOLE_LAYER = 1.25
+"""Seconds in which Inductor compiles one layer of a graph that it gets as a whole."""
+STAGED = 15.0
+"""Seconds for one layer of each kind, which is what ``lowering="staged"`` compiles."""
+TRACED_LAYER = 0.2
+"""Seconds in which Dynamo traces one layer."""
+COMPRESSED = 0.45
+"""A compressed call, in calls with all tokens."""
+_PROFILED = 1.5  # a call under the profiler, in calls
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Seconds to the first token with all tokens, not compiled, and of each token behind it."""
+
+    first: float
+    token: float
+
+    def scaled(self, share: float) -> float:
+        """A first token of a call that has that share of the work."""
+        return share * self.first
+
+
+def measured_piece(model: Any, inputs: Inputs) -> Piece | None:
+    """Time one call; None where there is no memory for it."""
+    found: list[Piece] = []
+    with torch.inference_mode():
+        attempt(partial(_measure, model, inputs, found))
+    return found[0] if found else None
+
+
+def _measure(model: Any, inputs: Inputs, found: list[Piece]) -> None:
+    first, output = timed(lambda: model(**inputs, logits_to_keep=1), model.device)
+    token = output.logits[:, -1:].argmax(-1)
+    seconds, _ = timed(lambda: decode(model, (token, cache_of(output)), 1), model.device)
+    found.append(Piece(first, seconds))
+
+
+def share_of_work(arm: Arm, frames: int) -> float:
+    """A call of ``arm``, in calls with all tokens of ``frames`` frames."""
+    return COMPRESSED if arm.compresses else arm.frames / frames
+
+
+def compilation(name: str, layers: int, lowering: str) -> float:
+    """Seconds that the first call of what is called ``name`` takes longer than a later one."""
+    ours = name.startswith("earlytom")
+    if name.startswith("transformers") or name.startswith("average pooling"):  # the latter is compiled already
+        return 0.0
+    if ours and lowering == "eager":
+        return TRACED_LAYER * layers
+    return TRACED_LAYER * layers + STAGED if ours and lowering == "staged" else WHOLE_LAYER * layers
+
+
+def seconds_of(
+    arms: Iterable[Arm], piece: Piece, *, frames: int, repeats: int, decode_tokens: int, layers: int, lowering: str
+) -> float:
+    """Of ``measure`` and ``profile_arms`` with these arms, for a model of so many layers."""
+    total = 0.0
+    for arm in arms:
+        call = piece.scaled(share_of_work(arm, frames))
+        total += compilation(arm.name, layers, lowering) + call * (_WARM_UP + repeats + _PROFILED)
+        total += repeats * decode_tokens * piece.token
+    return total
+
+
+def load_seconds(
+    names: Iterable[str], piece: Piece, *, requests: int, rounds: int, new_tokens: int, layers: int, lowering: str
+) -> float:
+    """Of ``measure_load`` with servers of these names and so many requests a round, one after the other.
+
+    An upper bound where several requests at once cost less than as many calls.
+    """
+    total = 0.0
+    for name in names:
+        share = COMPRESSED if name.startswith("earlytom") else 1.0
+        request = piece.scaled(share) + new_tokens * piece.token
+        total += compilation(name, layers, lowering) + (1 + rounds) * requests * request
+    return total
+
+
+def one_call(piece: Piece) -> str:
+    """What the forecast rests on, to stand behind it."""
+    return f" (one call takes {piece.first:.2g} s before it is compiled; how long compilation takes is a guess)"
+
+
+def in_words(seconds: float) -> str:
+    """As people say it: no more digits than are known."""
+    if seconds < 60:
+        return "less than a minute"
+    if seconds < 5400:
+        minutes = round(seconds / 60)
+        return "about a minute" if minutes == 1 else f"about {minutes} minutes"
+    return f"about {seconds / 3600:.1f} hours"
+
+

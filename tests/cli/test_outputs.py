@@ -1,0 +1,84 @@
+"""Files are tried before the work, and are whole at any time."""
+
+import argparse
+import os
+import stat
+
+import pytest
+
+from earlytom_compile import EarlyTomConfigError
+from earlytom_compile.cli.outputs import check_outputs, write_text
+
+
+def asked(**outputs):
+    return argparse.Namespace(**{"json": None, "markdown": None, "trace": None, "plot": None, **outputs})
+
+
+def test_trying_leaves_a_file_as_it_was(tmp_path):
+    there, new = tmp_path / "there.json", tmp_path / "deep" / "er" / "new.json"
+    there.write_text("kept")
+    check_outputs(asked(json=str(there), markdown=str(new)))
+    assert there.read_text() == "kept" and new.parent.is_dir() and not list(new.parent.iterdir())
+    write_text(new, "{}")
+    assert new.read_text() == "{}" and os.listdir(new.parent) == ["new.json"]
+
+
+@pytest.mark.parametrize("name", ["json", "markdown", "trace"])
+def test_places_where_nothing_can_be_written(name, tmp_path):
+    (tmp_path / "file").touch()
+    for path, word in (
+        (tmp_path, "that is a folder"),
+        (tmp_path / "file" / "below", "nothing can be written there"),
+        (tmp_path / ("x" * 300), "nothing can be written there"),
+        ("/proc/nothing/here", "nothing can be written there"),
+    ):
+        with pytest.raises(EarlyTomConfigError, match=f"{name}=.*{word}"):
+            check_outputs(asked(**{name: str(path)}))
+
+
+def test_folders_are_tried_too(tmp_path):
+    (tmp_path / "file").touch()
+    check_outputs(asked(save=str(tmp_path / "new")))
+    assert not list((tmp_path / "new").iterdir())
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nothing"):
+        with pytest.raises(EarlyTomConfigError, match="save=.*nothing can be written there"):
+            check_outputs(asked(save=str(path)))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_file_that_is_protected_is_found_first(tmp_path):
+    file = tmp_path / "mine.json"
+    file.touch(stat.S_IRUSR)
+    with pytest.raises(EarlyTomConfigError, match="Permission denied"):
+        check_outputs(asked(json=str(file)))
+
+
+def test_the_standard_output_is_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    check_outputs(asked(json="-"))
+    write_text("-", "{}")
+    assert capsys.readouterr().out == "{}" and not list(tmp_path.iterdir())
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    target, link = tmp_path / "target.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    check_outputs(asked(json=os.devnull))
+    write_text(os.devnull, "gone")
+    assert not os.path.isfile(os.devnull)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    write_text(file, "first")
+
+    def stopped(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(file, "second")
+    assert file.read_text() == "first"
