@@ -67,6 +67,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_max_new_tokens(parser, 64)
     parser.add_argument("--compare", action="store_true", help="answer with the full model too, and compare")
     _add_repeats(parser)
+    _add_pictures(parser)
     add_config_flags(parser)
 
 
@@ -77,6 +78,7 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, required=False)
     parser.add_argument("--video", metavar="FILE", help="default: a short clip made on the spot")
     _add_frames(parser)
+    _add_pictures(parser)
     add_config_flags(parser)
 
 
@@ -216,6 +218,12 @@ def _add_frames(parser: argparse.ArgumentParser, default: int = 32) -> None:
 def _add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
     text = "length limit of the answer (%(default)s)"
     parser.add_argument("--max-new-tokens", type=int, default=default, help=text)
+
+
+def _add_pictures(parser: argparse.ArgumentParser) -> None:
+    text = "draw there which frames merged and which tokens stayed"
+    parser.add_argument("--html", metavar="FILE", help=f"{text}: one page that needs nothing else")
+    parser.add_argument("--png", metavar="FILE", help="the same as one image (needs matplotlib)")
 
 
 def _add_repeats(parser: argparse.ArgumentParser) -> None:

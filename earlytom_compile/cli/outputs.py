@@ -9,17 +9,17 @@ from ..errors import EarlyTomConfigError
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Make the folders of ``--json``, ``--markdown``, ``--trace`` and ``--plot``.
+    """Make the folders of ``--json``, ``--markdown``, ``--trace``, ``--html``, ``--png`` and ``--plot``.
 
     Raises :class:`EarlyTomConfigError` for a place that cannot be written to, or for plots without matplotlib.
     """
-    for name in ("json", "markdown", "trace"):
+    for name in ("json", "markdown", "trace", "html", "png"):
         path = getattr(arguments, name, None)
         if path:
             if Path(path).is_dir():
                 raise EarlyTomConfigError(f"{name}={path!r}: that is a folder; name a file in it.")
             _require_folder(name, path, Path(path).parent)
-    if arguments.plot:
+    if getattr(arguments, "plot", None):
         require_matplotlib()
         _require_folder("plot", arguments.plot, Path(arguments.plot))
 

@@ -10,13 +10,16 @@ from rich.console import Console
 
 import earlytom_compile
 
+from ..picture import Asked
 from .comparison import compare, comparison_table, decode, timed_answer
 from .loading import Inputs, Loaded, load_checkpoint, prepare_inputs, progress_bars
+from .picture import check_pictures, facts_of, filmed, wants_picture, with_full_answer, write_pictures
 from .toolchain import require_toolchain
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Load, answer, print."""
+    """Load, answer, print, draw."""
+    check_pictures(arguments)
     console, progress = Console(highlight=False), Console(stderr=True)
     loaded = load_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype)
     require_toolchain(loaded.device, options)
@@ -33,8 +36,27 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         console.print(comparison_table(comparison))
         for reason in comparison.report["reasons"]:
             console.print(f"left alone: {reason}", markup=False, soft_wrap=True)
+        asked = Asked(arguments.prompt, comparison.full.text, comparison.compressed.text)
+        facts = facts_of(comparison)
     else:
-        _answer(loaded, inputs, options, arguments.max_new_tokens, console, progress)
+        asked = Asked(
+            arguments.prompt,
+            compressed=_answer(loaded, inputs, options, arguments.max_new_tokens, console, progress),
+        )
+        facts = []
+    if wants_picture(arguments):
+        if asked.full is None:
+            asked = with_full_answer(loaded, inputs, asked, arguments.max_new_tokens, progress)
+        write_pictures(
+            loaded,
+            [filmed(arguments.video, inputs, [asked])],
+            options,
+            html=arguments.html,
+            png=arguments.png,
+            model=arguments.model,
+            facts=facts,
+            progress_on=progress,
+        )
 
 
 def _answer(
@@ -44,12 +66,14 @@ def _answer(
     max_new_tokens: int,
     console: Console,
     progress_on: Console,
-) -> None:
+) -> str:
+    """Print the compressed model's answer, and return it."""
     model = earlytom_compile.compile(loaded.model, **options)
     with progress_bars(progress_on) as progress:
         progress.add_task("compile and answer", total=None)
         tokens, seconds = timed_answer(model, inputs, max_new_tokens)
-    console.print(decode(loaded, tokens), markup=False, soft_wrap=True)
+    answer = decode(loaded, tokens)
+    console.print(answer, markup=False, soft_wrap=True)
     summary = [f"{len(tokens)} tokens in {seconds:.1f} s, compilation included"]
     report = earlytom_compile.report(model).to_dict()
     for video in report["videos"]:
@@ -57,3 +81,4 @@ def _answer(
         summary.append("video tokens {} -> {}".format(*video["tokens"]))
     summary += report["reasons"] if report["videos"] else ["NOT compressed", *report["reasons"]]
     progress_on.print("; ".join(summary), markup=False, soft_wrap=True)
+    return answer
