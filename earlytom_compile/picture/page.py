@@ -24,8 +24,7 @@ from .markup import html, tag
 from .style import STYLE
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_CARD_PICTURE, _FINE_CARD_PICTURE = 132.0, 168.0  # pixels, the longest side of a frame in a card
-_FINE = 8  # tokens a side: more need the larger picture
+_SIDE, _FINE_SIDE = 132.0, 168.0  # pixels, of a frame in a card were it a square; the larger one for fine grids
 _MATRIX_WIDTH = 1000  # pixels
 
 
@@ -229,17 +228,11 @@ def _cards(index: int, clip: Clip, heat: reading.Heat | None) -> Element:
     return tag("div", cards, class_="cards")
 
 
-def _card_size(clip: Clip) -> tuple[float, float]:
-    aspect = clip.width_by_height
-    longest = _FINE_CARD_PICTURE if max(clip.observation.grid) > _FINE else _CARD_PICTURE
-    return (longest, longest / aspect) if aspect >= 1 else (longest * aspect, longest)
-
-
 def _outline(clip: Clip, tokens: Sequence[tuple[int, int]]) -> Element | None:
     """A line around the kept tokens of a picture that is 100 wide."""
     if not tokens:
         return None
-    (width, height), grid = _card_size(clip), clip.observation.grid
+    (width, height), grid = reading.card_size(clip, _SIDE, _FINE_SIDE), clip.observation.grid
     wide, tall = 100 / grid[1], 100 / clip.width_by_height / grid[0]
     edges = reading.outline(tokens)
     path = "".join(f"M{c0 * wide:.2f} {r0 * tall:.2f}L{c1 * wide:.2f} {r1 * tall:.2f}" for r0, c0, r1, c1 in edges)
@@ -249,7 +242,7 @@ def _outline(clip: Clip, tokens: Sequence[tuple[int, int]]) -> Element | None:
 
 def _frame(index: int, frame: int, clip: Clip, tokens: Sequence[tuple[int, int]]) -> Element:
     """A frame behind a veil that has a hole for each kept token."""
-    width, height = _card_size(clip)
+    width, height = reading.card_size(clip, _SIDE, _FINE_SIDE)
     tall = 100 / clip.width_by_height
     cells = _cells(tokens, clip.observation.grid, 100, tall)
     return tag(
@@ -268,7 +261,7 @@ def _frame(index: int, frame: int, clip: Clip, tokens: Sequence[tuple[int, int]]
 def _heat_picture(
     clip: Clip, heat: reading.Heat, place: int, tokens: Sequence[tuple[int, int]], source: reading.Source
 ) -> Element:
-    width, height = _card_size(clip)
+    width, height = reading.card_size(clip, _SIDE, _FINE_SIDE)
     tall = 100 / clip.width_by_height
     most = heat.times[place].max()
     return tag(

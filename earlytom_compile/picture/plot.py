@@ -25,8 +25,7 @@ _KEPT, _PAIR, _TAU, _RAW = "#12c4e6", "#d9600f", "#c2255c", "#3b82c4"
 _BANDS = ("#e8f0f9", "#f6efe2")
 _VEIL = (0x7D, 0x82, 0x8C)
 _VEIL_OPACITY = 0.72
-_CARD_PICTURE, _FINE_CARD_PICTURE = 1.0, 1.35  # inches, the longest side
-_FINE = 8  # tokens a side: more need the larger picture
+_SIDE, _FINE_SIDE = 1.0, 1.35  # inches, of a frame in a card were it a square; the larger one for fine grids
 # For letters that matplotlib's own font lacks; those that are not installed are left out.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Noto Sans Arabic", "Noto Sans", "Arial")
 
@@ -288,9 +287,8 @@ class _Flow:
 
 def _cards(sheet: _Sheet, clip: Clip, heat: reading.Heat | None) -> None:
     """Each frame that is left: the frames it is made of behind a veil with a hole for each kept token, and its heat."""
-    observation, aspect = clip.observation, clip.width_by_height
-    longest = _FINE_CARD_PICTURE if max(observation.grid) > _FINE else _CARD_PICTURE
-    width, height = longest * min(aspect, 1), longest / max(aspect, 1)
+    observation = clip.observation
+    width, height = reading.card_size(clip, _SIDE, _FINE_SIDE)
     in_row = max(1, int((_WIDTH - 2 * _MARGIN) / (width + 0.06)))
     x = _MARGIN
     kept = reading.kept_by_frame(observation)

@@ -20,6 +20,10 @@ MERGES, LEFT, LOOKS = "Frames, segments and merges", "What is left", "Where the 
 _SINK = 3.0
 """A place that receives so many times the average over all frames is called a sink."""
 _FAINTEST = 0.25
+_FINE = 8
+"""Tokens in a row or column of a frame: more than that need a larger picture."""
+_LONGEST = 1.8
+"""Longest side of a picture, in sides of a square of its size."""
 
 
 def headline(clips: Sequence[Clip]) -> str:
@@ -146,6 +150,14 @@ def kept_by_frame(observation: Observation) -> list[list[tuple[int, int]]]:
     for frame, row, column in observation.kept:
         kept[frame].append((row, column))
     return kept
+
+
+def card_size(clip: Clip, side: float, fine_side: float) -> tuple[float, float]:
+    """Width and height of a frame, as large as a square of ``side``, or ``fine_side`` where tokens are small."""
+    wider = math.sqrt(clip.width_by_height)
+    side = fine_side if max(clip.observation.grid) > _FINE else side
+    side *= min(1.0, _LONGEST / max(wider, 1 / wider))
+    return side * wider, side / wider
 
 
 def outline(tokens: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
