@@ -3,6 +3,7 @@
 import base64
 import math
 from fractions import Fraction
+from typing import cast
 
 import av
 import numpy as np
@@ -46,7 +47,7 @@ def _encode(pixels: np.ndarray, codec: str, pixel_format: str, size: tuple[int, 
         interpolation="AREA",
         dst_color_range="JPEG" if codec == "mjpeg" else None,
     )
-    encoder = av.CodecContext.create(codec, "w")
+    encoder = cast(av.VideoCodecContext, av.CodecContext.create(codec, "w"))
     encoder.width, encoder.height = size
     encoder.pix_fmt, encoder.time_base = pixel_format, Fraction(1, 1)
     if codec == "mjpeg":

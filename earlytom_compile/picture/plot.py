@@ -139,7 +139,7 @@ def _head(sheet: _Sheet, clips: Sequence[Clip], model: str, facts: Sequence[Fact
 
 def _question(sheet: _Sheet, asked: Asked, video: str) -> None:
     sheet.paragraph(f"{asked.question}{f'   ({video})' if video else ''}", 10.5, fontweight="bold")
-    said = [("truth", asked.truth)] if asked.truth is not None else []
+    said: list[tuple[str, str | None]] = [("truth", asked.truth)] if asked.truth is not None else []
     said += [("all tokens", asked.full), ("kept tokens", asked.compressed)]
     verdict = {True: "   (same)", False: "   (differs)", None: ""}[asked.agree]
     shown = [f"{name}: {'not asked' if text is None else text.strip() or '(empty answer)'}" for name, text in said]
@@ -243,8 +243,7 @@ class _Flow:
         heads = [first for first, _ in step.segments]
         for run in reading.curve(step.compared, places):
             points = [self.x(x) for x, _ in run], [y(value) for _, value in run]
-            dots = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
-            sheet.line(*points, color=_RAW, linewidth=1.0, **dots)
+            sheet.line(*points, color=_RAW, linewidth=1.0, marker="o", markersize=4.5, markerfacecolor="white")
         for run in reading.curve(step.smoothed, places, heads):
             sheet.line([self.x(x) for x, _ in run], [y(v) for _, v in run], color=_INK, linewidth=1.4)
             cuts = [(self.x(x), y(v)) for x, v in run if v < tau]
@@ -262,8 +261,8 @@ class _Flow:
                 lost.discard(part)
                 ends = (self.x(before[part]), self.x(place)), (top, bottom)
                 sheet.line(*ends, color=_PAIR if pair else _FAINT, linewidth=1.8 if pair else 1.0)
-            dot = {"marker": "o", "markersize": 7 if pair else 4, "color": _PAIR if pair else _SOFT}
-            sheet.line((self.x(place),), (bottom,), **dot)
+            size, color = (7, _PAIR) if pair else (4, _SOFT)
+            sheet.line((self.x(place),), (bottom,), marker="o", markersize=size, color=color)
         for part in lost:
             sheet.line((self.x(before[part]),), (top + 0.03,), marker="x", color=_BAD, markersize=6)
         said = f"{step.frames} → {len(step.sources)}" if step.merged or lost else "none merge"

@@ -6,6 +6,7 @@ import warnings
 import av
 import numpy as np
 import pytest
+from effort import cases
 from made_up import observation, pictures
 
 from earlytom_compile import EarlyTomConfigError
@@ -34,7 +35,7 @@ def said(monkeypatch):
     return lambda: " ".join(" ".join(texts).split())
 
 
-@pytest.mark.parametrize("variant", ["paper", *(pytest.param(v, marks=pytest.mark.long) for v in ("released", "plus"))])
+@pytest.mark.parametrize("variant", cases(("paper",), among=[("paper",), ("released",), ("plus",)]))
 def test_an_image_says_what_the_page_says(tmp_path, said, variant):
     seen = observation(12, seed=3, variant=variant)
     asked = (Asked("what is it ?", "a cat", "a dog", "a cow"), Asked("why ?", None, ""))
@@ -55,7 +56,7 @@ def test_an_image_says_what_the_page_says(tmp_path, said, variant):
         assert " ".join(text.split()) in words
 
 
-@pytest.mark.parametrize("frames, aspect", [(1, 9 / 16), pytest.param(3, None, marks=pytest.mark.long), pytest.param(64, 16 / 9, marks=pytest.mark.long)])
+@pytest.mark.parametrize("frames, aspect", cases((1, 9 / 16), among=[(1, 9 / 16), (3, None), (64, 16 / 9)]))
 def test_odd_texts_and_shapes_are_drawn(tmp_path, frames, aspect):
     asked = tuple(Asked(text, text, text, text) for text in ODD)
     clips = [Clip(ODD[0], pictures(frames), observation(frames, (14, 14)), asked, aspect)] * (2 if frames == 1 else 1)
