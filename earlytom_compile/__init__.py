@@ -11,6 +11,7 @@ from .errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError, Ea
 
 if TYPE_CHECKING:
     from .integrations.generate import compile, encode_videos, restore
+    from .integrations.observe import Observation, observe
     from .reporting import Report, report
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "EarlyTomConfigError",
     "EarlyTomError",
     "EarlyTomFallbackWarning",
+    "Observation",
     "Report",
     "compile",
     "encode_videos",
+    "observe",
     "report",
     "restore",
 ]
@@ -33,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from .integrations import generate
 
         return getattr(generate, name)
+    if name in ("Observation", "observe"):
+        from .integrations import observe as observing
+
+        return getattr(observing, name)
     if name in ("Report", "report"):
         from . import reporting
 

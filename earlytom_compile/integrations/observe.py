@@ -121,6 +121,7 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
     where a call would run uncompressed.
     """
     config = EarlyTomConfig.from_options(options)
+    model = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
     _require_supported(model)
     _check_videos(pixel_values_videos)
     make_traceable()

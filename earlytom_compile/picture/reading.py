@@ -38,8 +38,8 @@ def count(number: int) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """(13, 128) -> "10.2 %"."""
-    return f"{part / whole:.1%}".replace("%", " %")
+    """(13, 128) -> "10.2%"."""
+    return f"{part / whole:.1%}"
 
 
 def gains(clips: Sequence[Clip]) -> list[Fact]:
@@ -108,8 +108,8 @@ def attention_word(observation: Observation, heat: "Heat | None") -> str:
 
 
 def weights_word(source: Source) -> str:
-    """((1, 0.5), (2, 0.5)) -> "50 % of frame 2, 50 % of frame 3"."""
-    return ", ".join(f"{weight:.0%} of frame {frame + 1}".replace("%", " %") for frame, weight in source)
+    """((1, 0.5), (2, 0.5)) -> "50% of frame 2, 50% of frame 3"."""
+    return ", ".join(f"{weight:.0%} of frame {frame + 1}" for frame, weight in source)
 
 
 def compared_with(observation: Observation) -> str:
@@ -273,6 +273,5 @@ def sinks_word(heat: Heat) -> str:
     first = ", ".join(f"row {row + 1} column {column + 1} ({times:.1f}×)" for row, column, times in sinks[:4])
     return (
         f"{len(sinks)} of {heat.times[0].size} places receive at least {_SINK:g} times the average over all frames, "
-        f"together {heat.sinks_share:.0%} of all attention".replace("%", " %")
-        + f": {first}{', ...' if len(sinks) > 4 else ''}."
+        f"together {heat.sinks_share:.0%} of all attention: {first}{', ...' if len(sinks) > 4 else ''}."
     )
