@@ -185,7 +185,9 @@ def test_what_cannot_be_observed_is_said(model):
     with pytest.raises(EarlyTomConfigError, match="LlavaOnevision"):
         observe(torch.nn.Linear(1, 1), clip)
     with pytest.raises(EarlyTomConfigError, match="must be"):
-        observe(model, clip[0, 0])
+        observe(model, clip[0])
+    with pytest.raises(EarlyTomConfigError, match=r"must be \[frames, 3, 24, 24\]"):
+        observe(model, clip[..., 1:])
     with torch.compiler.set_stance("force_eager"), pytest.raises(EarlyTomCompileError, match="set_stance"):
         observe(model, clip)
 

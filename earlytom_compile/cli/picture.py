@@ -8,7 +8,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..integrations.observe import observe
 from ..picture import Asked, Clip, Fact, write_html, write_png
 from ..picture.frames import frames_seen
 from ..picture.plot import require_matplotlib
-from .comparison import Comparison, decode, timed_answer
+from .comparison import decode, timed_answer
 from .loading import Inputs, Loaded, progress_bars
 from .outputs import check_outputs
 
@@ -68,7 +68,7 @@ def write_pictures(
         progress.add_task("drawing the picture", total=None)
         clips = [_clip(loaded, filmed, options) for filmed in videos]
         written = [
-            draw(path, clips, model=model, facts=facts)
+            draw(path, clips, model=_model_name(model), facts=facts)
             for path, draw in ((html, write_html), (png, write_png))
             if path is not None
         ]
@@ -81,25 +81,68 @@ def wants_picture(arguments: argparse.Namespace) -> bool:
     return bool(arguments.html or arguments.png)
 
 
-def with_full_answer(
-    loaded: Loaded, inputs: Inputs, asked: Asked, max_new_tokens: int, progress_on: Console
-) -> Asked:
-    """``asked`` with the answer of the model as it was before compression, which is undone."""
+@dataclass(frozen=True)
+class Answered:
+    """One question of ``earlytom run``; ``full`` is None where the full model was not asked."""
+
+    video: str | Path
+    question: str
+    inputs: Inputs
+    compressed: str
+    full: str | None = None
+
+
+def write_run_pictures(
+    loaded: Loaded,
+    answered: Sequence[Answered],
+    options: dict[str, Any],
+    *,
+    html: str | Path | None,
+    png: str | Path | None,
+    model: str,
+    facts: Sequence[Fact],
+    max_new_tokens: int,
+    progress_on: Console,
+) -> None:
+    """:func:`write_pictures` of all videos and questions; the full model is asked what it was not asked yet.
+
+    Afterwards the model is as it was before compression, if it was asked.
+    """
+    asked: dict[str, list[Asked]] = {}
+    inputs = {str(one.video): one.inputs for one in answered}
+    for one in answered:
+        full = one.full
+        if full is None:
+            full = _answer_with_all(loaded, one.inputs, max_new_tokens, progress_on)
+        asked.setdefault(str(one.video), []).append(Asked(one.question, full, one.compressed))
+    films = [filmed(video, inputs[video], questions) for video, questions in asked.items()]
+    where = {"html": html, "png": png}
+    write_pictures(loaded, films, options, **where, model=model, facts=facts, progress_on=progress_on)
+
+
+def _answer_with_all(loaded: Loaded, inputs: Inputs, max_new_tokens: int, progress_on: Console) -> str:
     earlytom_compile.restore(loaded.model)
     with progress_bars(progress_on) as progress:
         progress.add_task("answering with all tokens", total=None)
-        return replace(asked, full=decode(loaded, timed_answer(loaded.model, inputs, max_new_tokens)[0]))
+        return decode(loaded, timed_answer(loaded.model, inputs, max_new_tokens)[0])
 
 
-def facts_of(comparison: Comparison) -> list[Fact]:
-    """The prompt's length and the time to the first token, for the tiles of a picture."""
+def facts_of(prompt: Sequence[int] | None, first_token_seconds: tuple[float, float] | None = None) -> list[Fact]:
+    """Tiles: the prompt's length before and after, and the time to the first token of the full and the compressed
+    model."""
     facts = []
-    if comparison.report["prompt"]:
-        facts.append(Fact("prompt", "{} → {} tokens".format(*comparison.report["prompt"])))
-    full, compressed = comparison.full.ttft_seconds, comparison.compressed.ttft_seconds
-    change = f"{full / compressed:.1f}x faster" if full >= compressed else f"{compressed / full:.1f}x slower"
-    facts.append(Fact("time to first token", f"{1000 * full:.0f} → {1000 * compressed:.0f} ms", change))
+    if prompt:
+        facts.append(Fact("prompt", "{} → {} tokens".format(*prompt)))
+    if first_token_seconds:
+        full, compressed = first_token_seconds
+        change = f"{full / compressed:.1f}x faster" if full >= compressed else f"{compressed / full:.1f}x slower"
+        facts.append(Fact("time to first token", f"{1000 * full:.0f} → {1000 * compressed:.0f} ms", change))
     return facts
+
+
+def _model_name(name: str) -> str:
+    """Of a folder its name: where it lies is nobody's business who gets the page."""
+    return Path(name).resolve().name if name and Path(name).is_dir() else name
 
 
 def _clip(loaded: Loaded, filmed: Filmed, options: dict[str, Any]) -> Clip:

@@ -10,10 +10,9 @@ from rich.console import Console
 
 import earlytom_compile
 
-from ..picture import Asked
 from .comparison import compare, comparison_table, decode, timed_answer
 from .loading import Inputs, Loaded, load_checkpoint, prepare_inputs, progress_bars
-from .picture import check_pictures, facts_of, filmed, wants_picture, with_full_answer, write_pictures
+from .picture import Answered, check_pictures, facts_of, wants_picture, write_run_pictures
 from .toolchain import require_toolchain
 
 
@@ -36,25 +35,23 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         console.print(comparison_table(comparison))
         for reason in comparison.report["reasons"]:
             console.print(f"left alone: {reason}", markup=False, soft_wrap=True)
-        asked = Asked(arguments.prompt, comparison.full.text, comparison.compressed.text)
-        facts = facts_of(comparison)
-    else:
-        asked = Asked(
-            arguments.prompt,
-            compressed=_answer(loaded, inputs, options, arguments.max_new_tokens, console, progress),
+        answers = comparison.compressed.text, comparison.full.text
+        facts = facts_of(
+            comparison.report["prompt"], (comparison.full.ttft_seconds, comparison.compressed.ttft_seconds)
         )
-        facts = []
+    else:
+        answers = _answer(loaded, inputs, options, arguments.max_new_tokens, console, progress), None
+        facts = facts_of(earlytom_compile.report(loaded.model).to_dict()["prompt"])
     if wants_picture(arguments):
-        if asked.full is None:
-            asked = with_full_answer(loaded, inputs, asked, arguments.max_new_tokens, progress)
-        write_pictures(
+        write_run_pictures(
             loaded,
-            [filmed(arguments.video, inputs, [asked])],
+            [Answered(arguments.video, arguments.prompt, inputs, *answers)],
             options,
             html=arguments.html,
             png=arguments.png,
             model=arguments.model,
             facts=facts,
+            max_new_tokens=arguments.max_new_tokens,
             progress_on=progress,
         )
 

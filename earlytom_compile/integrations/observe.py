@@ -24,7 +24,7 @@ from ..errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError
 from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
-from .generate import _check_videos, _require_supported, _video_rows
+from .generate import _require_supported, _video_rows
 from .tracing import make_traceable, with_its_own_code
 
 Source = tuple[tuple[int, float], ...]
@@ -123,7 +123,7 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
     config = EarlyTomConfig.from_options(options)
     model = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
     _require_supported(model)
-    _check_videos(pixel_values_videos)
+    _require_shape(pixel_values_videos, model.config.vision_config)
     make_traceable()
     observers: dict[Any, tuple[Observer, Callable[..., Any]]] = {}
     observed = []
@@ -136,6 +136,16 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
         observer, rows = observers[video.shape]
         observed.append(observer.watch(rows, model, video))
     return observed
+
+
+def _require_shape(videos: Any, tower: Any) -> None:
+    picture = (tower.num_channels, tower.image_size, tower.image_size)
+    for video in videos:
+        if video.dim() != 4 or len(video) == 0 or tuple(video.shape[1:]) != picture:
+            raise EarlyTomConfigError(
+                f"a video of shape {tuple(video.shape)}: must be [frames, {', '.join(map(str, picture))}], one frame "
+                "or more, which is what the model's processor makes."
+            )
 
 
 class Observer:

@@ -2,14 +2,19 @@
 
 import re
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 from clip import write_clip
+from made_up import observation, pictures
+from rich.console import Console
 
-from earlytom_compile.cli import explain, main, run
+from earlytom_compile.cli import explain, main, picture, run
+from earlytom_compile.cli.picture import Answered
 from earlytom_compile.integrations.preprocess import PixelSettings, load_processor
 from earlytom_compile.picture.frames import frames_seen
 
@@ -66,6 +71,28 @@ def test_explain_draws_without_a_question(earlytom, checkpoint, clip, tmp_path, 
     assert status == 0 and "vision encoder" in output
     assert "Questions and answers" not in page and "Frames, segments and merges" in page
     assert (">clip.mp4<" in page) == own and ("a clip made on the spot" in page) != own
+
+
+def test_several_videos_and_questions_are_one_page_and_the_full_model_is_asked_once_each(tmp_path, monkeypatch, clip):
+    asked, inputs = [], {"pixel_values_videos": torch.zeros(1, 8, 3, 48, 48)}
+    other = tmp_path / "other.mp4"
+    other.write_bytes(clip.read_bytes())
+    monkeypatch.setattr(picture, "_answer_with_all", lambda loaded, inputs, *rest: asked.append(inputs) or "full")
+    monkeypatch.setattr(picture, "observe", lambda *args, **options: [observation(8, (3, 3))])
+    monkeypatch.setattr(picture, "frames_seen", lambda *args: pictures(8))
+    answered = [Answered(video, question, inputs, "short") for video in (clip, other) for question in ("q1", "q2")]
+    answered[0] = replace(answered[0], full="short")
+    picture.write_run_pictures(
+        SimpleNamespace(model=None, processor=None), answered, {}, html=tmp_path / "a.html", png=None,
+        model=str(tmp_path), facts=picture.facts_of((90, 30), (0.2, 0.1)), max_new_tokens=1,
+        progress_on=Console(stderr=True),
+    )  # fmt: skip
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert len(asked) == 3 and page.count(">q1<") == page.count(">q2<") == 2
+    assert page.count(">same<") == 1 and page.count(">differs<") == 3 and "1 of 4" in page
+    assert "Video 1: " in page and "Video 2: " in page and ">other.mp4<" in page
+    assert "90 → 30 tokens" in page and "200 → 100 ms" in page and "2.0x faster" in page
+    assert tmp_path.name in page and str(tmp_path) not in page
 
 
 @pytest.mark.parametrize("command", ["run", "explain"])
