@@ -17,6 +17,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .integrations.generate import compile, encode_videos, restore
+    from .integrations.observe import Observation, observe
     from .reporting import Report, report
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "EarlyTomError",
     "EarlyTomFallbackWarning",
     "EarlyTomVideoWarning",
+    "Observation",
     "Report",
     "compile",
     "encode_videos",
+    "observe",
     "report",
     "restore",
 ]
@@ -40,6 +43,10 @@ def __getattr__(name: str) -> Any:
         from .integrations import generate
 
         return getattr(generate, name)
+    if name in ("Observation", "observe"):
+        from .integrations import observe as observing
+
+        return getattr(observing, name)
     if name in ("Report", "report"):
         from . import reporting
 

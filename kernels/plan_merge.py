@@ -17,7 +17,8 @@ which the reader of N refuses.
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -144,6 +145,47 @@ def _(similarity: Tensor, counts: Tensor, *, variant: str, tau_seg: float, alpha
     return similarity.new_empty((similarity.shape[0],), dtype=torch.bool)
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """Why one video of T frames was cut where it was, for people to see."""
+
+    compared: tuple[float, ...]
+    """[T - 1]: the similarity that Eq. 1 takes, of each frame from the second on; NaN where none was asked for."""
+    smoothed: tuple[float, ...]
+    """[T - 1]: its moving average, which ends a segment below tau_seg; NaN where a full window ended it."""
+    segments: tuple[tuple[int, int], ...]
+    """First and last frame of each, both inclusive."""
+    thresholds: tuple[float, ...]
+    """Of each segment, the similarity that two of its frames need to merge."""
+
+
+def explain_segments(
+    similarity: Tensor,
+    counts: Tensor,
+    *,
+    variant: str,
+    tau_seg: float,
+    alpha: float,
+    max_window: int,
+    tau_merge: float,
+    min_frames: int = 1,
+) -> list[Segmentation]:
+    """What ``plan_merge`` found on its way to the plan for the same arguments, one for each video.
+
+    Raises ValueError as ``plan_merge`` does.
+    """
+    check(similarity, counts, variant, tau_seg, alpha, max_window, "plan_merge")
+    farthest = plan_distance(variant, max_window, tau_merge)
+    explained = []
+    for _, frames, s in _videos(similarity, counts, farthest, "plan_merge"):
+        steps = list(_walk(s, frames, variant, tau_seg, alpha, max_window))
+        segments = _between([frame for frame, (_, _, begins) in enumerate(steps, start=1) if begins], frames)
+        thresholds = tuple(_threshold(s, head, tail, tau_merge) for head, tail in segments)
+        compared, smoothed = tuple(now for now, _, _ in steps), tuple(average for _, average, _ in steps)
+        explained.append(Segmentation(compared, smoothed, tuple(segments), thresholds))
+    return explained
+
+
 def check(
     similarity: Tensor,
     counts: Tensor,
@@ -241,20 +283,32 @@ def _lookup(flat: list[float], first: int, band: int, op: str) -> Similarity:
 def _segments(
     s: Similarity, frames: int, variant: str, tau_seg: float, alpha: float, max_window: int
 ) -> list[tuple[int, int]]:
-    """Inclusive (head, tail) of each segment; released compares with the segment's head, paper with t - 1."""
+    """Inclusive (head, tail) of each segment."""
+    steps = enumerate(_walk(s, frames, variant, tau_seg, alpha, max_window), start=1)
+    return _between([frame for frame, (_, _, begins) in steps if begins], frames)
+
+
+def _between(later_heads: list[int], frames: int) -> list[tuple[int, int]]:
+    return list(zip([0, *later_heads], [head - 1 for head in later_heads] + [frames - 1], strict=True))
+
+
+def _walk(
+    s: Similarity, frames: int, variant: str, tau_seg: float, alpha: float, max_window: int
+) -> Iterator[tuple[float, float, bool]]:
+    """Of each frame behind the first: the similarity that Eq. 1 takes, its moving average, and whether a segment
+    begins there; NaN twice where one does because the one before is full. released compares with the segment's
+    head, paper with t - 1."""
     longest = longest_segment(variant, max_window)
     newest, older, threshold = float32(alpha), float32(1.0 - alpha), float32(tau_seg)
-    heads, smoothed = [0], 1.0
+    head, average = 0, 1.0
     for frame in range(1, frames):
-        head = heads[-1]
         full = frame - head >= longest
-        if not full:
-            now = s(frame, frame - 1 if variant == "paper" else head)
-            smoothed = float32(float32(newest * now) + float32(older * smoothed))
-        if full or smoothed < threshold:
-            heads.append(frame)
-            smoothed = 1.0
-    return list(zip(heads, [head - 1 for head in heads[1:]] + [frames - 1], strict=True))
+        now = math.nan if full else s(frame, frame - 1 if variant == "paper" else head)
+        average = float32(float32(newest * now) + float32(older * average))
+        begins = full or average < threshold
+        yield now, average, begins
+        if begins:
+            head, average = frame, 1.0
 
 
 def _threshold(s: Similarity, head: int, tail: int, tau_merge: float) -> float:

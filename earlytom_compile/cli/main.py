@@ -141,6 +141,7 @@ def _add_run(parser: CommandParser) -> None:
     parser.add_argument("--compare", action="store_true", help="answer with the full model too, and compare")
     parser.add_argument("--quiet", action="store_true", help="print answers, warnings and errors alone")
     _add_json(parser, "answers, tokens, frames, times and options", alone=True)
+    _add_pictures(parser)
     _add_max_new_tokens(parser, 64)
     _add_repeats(parser, "timed runs of each model, with --compare (%(default)s)")
     add_config_flags(parser)
@@ -153,6 +154,7 @@ def _add_explain(parser: CommandParser) -> None:
     _add_model(parser, required=False)
     parser.add_argument("--video", metavar="FILE", help="default: a short clip made on the spot")
     _add_frames(parser)
+    _add_pictures(parser)
     add_config_flags(parser)
 
 
@@ -340,6 +342,12 @@ def _add_frames(parser: CommandParser) -> None:
 def _add_max_new_tokens(parser: CommandParser, default: int) -> None:
     text = "length limit of the answer (%(default)s)"
     parser.add_rare("--max-new-tokens", type=int, default=default, metavar="N", help=text)
+
+
+def _add_pictures(parser: CommandParser) -> None:
+    text = "draw there which frames merged and which tokens stayed"
+    parser.add_argument("--html", metavar="FILE", help=f"{text}: one page that needs nothing else")
+    parser.add_argument("--png", metavar="FILE", help="the same as one image (needs matplotlib)")
 
 
 def _add_repeats(parser: CommandParser, text: str = "timed runs of each model (%(default)s)") -> None:

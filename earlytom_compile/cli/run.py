@@ -33,6 +33,7 @@ from .loading import (
     require_question,
 )
 from .outputs import STANDARD_OUTPUT, output_console, write_text
+from .picture import Answered, check_pictures, facts_of, wants_picture, write_run_pictures
 from .toolchain import require_toolchain
 
 EMPTY = "(empty answer)"
@@ -75,9 +76,40 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
             raise
         saved = f"{arguments.json} has {len(about['answers'])} of {len(asked)} answers."
         raise KeyboardInterrupt(saved) from None
+    if wants_picture(arguments):
+        _draw(loaded, asked, about["answers"], arguments, options, progress)
+
+
+def _draw(
+    loaded: Loaded,
+    asked: list[Asked],
+    answers: list[dict[str, Any]],
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+    progress_on: Console,
+) -> None:
+    answered = [
+        Answered(one.video, one.question, one.inputs, answer["answer"], answer.get("full_model", {}).get("answer"))
+        for one, answer in zip(asked, answers, strict=True)
+    ]
+    first, times = answers[0], None
+    if arguments.compare:
+        times = first["full_model"]["first_token_seconds"], first["first_token_seconds"]
+    write_run_pictures(
+        loaded,
+        answered,
+        options,
+        html=arguments.html,
+        png=arguments.png,
+        model=arguments.model,
+        facts=facts_of(first["prompt_tokens"], times) if len(answers) == 1 else [],
+        max_new_tokens=arguments.max_new_tokens,
+        progress_on=progress_on,
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    check_pictures(arguments)
     for question in arguments.prompt:
         require_question(question)
     for name in ("frames", "max_new_tokens", "repeats"):

@@ -1,0 +1,302 @@
+"""What a compressed call decided, as plain data: for a picture, a notebook, a question of "why this frame?".
+
+    observe(model, pixels [V, F, 3, H, W], retain_ratio=0.1)
+ -> Observation: merges[0].segments      ((0, 4), (5, 7))                 # of the F frames, after layer 1
+                 merges[0].sources       (((0, 1.0),), ((1, 0.5), (2, 0.5)), ...)
+                 importance              float32 [N, h, w]
+                 kept                    ((0, 1, 2), ...)                 # merged frame, row, column
+
+Nothing is decided a second time for it: the rewritten graph is the one that a compressed call runs, and an
+interpreter writes down what goes into its operators and what comes out. The model and what was compiled for it stay
+as they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from ..config import EarlyTomConfig
+from ..errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError
+from ..kernels.plan_merge import explain_segments
+from ..passes.manager import Rewrite, run_passes
+from ..passes.reasons import NotApplicable
+from .generate import _require_supported, _video_rows
+from .tracing import make_traceable, with_its_own_code
+
+Source = tuple[tuple[int, float], ...]
+"""What a frame is made of: (frame, weight) of each part, a weight of 0 left out."""
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """One merge layer: n frames came in, m are left. Frames are numbered within the n."""
+
+    layer: int
+    """0-based layer of the vision encoder, behind which it happens."""
+    neighbours: tuple[float, ...]
+    """[n - 1]: similarity of each frame, from the second on, to the one before it."""
+    compared: tuple[float, ...]
+    """[n - 1]: the similarity that Eq. 1 takes there: ``neighbours``, or under ``variant="released"`` that to the first
+    frame of the segment. NaN where a full window ended the segment unseen."""
+    smoothed: tuple[float, ...]
+    """[n - 1]: its moving average; a segment begins where it is below ``tau_seg``. NaN where a full window ended it."""
+    segments: tuple[tuple[int, int], ...]
+    """First and last frame of each, both inclusive."""
+    thresholds: tuple[float, ...]
+    """Of each segment, the similarity that two of its frames need to merge (Eq. 2)."""
+    sources: tuple[Source, ...]
+    """Of each of the m frames, which of the n it is made of (Eq. 3)."""
+
+    @property
+    def frames(self) -> int:
+        """n."""
+        return len(self.neighbours) + 1
+
+    @property
+    def merged(self) -> tuple[Source, ...]:
+        """Those of ``sources`` that blend two frames."""
+        return tuple(source for source in self.sources if len(source) > 1)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One video of F frames through a compressed vision encoder: N frames are left, of h x w tokens each."""
+
+    frames: int
+    """F."""
+    grid: tuple[int, int]
+    """(h, w)."""
+    layers: int
+    """Layers of the vision encoder."""
+    config: EarlyTomConfig
+    """The options in force."""
+    merges: tuple[MergeStep, ...]
+    """One for each merge layer; none for a video of fewer frames than can merge."""
+    dynamic: tuple[bool, ...] | None
+    """[N]: whether a frame keeps its most important tokens wherever they are; None where selection does not ask."""
+    importance: np.ndarray | None
+    """float32 [N, h, w]: attention that each token receives in the last merge layer, pooled as the features are; None
+    where the encoder does not tell and selection does not ask."""
+    importance_decides: bool
+    """False under ``variant="plus"``, which keeps tokens without a look at ``importance``."""
+    kept: tuple[tuple[int, int, int], ...]
+    """(frame of N, row, column) of each token that reaches the language model, in their order there."""
+
+    @property
+    def frame_counts(self) -> tuple[int, ...]:
+        """Frames at first, then after each merge layer."""
+        return (self.frames, *(len(step.sources) for step in self.merges))
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Video tokens of the uncompressed video and of this one, the newline not counted."""
+        return self.frames * self.grid[0] * self.grid[1], len(self.kept)
+
+    def origins(self, merges: int | None = None) -> tuple[Source, ...]:
+        """Of each frame left after the first ``merges`` merge layers (None: all), the sampled frames it is made of."""
+        made: tuple[Source, ...] = tuple(((frame, 1.0),) for frame in range(self.frames))
+        for step in self.merges[:merges]:
+            made = tuple(_blend(made, source) for source in step.sources)
+        return made
+
+
+def _blend(made: Sequence[Source], source: Source) -> Source:
+    weights: dict[int, float] = {}
+    for part, share in source:
+        for frame, weight in made[part]:
+            weights[frame] = weights.get(frame, 0.0) + share * weight
+    return tuple(sorted(weights.items()))
+
+
+def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) -> list[Observation]:
+    """What a call of ``model`` compiled with ``options`` decides about each video.
+
+    ``pixel_values_videos``: [V, F, 3, H, W], or a sequence of videos [F, 3, H, W], as a processor makes them, on the
+    model's device. ``options`` are those of :class:`EarlyTomConfig`; nothing is compiled, whatever ``lowering`` says.
+    Raises :class:`EarlyTomConfigError` for bad ones, another model or another shape, and :class:`EarlyTomCompileError`
+    where a call would run uncompressed.
+    """
+    config = EarlyTomConfig.from_options(options)
+    model = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
+    _require_supported(model)
+    _require_shape(pixel_values_videos, model.config.vision_config)
+    make_traceable()
+    observers: dict[Any, tuple[Observer, Callable[..., Any]]] = {}
+    observed = []
+    for video in pixel_values_videos:
+        if video.shape not in observers:
+            observer = Observer(config)
+            # A function for each shape: Dynamo compiles only so many shapes of one.
+            compiled = torch.compile(with_its_own_code(_video_rows), backend=observer.backend)
+            observers[video.shape] = observer, compiled
+        observer, rows = observers[video.shape]
+        observed.append(observer.watch(rows, model, video))
+    return observed
+
+
+def _require_shape(videos: Any, tower: Any) -> None:
+    picture = (tower.num_channels, tower.image_size, tower.image_size)
+    for video in videos:
+        if video.dim() != 4 or len(video) == 0 or tuple(video.shape[1:]) != picture:
+            raise EarlyTomConfigError(
+                f"a video of shape {tuple(video.shape)}: must be [frames, {', '.join(map(str, picture))}], one frame "
+                "or more, which is what the model's processor makes."
+            )
+
+
+class Observer:
+    """A backend that rewrites a graph as every other lowering does, and writes down what its operators did."""
+
+    def __init__(self, config: EarlyTomConfig) -> None:
+        self._config = config
+        self._last: Observation | None = None
+
+    @torch.no_grad()
+    def watch(self, compiled: Callable[..., Any], model: Any, video: torch.Tensor) -> Observation:
+        """Call ``compiled``, whose backend this is, with one video [F, 3, H, W]."""
+        self._last = None
+        videos = video.unsqueeze(0)
+        torch._dynamo.mark_static(videos)
+        compiled(model, videos, {})
+        if self._last is None:
+            raise EarlyTomCompileError(
+                "nothing to observe: Dynamo did not trace the vision path. It is switched off, or a mode that it skips "
+                "is active: call without torch.compiler.set_stance, TORCHDYNAMO_DISABLE and TorchDispatchModes around."
+            )
+        return self._last
+
+    def backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """For ``torch.compile``; errors are raised at the call, since Dynamo would wrap them in one of its own."""
+        state = Rewrite(graph_module, self._config, features_only=True)
+        try:
+            run_passes(state)
+        except NotApplicable as found:
+            return _raising(EarlyTomCompileError(f"nothing to observe: {found.reason}. {found.cure}."))
+        except EarlyTomConfigError as error:
+            return _raising(error)
+
+        def run(*inputs: Any) -> Any:
+            recorder = _Recorder(state)
+            outputs = recorder.run(*inputs)
+            self._last = recorder.observation()
+            return outputs
+
+        return run
+
+
+def _raising(error: EarlyTomError) -> Callable[..., Any]:
+    def raise_error(*inputs: Any) -> Any:
+        raise error
+
+    return raise_error
+
+
+_Call = tuple[dict[str, Any], Any]
+"""Arguments of an operator by name, and what it returned."""
+
+
+class _Recorder(Interpreter):
+    """Runs a rewritten graph once and keeps the small tensors that its operators took and gave."""
+
+    def __init__(self, state: Rewrite) -> None:
+        super().__init__(state.graph_module)
+        assert state.boundary is not None
+        self._config = state.config
+        self._boundary = state.boundary
+        blocks = state.boundary.encoder.blocks
+        self._layers = state.config.resolve_merge_layers(len(blocks))
+        self._scored = blocks[self._layers[-1]] if self._layers else blocks[-1]
+        self._plans: list[_Call] = []
+        self._dynamic: torch.Tensor | None = None
+        self._selected: _Call | None = None
+        self._received: torch.Tensor | None = None  # float32 [n, S], where selection does not ask for it
+        self._importance: torch.Tensor | None = None  # the same [N, P], pooled
+        self._grid = (0, 0)
+
+    def run_node(self, n: Node) -> Any:
+        if n is self._scored.attention and not self._config.selects_by_attention():
+            self._received = self._attention_received()
+        result = super().run_node(n)
+        if n is self._boundary.pool:
+            self._grid = tuple(result.shape[-2:])
+            if self._received is not None:
+                self._importance = self._pooled(n, self._received)
+        return result
+
+    def _attention_received(self) -> torch.Tensor | None:
+        """What ``paper`` would go by; None where queries and keys do not tell (grouped heads)."""
+        query, key = self.env[self._scored.query], self.env[self._scored.key]
+        if query.shape != key.shape:
+            return None
+        scale = self._scored.scale
+        scale = self.env[scale] if isinstance(scale, Node) else scale
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return torch.ops.earlytom.attention_received(query, key, scale)
+
+    def _pooled(self, pool: Node, received: torch.Tensor) -> torch.Tensor:
+        """[N, S] -> [N, P], as the features are."""
+        (features, *arguments), options = self.fetch_args_kwargs_from_env(pool)
+        image = received.view(-1, 1, *features.shape[-2:])
+        return pool.target(image, *arguments, **options).flatten(1)  # type: ignore[operator]
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_function(target, args, kwargs)
+        name = str(target).removeprefix("earlytom.").removesuffix(".default")
+        if name == str(target):
+            return result
+        given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
+        if name == "plan_merge":
+            self._plans.append((given, result))
+        elif name == "merge_frames" and self._received is not None:  # of the last merge layer, which scores
+            plan = given["source"], given["weight"], given["n"]
+            (self._received,) = torch.ops.earlytom.merge_frames([self._received], *plan)
+        elif name == "dynamic_frames":
+            self._dynamic = result
+        elif name.startswith("select_"):
+            self._selected = given, result
+        return result
+
+    def observation(self) -> Observation:
+        """Read off what was recorded, which waits for the device."""
+        assert self._selected is not None
+        given, result = self._selected
+        height, width = self._grid
+        kept = result[1].reshape(-1, result[1].shape[-1])[:, -2:].tolist()  # released: the video before them
+        importance = given.get("importance", self._importance)
+        layers = self._layers if self._plans else ()  # a short video has nothing to merge
+        steps = tuple(_merge_step(layer, *plan) for layer, plan in zip(layers, self._plans, strict=True))
+        return Observation(
+            frames=steps[0].frames if steps else int(given["counts"].sum()),
+            grid=(int(height), int(width)),
+            layers=len(self._boundary.encoder.blocks),
+            config=self._config,
+            merges=steps,
+            dynamic=None if self._dynamic is None else tuple(self._dynamic.tolist()),
+            importance=None if importance is None else importance.float().cpu().numpy().reshape(-1, height, width),
+            importance_decides="importance" in given,
+            kept=tuple((frame, place // width, place % width) for frame, place in kept),
+        )
+
+
+def _merge_step(layer: int, given: dict[str, Any], plan: tuple[torch.Tensor, ...]) -> MergeStep:
+    (explained,) = explain_segments(**given)
+    source, weight, counts = (x.tolist() for x in plan)
+    return MergeStep(
+        layer=layer,
+        neighbours=tuple(given["similarity"][1:, 0].tolist()),
+        compared=explained.compared,
+        smoothed=explained.smoothed,
+        segments=explained.segments,
+        thresholds=explained.thresholds,
+        sources=tuple(tuple(_parts(*row)) for row in list(zip(source, weight, strict=True))[: sum(counts)]),
+    )
+
+
+def _parts(source: list[int], weight: list[float]) -> Iterator[tuple[int, float]]:
+    for frame, share in zip(source, weight, strict=True):
+        if share:
+            yield frame, share
