@@ -31,7 +31,7 @@ from .passes.manager import Rewrite, data_dependent_sizes
 from .passes.patterns import value_of
 from .passes.split_stages import Piece, split_stages
 from .prompt import ExpectedPlaceholders
-from .reporting import Counts, GraphRecord
+from .reporting import Counts, GraphRecord, progress
 
 log = logging.getLogger(__name__)
 _CANNOT_LOWER = (
@@ -108,7 +108,8 @@ def lower_whole(
         # prompt's keys and values over a cache that somebody still reads.
         record.note('without the CUDA graphs that mode asks for, which need lowering="staged"')
     try:
-        return lower(graph_module, example_inputs, record.lowering, options)
+        with progress("making the graph runnable" if record.lowering == "eager" else "compiling one graph of all"):
+            return lower(graph_module, example_inputs, record.lowering, options)
     except _CANNOT_LOWER as error:
         # Left to Dynamo, some of these would become a silent graph break.
         record.lowering = "eager"
@@ -135,6 +136,7 @@ def lower_stages(
     inputs = [value_of(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     given = {id(value): example for value, example in zip(inputs, example_inputs, strict=True)}
     kinds: dict[str, _Compiled | None] = {}
+    total = len({piece.key for piece in pieces if piece.computes})
     compiled = set[str]()
     for piece in pieces:
         if not piece.computes:
@@ -142,7 +144,8 @@ def lower_stages(
         key = piece.key
         if key not in kinds:
             try:
-                kinds[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options))
+                with progress(f"compiling piece {len(kinds) + 1} of {total} ({piece.where})"):
+                    kinds[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options))
             except _CANNOT_LOWER as error:
                 kinds[key] = None
                 record.note(_not_compiled(f"a part of the model ({piece.where})", error))
@@ -224,6 +227,7 @@ class CompressedGraph:
                     self._config,
                     self.record,
                 )
+                self.record.ran_uncompressed()
                 return self._original(*args)
         outputs = self._compiled(*args)
         self._note(outputs[self._num_outputs :], args)

@@ -15,6 +15,7 @@ original one. Videos are encoded one at a time, so that a row's answer does not 
 import copy
 import functools
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,12 +30,13 @@ from ..backend import compile_graph
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
 from ..prompt import PromptCut, UncuttablePrompt, without_waiting
-from ..reporting import Counts, GraphRecord, forget
+from ..reporting import Counts, GraphRecord, forget, note_restored
 from ..stages import CompressedGraph, fall_back
 from .caches import cache_of, given_cache
 from .prefill import CompiledPrefill
 from .tracing import make_traceable, with_its_own_code
 
+log = logging.getLogger(__name__)
 _HANDLE = "_earlytom"
 _REPLACED = ("forward", "generate")
 
@@ -55,6 +57,7 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     make_traceable()
     handle = CompiledModel(model, config)
     model.__dict__[_HANDLE] = handle
+    note_restored(model, False)
     for name in _REPLACED:
         model.__dict__[name] = _Method(handle, name, getattr(model, name))
     if config.compile_llm and config.lowering != "eager":
@@ -73,6 +76,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         if handle.prefill is not None:
             handle.prefill.remove()
         forget(model)
+        note_restored(model, True)
     return model
 
 
@@ -101,6 +105,8 @@ class CompiledModel:
         self.own = {name: getattr(model, name) for name in _REPLACED}
         self.prompt: tuple[int, int] | None = None
         self.videos: list[tuple[GraphRecord, Counts]] = []
+        self.last_call: str | None = None  # what became of it, in the words of reporting.Report.last_call
+        self.compressed = False  # whether any call was
         self.record = GraphRecord("", False)
         self._paths: dict[Any, _VisionPath] = {}
         self.prefill: CompiledPrefill | None = None
@@ -108,7 +114,7 @@ class CompiledModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        state = {**self.__dict__, "_paths": {}, "videos": []}
+        state = {**self.__dict__, "_paths": {}, "videos": [], "prompt": None, "last_call": None, "compressed": False}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
 
@@ -170,13 +176,20 @@ class CompiledModel:
         videos = kwargs.get("pixel_values_videos")
         if videos is None or len(videos) == 0:
             _refuse_compressed_cache(given_cache(kwargs), ids, self.model.config.video_token_id)
-            if _features(kwargs).get("video") is not None and not _GENERATING.get():
-                self.prompt, self.videos = None, []
+            if _GENERATING.get():
+                return "no video"
+            if _features(kwargs).get("video") is not None:
+                self._note("failed")
                 fall_back(*_ALREADY_ENCODED, self.config, self.record)
+                self._note("uncompressed")
+            elif not _continues(kwargs):  # else it is one of many steps of a call
+                self._note("no video")
             return "no video"
         if _pixels_and_features(kwargs, forward):
             return "the model's own code refuses the call, with an error of its own"
-        self.prompt, self.videos = None, []
+        if not self.compressed:
+            log.info("the first call with a video: tracing the model, which compiles before it answers ...")
+        self._note("failed")  # unless nothing else is noted
         reason = _reason_against(ids, kwargs)
         if reason is None and forward:
             reason = self._reason_against_forward(kwargs)
@@ -186,7 +199,15 @@ class CompiledModel:
             _check_shapes(ids, videos, kwargs.get("attention_mask"))
             return None
         fall_back(*reason, self.config, self.record)
+        self._note("uncompressed")
         return reason[0]
+
+    def _note(
+        self, last_call: str, videos: Sequence[tuple[GraphRecord, Counts]] = (), prompt: tuple[int, int] | None = None
+    ) -> None:
+        """What the report says of this call."""
+        self.last_call, self.videos, self.prompt = last_call, list(videos), prompt
+        self.compressed = self.compressed or bool(videos)
 
     def _reason_against_forward(self, kwargs: dict[str, Any]) -> tuple[str, str] | None:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -214,12 +235,13 @@ class CompiledModel:
             plan = PromptCut.plan(host_ids, token, [n for _, n in encoded], [len(rows) for rows, _ in encoded])
         except UncuttablePrompt as reason:
             fall_back(str(reason), "Write each video as one <video> in the prompt", self.config, self.record)
+            self._note("uncompressed")
             return None
         if mask is None and plan.padded:
             mask = torch.ones_like(host_ids)
         cut_mask = None if mask is None else plan.take(mask, 0)
         new_ids = without_waiting(plan.take(host_ids, _padding_id(self.model, token)), ids.device)
-        self.prompt, self.videos = (ids.shape[1], new_ids.shape[1]), counts
+        self._note("compressed" if counts else "uncompressed", counts, (ids.shape[1], new_ids.shape[1]))
         embeds = self._embed(new_ids, torch.cat([rows for rows, _ in encoded]), images)
         changed: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": None}
         if cut_mask is not None:
@@ -234,8 +256,11 @@ class CompiledModel:
     @torch.no_grad()
     def encode_videos(self, videos: Any) -> list[torch.Tensor]:
         """See :func:`encode_videos`."""
-        self.prompt, self.videos = None, []
-        return [self._encode(video, {}, self.videos)[0] for video in videos]
+        self._note("failed")
+        counts: list[tuple[GraphRecord, Counts]] = []
+        rows = [self._encode(video, {}, counts)[0] for video in videos]
+        self._note("encoded", counts)
+        return rows
 
     def _encode(
         self, video: torch.Tensor, choices: dict[str, Any], counts: list[tuple[GraphRecord, Counts]]
@@ -431,6 +456,12 @@ def _features(kwargs: dict[str, Any]) -> Mapping[str, Any]:
     return kwargs.get("mm_encoder_outputs") or {}
 
 
+def _continues(kwargs: dict[str, Any]) -> bool:
+    """Whether a call goes on behind a prompt that is in the cache already."""
+    cache = given_cache(kwargs)
+    return hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
+
+
 def _pixels_and_features(kwargs: dict[str, Any], forward: bool) -> bool:
     """Whether a call with pixels of videos also brings features that transformers refuses beside them."""
     if forward:
@@ -439,10 +470,15 @@ def _pixels_and_features(kwargs: dict[str, Any], forward: bool) -> bool:
     return any(_features(kwargs).get(kind) is not None and pixels is not None for kind, pixels in given.items())
 
 
-def _require_supported(model: Any) -> None:
+def is_supported(model: Any) -> bool:
+    """Whether :func:`compile` knows this kind of model."""
     from transformers import LlavaOnevisionForConditionalGeneration
 
-    if not isinstance(model, LlavaOnevisionForConditionalGeneration):
+    return isinstance(model, LlavaOnevisionForConditionalGeneration)
+
+
+def _require_supported(model: Any) -> None:
+    if not is_supported(model):
         raise EarlyTomConfigError(
             f"earlytom_compile.compile() knows LlavaOnevisionForConditionalGeneration of transformers; got "
             f'{type(model).__name__}. For other models try torch.compile(model, backend="earlytom").'
