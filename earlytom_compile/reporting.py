@@ -362,10 +362,8 @@ def _name_of(given: Any) -> str:
 
 
 def _report_in_place(handle: Any, records: tuple[GraphRecord, ...]) -> Report:
-    if handle.last_call is None:
-        state = NOT_CALLED
-    else:
-        state = COMPRESSING if handle.compressed else NOTHING_YET
+    called = COMPRESSING if handle.compressed else NOTHING_YET
+    state = NOT_CALLED if handle.last_call is None else called
     return Report(
         records, tuple(handle.videos), handle.prompt, tuple(handle.notes), state, handle.config, handle.last_call
     )
