@@ -2,7 +2,7 @@
 
 >>> earlytom_compile.report(model)             # the same in print(); a table in a notebook
 state            compressing; the last call was compressed
-options          retain_ratio=0.1, variant='plus', the others as they come
+options          retain_ratio=0.1, variant='plus', the others at their defaults
 vision encoder   model.vision_tower.encoder.layers (26 layers), merges after 6, 21, 23
 video 0          frames 32 -> 27 -> 22 -> 19, tokens 6272 -> 627
 prompt           6310 -> 665 tokens
@@ -288,7 +288,7 @@ def _describe_options(config: EarlyTomConfig) -> str:
         for option in fields(config)
         if (value := getattr(config, option.name)) != option.default or option.name in always
     ]
-    return ", ".join(chosen) + ", the others as they come"
+    return ", ".join(chosen) + ", the others at their defaults"
 
 
 def _compilation(record: GraphRecord) -> dict[str, Any]:
