@@ -1,6 +1,8 @@
 """Videos that are encoded once and asked about many times, and videos of different lengths in one call."""
 
+import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from generating import OPTIONS, compiled, new_tokens, share_vision_paths, trace_
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import compressed_forward
+from rich.console import Console
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
 
 import earlytom_compile
@@ -263,3 +266,31 @@ def test_what_transformers_says_of_padding_is_said_of_a_cut_prompt(model, said, 
     assert expected[words[0]] == ("right" in case) or case == "no mask, end is padding"
     compiled(model)
     assert warnings_of(words) == expected
+
+
+# --- The example ----------------------------------------------------------------------------------
+
+
+def test_the_example_answers_as_the_pixels_do(tmp_path, monkeypatch, capsys):
+    from earlytom_compile.cli.demo import write_demo_video
+    from earlytom_compile.cli.loading import load_checkpoint, prepare_inputs
+    from earlytom_compile.toyworld.model import WEIGHTS
+
+    path = Path(__file__).parents[1] / "examples" / "follow_up.py"
+    spec = importlib.util.spec_from_file_location("follow_up", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    first, second, *_ = (question.text for question in write_demo_video(tmp_path / "clip.mp4"))
+    compile_, models = earlytom_compile.compile, []
+    monkeypatch.setattr(
+        earlytom_compile, "compile", lambda model, **o: models.append(compile_(model, lowering="eager", **o))
+    )
+    example.main(str(WEIGHTS), str(tmp_path / "clip.mp4"), first, second)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[::2] == [first, second] and all(line.strip() for line in lines[1::2])
+
+    loaded = load_checkpoint(str(WEIGHTS), device="cpu")
+    inputs = prepare_inputs(loaded, tmp_path / "clip.mp4", first, frames=32, progress_on=Console(quiet=True))
+    output = models[0].generate(**inputs, max_new_tokens=32, do_sample=False)
+    answer = loaded.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert lines[1].strip() == answer.strip()
