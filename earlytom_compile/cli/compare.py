@@ -139,7 +139,8 @@ class Asker:
 
     def reasons(self) -> list[str]:
         """Why calls ran with all tokens, if any did."""
-        return list(dict.fromkeys(reason for twin in self._twins.values() for reason in twin._earlytom.notes))
+        reports = [earlytom_compile.report(twin).to_dict() for twin in self._twins.values()]
+        return list(dict.fromkeys(reason for report in reports for reason in report["reasons"]))
 
     def _ask(self, question: Question, inputs: Inputs, encoded: dict[Setting, Any]) -> dict[str, Any]:
         self._warm_up(inputs)

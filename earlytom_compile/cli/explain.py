@@ -93,10 +93,10 @@ def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:
         frames, (before, after) = video["frames"], video["tokens"]
         name = "the video" if len(report["videos"]) == 1 else f"video {number}"
         steps = [
-            f"after layer {layer} {left} of them are left"
+            f"{left} after layer {layer}"
             for layer, left in zip(report["merge_layers"], frames[1:], strict=True)
         ]
-        merged = f"{', '.join(steps)}, since the others look like a neighbour of theirs"
+        merged = f"of them are left {', '.join(steps)}, since the others look like a neighbour of theirs"
         if frames[0] == frames[-1]:
             merged = "no two of them look enough alike to merge"
         lines.append(

@@ -415,7 +415,7 @@ def _stacked(pictures: Sequence[Any]) -> Video:
     shapes = sorted({tuple(array.shape) for array in arrays})
     if len(shapes) > 1:
         raise EarlyTomConfigError(f"frames of shapes {shapes}: all frames of a video must have one size.")
-    return torch.stack(arrays) if isinstance(arrays[0], torch.Tensor) else np.stack(arrays)
+    return np.stack([np.asarray(array) for array in arrays])
 
 
 def _patches_per_frame(model: str, processor: Mapping[str, Any]) -> int:

@@ -133,7 +133,7 @@ def test_findings_say_each_count(frames, kept, variant):
     if frames[0] == frames[-1]:
         assert "no two of them" in text
     else:
-        assert f"after layer 0 {frames[1]} of them are left, after layer 2 {frames[2]} of them" in text
+        assert f"of them are left {frames[1]} after layer 0, {frames[2]} after layer 2, since" in text
     assert ("represent all others" in text) == (variant == "plus")
 
 
