@@ -9,6 +9,7 @@ prompt           6310 -> 665 tokens
 """
 
 import html
+import inspect
 import logging
 import time
 import weakref
@@ -388,9 +389,12 @@ def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report
 
 
 def _backend_options(model: torch.nn.Module) -> dict[str, Any] | None:
-    """The options of ``torch.compile(model, backend="earlytom")``, which Dynamo keeps where nobody looks; None for a
-    model that was compiled otherwise, or not."""
-    backend = getattr(model.__dict__.get("dynamo_ctx"), "callback", None)
+    """The options of ``torch.compile(model, backend="earlytom")`` or ``model.compile(backend="earlytom")``, which
+    Dynamo keeps where nobody looks; None for a model that was compiled otherwise, or not."""
+    context, function = model.__dict__.get("dynamo_ctx"), model.__dict__.get("_compiled_call_impl")
+    if context is None and function is not None:
+        context = inspect.getclosurevars(function).nonlocals.get("self")
+    backend = getattr(context, "callback", None)
     while backend is not None:
         if getattr(backend, "compiler_name", None) == "earlytom":
             keywords = getattr(backend, "kwargs", {})

@@ -138,6 +138,17 @@ def test_the_plain_spelling_and_the_model_inside(pristine):
     assert len(report(fast).to_dict()["videos"]) == 1
 
 
+@pytest.mark.parametrize("spelling", ["torch.compile", "model.compile"])
+def test_compiled_in_either_plain_spelling_and_not_called(spelling):
+    model, options = torch.nn.Linear(2, 2), {"retain_ratio": 0.3}
+    if spelling == "torch.compile":
+        model = torch.compile(model, backend="earlytom", options=options)
+    else:
+        model.compile(backend="earlytom", options=options)
+    content = report(model).to_dict()
+    assert content["state"] == "compiled, not called yet" and content["options"]["retain_ratio"] == 0.3
+
+
 def test_around_a_model_compiled_in_place(model):
     new_tokens(compiled(model), video_inputs(model, 12))
     for around in (torch.nn.Sequential(model), torch.compile(model, backend="eager")):
