@@ -18,7 +18,7 @@ from .errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
 from .integrations.tracing import make_traceable
 from .passes.manager import Rewrite, run_passes
 from .passes.reasons import NotApplicable
-from .reporting import GraphRecord, add_record, discard_record
+from .reporting import GraphRecord, add_record, discard_record, progress
 from .stages import Kinds, fall_back, inductor_options, lower, lower_compressed
 
 Compiled = Callable[..., Sequence[Any]]
@@ -57,7 +57,8 @@ def compile_graph(
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     state = Rewrite(graph_module, config, features_only)
     try:
-        run_passes(state)
+        with progress(f"finding the video in a graph of {len(graph_module.graph.nodes)} operations"):
+            run_passes(state)
         _describe(state, record)
         return lower_compressed(state, original, example_inputs, record, kinds)
     except NotApplicable as found:
@@ -66,12 +67,22 @@ def compile_graph(
                 fall_back(found.reason, found.cure, config, record)
             except EarlyTomError as error:
                 return _raising(error)
-        return lower(original, example_inputs, config.lowering, inductor_options(config.mode))
+        return _noting(lower(original, example_inputs, config.lowering, inductor_options(config.mode)), record)
     except EarlyTomConfigError as error:
         return _raising(error)
     except Exception:
         discard_record(record)  # such as Dynamo's own request to trace once more: nothing was compiled
         raise
+
+
+def _noting(run: Compiled, record: GraphRecord) -> Compiled:
+    """``run``, whose calls the report shall know of."""
+
+    def run_uncompressed(*args: Any) -> Sequence[Any]:
+        record.ran_uncompressed()
+        return run(*args)
+
+    return run_uncompressed
 
 
 def _raising(error: EarlyTomError) -> Compiled:
@@ -86,7 +97,7 @@ def _raising(error: EarlyTomError) -> Compiled:
 def _new_record(config: EarlyTomConfig) -> GraphRecord:
     compile_id = torch._guards.CompileContext.current_compile_id()
     compilation = getattr(compile_id, "frame_compile_id", None) or 0
-    record = GraphRecord(str(compile_id), compilation > 0, lowering=config.lowering)
+    record = GraphRecord(str(compile_id), compilation > 0, config=config, lowering=config.lowering)
     limit = torch._dynamo.config.recompile_limit
     if compilation + 1 >= limit:
         record.note(f"Dynamo compiles no more than {limit} shapes of one function; the next one runs uncompressed")

@@ -3,10 +3,14 @@
     [5, 5, <video> x 73, 7, <video> x 73]   two videos of 73 rows that keep 8 each
  -> [5, 5, <video> x  8, 7, <video> x  8]
 
+    [5, 5, <video>, 7, <video>]             the same two, encoded before: one placeholder each will do
+ -> [5, 5, <video> x  8, 7, <video> x  8]
+
 A prompt that does not match its videos is an error. One that matches but cannot be cut (text inside a video) gives
 a reason to run the call uncompressed.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +53,25 @@ def locate_videos(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> 
     return starts
 
 
+def sizes_in_prompt(input_ids: torch.Tensor, token: int, videos: int) -> list[int]:
+    """How many placeholders ``token`` of the prompt int64 [R, S] belong to each of ``videos`` videos whose sizes are
+    not known: one each, or else each run of them is a video. Raises :class:`EarlyTomConfigError` if neither fits."""
+    runs, total = [], 0
+    for row in input_ids.tolist():
+        for is_video, run in itertools.groupby(row, key=token.__eq__):
+            if is_video:
+                runs.append(len(list(run)))
+                total += runs[-1]
+    if total == videos:
+        return [1] * videos
+    if len(runs) != videos:
+        raise EarlyTomConfigError(
+            f"the prompt has {total} video placeholder tokens (id {token}) in {len(runs)} places, but {videos} encoded "
+            "video(s) came. Write one <video> for each."
+        )
+    return runs
+
+
 @dataclass(frozen=True)
 class ExpectedPlaceholders:
     """What a compiled graph needs of a prompt: ``videos`` runs of ``per_video`` placeholders ``token``."""
@@ -73,22 +96,25 @@ class ExpectedPlaceholders:
 
 @dataclass(frozen=True)
 class PromptCut:
-    """Which positions of each row stay; shorter rows are padded on the left. R rows, S -> S' positions."""
+    """Which positions of each row stay, or are there several times; shorter rows are padded on the left. R rows,
+    S -> S' positions."""
 
     positions: torch.Tensor  # int64 [R, S'] on the host, -1 = padding
     length: int  # S
 
     @classmethod
     def plan(cls, input_ids: torch.Tensor, token: int, before: Sequence[int], after: Sequence[int]) -> "PromptCut":
-        """Keep the first ``after[v]`` of the ``before[v]`` placeholders of each video v in reading order."""
+        """``after[v]`` placeholders in the place of the ``before[v]`` of each video v in reading order: the first of
+        them, and the last as often as it takes."""
         starts = locate_videos(input_ids, token, before)
         rows, video = [], 0
         for row_starts in starts:
-            kept = torch.ones(input_ids.shape[1], dtype=torch.bool)
+            kept, end = [], 0
             for start in row_starts:
-                kept[start + after[video] : start + before[video]] = False
+                kept += [torch.arange(end, start), start + torch.arange(after[video]).clamp_max(before[video] - 1)]
+                end = start + before[video]
                 video += 1
-            rows.append(kept.nonzero().flatten())
+            rows.append(torch.cat([*kept, torch.arange(end, input_ids.shape[1])]))
         width = max(len(row) for row in rows)
         padded = [torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows]
         return cls(torch.stack(padded), input_ids.shape[1])
@@ -100,7 +126,7 @@ class PromptCut:
 
     @property
     def dropped(self) -> int:
-        """S - S'."""
+        """S - S'; negative where the prompt grows."""
         return self.length - self.positions.shape[1]
 
     def take(self, x: torch.Tensor, fill: float) -> torch.Tensor:

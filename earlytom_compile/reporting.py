@@ -1,16 +1,37 @@
 """What the compiler did to a model: what matched, what was inserted, what was left alone and why.
 
->>> print(earlytom_compile.report(model))
-vision encoder  model.vision_tower.encoder.layers (26 layers), merges after 6, 21, 23
-last call       frames 32 -> 27 -> 22 -> 19, video tokens 6272 -> 627, prompt 6310 -> 665
+>>> earlytom_compile.report(model)             # the same in print(); a table in a notebook
+state            compressing; the last call was compressed
+options          retain_ratio=0.1, variant='plus', the others at their defaults
+vision encoder   model.vision_tower.encoder.layers (26 layers), merges after 6, 21, 23
+video 0          frames 32 -> 27 -> 22 -> 19, tokens 6272 -> 627
+prompt           6310 -> 665 tokens
 """
 
+import html
+import inspect
+import logging
+import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
+
+from .config import EarlyTomConfig
+from .errors import EarlyTomConfigError
+
+log = logging.getLogger(__name__)
+
+NEVER_COMPILED = "never compiled"
+NOT_CALLED = "compiled, not called yet"
+COMPRESSING = "compressing"
+NOTHING_YET = "called, nothing compressed so far"
+RESTORED = "restored"
+STATES = (NEVER_COMPILED, NOT_CALLED, COMPRESSING, NOTHING_YET, RESTORED)
+"""What a report can say of a model; :func:`report` says which is which."""
 
 
 @dataclass
@@ -19,6 +40,9 @@ class GraphRecord:
 
     compile_id: str
     recompile: bool
+    cause: str = ""
+    """Why Dynamo compiled, where it had compiled this function before; empty for the first time."""
+    config: EarlyTomConfig | None = None
     encoder: str = ""
     layers: int = 0
     merge_layers: tuple[int, ...] = ()
@@ -40,6 +64,22 @@ class GraphRecord:
     def compressed(self) -> bool:
         """True if this graph compresses a video."""
         return bool(self.encoder) and bool(self.inserted)
+
+    @property
+    def part(self) -> str:
+        """What was compiled, for people."""
+        if "language model" in self.seconds:
+            return "prompt"
+        return "video" if self.compressed else "model"
+
+    @property
+    def function(self) -> str:
+        """What Dynamo numbers the compiled function by: ``"3"`` of ``"3/1"``."""
+        return self.compile_id.rpartition("/")[0]
+
+    def ran_uncompressed(self) -> None:
+        """Remember a call that kept all tokens."""
+        self.last_call, self.last_counts, self.prompt = time.monotonic(), None, None
 
     def note(self, reason: str) -> None:
         """Remember a reason, once."""
@@ -88,6 +128,7 @@ class TimedGraph:
 
 
 _RECORDS: list[GraphRecord] = []
+_RESTORED: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()  # a mark on the model itself would not be "exactly"
 
 
 def add_record(record: GraphRecord, example_inputs: Iterable[Any]) -> GraphRecord:
@@ -115,14 +156,36 @@ def forget(model: torch.nn.Module) -> None:
     _RECORDS[:] = [record for record in _RECORDS if id(record) not in dropped]
 
 
-@dataclass(frozen=True)
+def note_restored(model: torch.nn.Module, restored: bool) -> None:
+    """Remember that ``model`` was compiled once and is not any more, or that it is again."""
+    (_RESTORED.add if restored else _RESTORED.discard)(model)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Say in the log (level INFO) that ``what`` begins, and how long it took; for what may take minutes."""
+    log.info("%s ...", what)
+    start = time.perf_counter()
+    yield
+    log.info("%s: %.1f s", what, time.perf_counter() - start)
+
+
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What is known about one model; ``str()`` for people, ``to_dict()`` for programs."""
+    """What is known about one model; ``str()``, ``repr()`` and a notebook's table for people, ``to_dict()`` for
+    programs."""
 
     records: tuple[GraphRecord, ...]
     calls: tuple[tuple[GraphRecord, Counts], ...] | None = None
     prompt: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    state: str = NOT_CALLED
+    """One of :data:`STATES`."""
+    config: EarlyTomConfig | None = None
+    """The options in force; None where none are."""
+    last_call: str | None = None
+    """``"compressed"``, ``"encoded"`` (by ``encode_videos``), ``"no video"``, ``"uncompressed"`` (with a reason) or
+    ``"failed"``; None = there was none."""
 
     def to_dict(self) -> dict[str, Any]:
         """All of the report as plain values."""
@@ -133,7 +196,12 @@ class Report:
         calls = self.calls
         if calls is None:
             calls = ((last, last.last_counts),) if last is not None and last.last_counts is not None else ()
+        if self.last_call not in (None, "compressed", "encoded"):
+            prompt, calls = None, ()
         return {
+            "state": self.state,
+            "last_call": self.last_call,
+            "options": asdict(self.config) if self.config is not None else None,
             "encoder": {"layers": last.layers, "module": last.encoder} if last else None,
             "merge_layers": list(last.merge_layers) if last else [],
             "inserted": dict(last.inserted) if last else {},
@@ -147,38 +215,101 @@ class Report:
             "compile_seconds": round(sum(sum(record.seconds.values()) for record in self.records), 3),
             "graphs": len(self.records),
             "recompiles": sum(record.recompile for record in self.records),
+            "compilations": [_compilation(record) for record in self.records],
             "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         }
 
     def __str__(self) -> str:
+        return "\n".join(f"{heading:16} {text}" for heading, text in self._lines())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the lines of ``str()`` as a table."""
+        left = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
+        rows = "".join(
+            f"<tr><th {left}>{html.escape(heading)}</th><td {left}>{html.escape(text)}</td></tr>"
+            for heading, text in self._lines()
+        )
+        return f'<table aria-label="earlytom_compile report"><tbody>{rows}</tbody></table>'
+
+    def _lines(self) -> list[tuple[str, str]]:
+        """(heading, text), line by line."""
         content = self.to_dict()
-        encoder = content["encoder"]
-        if encoder is None:
-            lines = ["nothing compressed so far"]
-        else:
+        lines = [("state", _STATE_TEXTS[self.state].format(last_call=_LAST_CALL_TEXTS[self.last_call]))]
+        if self.config is not None:
+            lines.append(("options", _describe_options(self.config)))
+        if encoder := content["encoder"]:
             layers = ", ".join(map(str, content["merge_layers"])) or "none"
             operators = ", ".join(f"{count} {name}" for name, count in content["inserted"].items())
-            providers = _describe_providers(content["providers"])
-            lines = [
-                f"vision encoder   {encoder['module']} ({encoder['layers']} layers), merges after {layers}",
-                f"inserted         {operators}",
-                f"computed by      {providers}",
-                f"lowering         {content['lowering']}{_describe_stages(content['stages'])}",
+            lines += [
+                ("vision encoder", f"{encoder['module']} ({encoder['layers']} layers), merges after {layers}"),
+                ("inserted", operators),
+                ("computed by", _describe_providers(content["providers"])),
+                ("lowering", f"{content['lowering']}{_describe_stages(content['stages'])}"),
             ]
         if graphs := content["cuda_graphs"]:
-            lines.append(f"CUDA graphs      {sum(graph['used'] for graph in graphs)} of {len(graphs)} measured faster")
+            used = sum(graph["used"] for graph in graphs)
+            lines.append(("CUDA graphs", f"{used} of {len(graphs)} measured faster"))
         for index, video in enumerate(content["videos"]):
             frames = " -> ".join(map(str, video["frames"]))
-            before, after = video["tokens"]
-            lines.append(f"video {index}          frames {frames}, tokens {before} -> {after}")
+            lines.append((f"video {index}", "frames {}, tokens {} -> {}".format(frames, *video["tokens"])))
         if content["prompt"]:
-            lines.append("prompt           {} -> {} tokens".format(*content["prompt"]))
-        lines.append(
-            f"compiled         {content['graphs']} graphs in {content['compile_seconds']} s, "
-            f"{content['recompiles']} recompiles, {content['graph_breaks']} graph breaks in this process"
-        )
-        lines += [f"left alone       {reason}" for reason in content["reasons"]]
-        return "\n".join(lines)
+            lines.append(("prompt", "{} -> {} tokens".format(*content["prompt"])))
+        if self.records:
+            summary = (
+                f"{content['graphs']} graphs in {content['compile_seconds']} s, {content['recompiles']} recompiles, "
+                f"{content['graph_breaks']} graph breaks in this process"
+            )
+            lines.append(("compiled", summary))
+            lines += [("", _describe_compilation(compilation)) for compilation in content["compilations"]]
+        lines += [("left alone", reason) for reason in content["reasons"]]
+        return lines
+
+
+_STATE_TEXTS = {
+    NEVER_COMPILED: "never compiled: earlytom_compile.compile(model) makes it compress its videos",
+    NOT_CALLED: "compiled, not called yet: the first call with a video takes longer, since it compiles",
+    COMPRESSING: "compressing; {last_call}",
+    NOTHING_YET: "called, nothing compressed so far; {last_call}",
+    RESTORED: "restored: the model's own code, as if it had never been compiled",
+}
+_LAST_CALL_TEXTS = {
+    None: "no call since",
+    "compressed": "the last call was compressed",
+    "encoded": "the last call encoded videos for calls to come",
+    "no video": "the last call had no video and ran the model's own code",
+    "uncompressed": "the last call kept all tokens",
+    "failed": "the last call ended in an error",
+}
+
+
+def _describe_options(config: EarlyTomConfig) -> str:
+    """What a reader looks for first, and whatever else somebody has chosen."""
+    always = ("retain_ratio", "variant")
+    chosen = [
+        f"{option.name}={value!r}"
+        for option in fields(config)
+        if (value := getattr(config, option.name)) != option.default or option.name in always
+    ]
+    return ", ".join(chosen) + ", the others at their defaults"
+
+
+def _compilation(record: GraphRecord) -> dict[str, Any]:
+    return {
+        "id": record.compile_id,
+        "part": record.part,
+        "compressed": record.compressed,
+        "recompile": record.recompile,
+        "cause": record.cause,
+        "seconds": round(sum(record.seconds.values()), 3),
+    }
+
+
+def _describe_compilation(compilation: dict[str, Any]) -> str:
+    again = " again" if compilation["recompile"] else ""
+    cause = f": {compilation['cause']}" if compilation["cause"] else ""
+    return f"{compilation['part']}{again}, {compilation['seconds']} s{cause}"
 
 
 def _describe_providers(providers: dict[str, str]) -> str:
@@ -197,13 +328,80 @@ def _describe_stages(stages: list[int] | None) -> str:
 def report(model: torch.nn.Module) -> Report:
     """The report of a model compiled by :func:`earlytom_compile.compile` or with ``backend="earlytom"``.
 
-    Frame and token counts are those of the last call. ``compile_seconds`` are those of the passes and of Inductor for
-    the graphs of this model; not in it are Dynamo's tracing, graphs that were left unchanged, Triton kernels compiled
-    at their first launch, captured CUDA graphs, and decoding that transformers compiles. ``graph_breaks`` counts every
-    backend of this process.
+    ``state`` is ``"never compiled"`` for a model that could be, ``"compiled, not called yet"``, ``"compressing"``,
+    ``"called, nothing compressed so far"``, or ``"restored"``. Frame and token counts are those of the last call, and
+    none after a call without a video. ``compile_seconds`` are those of the passes and of Inductor for the graphs of
+    this model; not in it are Dynamo's tracing, graphs that were left unchanged, Triton kernels compiled at their first
+    launch, captured CUDA graphs, and decoding that transformers compiles. ``graph_breaks`` counts every backend of this
+    process. Raises :class:`EarlyTomConfigError` for what nobody could have compiled, or has.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise EarlyTomConfigError(
+            f"report() got {_name_of(model)}: give the model that earlytom_compile.compile() returned, or one compiled "
+            'with torch.compile(model, backend="earlytom").'
+        )
+    # Among the modules, so that torch.compile(model) and wrappers such as PEFT's show what is inside.
+    inside = list(model.modules())
+    handle = next((module.__dict__["_earlytom"] for module in inside if "_earlytom" in module.__dict__), None)
     records = tuple(records_of(model))
-    handle = model.__dict__.get("_earlytom")
-    if handle is None:
-        return Report(records)
-    return Report(records, tuple(handle.videos), handle.prompt, tuple(handle.notes))
+    if handle is not None:
+        return _report_in_place(handle, records)
+    options = _backend_options(model)
+    if records or options is not None:
+        return _report_of_backend(records, options)
+    if any(module in _RESTORED for module in inside):
+        return Report((), state=RESTORED)
+    from .integrations.generate import is_supported  # which imports this file
+
+    if any(map(is_supported, inside)):
+        return Report((), state=NEVER_COMPILED)
+    raise EarlyTomConfigError(
+        f"report() got {_name_of(model)}, of which nothing is known: it has not been given to "
+        'earlytom_compile.compile(), and no call of torch.compile(model, backend="earlytom") has compiled it.'
+    )
+
+
+def _name_of(given: Any) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else f"an object of type {type(given).__name__}"
+
+
+def _report_in_place(handle: Any, records: tuple[GraphRecord, ...]) -> Report:
+    called = COMPRESSING if handle.compressed else NOTHING_YET
+    state = NOT_CALLED if handle.last_call is None else called
+    return Report(
+        records, tuple(handle.videos), handle.prompt, tuple(handle.notes), state, handle.config, handle.last_call
+    )
+
+
+def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report:
+    """What the graphs that were compiled tell; which of them ran last tells what the last call was."""
+    config = next((record.config for record in reversed(records) if record.config is not None), None)
+    if config is None and options is not None:
+        config = EarlyTomConfig.from_options(options)
+    if not records:
+        return Report((), state=NOT_CALLED, config=config)
+    last = max((record for record in records if record.compressed), key=lambda record: record.last_call, default=None)
+    if last is None:
+        return Report(records, state=NOTHING_YET, config=config, last_call="uncompressed")
+    # The same function compiled for another kind of call: one call runs one of the two. Other functions of the same
+    # call, behind a graph break, have other numbers.
+    others = [record for record in records if record.function == last.function and not record.compressed]
+    if last.last_counts is None or any(record.last_call > last.last_call for record in others):
+        return Report(records, state=COMPRESSING, config=config, last_call="uncompressed")
+    return Report(records, state=COMPRESSING, config=config, last_call="compressed")
+
+
+def _backend_options(model: torch.nn.Module) -> dict[str, Any] | None:
+    """The options of ``torch.compile(model, backend="earlytom")`` or ``model.compile(backend="earlytom")``, which
+    Dynamo keeps where nobody looks; None for a model that was compiled otherwise, or not."""
+    context, function = model.__dict__.get("dynamo_ctx"), model.__dict__.get("_compiled_call_impl")
+    if context is None and function is not None:
+        context = inspect.getclosurevars(function).nonlocals.get("self")
+    backend = getattr(context, "callback", None)
+    while backend is not None:
+        if getattr(backend, "compiler_name", None) == "earlytom":
+            keywords = getattr(backend, "kwargs", {})
+            mode = {"mode": keywords["mode"]} if keywords.get("mode") else {}
+            return {**(keywords.get("options") or {}), **mode}
+        backend = getattr(backend, "_torchdynamo_orig_backend", None)
+    return None

@@ -32,7 +32,7 @@ from .passes.manager import Rewrite, data_dependent_sizes
 from .passes.patterns import value_of
 from .passes.split_stages import Piece, split_stages
 from .prompt import ExpectedPlaceholders
-from .reporting import Counts, GraphRecord
+from .reporting import Counts, GraphRecord, progress
 
 log = logging.getLogger(__name__)
 _CANNOT_LOWER = (
@@ -127,7 +127,8 @@ def lower_whole(
         # prompt's keys and values over a cache that somebody still reads.
         record.note('without the CUDA graphs that mode asks for, which need lowering="staged"')
     try:
-        return lower(graph_module, example_inputs, record.lowering, options)
+        with progress("making the graph runnable" if record.lowering == "eager" else "compiling one graph of all"):
+            return lower(graph_module, example_inputs, record.lowering, options)
     except _CANNOT_LOWER as error:
         # Left to Dynamo, some of these would become a silent graph break.
         record.lowering = "eager"
@@ -160,6 +161,7 @@ def lower_stages(
     forgotten = _forget_sizes(pieces, given) if any_size else set()
     kinds, own = kinds if kinds is not None else {}, dict[Any, _Compiled | None]()
     settings, used = _settings(options), dict[Any, bool]()
+    total = len({piece.key for piece in pieces if piece.computes})
     compiled = set[str]()
     for piece in pieces:
         if not piece.computes:
@@ -168,7 +170,8 @@ def lower_stages(
         known = kinds if piece.name in forgotten else own
         if key not in known:
             try:
-                known[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options))
+                with progress(f"compiling piece {len(used) + 1} of {total} ({piece.where})"):
+                    known[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options))
             except _CANNOT_LOWER as error:
                 known[key] = None
                 record.note(_not_compiled(f"a part of the model ({piece.where})", error))
@@ -314,6 +317,7 @@ class CompressedGraph:
                     self._config,
                     self.record,
                 )
+                self.record.ran_uncompressed()
                 return self._original(*args)
         outputs = self._compiled(*args)
         self._note(outputs[self._num_outputs :], args)

@@ -51,7 +51,8 @@ def _computed(graph: Graph, boundary: Boundary, symbol: torch.SymInt, config: Ea
     table = insert(graph, torch.ops.earlytom.video_budget.default, frames, boundary.tokens, config.retain_ratio)
     likely = likely_size(symbol)
     budget = _read(graph, table, 0, config.token_budget(likely, boundary.tokens))
-    insert(graph, torch._check, insert(graph, operator.le, budget, insert(graph, operator.mul, frames, boundary.tokens)))
+    most = insert(graph, operator.mul, frames, boundary.tokens)
+    insert(graph, torch._check, insert(graph, operator.le, budget, most))
     return VideoSizes(frames, budget, _read(graph, table, 1, config.min_frames(likely)), band)
 
 

@@ -1,28 +1,55 @@
-"""``earlytom explain``: one compressed call, then what the compiler matched, inserted and left alone."""
+"""``earlytom explain``: one video with all tokens and with fewer, for people first, for compiler engineers last.
+
+What you gain (tokens, work, time, memory) -> what was found in the video -> what the words mean -> the report.
+"""
 
 import argparse
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import transformers
 from rich.console import Console
 
-import earlytom_compile
-
+from ..config import EarlyTomConfig
 from ..toyworld.model import WEIGHTS
-from .comparison import timed_answer
+from .comparison import Comparison, compare
 from .demo import write_demo_video
-from .loading import load_checkpoint, prepare_inputs, progress_bars
+from .gains import gains_of, gains_table
+from .loading import load_checkpoint, prepare_inputs
 from .picture import check_pictures, filmed, wants_picture, write_pictures
 from .toolchain import require_toolchain
 
 _QUESTION = "what color is the circle ?"  # any will do: only the lengths are reported
+_REPEATS = 3
+_FILE_WIDTH = 120  # columns, where nobody watches
+_CHOSEN_BY = {
+    "paper": "those that receive most attention inside the vision encoder, in every segment its share",
+    "released": "those that receive most attention inside the vision encoder; how many depends on the video",
+    "plus": "those that together represent all others best",
+}
+_LEGEND = """\
+frame             a picture of the video; the encoder turns each into the same number of tokens
+token             what the language model reads; a video has far more of them than a question
+merge layer       an encoder layer behind which frames that look alike become one, so that later layers do less
+segment           neighbouring frames that are compared with each other; a cut ends it
+keys and values   what the language model remembers of the prompt while it writes the answer
+vision encoder    in the report: where in the model the encoder was found, and its merge layers
+inserted          operations that were put into the model's graph
+computed by       "native": plain PyTorch; "triton": kernels for GPUs
+lowering          "staged", "whole": Inductor compiles, in pieces or all at once; "eager": nothing is compiled
+compiled          how often the compiler ran and why; another video of the same shape never compiles again
+left alone        what kept all tokens, and why"""
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Call once, print the report, draw."""
+    """Call both models, print what came out, draw."""
     check_pictures(arguments)
-    progress_on = Console(stderr=True)
+    progress_on, console = Console(stderr=True), Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_FILE_WIDTH)
+    transformers.utils.logging.disable_progress_bar()
     loaded = load_checkpoint(arguments.model or str(WEIGHTS), device=arguments.device, dtype=arguments.dtype)
     require_toolchain(loaded.device, options)
     with tempfile.TemporaryDirectory(prefix="earlytom-explain-") as folder:
@@ -32,12 +59,56 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         inputs = prepare_inputs(loaded, clip, _QUESTION, frames=arguments.frames, progress_on=progress_on)
         name = None if arguments.video else "a clip made on the spot"
         pictured = [filmed(clip, inputs, name=name)] if wants_picture(arguments) else []
-    model = earlytom_compile.compile(loaded.model, **options)
-    with progress_bars(progress_on) as progress:
-        progress.add_task("compile and answer", total=None)
-        timed_answer(model, inputs, max_new_tokens=1)
-    Console(highlight=False).print(str(earlytom_compile.report(model)), markup=False, soft_wrap=True)
+    comparison = compare(loaded, inputs, options, max_new_tokens=1, repeats=_REPEATS, progress_on=progress_on)
+    gains = gains_of(loaded.model, comparison, options)
+    console.print(_subject(arguments), soft_wrap=True, markup=False)
+    if gains is None:
+        reasons = "; ".join(comparison.report["reasons"]) or "see the report"
+        console.print(f"\nNothing: this call kept all tokens ({reasons}).", markup=False, soft_wrap=True)
+    else:
+        console.print(gains_table(gains))
+        _print_part(console, "What was found", _findings(comparison, EarlyTomConfig.from_options(options)))
+    _print_part(console, "What the words mean", _LEGEND)
+    _print_part(console, "What the compiler says", comparison.explanation)
     if pictured:
         model_name = arguments.model or "the demo's model"
         where = {"html": arguments.html, "png": arguments.png}
         write_pictures(loaded, pictured, options, **where, model=model_name, progress_on=progress_on)
+
+
+def _print_part(console: Console, title: str, text: str) -> None:
+    console.print(f"\n{title}", style="italic", markup=False)
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _subject(arguments: argparse.Namespace) -> str:
+    """What the numbers are about, above all where nobody chose it."""
+    lines = []
+    if not arguments.model:
+        lines.append("The model is the demo's small one, since no --model was given.")
+    if not arguments.video:
+        lines.append(
+            "The clip is made up, since no --video was given: drawn shapes, which stand still more than people do. How "
+            "far frames merge depends on the video, so give one of yours."
+        )
+    return "\n".join(lines or [f"{arguments.video}, {arguments.frames} frames of it"]) + "\n"
+
+
+def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:
+    """Frames and tokens of each video, in sentences."""
+    report, lines = comparison.report, []
+    for number, video in enumerate(report["videos"], start=1):
+        frames, (before, after) = video["frames"], video["tokens"]
+        name = "the video" if len(report["videos"]) == 1 else f"video {number}"
+        steps = [
+            f"{left} after layer {layer}"
+            for layer, left in zip(report["merge_layers"], frames[1:], strict=True)
+        ]
+        merged = f"of them are left {', '.join(steps)}, since the others look like a neighbour of theirs"
+        if frames[0] == frames[-1]:
+            merged = "no two of them look enough alike to merge"
+        lines.append(
+            f"The vision encoder gets {frames[0]} frames of {name}; {merged}. {after} of the video's {before} tokens "
+            f"({after / before:.1%}) go to the language model: {_CHOSEN_BY[config.variant]}."
+        )
+    return "\n".join(textwrap.fill(line, 110) for line in lines)

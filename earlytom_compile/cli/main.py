@@ -1,4 +1,4 @@
-"""The ``earlytom`` command: ``demo``, ``run``, ``explain``, ``bench``, ``flops`` and ``eval``.
+"""The ``earlytom`` command: ``demo``, ``run``, ``explain``, ``compare``, ``bench``, ``flops`` and ``eval``.
 
 Only the parser lives here. What a command needs (torch, transformers) is imported when it runs, so that
 ``earlytom --help`` answers at once.
@@ -93,6 +93,7 @@ def build_parser() -> CommandParser:
     _add_demo(commands.add_parser("demo", help="compare full and compressed answers, with what comes along"))
     _add_run(commands.add_parser("run", help="ask a LLaVA-OneVision checkpoint about a video"))
     _add_explain(commands.add_parser("explain", help="show what the compiler does to a checkpoint"))
+    _add_compare(commands.add_parser("compare", help="measure what fewer tokens cost, on questions of your own"))
     _add_bench(commands.add_parser("bench", help="time all tokens against fewer, side by side"))
     _add_flops(commands.add_parser("flops", help="count the work of a prefill, full and compressed"))
     _add_eval(commands.add_parser("eval", help="count right answers, with all tokens and with fewer"))
@@ -156,6 +157,34 @@ def _add_explain(parser: CommandParser) -> None:
     _add_frames(parser)
     _add_pictures(parser)
     add_config_flags(parser)
+
+
+def _add_compare(parser: CommandParser) -> None:
+    parser.description = (
+        "Answers questions about videos with all tokens and with fewer, in turn, and says how many answers stay the "
+        "same, how much less likely the full model's answers become, what it saves, and which setting to take."
+    )
+    _add_model(parser, required=True, fallback="")
+    parser.add_argument("--videos", required=True, metavar="DIR", help="the folder of the videos")
+    parser.add_argument(
+        "--questions",
+        required=True,
+        metavar="FILE",
+        help="CSV with the header video,question or video,question,answer, or JSON lines with these names",
+    )
+    _add_retain_ratios(parser, (0.25, 0.1), "shares of the video tokens")
+    parser.add_argument(
+        "--variants",
+        type=lambda text: tuple(text.split(",")),
+        default=("paper", "plus"),
+        metavar="NAME,NAME",
+        help="each with every ratio (paper,plus)",
+    )
+    _add_frames(parser)
+    _add_max_new_tokens(parser, 32)
+    parser.add_argument("--json", metavar="FILE", help="write every answer and number there, question by question")
+    parser.add_argument("--resume", action="store_true", help="go on with what --json has of a stopped run")
+    add_config_flags(parser, leave_out=("retain_ratio", "variant"), lowering="eager")
 
 
 def _add_bench(parser: CommandParser) -> None:

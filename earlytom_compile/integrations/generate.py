@@ -15,6 +15,7 @@ original one. Videos are encoded one at a time, so that a row's answer does not 
 import copy
 import functools
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,13 +29,14 @@ from torch.fx import GraphModule
 from ..backend import compile_graph
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
-from ..prompt import PromptCut, UncuttablePrompt, without_waiting
-from ..reporting import Counts, GraphRecord, forget
+from ..prompt import PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
+from ..reporting import Counts, GraphRecord, forget, note_restored
 from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from .caches import cache_of, given_cache
 from .prefill import CompiledPrefill
 from .tracing import make_traceable, with_its_own_code
 
+log = logging.getLogger(__name__)
 _HANDLE = "_earlytom"
 _REPLACED = ("forward", "generate")
 
@@ -59,6 +61,7 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     make_traceable()
     handle = CompiledModel(model, config)
     model.__dict__[_HANDLE] = handle
+    note_restored(model, False)
     for name in _REPLACED:
         model.__dict__[name] = _Method(handle, name, getattr(model, name))
     if before is not None:
@@ -81,6 +84,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         if handle.prefill is not None:
             handle.prefill.remove()
         forget(model)
+        note_restored(model, True)
     return model
 
 
@@ -88,13 +92,21 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any) -> list[torc
     """The compressed tokens of each video, as the language model gets them: for many questions about one video.
 
     ``model`` is what :func:`compile` returned; ``pixel_values_videos`` [V, F, 3, H, W], or a sequence of videos
-    [F, 3, H, W]. Returns ``V`` tensors [K + 1, C] in the model's dtype, the newline last. Put them in the place of
-    the ``<video>`` placeholders in ``inputs_embeds``. Raises :class:`EarlyTomConfigError` if the model is not
-    compiled or a video has another shape.
+    [F, 3, H, W]. Returns ``V`` tensors [K + 1, C] in the model's dtype, the newline last. Give them to ``generate()``
+    or ``forward()`` as ``pixel_values_videos``, as often as there are questions, with one ``<video>`` for each in
+    ``input_ids`` (or as many as the processor writes)::
+
+        videos = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])
+        ids = processor.tokenizer(prompt, return_tensors="pt")
+        model.generate(**ids, pixel_values_videos=videos)
+
+    Raises :class:`EarlyTomConfigError` if the model is not compiled or a video has another shape.
     """
     handle = model.__dict__.get(_HANDLE)
     if handle is None:
         raise EarlyTomConfigError("the model is not compiled: call earlytom_compile.compile(model) first.")
+    if _encoded(pixel_values_videos):
+        raise EarlyTomConfigError("these videos are encoded already: give them to generate() as pixel_values_videos.")
     _check_videos(pixel_values_videos, model.config.vision_config)
     return handle.encode_videos(pixel_values_videos)
 
@@ -109,6 +121,8 @@ class CompiledModel:
         self.own = {name: getattr(model, name) for name in _REPLACED}
         self.prompt: tuple[int, int] | None = None
         self.videos: list[tuple[GraphRecord, Counts]] = []
+        self.last_call: str | None = None  # what became of it, in the words of reporting.Report.last_call
+        self.compressed = False  # whether any call was
         self.record = GraphRecord("", False)
         self._paths: dict[Any, _VisionPath] = {}
         # A CUDA graph replays fixed sizes, and none is captured behind a size that is not known.
@@ -130,7 +144,8 @@ class CompiledModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        state = {**self.__dict__, "_paths": {}, "_kinds": {}, "videos": []}
+        fresh = {"_paths": {}, "_kinds": {}, "videos": [], "prompt": None, "last_call": None, "compressed": False}
+        state = {**self.__dict__, **fresh}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
 
@@ -151,6 +166,7 @@ class CompiledModel:
         reason = self._reason_to_leave_alone(ids, kwargs, args=args)
         cut = None if reason else self._compress(ids, kwargs)  # type: ignore[arg-type]
         if cut is None:
+            kwargs = _for_own_code(kwargs, reason or self.notes[-1])
             arguments = (inputs, *args) if inputs is not None or args else ()
             with _generating():
                 return self.own["generate"](*arguments, **kwargs)
@@ -178,7 +194,7 @@ class CompiledModel:
         reason = self._reason_to_leave_alone(ids, kwargs, forward=True)
         cut = None if reason else self._compress(ids, kwargs, forward=True)  # type: ignore[arg-type]
         if cut is None:
-            return own(**kwargs)
+            return own(**_for_own_code(kwargs, reason or self.notes[-1]))
         with self._compiled_prefill(cut):
             return own(**cut.arguments)
 
@@ -192,13 +208,20 @@ class CompiledModel:
         videos = kwargs.get("pixel_values_videos")
         if videos is None or len(videos) == 0:
             _refuse_compressed_cache(given_cache(kwargs), ids, self.model.config.video_token_id)
-            if _features(kwargs).get("video") is not None and not _GENERATING.get():
-                self.prompt, self.videos = None, []
+            if _GENERATING.get():
+                return "no video"
+            if _features(kwargs).get("video") is not None:
+                self._note("failed")
                 fall_back(*_ALREADY_ENCODED, self.config, self.record)
+                self._note("uncompressed")
+            elif not _continues(kwargs):  # else it is one of many steps of a call
+                self._note("no video")
             return "no video"
         if _pixels_and_features(kwargs, forward):
             return "the model's own code refuses the call, with an error of its own"
-        self.prompt, self.videos = None, []
+        if not self.compressed:
+            log.info("the first call with a video: tracing the model, which compiles before it answers ...")
+        self._note("failed")  # unless nothing else is noted
         reason = _reason_against(ids, kwargs)
         if reason is None and forward:
             reason = self._reason_against_forward(kwargs)
@@ -206,9 +229,21 @@ class CompiledModel:
             reason = "prefill_chunk_size cuts the prompt by its ids", "Leave it out: the cut prompt is short"
         if reason is None:
             _check_shapes(ids, videos, kwargs.get("attention_mask"), self.model.config.vision_config)
+            if _encoded(videos):
+                _check_rows(videos, self.model.config.text_config.hidden_size)
             return None
+        if _encoded(videos):
+            raise EarlyTomConfigError(f"encoded videos cannot be used: {reason[0]}. {reason[1]}.")
         fall_back(*reason, self.config, self.record)
+        self._note("uncompressed")
         return reason[0]
+
+    def _note(
+        self, last_call: str, videos: Sequence[tuple[GraphRecord, Counts]] = (), prompt: tuple[int, int] | None = None
+    ) -> None:
+        """What the report says of this call."""
+        self.last_call, self.videos, self.prompt = last_call, list(videos), prompt
+        self.compressed = self.compressed or bool(videos)
 
     def _reason_against_forward(self, kwargs: dict[str, Any]) -> tuple[str, str] | None:
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -226,25 +261,33 @@ class CompiledModel:
         # All that the host has to know of the prompt is read before the encoder is launched: a read after it would
         # wait until the encoder is done, and the device for the host to launch what follows.
         host_ids, mask = ids.cpu(), self._mask_on_host(ids, kwargs, forward)
+        if not forward:
+            self._warn_of_right_padding(host_ids, mask, kwargs)
         images = self._image_rows(ids, kwargs)
         videos = kwargs["pixel_values_videos"]
         choices = {k: kwargs[k] for k in _FEATURE_CHOICES if kwargs.get(k) is not None}
         counts: list[tuple[GraphRecord, Counts]] = []
-        encoded = [self._encode(video, choices, counts) for video in videos]
         token = self.model.config.video_token_id
+        if _encoded(videos):
+            encoded = list(zip(videos, sizes_in_prompt(host_ids, token, len(videos)), strict=True))
+        else:
+            encoded = [self._encode(video, choices, counts) for video in videos]
         try:
             plan = PromptCut.plan(host_ids, token, [n for _, n in encoded], [len(rows) for rows, _ in encoded])
         except UncuttablePrompt as reason:
             fall_back(str(reason), "Write each video as one <video> in the prompt", self.config, self.record)
+            self._note("uncompressed")
             return None
         if mask is None and plan.padded:
             mask = torch.ones_like(host_ids)
         cut_mask = None if mask is None else plan.take(mask, 0)
         new_ids = without_waiting(plan.take(host_ids, _padding_id(self.model, token)), ids.device)
-        self.prompt, self.videos = (ids.shape[1], new_ids.shape[1]), counts
+        compressed = bool(counts) or _encoded(videos)
+        self._note("compressed" if compressed else "uncompressed", counts, (ids.shape[1], new_ids.shape[1]))
         embeds = self._embed(new_ids, torch.cat([rows for rows, _ in encoded]), images)
         changed: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": None}
-        if cut_mask is not None:
+        if cut_mask is not None and not (kwargs.get("attention_mask") is None and bool(cut_mask.all())):
+            # Of a batch without a mask where none can be inferred, transformers says what it thinks itself.
             changed["attention_mask"] = without_waiting(cut_mask, ids.device)
         if kwargs.get("position_ids") is not None:
             changed["position_ids"] = plan.renumber(kwargs["position_ids"])
@@ -256,8 +299,11 @@ class CompiledModel:
     @torch.no_grad()
     def encode_videos(self, videos: Any) -> list[torch.Tensor]:
         """See :func:`encode_videos`."""
-        self.prompt, self.videos = None, []
-        return [self._encode(video, {}, self.videos)[0] for video in videos]
+        self._note("failed")
+        counts: list[tuple[GraphRecord, Counts]] = []
+        rows = [self._encode(video, {}, counts)[0] for video in videos]
+        self._note("encoded", counts)
+        return rows
 
     def _encode(
         self, video: torch.Tensor, choices: dict[str, Any], counts: list[tuple[GraphRecord, Counts]]
@@ -319,6 +365,20 @@ class CompiledModel:
         )
         known = isinstance(padding, int) and padding not in (ends if isinstance(ends, (list, tuple)) else (ends,))
         return (ids.ne(padding).to(ids.dtype) if known else torch.ones_like(ids)).cpu()
+
+    def _warn_of_right_padding(self, ids: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        """What transformers says of rows that end in padding; it looks at ids, and gets embeddings from us."""
+        ends = self._generation_option("eos_token_id", kwargs)
+        padding = self._generation_option("pad_token_id", kwargs)
+        padding = padding if padding is not None else ends[0] if isinstance(ends, (list, tuple)) else ends
+        if padding is None or len(ids) < 2:
+            return
+        given = kwargs.get("attention_mask") is not None and mask is not None
+        if bool((mask[:, -1] == 0).any() if given and mask is not None else (ids[:, -1] == padding).any()):
+            logging.getLogger("transformers.generation.utils").warning(
+                "right-padding was detected: rows of the batch end in padding, behind which a decoder-only model "
+                "cannot go on rightly. Set padding_side='left' on the tokenizer."
+            )
 
     def _generation_option(self, name: str, kwargs: dict[str, Any], config: Any = None) -> Any:
         """An option of generate(): given by name, in a config, or the model's own."""
@@ -462,6 +522,12 @@ def _features(kwargs: dict[str, Any]) -> Mapping[str, Any]:
     return kwargs.get("mm_encoder_outputs") or {}
 
 
+def _continues(kwargs: dict[str, Any]) -> bool:
+    """Whether a call goes on behind a prompt that is in the cache already."""
+    cache = given_cache(kwargs)
+    return hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0
+
+
 def _pixels_and_features(kwargs: dict[str, Any], forward: bool) -> bool:
     """Whether a call with pixels of videos also brings features that transformers refuses beside them."""
     if forward:
@@ -470,10 +536,15 @@ def _pixels_and_features(kwargs: dict[str, Any], forward: bool) -> bool:
     return any(_features(kwargs).get(kind) is not None and pixels is not None for kind, pixels in given.items())
 
 
-def _require_supported(model: Any) -> None:
+def is_supported(model: Any) -> bool:
+    """Whether :func:`compile` knows this kind of model."""
     from transformers import LlavaOnevisionForConditionalGeneration
 
-    if not isinstance(model, LlavaOnevisionForConditionalGeneration):
+    return isinstance(model, LlavaOnevisionForConditionalGeneration)
+
+
+def _require_supported(model: Any) -> None:
+    if not is_supported(model):
         raise EarlyTomConfigError(
             f"earlytom_compile.compile() knows LlavaOnevisionForConditionalGeneration of transformers; got "
             f'{type(model).__name__}. For other models try torch.compile(model, backend="earlytom").'
@@ -513,15 +584,44 @@ def _check_shapes(ids: torch.Tensor, videos: Any, mask: torch.Tensor | None, tow
 
 def _check_videos(videos: Any, tower: Any) -> None:
     """Raise for what the vision tower, known by its configuration, cannot take: it would say so in its own words."""
+    if _encoded(videos):
+        return
     picture = (tower.num_channels, tower.image_size, tower.image_size)
     for video in videos:
         if video.dim() != 4 or len(video) == 0 or tuple(video.shape[1:]) != picture:
             shape = tuple(videos.shape) if isinstance(videos, torch.Tensor) else [tuple(v.shape) for v in videos]
             raise EarlyTomConfigError(
-                f"pixel_values_videos have shape {shape}; they must be [videos, frames, channels, height, width] with "
-                f"at least one frame, and this model's vision tower takes {picture} (channels, height, width). Prepare "
+                f"pixel_values_videos have shape {shape}; they must be [videos, frames, channels, height, width], or a "
+                f"list of [frames, channels, height, width], with at least one frame each, and this model's vision tower takes {picture} (channels, height, width). Prepare "
                 "videos with the model's processor."
             )
+def _encoded(videos: Any) -> bool:
+    """Whether these are rows [K + 1, C] that :func:`encode_videos` made."""
+    return not isinstance(videos, torch.Tensor) and len(videos) > 0 and all(video.dim() == 2 for video in videos)
+
+
+def _check_rows(videos: Sequence[torch.Tensor], width: int) -> None:
+    for video in videos:
+        if video.shape[1] != width or not len(video):
+            raise EarlyTomConfigError(
+                f"an encoded video has shape {tuple(video.shape)}; it must be [rows, {width}], as "
+                "earlytom_compile.encode_videos(model, ...) returns it for this model."
+            )
+
+
+def _for_own_code(kwargs: dict[str, Any], reason: str) -> dict[str, Any]:
+    """The arguments of a call that runs the model's own code, which takes videos as one tensor only."""
+    videos = kwargs.get("pixel_values_videos")
+    if videos is None or isinstance(videos, torch.Tensor) or not len(videos):
+        return kwargs
+    if len({video.shape for video in videos}) > 1:
+        raise EarlyTomConfigError(
+            f"videos of shapes {[tuple(video.shape) for video in videos]} can only run compressed, but {reason}. Cure "
+            "that, or give videos of different lengths in calls of their own."
+        )
+    return {**kwargs, "pixel_values_videos": torch.stack(list(videos))}
+
+
 
 
 _CACHE_MARK = "_earlytom_compressed"
@@ -538,7 +638,8 @@ def _refuse_compressed_cache(cache: Any, ids: Any, video_token: int) -> None:
     if getattr(cache, _CACHE_MARK, False) and isinstance(ids, torch.Tensor) and bool((ids == video_token).any()):
         raise EarlyTomConfigError(
             "the cache holds a prompt whose video tokens were cut, and input_ids still have all of them. Start the "
-            "next turn without a cache, with the whole conversation and its video."
+            "next turn without a cache, with the whole conversation and its video; earlytom_compile.encode_videos() "
+            "saves encoding it again."
         )
 
 

@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ..reporting import GraphRecord, add_record
+from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .caches import given_cache
 from .tracing import with_its_own_code
-
 
 FEWEST_POSITIONS_ON_CPU = 128
 """A CPU gains a few milliseconds from compiled code in a shorter prompt, and has nothing to launch; compiling takes ten
@@ -134,7 +133,8 @@ def _compile_prompt(
     record = GraphRecord(str(compile_id), bool(compile_id and compile_id.frame_compile_id), lowering=lowering)
     start = time.perf_counter()
     lower = lower_stages if lowering == "staged" else lower_whole
-    run = lower(graph_module, example_inputs, record, inductor_options(mode))
+    with progress("compiling the language model's pass over the prompt"):
+        run = lower(graph_module, example_inputs, record, inductor_options(mode))
     record.seconds["language model"] = time.perf_counter() - start
     add_record(record, example_inputs)
     return run

@@ -16,15 +16,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from earlytom_compile import EarlyTomConfigError
+from earlytom_compile.cli.loading import load_model
 from earlytom_compile.integrations.preprocess import (
     PixelSettings,
     VideoTextProcessor,
     conversation,
     load_processor,
 )
+from earlytom_compile.integrations.video import read_video
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_processor.json").read_text())
 HAVE_TORCHVISION = importlib.util.find_spec("torchvision") is not None
@@ -61,9 +64,11 @@ def test_placeholders_are_counted_as_transformers_counts_them(processor, patches
         0,
     )
     side = -(-int(patches**0.5) // 2)
-    ours = VideoTextProcessor(processor.tokenizer, PixelSettings({}), side * side, "<video>", None)
+    pixels = PixelSettings({"height": 2, "width": 2})
+    ours = VideoTextProcessor(processor.tokenizer, pixels, side * side, "<video>", None)
 
-    assert ours._expand(["a <video> b"], [noise_video(frames, 2, 2)]) == [f"a {theirs} b"]
+    inputs = ours(text="a <video> b", videos=noise_video(frames, 2, 2))
+    assert inputs["input_ids"].tolist() == processor.tokenizer([f"a {theirs} b"])["input_ids"]
 
 
 @pytest.mark.skipif(not HAVE_TORCHVISION, reason="transformers' processor needs torchvision")
@@ -135,9 +140,11 @@ def test_rows_and_videos_in_reading_order(processor):
     [
         ("no placeholder", [noise_video(2, 8, 8)], "has 0 <video> but 1 video"),
         ("<video> <video>", [noise_video(2, 8, 8)], "has 2 <video> but 1 video"),
-        ("<video> <video>", [noise_video(2, 8, 8), noise_video(3, 8, 8)], r"videos of \[2, 3\] frames"),
         ("<video>", [noise_video(2, 8, 8).astype(np.float32)], "must be uint8"),
-        ("<video>", [noise_video(2, 8, 8)[0]], "must be uint8 frames"),
+        ("<video>", [noise_video(2, 8, 8)[0, 0]], "must be uint8 frames"),
+        ("<video>", 7, "videos: a int; must be uint8 frames"),
+        ("<video>", [noise_video(1, 8, 8)[0], noise_video(1, 9, 8)[0]], "all frames of a video must have one size"),
+        (None, noise_video(1, 8, 8), "no text came"),
     ],
 )
 def test_what_does_not_fit_is_named(processor, text, videos, message):
@@ -165,3 +172,153 @@ def test_a_broken_torchvision_is_named(checkpoint, tmp_path, monkeypatch):
 
     with pytest.raises(EarlyTomConfigError, match="nms does not exist.*Uninstall torchvision"):
         load_processor(str(checkpoint))
+
+
+# --- The calls that transformers' documentation shows ---------------------------------------------
+
+
+def turn(*parts, role="user"):
+    return {"role": role, "content": [p if isinstance(p, dict) else {"type": "text", "text": p} for p in parts]}
+
+
+def a_video(source, key="path"):
+    return {"type": "video", key: source}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three pictures of different sizes, in files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, (width, height) in enumerate(((60, 40), (48, 48), (90, 100))):
+        Image.fromarray(noise_video(1, height, width, number)[0]).save(folder / f"{number}.png")
+    return [folder / f"{number}.png" for number in range(3)]
+
+
+def test_a_conversation_with_a_file_gives_all_inputs(processor, clip):
+    talk = [turn(a_video(str(clip)), "What happens?")]
+    inputs = processor.apply_chat_template(
+        talk, num_frames=8, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+    expected = processor(text=prompt, videos=read_video(clip, 8).pixels, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values_videos"}
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    in_kwargs = processor.apply_chat_template(
+        talk, tokenize=True, return_dict=True, add_generation_prompt=True, processor_kwargs={"num_frames": 8}
+    )
+    assert all(torch.equal(in_kwargs[name], expected[name]) for name in expected)
+    ids = processor.apply_chat_template(talk, num_frames=8, add_generation_prompt=True, tokenize=True)
+    assert torch.equal(ids, expected["input_ids"])
+    text = processor.batch_decode(ids, skip_special_tokens=True)
+    assert text == [processor.decode(ids[0], skip_special_tokens=True)]
+    assert text == processor.post_process_image_text_to_text(ids)
+
+
+def test_frames_in_every_form_are_one_video(processor, tmp_path):
+    video = noise_video(3, 20, 30)
+    expected = processor(text="<video>", videos=video)
+    files = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for file, frame in zip(files, video, strict=True):
+        Image.fromarray(frame).save(file)
+    pillow = [Image.fromarray(frame) for frame in video]
+    for form in (list(video), [video], torch.from_numpy(video), list(torch.from_numpy(video)), pillow, [pillow],
+                 video[None], [[video]], [files]):  # fmt: skip
+        inputs = processor(text="<video>", videos=form)
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    talk = [turn(a_video(files, "video"), "What?")]
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
+    assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
+
+
+def test_frames_are_chosen_from_an_array_as_from_a_file(processor):
+    video = noise_video(9, 8, 8)
+    inputs = processor(text="<video>", videos=video, num_frames=3)
+    assert torch.equal(inputs["pixel_values_videos"][0], processor.pixels.apply(video[[0, 4, 8]]))
+    whole = processor(text="<video>", videos=video, num_frames=3, do_sample_frames=False)
+    assert whole["pixel_values_videos"].shape[1] == 9
+
+
+def test_a_batch_of_conversations(processor, clip):
+    talks = [[turn(a_video(str(clip)), "What happens?")], [turn("And now, without a video?")]]
+    inputs = processor.apply_chat_template(
+        talks, num_frames=4, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True,
+        padding_side="left",
+    )  # fmt: skip
+    assert len(inputs["input_ids"]) == 2 and inputs["pixel_values_videos"].shape[:2] == (1, 4)
+    assert inputs["attention_mask"][:, -1].all() and not inputs["attention_mask"][1, 0]
+
+
+def test_videos_of_different_lengths_come_as_a_list(processor):
+    videos = [noise_video(2, 20, 30), noise_video(3, 30, 20)]
+    inputs = processor(text=["<video> a", "<video> b"], videos=videos, padding=True).to("cpu", torch.float16)
+    assert [len(video) for video in inputs["pixel_values_videos"]] == [2, 3]
+    assert all(video.dtype == torch.float16 for video in inputs["pixel_values_videos"])
+    placeholder = processor.tokenizer.convert_tokens_to_ids("<video>")
+    each = [frames * processor.tokens_per_frame + 1 for frames in (2, 3)]
+    assert (inputs["input_ids"] == placeholder).sum(1).tolist() == each
+
+
+def test_text_alone(processor):
+    inputs = processor(text="what happens ?")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert processor.apply_chat_template([turn("Hello")], tokenize=True, return_dict=True)["input_ids"].shape[0] == 1
+
+
+def image_calls(pictures):
+    """(images, text): as in the documentation, one picture, several in a prompt, several prompts."""
+    opened = [Image.open(path) for path in pictures]
+    return {
+        "one": (opened[0], "<image> what?"),
+        "path": (str(pictures[0]), "<image> what?"),
+        "list": ([opened[0], opened[1]], ["<image> a", "<image> b"]),
+        "array": (np.asarray(opened[0]), "<image> what?"),
+        "several in a prompt": ([opened[:2], opened[2:]], ["<image> and <image>", "<image>"]),
+        "three sizes": (opened, ["<image> <image>", "<image>"]),
+    }
+
+
+@pytest.mark.skipif(not HAVE_TORCHVISION, reason="transformers' processor needs torchvision")
+@pytest.mark.parametrize("case", ["one", "path", "list", "array", "several in a prompt", "three sizes"])
+def test_images_side_by_side_with_transformers_processor(checkpoint, processor, pictures, case):
+    images, text = image_calls(pictures)[case]
+    theirs = load_processor(str(checkpoint))
+    expected = theirs(images=images, text=text, return_tensors="pt", padding=True)
+    inputs = processor(images=images, text=text, return_tensors="pt", padding=True)
+    assert set(inputs) == set(expected)
+    for name in set(expected) - {"pixel_values"}:
+        assert torch.equal(torch.as_tensor(inputs[name]), torch.as_tensor(expected[name])), name
+    # Pillow's filters and torchvision's differ by a level or two of 255.
+    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"], atol=6 / 127.5, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["one", "path", "list", "array", "several in a prompt", "three sizes"])
+def test_the_model_takes_as_many_placeholders_as_it_has_image_features(checkpoint, processor, pictures, case):
+    images, text = image_calls(pictures)[case]
+    inputs = processor(images=images, text=text, padding=True)
+    model = load_model(str(checkpoint), device="cpu")
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape  # it counts them itself
+
+
+def test_images_and_a_video_in_a_conversation(processor, pictures, clip):
+    talk = [
+        turn({"type": "image", "path": str(pictures[0])}, a_video(str(clip)), "What?"),
+        turn("That.", role="assistant"),
+        turn({"type": "image", "image": Image.open(pictures[1])}, "And here?"),
+    ]
+    inputs = processor.apply_chat_template(talk, num_frames=2, tokenize=True, return_dict=True)
+    assert inputs["batch_num_images"].tolist() == [2] and inputs["pixel_values_videos"].shape[:2] == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"videos": "clip.mp4", "fps": 2}, "fps: without torchvision there is num_frames only"),
+        ({"videos": "nowhere.mp4"}, "no video file at"),
+        ({"text": "<image>"}, "has 1 <image> but 0 image"),
+        ({"text": "x", "return_tensors": "np"}, 'must be "pt"'),
+    ],
+)
+def test_what_the_stand_in_cannot_do_is_named(processor, call, message):
+    with pytest.raises(EarlyTomConfigError, match=message):
+        processor(**{"text": "<video>", **call})

@@ -1,0 +1,143 @@
+"""What a user gains from a compressed call: tokens, work, time and memory, beside those of all tokens.
+
+    gains = gains_of(model, comparison, options)
+    gains_table(gains)
+
+Tokens are those of the call, and times were measured in it. Work is counted as :mod:`earlytom_compile.flops` counts it
+(``protocol="exact"``). Memory is what the sizes say, in bytes of the model's dtype:
+
+    keys and values    2 · layers · key heads · head width · prompt tokens
+    widest activation  prompt tokens · MLP width in the language model, frames · patches · MLP width in the encoder
+
+The encoder's is the same with and without compression, since the first layers see all frames.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from ..config import EarlyTomConfig
+from ..errors import EarlyTomConfigError
+from ..flops import count
+from ..shapes import ModelShape
+from .comparison import Comparison
+from .quality import faster
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One prompt up to its first token; memory in bytes, time in seconds, work in floating-point operations."""
+
+    video_tokens: int
+    prompt_tokens: int
+    flops: float | None
+    seconds: float
+    cache_bytes: int
+    language_bytes: int
+    """The widest activation of a layer of the language model."""
+    encoder_bytes: int
+    """The widest activation of a layer of the vision encoder."""
+
+
+@dataclass(frozen=True)
+class Gains:
+    """With all tokens, and with those that are left."""
+
+    full: Cost
+    compressed: Cost
+
+
+def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gains | None:
+    """What one prompt with its videos cost; None if the call ran uncompressed."""
+    report, config = comparison.report, EarlyTomConfig.from_options(options)
+    videos, prompt = report["videos"], report["prompt"]
+    if not videos or not prompt:
+        return None
+    size, text = model.dtype.itemsize, model.config.text_config
+    try:
+        shape = ModelShape.from_config(model.config)
+    except EarlyTomConfigError:
+        shape = None
+    frames = [video["frames"] for video in videos]
+
+    def cost(place: int, schedules: list[list[int]], seconds: float) -> Cost:
+        vision = model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head
+        return Cost(
+            video_tokens=sum(video["tokens"][place] for video in videos),
+            prompt_tokens=prompt[place],
+            flops=_flops(shape, schedules, prompt[place], report["merge_layers"], config) if shape else None,
+            seconds=seconds,
+            cache_bytes=cached * prompt[place] * size,
+            language_bytes=prompt[place] * text.intermediate_size * size,
+            encoder_bytes=max(schedule[0] for schedule in schedules) * patches * vision.intermediate_size * size,
+        )
+
+    return Gains(
+        cost(0, [schedule[:1] for schedule in frames], comparison.full.ttft_seconds),
+        cost(1, frames, comparison.compressed.ttft_seconds),
+    )
+
+
+def _flops(
+    shape: ModelShape, schedules: list[list[int]], prompt: int, layers: list[int], config: EarlyTomConfig
+) -> float:
+    """Work of a prompt with some videos, each of which the encoder sees by itself."""
+    counts = [
+        count(
+            shape,
+            protocol="exact",
+            frames_schedule=schedule,
+            llm_tokens=prompt,
+            merge_layers=layers if len(schedule) > 1 else None,
+            variant=config.variant,
+        )
+        for schedule in schedules
+    ]
+    return counts[0].total + sum(other.total - other.llm - other.lm_head for other in counts[1:])
+
+
+def gains_table(gains: Gains) -> Table:
+    """All tokens, fewer, and by how much."""
+    full, less = gains.full, gains.compressed
+    table = Table(title="What you gain", title_justify="left", caption_justify="left")
+    for heading in ("", "all tokens", "compressed", ""):
+        table.add_column(heading, overflow="fold")
+    for name in ("video_tokens", "prompt_tokens"):
+        cells = [str(getattr(cost, name)) for cost in (full, less)]
+        table.add_row(name.replace("_", " "), *cells, _fewer(full, less, name))
+    if full.flops is not None and less.flops is not None:
+        cells = [f"{_scaled(cost.flops)}FLOPs" for cost in (full, less)]
+        table.add_row("work of a prompt", *cells, _fewer(full, less, "flops"))
+    seconds = [f"{1000 * cost.seconds:.0f} ms" for cost in (full, less)]
+    table.add_row("time to first token", *seconds, faster(full.seconds / less.seconds))
+    for name, text in (
+        ("cache_bytes", "memory, keys and values"),
+        ("language_bytes", "memory, language model"),
+        ("encoder_bytes", "memory, vision encoder"),
+    ):
+        cells = [f"{_scaled(getattr(cost, name))}B" for cost in (full, less)]
+        table.add_row(text, *cells, _fewer(full, less, name))
+    table.caption = (
+        "The time was measured here: vision encoder, prompt and first token, both in turn, median, without "
+        "compilation. Work and memory are counted from the sizes: keys and values of the prompt, and the widest "
+        "activation of a layer (the encoder's first layers see all frames)."
+    )
+    return table
+
+
+def _fewer(full: Cost, less: Cost, name: str) -> str:
+    before, after = getattr(full, name), getattr(less, name)
+    return "the same" if before == after else f"{before / after:.1f}x less"
+
+
+def _scaled(value: float | None) -> str:
+    """``"119.6 T"``."""
+    assert value is not None
+    factor, prefix = next((unit for unit in _UNITS if value >= unit[0]), _UNITS[-1])
+    return f"{value / factor:.1f} {prefix}"

@@ -1,0 +1,155 @@
+"""``earlytom explain``: what a user gains comes first, and its numbers are those of the model."""
+
+import io
+import re
+
+import pytest
+import torch
+from effort import examples
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import earlytom_compile
+from earlytom_compile.cli import explain
+from earlytom_compile.cli import main as cli
+from earlytom_compile.cli.comparison import Arm, Comparison
+from earlytom_compile.cli.gains import Cost, Gains, gains_of, gains_table
+from earlytom_compile.cli.loading import load_checkpoint, prepare_inputs
+from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.flops import count
+from earlytom_compile.integrations.caches import cache_of
+from earlytom_compile.shapes import ModelShape
+
+FRAMES, TOKENS = 8, 9  # of each frame: a 6x6 grid, pooled to 3x3
+PARTS = ["What you gain", "What was found", "What the words mean", "What the compiler says"]
+
+
+def comparison_of(content):
+    arms = (Arm([1], "a", 1.0, 0.5), Arm([1], "a", 1.0, 0.25))
+    return Comparison(*arms, content, "vision encoder   tower")
+
+
+def compressed_call(schedules, prompt, tokens=(72, 7)):
+    videos = [{"frames": schedule, "tokens": list(tokens)} for schedule in schedules]
+    return {"videos": videos, "prompt": list(prompt), "merge_layers": [0, 2], "reasons": []}
+
+
+def test_gains_come_first_and_the_compilers_words_last(checkpoint, clip, capsys):
+    arguments = ["--model", str(checkpoint), "--video", str(clip), "--frames", str(FRAMES), "--retain-ratio", "0.1"]
+    assert cli.main(["explain", *arguments, "--lowering", "eager"]) == 0
+    output = capsys.readouterr().out
+    places = [output.index(part) for part in PARTS]
+    assert places == sorted(places)
+    gain, found, legend, compiler = (
+        output[start:end] for start, end in zip(places, [*places[1:], None], strict=True)
+    )
+    assert re.search(rf"video tokens\s*│ {FRAMES * TOKENS}\s*│ {round(0.1 * FRAMES * TOKENS)} ", gain)
+    assert all(word in gain for word in ("work of a prompt", "time to first token", "keys and values"))
+    assert "measured here" in " ".join(gain.split())
+    assert f"{FRAMES} frames" in found and "vision_tower" not in gain + found + legend
+    assert "vision_tower" in compiler and str(clip) in output[: places[0]] and "made up" not in output
+    for line in compiler.splitlines()[1:]:
+        heading = line[:16].strip()
+        assert heading in legend or heading.startswith(("state", "options", "video", "prompt", "CUDA")) or not heading
+
+
+@pytest.mark.parametrize("given_video", [None, "talk.mp4"])
+@pytest.mark.parametrize("given_model", [None, "a/checkpoint"])
+def test_what_nobody_chose_is_said(given_video, given_model):
+    arguments = type("Arguments", (), {"video": given_video, "model": given_model, "frames": 8})
+    text = explain._subject(arguments)
+    assert ("The clip is made up" in text) == (given_video is None)
+    assert ("the demo's small one" in text) == (given_model is None)
+
+
+@torch.no_grad()
+def test_memory_is_what_the_model_uses(checkpoint, clip):
+    """Against the model's own cache, and the outputs of its modules."""
+    loaded = load_checkpoint(str(checkpoint), device="cpu")
+    model = loaded.model
+    inputs = prepare_inputs(loaded, clip, "What?", frames=FRAMES, progress_on=Console(quiet=True))
+    widest = {"vision_tower.encoder.layers": 0, "language_model.layers": 0}
+
+    def note(part):
+        def hook(module, args, output):
+            if isinstance(output, torch.Tensor):
+                widest[part] = max(widest[part], output.nbytes)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(part))
+        for part in widest
+        for name, module in model.model.named_modules()
+        if name.startswith(part + ".")
+    ]
+    cache = cache_of(model(**inputs, use_cache=True))
+    for handle in handles:
+        handle.remove()
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    length = inputs["input_ids"].shape[1]
+    gains = gains_of(model, comparison_of(compressed_call([[FRAMES, 6, 5]], (length, 20))), {})
+    assert gains.full.cache_bytes == cached
+    assert gains.full.language_bytes == widest["language_model.layers"]
+    assert gains.full.encoder_bytes == gains.compressed.encoder_bytes == widest["vision_tower.encoder.layers"]
+    assert gains.compressed.cache_bytes * length == cached * 20
+    assert (gains.full.seconds, gains.compressed.seconds) == (0.5, 0.25)
+
+
+def test_work_is_counted_once_for_the_prompt_and_for_each_video(checkpoint):
+    model = load_checkpoint(str(checkpoint), device="cpu").model
+    shape = ModelShape.from_config(model.config)
+    schedules = [[8, 6, 5], [8, 8, 3]]
+    gains = gains_of(model, comparison_of(compressed_call(schedules, (200, 40))), {"variant": "plus"})
+
+    def encoded(schedule, variant="plus"):
+        counted = count(
+            shape, protocol="exact", frames_schedule=schedule, llm_tokens=1, merge_layers=(0, 2), variant=variant
+        )
+        return counted.encoder + counted.operators + counted.projector
+
+    prompt = count(shape, protocol="exact", frames_schedule=(8,), llm_tokens=40)
+    assert gains.compressed.flops == pytest.approx(sum(map(encoded, schedules)) + prompt.llm + prompt.lm_head)
+    assert gains.full.flops > gains.compressed.flops
+
+
+def test_an_uncompressed_call_gains_nothing(checkpoint):
+    model = load_checkpoint(str(checkpoint), device="cpu").model
+    assert gains_of(model, comparison_of({"videos": [], "prompt": None, "merge_layers": []}), {}) is None
+
+
+@given(
+    st.lists(st.integers(1, 64), min_size=3, max_size=3), st.integers(1, 640), st.sampled_from(["paper", "plus"])
+)
+def test_findings_say_each_count(frames, kept, variant):
+    frames = sorted(frames, reverse=True)
+    before = 10 * frames[0]
+    content = compressed_call([frames], (1, 1), tokens=(before, min(kept, before)))
+    text = " ".join(explain._findings(comparison_of(content), EarlyTomConfig(variant=variant)).split())
+    assert f"{frames[0]} frames of the video" in text
+    assert f"{min(kept, before)} of the video's {before} tokens" in text
+    if frames[0] == frames[-1]:
+        assert "no two of them" in text
+    else:
+        assert f"of them are left {frames[1]} after layer 0, {frames[2]} after layer 2, since" in text
+    assert ("represent all others" in text) == (variant == "plus")
+
+
+@examples(20)
+@given(st.integers(1, 10**6), st.floats(0, 1), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_the_table_says_faster_slower_and_less_rightly(full, share, full_seconds, less_seconds):
+    less = max(1, round(share * full))
+    costs = (Cost(n, n, float(n), seconds, n, n, n) for n, seconds in ((full, full_seconds), (less, less_seconds)))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(gains_table(Gains(*costs)))
+    rows = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if line.startswith("│")}
+    ratio = full_seconds / less_seconds
+    expected = f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+    assert expected in rows["time to first token"]
+    assert ("the same" if full == less else f"{full / less:.1f}x less") in rows["video tokens"]
+
+
+def test_report_words_are_those_of_the_report():
+    assert "at their defaults" in str(earlytom_compile.Report((), config=EarlyTomConfig()))
