@@ -47,13 +47,14 @@ def compile_graph(
     *,
     features_only: bool = False,
     kinds: Kinds | None = None,
+    cause: str = "",
 ) -> Compiled:
     """Compress and lower one Dynamo graph.
 
     With ``features_only`` the caller knows that it gets compressed video features and places them itself; ``kinds``
-    holds what the same caller has compiled before.
+    holds what the same caller has compiled before, and ``cause`` says for the report what this graph is for.
     """
-    record = add_record(_new_record(config), example_inputs)
+    record = add_record(_new_record(config, cause), example_inputs)
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
     state = Rewrite(graph_module, config, features_only)
     try:
@@ -94,10 +95,11 @@ def _raising(error: EarlyTomError) -> Compiled:
     return raise_error
 
 
-def _new_record(config: EarlyTomConfig) -> GraphRecord:
+def _new_record(config: EarlyTomConfig, cause: str) -> GraphRecord:
     compile_id = torch._guards.CompileContext.current_compile_id()
     compilation = getattr(compile_id, "frame_compile_id", None) or 0
-    record = GraphRecord(str(compile_id), compilation > 0, config=config, lowering=config.lowering)
+    cause = cause or ("inputs of other shapes than before" if compilation else "")
+    record = GraphRecord(str(compile_id), compilation > 0, cause, config=config, lowering=config.lowering)
     limit = torch._dynamo.config.recompile_limit
     if compilation + 1 >= limit:
         record.note(f"Dynamo compiles no more than {limit} shapes of one function; the next one runs uncompressed")

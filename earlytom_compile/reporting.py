@@ -41,7 +41,7 @@ class GraphRecord:
     compile_id: str
     recompile: bool
     cause: str = ""
-    """Why Dynamo compiled, where it had compiled this function before; empty for the first time."""
+    """What the code is for that no other code was there for."""
     config: EarlyTomConfig | None = None
     encoder: str = ""
     layers: int = 0

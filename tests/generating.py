@@ -35,8 +35,8 @@ def share_vision_paths(one_trace, monkeypatch, **options):
     """Models compiled in place trace their vision through ``one_trace``, each with its own options but for these."""
 
     class SharedPath(in_place._VisionPath):
-        def __init__(self, config, any_length, kinds):
-            super().__init__(replace(config, **options), any_length, kinds)
+        def __init__(self, config, any_length, kinds, cause):
+            super().__init__(replace(config, **options), any_length, kinds, cause)
             self._compiled = one_trace.through(self._backend)
 
     monkeypatch.setattr(in_place, "_VisionPath", SharedPath)

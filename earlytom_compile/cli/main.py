@@ -116,14 +116,15 @@ def _version(package: str) -> str:
 
 def _add_demo(parser: CommandParser) -> None:
     parser.description = (
-        "Draws a short video, asks questions with the full and with the compressed model, and shows the difference. "
-        "The model is a small LLaVA-OneVision that was trained on such videos and comes along."
+        "Draws a short video, asks a small model that was trained on such videos about it, with all video tokens and "
+        "with a tenth of them; times a larger model with random weights both ways; and draws what happened as a page."
     )
     parser.add_argument("--save", metavar="FOLDER", help="keep checkpoint and video there (default: thrown away)")
+    parser.add_argument("--html", metavar="FILE", help="where the page goes (default: a folder for temporary files)")
     parser.add_rare("--frames", type=int, default=8, metavar="N", help="frames taken from the video (%(default)s)")
     _add_max_new_tokens(parser, 16)
-    _add_repeats(parser)
-    add_config_flags(parser, retain_ratio=0.1)
+    _add_repeats(parser, default=3)
+    add_config_flags(parser, retain_ratio=0.1, variant="plus", lowering="eager")
 
 
 def _add_run(parser: CommandParser) -> None:
@@ -379,8 +380,10 @@ def _add_pictures(parser: CommandParser) -> None:
     parser.add_argument("--png", metavar="FILE", help="the same as one image (needs matplotlib)")
 
 
-def _add_repeats(parser: CommandParser, text: str = "timed runs of each model (%(default)s)") -> None:
-    parser.add_rare("--repeats", type=int, default=5, metavar="N", help=text)
+def _add_repeats(
+    parser: CommandParser, text: str = "timed runs of each model (%(default)s)", default: int = 5
+) -> None:
+    parser.add_rare("--repeats", type=int, default=default, metavar="N", help=text)
 
 
 if __name__ == "__main__":

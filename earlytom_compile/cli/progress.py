@@ -6,6 +6,8 @@
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -63,3 +65,11 @@ class Steps(Progress):
 def progress_bars(console: Console) -> Steps:
     """Bars that vanish when done, or lines for long steps; nothing on a console that is quiet."""
     return Steps(console)
+
+
+@contextmanager
+def step(console: Console, description: str) -> Iterator[None]:
+    """One step of which nobody knows how far it is."""
+    with progress_bars(console) as progress:
+        progress.add_task(description, total=None)
+        yield

@@ -312,7 +312,9 @@ class CompiledModel:
         frames, *picture = video.shape
         any_length = self._any_length and frames > 1  # PyTorch tells sizes of 1 from all others
         key = (None if any_length else frames, *picture, video.dtype, video.device, repr(choices))
-        path = self._paths.get(key) or self._paths.setdefault(key, _VisionPath(self.config, any_length, self._kinds))
+        path = self._paths.get(key) or self._paths.setdefault(
+            key, _VisionPath(self.config, any_length, self._kinds, _for_videos(video, any_length))
+        )
         rows, graph = path(self.model, video, choices)
         if graph is not None:
             self._any_length &= graph.any_length or frames == 1  # some models cannot be traced so
@@ -408,8 +410,9 @@ class _CutCall:
 class _VisionPath:
     """The compiled vision path for one resolution and, unless ``any_length``, one number of frames."""
 
-    def __init__(self, config: EarlyTomConfig, any_length: bool, kinds: Kinds) -> None:
+    def __init__(self, config: EarlyTomConfig, any_length: bool, kinds: Kinds, cause: str) -> None:
         self._config = config
+        self._cause = cause
         self._kinds = kinds
         self._any_length = any_length
         self._graphs: list[CompressedGraph] = []
@@ -439,10 +442,19 @@ class _VisionPath:
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self._traced = True
-        compiled = compile_graph(graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds)
+        compiled = compile_graph(
+            graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds, cause=self._cause
+        )
         if isinstance(compiled, CompressedGraph):
             self._graphs.append(compiled)
         return compiled
+
+
+def _for_videos(video: torch.Tensor, any_length: bool) -> str:
+    """What a vision path is for, for the report."""
+    frames, _, height, width = video.shape
+    length = "2 and more frames" if any_length else f"{frames} frame{'s' * (frames > 1)}"
+    return f"videos of {length}, {height}x{width}, {str(video.dtype).removeprefix('torch.')} on {video.device}"
 
 
 def _video_rows(model: Any, video: torch.Tensor, choices: dict[str, Any]) -> torch.Tensor:
@@ -592,9 +604,11 @@ def _check_videos(videos: Any, tower: Any) -> None:
             shape = tuple(videos.shape) if isinstance(videos, torch.Tensor) else [tuple(v.shape) for v in videos]
             raise EarlyTomConfigError(
                 f"pixel_values_videos have shape {shape}; they must be [videos, frames, channels, height, width], or a "
-                f"list of [frames, channels, height, width], with at least one frame each, and this model's vision tower takes {picture} (channels, height, width). Prepare "
-                "videos with the model's processor."
+                "list of [frames, channels, height, width], with at least one frame each, and this model's vision "
+                f"tower takes {picture} (channels, height, width). Prepare videos with the model's processor."
             )
+
+
 def _encoded(videos: Any) -> bool:
     """Whether these are rows [K + 1, C] that :func:`encode_videos` made."""
     return not isinstance(videos, torch.Tensor) and len(videos) > 0 and all(video.dim() == 2 for video in videos)

@@ -103,7 +103,9 @@ class CompiledPrefill:
         shapes = tuple((name, tensor.dim()) for name, tensor in tensors.items())
         kind = (several, shapes, type(given_cache(kwargs)))
         if kind not in self._compiled:
-            backend = partial(_compile_prompt, self._lowering, self._mode)
+            masked = "attention_mask" in tensors or bool(self._padded.get())
+            cause = f"prompts of {'several rows' if several else 'one row'}{', padded' if masked else ''}"
+            backend = partial(_compile_prompt, self._lowering, self._mode, cause)
             self._compiled[kind] = torch.compile(with_its_own_code(_call), backend=backend)
         return self._compiled[kind]
 
@@ -127,10 +129,10 @@ def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _compile_prompt(
-    lowering: str, mode: str | None, graph_module: GraphModule, example_inputs: Sequence[Any]
+    lowering: str, mode: str | None, cause: str, graph_module: GraphModule, example_inputs: Sequence[Any]
 ) -> Callable[..., Any]:
     compile_id = torch._guards.CompileContext.current_compile_id()
-    record = GraphRecord(str(compile_id), bool(compile_id and compile_id.frame_compile_id), lowering=lowering)
+    record = GraphRecord(str(compile_id), bool(compile_id and compile_id.frame_compile_id), cause, lowering=lowering)
     start = time.perf_counter()
     lower = lower_stages if lowering == "staged" else lower_whole
     with progress("compiling the language model's pass over the prompt"):
