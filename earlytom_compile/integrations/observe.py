@@ -7,8 +7,9 @@
                  kept                    ((0, 1, 2), ...)                 # merged frame, row, column
 
 Nothing is decided a second time for it: the rewritten graph is the one that a compressed call runs, and an
-interpreter writes down what goes into its operators and what comes out. The model and what was compiled for it stay
-as they are.
+interpreter writes down what goes into its operators and what comes out. What they keep to themselves, the segments and
+the moving average, their own code tells once more for the same similarities. The model and what was compiled for it
+stay as they are.
 """
 
 from collections.abc import Callable, Iterator, Sequence

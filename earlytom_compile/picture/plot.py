@@ -19,6 +19,7 @@ from .content import Asked, Clip, Fact
 
 _WIDTH, _MARGIN = 12.8, 0.45  # inches
 _DPI = 110
+_MOST_PIXELS = 60_000  # a side; matplotlib draws no more than 65,535
 _LETTERS = 150  # of the body's size in a line
 _INK, _SOFT, _FAINT, _BAD = "#17191c", "#5c6370", "#b6bcc6", "#b3261e"
 _KEPT, _PAIR, _TAU, _RAW = "#12c4e6", "#d9600f", "#c2255c", "#3b82c4"
@@ -63,13 +64,15 @@ def write_png(path: str | Path, clips: Sequence[Clip], *, model: str = "", facts
     # A question about $x$ and $y$ is no formula.
     with matplotlib.rc_context({"font.family": fonts, "text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(_WIDTH, sheet.y + _MARGIN), dpi=_DPI, facecolor="#ffffff")
+        height = sheet.y + _MARGIN
+        dpi = min(_DPI, _MOST_PIXELS / max(_WIDTH, height))
+        figure = Figure(figsize=(_WIDTH, height), dpi=dpi, facecolor="#ffffff")
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
         for draw in sheet.drawings:
             draw(axes)
-        axes.set(xlim=(0, _WIDTH), ylim=(sheet.y + _MARGIN, 0), aspect="auto")
+        axes.set(xlim=(0, _WIDTH), ylim=(height, 0), aspect="auto")
         figure.savefig(path, format="png")
     return Path(path)
 

@@ -66,6 +66,11 @@ def test_odd_texts_and_shapes_are_drawn(tmp_path, frames, aspect):
     assert image.std() > 10
 
 
+def test_a_sheet_too_long_for_matplotlib_gets_coarser(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "_MOST_PIXELS", 600)
+    assert max(read(write_png(tmp_path / "a.png", [Clip("a", pictures(2), observation(2))])).shape) in range(590, 602)
+
+
 def test_left_out_tokens_are_veiled():
     hue = np.full((64, 64, 3), (255, 0, 0), np.uint8)
     shown = plot._veiled(hue, [(0, 1), (3, 2)], (4, 4))
