@@ -35,7 +35,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         console.print(comparison_table(comparison))
         for reason in comparison.report["reasons"]:
             console.print(f"left alone: {reason}", markup=False, soft_wrap=True)
-        answers = comparison.compressed.text, comparison.full.text
+        answers: tuple[str, str | None] = comparison.compressed.text, comparison.full.text
         facts = facts_of(
             comparison.report["prompt"], (comparison.full.ttft_seconds, comparison.compressed.ttft_seconds)
         )

@@ -122,9 +122,9 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
     where a call would run uncompressed.
     """
     config = EarlyTomConfig.from_options(options)
-    model = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
-    _require_supported(model)
-    _require_shape(pixel_values_videos, model.config.vision_config)
+    inner: Any = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
+    _require_supported(inner)
+    _require_shape(pixel_values_videos, inner.config.vision_config)
     make_traceable()
     observers: dict[Any, tuple[Observer, Callable[..., Any]]] = {}
     observed = []
@@ -135,7 +135,7 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
             compiled = torch.compile(with_its_own_code(_video_rows), backend=observer.backend)
             observers[video.shape] = observer, compiled
         observer, rows = observers[video.shape]
-        observed.append(observer.watch(rows, model, video))
+        observed.append(observer.watch(rows, inner, video))
     return observed
 
 
