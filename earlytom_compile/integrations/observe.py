@@ -7,8 +7,9 @@
                  kept                    ((0, 1, 2), ...)                 # merged frame, row, column
 
 Nothing is decided a second time for it: the rewritten graph is the one that a compressed call runs, and an
-interpreter writes down what goes into its operators and what comes out. The model and what was compiled for it stay
-as they are.
+interpreter writes down what goes into its operators and what comes out. What they keep to themselves, the segments and
+the moving average, their own code tells once more for the same similarities. The model and what was compiled for it
+stay as they are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -121,9 +122,9 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
     where a call would run uncompressed.
     """
     config = EarlyTomConfig.from_options(options)
-    model = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
-    _require_supported(model)
-    _require_shape(pixel_values_videos, model.config.vision_config)
+    inner: Any = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
+    _require_supported(inner)
+    _require_shape(pixel_values_videos, inner.config.vision_config)
     make_traceable()
     observers: dict[Any, tuple[Observer, Callable[..., Any]]] = {}
     observed = []
@@ -134,7 +135,7 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
             compiled = torch.compile(with_its_own_code(_video_rows), backend=observer.backend)
             observers[video.shape] = observer, compiled
         observer, rows = observers[video.shape]
-        observed.append(observer.watch(rows, model, video))
+        observed.append(observer.watch(rows, inner, video))
     return observed
 
 

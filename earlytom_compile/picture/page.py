@@ -195,7 +195,7 @@ def _scale(heat: reading.Heat) -> Element:
         width=width + 30,
         height=28,
         role="img",
-        aria_label="Colours of the heat map, from a quarter of the average to many times the average",
+        aria_label="Colours of the heat map, dark for less than the average, bright for more",
         class_="scale",
     )
 

@@ -65,7 +65,8 @@ def write_png(path: str | Path, clips: Sequence[Clip], *, model: str = "", facts
     with matplotlib.rc_context({"font.family": fonts, "text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         height = sheet.y + _MARGIN
-        figure = Figure(figsize=(_WIDTH, height), dpi=min(_DPI, _MOST_PIXELS / max(_WIDTH, height)), facecolor="#ffffff")
+        dpi = min(_DPI, _MOST_PIXELS / max(_WIDTH, height))
+        figure = Figure(figsize=(_WIDTH, height), dpi=dpi, facecolor="#ffffff")
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")

@@ -20,6 +20,7 @@ MERGES, LEFT, LOOKS = "Frames, segments and merges", "What is left", "Where the 
 _SINK = 3.0
 """A place that receives so many times the average over all frames is called a sink."""
 _FAINTEST = 0.25
+"""Of the average: less than that is drawn as that, and twice as much where no token receives less."""
 _FINE = 8
 """Tokens in a row or column of a frame: more than that need a larger picture."""
 _LONGEST = 1.8
@@ -250,7 +251,8 @@ def heat_of(observation: Observation) -> Heat | None:
         return None
     importance = observation.importance.astype(np.float64)
     times = importance / max(importance.mean(), 1e-30)
-    return Heat(times, _FAINTEST, max(4.0, float(times.max())))
+    faintest = _FAINTEST if times.min() < 2 * _FAINTEST else 2 * _FAINTEST
+    return Heat(times, faintest, max(2.0, float(times.max())))
 
 
 def colours(levels: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ body {
 }
 header, main, footer { max-width: 1216px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 36px; }
-footer { padding-bottom: 36px; color: var(--soft); font-size: 14px; }
+footer { padding-top: 18px; padding-bottom: 36px; color: var(--soft); font-size: 14px; }
 h1 { font-size: 34px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; text-wrap: balance; }
 h2 { font-size: 23px; margin: 40px 0 10px; }
 h3 { font-size: 18px; margin: 32px 0 4px; }

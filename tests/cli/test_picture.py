@@ -100,7 +100,11 @@ def test_a_picture_that_cannot_be_written_is_said_before_the_work(earlytom, tmp_
     def work(*args, **kwargs):
         raise AssertionError("it began to work")
 
-    monkeypatch.setattr({"run": run, "explain": explain}[command], "load_checkpoint", work)
+    module = {"run": run, "explain": explain}[command]
+    loading = [name for name in ("load_checkpoint", "open_checkpoint") if hasattr(module, name)]
+    assert loading
+    for name in loading:
+        monkeypatch.setattr(module, name, work)
     own = ("--model", "m", "--video", "v", "--prompt", "p") if command == "run" else ()
     status, _, said = earlytom(command, *own, "--html", tmp_path)
     assert status == 2 and "html=" in said and "folder" in said

@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import av
@@ -192,6 +193,18 @@ def test_sinks_are_found_and_stay_apart_from_the_rest():
     assert heat.levels[:, ~rest].min() > heat.levels[:, rest].max()
     assert heat.levels[:, rest].max() > 0.1  # and the rest is not black beside them
     assert not reading.heat_of(observation(9, (6, 6), sinks=0, seed=5)).sinks
+
+
+@pytest.mark.parametrize("spread, low, high", [(0.2, 0.5, 2.0), (0.9, 0.25, 2.0), (4.0, 0.25, 5.0)])
+def test_colours_span_what_there_is(spread, low, high):
+    even = np.ones((2, 10, 10), np.float32)
+    even[0, 0, 0], even[1, 0, 0] = 1 + spread, max(1 - spread, 0.01)
+    heat = reading.heat_of(replace(observation(8), importance=even))
+    assert heat.low == low and heat.high == pytest.approx(high, rel=0.02)
+    assert heat.ticks[0] == (0, {0.5: "½×", 0.25: "¼×"}[low]) and heat.ticks[-1][0] <= 1
+    assert dict((label, level) for level, label in heat.ticks)["1×"] == pytest.approx(
+        reading.Heat(np.ones((1, 1, 1)), heat.low, heat.high).levels.item()
+    )
 
 
 def test_plus_says_that_attention_decides_nothing():
