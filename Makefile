@@ -1,4 +1,4 @@
-# make demo         questions about a video through the full and the compressed model, a small one that comes along
+# make demo         questions about a video with all tokens and with fewer, what is gained in time, and a page of it
 # make test         ruff, mypy and the tests
 # make test-all     all that draw their inputs with ten times as many of them, and the tests that take long
 # make gpu          all that only a GPU can tell, in 15 minutes: OUT=folder, FROM=c to go on with stage c, DRY=1 on a CPU
@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
-	.venv/bin/earlytom demo
+	.venv/bin/earlytom demo --html build/demo.html
 
 # mypy, which has one thread, and the tests at once.
 test: .venv/.installed-test

@@ -301,6 +301,7 @@ def test_the_prompt_is_lowered_as_the_vision_path_is(deeper, shared_vision, monk
     inputs = video_inputs(model, 12)
     new_tokens(compiled(model, lowering=lowering, compile_llm=False), inputs)
     vision = len(lowered)
+    earlytom_compile.restore(model)  # with what was compiled, which would be kept
     got = new_tokens(compiled(model, lowering=lowering), inputs)
     prompt = len(lowered) - 2 * vision
     assert (vision == prompt == 1) if lowering == "whole" else (vision > prompt > 1)

@@ -92,7 +92,7 @@ def _demo(folder: Path, arguments: argparse.Namespace, options: dict[str, Any]) 
     console.print(_questions_table(questions, answers, report))
     gain = _measure(loaded.device, options, arguments.repeats, progress_on)
     console.print(_gain_text(gain), soft_wrap=True)
-    asked = [Asked(question.text, *pair) for question, pair in zip(questions, answers, strict=True)]
+    asked = [Asked(question.text, *pair, question.answer) for question, pair in zip(questions, answers, strict=True)]
     write_pictures(
         loaded,
         [filmed(clip, inputs[0], asked, name="a drawn video")],
