@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
+import torch
 
+from earlytom_compile.cli import demo, toolchain
 from earlytom_compile.cli import main as cli
-from earlytom_compile.cli import toolchain
 from earlytom_compile.cli.comparison import full_model
 from earlytom_compile.cli.loading import load_checkpoint
 
@@ -45,24 +46,34 @@ def assert_compared(output):
     assert {"answer", "answers agree"} <= set(table)
 
 
-# Without a compiler the demo is as eager as if it had been asked to be, and says so.
-@pytest.mark.parametrize("compiler", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_demo_ends_in_table_report_and_true_answers(earlytom, tmp_path, monkeypatch, compiler):
-    if not compiler:
-        monkeypatch.setattr(toolchain, "get_cpp_compiler", _no_compiler)
-    status, output, _ = earlytom("demo", *(EAGER if compiler else ()), "--repeats", 1, "--save", tmp_path)
-    assert status == 0 and ("both models run eagerly" in output) == (not compiler)
-    table = rows(output.split("More questions")[0])
-    assert table["frames"][0] == "8"
-    assert table["video tokens"] == ["128", "13 (10.2%)"]  # 16 of each frame
-    truth = re.search(r"^truth +(\w+)$", output, re.MULTILINE)[1]
-    assert table["answer"][0] == repr(truth)
-    assert "vision_tower" in output.split("answers agree")[1]
-    more = rows(output.split("More questions")[1])
-    assert len(more) >= 2
-    right = [answers[1] == answers[0] for answers in more.values()]
-    assert sum(right) >= len(right) - 1  # the full model; it is right about nine times of ten
-    assert (tmp_path / "checkpoint" / "model.safetensors").is_file() and (tmp_path / "clip.mp4").is_file()
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo, whose larger model is not."""
+    monkeypatch.setattr(demo, "_ON_CPU", demo._Size("cpu-tiny", 8, torch.float32, "tiny"))
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_answers_right_measures_and_draws(earlytom, tmp_path):
+    page = tmp_path / "pages" / "demo.html"
+    status, output, _ = earlytom("demo", "--repeats", 3, "--save", tmp_path / "kept", "--html", page)
+    assert status == 0
+    asked = rows(output.split("The same answers from fewer tokens")[1])
+    assert len(asked) == 3 and all(truth == full == compressed for truth, full, compressed in asked.values())
+    assert "128 -> " not in output and "all 128 video tokens" in output and "13 of them" in output
+    full, compressed = re.findall(r"(\d+) ms \((\d+) to (\d+)\)", output)
+    assert all(int(low) <= int(median) <= int(high) for median, low, high in (full, compressed))
+    assert re.search(r"\d\.\d\dx (faster|slower)", output) and "median of 3 runs" in output
+    assert str(page) in output.replace("\n", "")
+    assert all(question in page.read_text(encoding="utf-8") for question in asked)
+    assert {file.name for file in (tmp_path / "kept").rglob("*.*")} >= {"model.safetensors", "clip.mp4"}
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_demo_without_a_compiler_says_so(earlytom, tmp_path, monkeypatch):
+    monkeypatch.setattr(toolchain, "get_cpp_compiler", _no_compiler)
+    options = ("--lowering", "staged", "--repeats", 1, "--html", tmp_path / "demo.html")
+    status, output, _ = earlytom("demo", *options)
+    assert status == 0 and "both models run eagerly" in output and "install g++" in output
 
 
 def test_run_compare(earlytom, checkpoint, clip):
