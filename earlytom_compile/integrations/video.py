@@ -82,7 +82,8 @@ def read_video(
     frames to the frames wanted is decoded.
 
     The frames are those that decoding the whole file gives at ``sample_indices(total, frames)``, in their own
-    resolution; one that changes its resolution on the way has that of its first frame.
+    resolution; a video that changes its resolution on the way has that of its first frame. Where seeking does not
+    prove to lead to exactly these frames, everything is decoded. Damage in parts that need not be decoded is not seen.
 
     Warns (:class:`EarlyTomVideoWarning`) where the file breaks off before its end or cannot be decoded in places; the
     frames are then spread over what there is. Raises :class:`EarlyTomConfigError` for a missing file, a file without
