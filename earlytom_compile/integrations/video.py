@@ -248,6 +248,8 @@ def _decode_once(film: _Film, indices: Sequence[int], expected: int, damaged: bo
 def _claim(container: av.container.InputContainer, stream: av.VideoStream) -> _Claim:
     # An index lacks what an edit list leaves out, the number in the header does not.
     indexed = len(getattr(stream, "index_entries", ())) if container.format.name.startswith("mov") else 0
+    if container.format.name == "avi":  # counts the places for frames, not all of which need be taken
+        return _Claim(0, float(stream.frames * (stream.time_base or 0)))
     timed = container.format.name in DURATION_IN_HEADER
     return _Claim(indexed or stream.frames, (container.duration or 0) / av.time_base if timed else 0.0)
 
