@@ -120,7 +120,10 @@ class _Film:
     def choose(self, total: int) -> tuple[int, ...]:
         """The frames to take of ``total``; raises if there are too few."""
         if not total:
-            raise _TooFew(f"{self.name!r}: no frame of it can be decoded. Is the file damaged?", total)
+            raise _TooFew(
+                f"{self.name!r}: no frame of it can be decoded: damaged, or of a kind this FFmpeg does not know.",
+                total,
+            )
         if self.frames is not None and total < self.frames:
             raise _TooFew(
                 f"{self.name!r} has {total} frame(s), fewer than the {self.frames} asked for: "
@@ -189,7 +192,7 @@ def _read(film: _Film) -> tuple[VideoFrames, str | None]:
     try:
         video, damaged = _from_start(film, shown, damaged)
     except _TooFew as error:
-        lost = _lost(film, claim, packets, error.total, shown)
+        lost = _lost(film, claim, packets, error.total, shown if error.total else 0)
         raise EarlyTomConfigError(f"{error} {lost}" if lost else str(error)) from None
     return video, _lost(film, claim, packets, video.total, shown if damaged else 0)
 
