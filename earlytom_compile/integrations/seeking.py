@@ -120,7 +120,7 @@ def decode_all(container: av.container.InputContainer, stream: av.VideoStream) -
     for packet in _then_none(_readable(container, [stream])):
         try:
             yield from stream.decode(packet)
-        except av.error.InvalidDataError:
+        except av.error.FFmpegError:
             yield None
 
 
@@ -250,7 +250,7 @@ class _Run:
                     raise NotExact(f"packet {self.fed} is another one after a seek")
             try:
                 yield from self._seeker.stream.decode(packet)
-            except av.error.InvalidDataError as error:
+            except av.error.FFmpegError as error:
                 if self._seeker.stream.thread_count != 1:
                     raise Damaged(f"packet {self.fed} cannot be decoded") from error
 

@@ -5,7 +5,6 @@ read_video("jobs.mp4", 32)      # 524 frames in the file
 """
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ import av
 import numpy as np
 
 from ..errors import EarlyTomConfigError, EarlyTomVideoWarning
+from . import addresses
+from .addresses import is_url, readable, refuse_endless, unreadable
 from .orientation import display_matrix, upright
 from .seeking import (
     DURATION_IN_HEADER,
@@ -40,9 +41,6 @@ _NO_VIDEO_FORMATS = frozenset({"tty"})
 
 # AV_DISPOSITION_ATTACHED_PIC
 _ATTACHED_PICTURE = 1 << 10
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SECONDS_TO_ANSWER = 30.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,8 @@ def read_video(
     """Decode ``frames`` frames of a video, spread evenly over it, upright as a player shows them.
 
     ``path``: a video, an animation or a picture (one frame), anything that FFmpeg reads; an address such as
-    ``https://...`` is read where FFmpeg can. Several video streams: the first that is no cover picture.
+    ``https://...`` is read where FFmpeg can, from a copy if the server sends nothing but whole files. Several video
+    streams: the first that is no cover picture.
     ``frames``: None takes ``default`` frames, or all of a video that has fewer.
     ``resize``: makes each frame smaller as soon as it is decoded (uint8 [H, W, 3] -> uint8 [h, w, 3]), so that the
     large ones are never in memory together: 32 frames of 3840x2160 are 800 MB. ``frame_resizer(processor)`` in
@@ -92,8 +91,8 @@ def read_video(
     for name, number in (("frames", frames), ("default", default)):
         if number is not None and number < 1:
             raise EarlyTomConfigError(f"{name}={number}: must be at least 1.")
-    film = _Film(_address(path), str(path), frames, default, resize, progress)
-    video, lost = _read(film)
+    with readable(path) as address:
+        video, lost = _read(_Film(address, str(path), frames, default, resize, progress))
     if lost is not None:
         warnings.warn(lost, EarlyTomVideoWarning, stacklevel=2)
     return video
@@ -121,7 +120,10 @@ class _Film:
     def choose(self, total: int) -> tuple[int, ...]:
         """The frames to take of ``total``; raises if there are too few."""
         if not total:
-            raise _TooFew(f"{self.name!r}: no frame of it can be decoded. Is the file damaged?", total)
+            raise _TooFew(
+                f"{self.name!r}: no frame of it can be decoded: damaged, or of a kind this FFmpeg does not know.",
+                total,
+            )
         if self.frames is not None and total < self.frames:
             raise _TooFew(
                 f"{self.name!r} has {total} frame(s), fewer than the {self.frames} asked for: "
@@ -190,7 +192,7 @@ def _read(film: _Film) -> tuple[VideoFrames, str | None]:
     try:
         video, damaged = _from_start(film, shown, damaged)
     except _TooFew as error:
-        lost = _lost(film, claim, packets, error.total, shown)
+        lost = _lost(film, claim, packets, error.total, shown if error.total else 0)
         raise EarlyTomConfigError(f"{error} {lost}" if lost else str(error)) from None
     return video, _lost(film, claim, packets, video.total, shown if damaged else 0)
 
@@ -249,6 +251,8 @@ def _decode_once(film: _Film, indices: Sequence[int], expected: int, damaged: bo
 def _claim(container: av.container.InputContainer, stream: av.VideoStream) -> _Claim:
     # An index lacks what an edit list leaves out, the number in the header does not.
     indexed = len(getattr(stream, "index_entries", ())) if container.format.name.startswith("mov") else 0
+    if container.format.name == "avi":  # counts the places for frames, not all of which need be taken
+        return _Claim(0, float(stream.frames * (stream.time_base or 0)))
     timed = container.format.name in DURATION_IN_HEADER
     return _Claim(indexed or stream.frames, (container.duration or 0) / av.time_base if timed else 0.0)
 
@@ -268,26 +272,14 @@ def _lost(film: _Film, claim: _Claim, packets: Packets, total: int, damaged: int
     return None
 
 
-def _address(path: str | Path) -> str:
-    """As FFmpeg wants it; ``file:`` keeps it from reading ``12:30.mp4`` as an address."""
-    if _is_url(path):
-        return str(path)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        raise EarlyTomConfigError(f"{str(path)!r} is a folder: give the path of a video file.")
-    if not local.is_file():
-        raise EarlyTomConfigError(f"no video file at {str(path)!r}: give the path of an existing file.")
-    return f"file:{local}"
-
-
 @contextmanager
 def _open(film: _Film) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        container = av.open(film.address, timeout=_SECONDS_TO_ANSWER if _is_url(film.address) else None)
+        container = av.open(film.address, timeout=addresses.SECONDS_TO_ANSWER if is_url(film.address) else None)
     except av.error.FFmpegError as error:
-        raise EarlyTomConfigError(_unreadable(film, error)) from error
+        raise unreadable(film.name, error) from error
     with container:
-        _refuse_endless(film, container)
+        refuse_endless(film.name, container)
         pictures = [each for each in container.streams.video if not _is_cover(each)]
         kind = container.format.name
         if not pictures or kind in _NO_VIDEO_FORMATS:
@@ -300,29 +292,6 @@ def _open(film: _Film) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
         except av.error.FFmpegError as error:
             message = f"{film.name!r} cannot be decoded: {error.strerror}. Is the file damaged?"
             raise EarlyTomConfigError(message) from error
-
-
-def _unreadable(film: _Film, error: av.error.FFmpegError) -> str:
-    if isinstance(error, av.error.ProtocolNotFoundError):
-        scheme = film.address.partition(":")[0]
-        return f"{film.name!r}: FFmpeg here reads no {scheme} addresses. Download the video and give the file's path."
-    if isinstance(error, av.error.ExitError):
-        return f"{film.name!r} has not answered for {_SECONDS_TO_ANSWER:.0f} s. Download the video, or try again."
-    return f"{film.name!r} is no video file FFmpeg can read: {error.strerror}."
-
-
-def _refuse_endless(film: _Film, container: av.container.InputContainer) -> None:
-    """Frames cannot be spread over a live stream."""
-    of_parts = container.format.name in ("hls", "dash")  # the size is that of the list of parts
-    if _is_url(film.address) and container.duration is None and (of_parts or container.size <= 0):
-        raise EarlyTomConfigError(
-            f"{film.name!r} does not say where it ends, as a live stream does not: save a part of it and give the "
-            "file's path."
-        )
-
-
-def _is_url(path: str | Path) -> bool:
-    return isinstance(path, str) and _URL.match(path) is not None
 
 
 def _is_cover(stream: av.VideoStream) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from films import write_film
 
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.integrations import video as video_module
+from earlytom_compile.integrations import addresses
 from earlytom_compile.integrations.video import read_video
 
 
@@ -56,9 +56,11 @@ def server(request, tmp_path):
         running.shutdown()
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.mkv", "x.ts"])
+@pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
 def test_a_video_on_a_server_is_the_one_on_the_disk(server, tmp_path, name):
-    path = write_film(tmp_path / name, 60, container={"movflags": "faststart"} if name == "x.mp4" else {})
+    """Its header at the end, and larger than what FFmpeg reads at once: nothing for a server that sends whole files."""
+    path = write_film(tmp_path / name, 60, size=(320, 240), options={"preset": "ultrafast", "crf": "5"})
+    assert path.stat().st_size > 300_000
     here, there = read_video(path, 5), read_video(f"{server}/{name}", 5)
     assert there.total == here.total and np.array_equal(there.pixels, here.pixels)
 
@@ -74,7 +76,7 @@ def test_addresses_that_ffmpeg_does_not_read_are_refused_by_name():
 
 
 def test_a_server_that_does_not_answer(monkeypatch):
-    monkeypatch.setattr(video_module, "_SECONDS_TO_ANSWER", 0.5)
+    monkeypatch.setattr(addresses, "SECONDS_TO_ANSWER", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/x.mp4"
         with pytest.raises(EarlyTomConfigError, match="has not answered for"):
@@ -82,7 +84,7 @@ def test_a_server_that_does_not_answer(monkeypatch):
 
 
 def test_a_live_stream_has_no_end_to_spread_frames_over(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(video_module, "_SECONDS_TO_ANSWER", 1.0)
+    monkeypatch.setattr(addresses, "SECONDS_TO_ANSWER", 1.0)
     write_film(tmp_path / "part.ts", 20)
     playlist = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.8,\npart.ts\n"
     (tmp_path / "live.m3u8").write_text(playlist)

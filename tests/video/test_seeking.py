@@ -32,6 +32,7 @@ SOUGHT = {
     "mpeg2.ts": {"codec": "mpeg2video", "options": {"flags": "+ildct+ilme"}},
     "vp8.webm": {"codec": "libvpx", "options": {"cpu-used": "8"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}},
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12"}, "b_frames": 0},
     "wmv.asf": {"codec": "wmv2", "b_frames": 0},
     "intra.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p", "b_frames": 0},
     "animation.apng": {"codec": "apng", "pix_fmt": "rgb24", "b_frames": 0},
@@ -110,9 +111,15 @@ def test_any_structure_and_any_number_of_frames(tmp_path_factory, data):
         options={"preset": "ultrafast", "x264-params": f"b-adapt=0:open-gop={int(open_gop)}:scenecut=0:ref=3"},
         times=None if name.endswith("avi") else lambda number: int(times[number]),
     )
-    come_out = len(decode_everything(path))
+    try:
+        come_out = len(decode_everything(path))
+    except av.error.EOFError:  # MPEG-TS of two or three frames is too short for FFmpeg to recognize
+        come_out = 0
     if come_out:
         same_as_everything(path, data.draw(st.integers(1, come_out), label="frames wanted"))
+    else:
+        with pytest.raises(EarlyTomConfigError):
+            read_video(path)
 
 
 def test_a_file_without_an_index_is_sought_in(tmp_path, only_seeking):
@@ -197,9 +204,14 @@ def test_progress_never_goes_back_and_ends_where_it_said(tmp_path):
         assert list(done) == sorted(done) and len(set(of)) == 1 and done[-1] == of[-1]
 
 
-@pytest.mark.parametrize("name, codec, pix_fmt", [("x.png", "png", "rgb24"), ("x.jpg", "mjpeg", "yuvj420p")])
+@pytest.mark.parametrize(
+    "name, codec, pix_fmt",
+    [("x.png", "png", "rgb24"), ("x.jpg", "mjpeg", "yuvj420p"), ("x.webp", "libwebp", "yuva420p")],
+)
 def test_a_picture_is_a_video_of_one_frame(tmp_path, name, codec, pix_fmt):
-    path = write_film(tmp_path / name, 1, codec=codec, pix_fmt=pix_fmt, b_frames=0, container={"update": "1"})
+    available({"codec": codec})
+    container = {} if name == "x.webp" else {"update": "1"}
+    path = write_film(tmp_path / name, 1, codec=codec, pix_fmt=pix_fmt, b_frames=0, container=container)
     video = read_video(path)
     assert video.total == 1 and video.pixels.shape == (1, HEIGHT, WIDTH, 3)
     same_as_everything(path, 1)
