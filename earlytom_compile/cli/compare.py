@@ -173,7 +173,7 @@ class Asker:
         shape = tuple(inputs["pixel_values_videos"].shape)
         if shape not in self._warm:
             for model in (self._full, *self._twins.values()):
-                self._generate(model, inputs, max_new_tokens=1)
+                self._generate(model, inputs, max_new_tokens=min(2, self._max_new_tokens))
             self._warm.add(shape)
 
     def _generate(self, model: Any, inputs: Inputs, **choices: Any) -> Any:
