@@ -174,7 +174,7 @@ def test_mistakes_are_told_before_anything_is_loaded(earlytom, videos, tmp_path,
         "resume: give --json": ("--resume",),
         "max_new_tokens=0": ("--max-new-tokens", 0),
         "fewer than the 500 asked for": ("--frames", 500),
-        "no video in it": ("--questions", text),
+        "is no video file": ("--questions", text),
         "stands for the video itself": ("--questions", tagged),
     }.items():
         status, _, errors = compare(earlytom, videos, *arguments)
