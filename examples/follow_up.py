@@ -21,7 +21,7 @@ def main(checkpoint: str, video: str, *questions: str) -> None:
     processor = load_processor(checkpoint)
     talk = conversation(questions[0])  # the video, then the first question
     prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
-    frames = read_video(video, 32).pixels
+    frames = read_video(video).pixels
     inputs = processor(text=prompt, videos=frames, return_tensors="pt").to(model.device, model.dtype)
     encoded = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])  # once
 

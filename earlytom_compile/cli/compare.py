@@ -19,7 +19,6 @@ Every question is answered with all tokens and with each setting, in turn. What 
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from transformers.generation.streamers import BaseStreamer
 
@@ -40,15 +38,14 @@ from ..benchmarks.environment import environment
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.prefill import CompiledPrefill
-from ..integrations.preprocess import conversation
 from .comparison import decode, full_model
-from .loading import Inputs, Loaded, load_checkpoint, prepare_inputs, progress_bars
+from .loading import Inputs, Loaded, ask_again, open_checkpoint, prepare_inputs, progress_bars
+from .outputs import STANDARD_OUTPUT, check_outputs, output_console, write_text
 from .quality import Setting, nats, recommendation, recommended, settings_table, summarize
 from .questions import Question, read_questions
 from .toolchain import require_toolchain
 
 _TEXT_WIDTH = 40
-_FILE_WIDTH = 120  # columns, where nobody watches
 
 
 @dataclass(frozen=True)
@@ -70,16 +67,15 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     settings = _settings(arguments, options)
     if arguments.max_new_tokens < 1:
         raise EarlyTomConfigError(f"max_new_tokens={arguments.max_new_tokens}: must be at least 1.")
+    check_outputs(arguments)
     questions = read_questions(arguments.questions, arguments.videos)
     about = _about(arguments, options)
     rows = _resumed(arguments, about, settings)
-    _save(arguments.json, about, rows, settings, finished=False)  # can it be written?
-    progress_on, console = Console(stderr=True), Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_FILE_WIDTH)
-    transformers.utils.logging.disable_progress_bar()
-    loaded = load_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    require_toolchain(loaded.device, options)
+    progress_on, console = Console(stderr=True), output_console(arguments)
+    checkpoint = open_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=options)
+    require_toolchain(checkpoint.device, options)
+    _look_at_videos(questions, arguments.frames, progress_on)
+    loaded = checkpoint.load(progress_on)
     about["environment"] = environment(loaded.device)
     console.print(_introduction(questions, settings, options, len(rows)), markup=False, soft_wrap=True)
     done = {(row["video"], row["question"]) for row in rows}
@@ -91,14 +87,29 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
             console.print(_line(row, len(rows), len(questions)), markup=False, soft_wrap=True)
             _save(arguments.json, about, rows, settings, finished=len(rows) == len(questions))
     except KeyboardInterrupt:
-        where = f"{arguments.json} has them, --resume goes on" if arguments.json else "nothing is saved without --json"
-        progress_on.print(f"stopped after {len(rows)} of {len(questions)} questions: {where}.", soft_wrap=True)
-        raise
+        saved = arguments.json and arguments.json != STANDARD_OUTPUT
+        where = f"{arguments.json} has them, --resume goes on" if saved else "nothing is saved without --json FILE"
+        raise KeyboardInterrupt(f"{len(rows)} of {len(questions)} questions were answered: {where}.") from None
     summaries = [summarize(rows, setting) for setting in settings]
     console.print(settings_table(summaries))
     console.print(recommendation(summaries), markup=False, soft_wrap=True)
     for reason in asker.reasons():
         console.print(f"left alone: {reason}", markup=False, soft_wrap=True)
+
+
+def _look_at_videos(questions: Sequence[Question], frames: int | None, progress_on: Console) -> None:
+    """Raise :class:`EarlyTomConfigError` for a video that cannot be read or has fewer frames than the user asks for."""
+    from ..integrations.video import read_video
+
+    with progress_bars(progress_on) as progress:
+        progress.add_task("looking at the videos", total=None)
+        for path in dict.fromkeys(question.path for question in questions):
+            total = read_video(path, 1).total
+            if frames is not None and total < frames:
+                raise EarlyTomConfigError(
+                    f"{str(path)!r} has {total} frame(s), fewer than the {frames} asked for: leave out --frames to "
+                    "take what each video has."
+                )
 
 
 class Asker:
@@ -121,20 +132,24 @@ class Asker:
         }
         self._warm: set[tuple[int, ...]] = set()
 
-    def ask_all(self, questions: Sequence[Question], frames: int, progress_on: Console) -> Any:
+    def ask_all(self, questions: Sequence[Question], frames: int | None, progress_on: Console) -> Any:
         """Yields a row, as it is written to the file, for each question; those about one video must be together."""
         first: Inputs | None = None
         for place, question in enumerate(questions):
             if place == 0 or question.path != questions[place - 1].path:
                 first = prepare_inputs(
-                    self._loaded, question.path, question.text, frames=frames, progress_on=progress_on
+                    self._loaded,
+                    question.path,
+                    question.text,
+                    frames=frames,
+                    default_frames=self._loaded.frames,
+                    progress_on=progress_on,
                 )
                 encoded: dict[Setting, Any] = {}
             assert first is not None
-            inputs = another_question(self._loaded, first, question.text)
+            inputs = ask_again(self._loaded, first, question.text)
             with progress_bars(progress_on) as progress:
-                task = progress.add_task(question.video, total=None)
-                progress.update(task, description=f"{question.video}: {question.text[:_TEXT_WIDTH]}")
+                progress.add_task(f"{question.video}: {question.text[:_TEXT_WIDTH]}", total=None)
                 yield self._ask(question, inputs, encoded)
 
     def reasons(self) -> list[str]:
@@ -173,7 +188,7 @@ class Asker:
         shape = tuple(inputs["pixel_values_videos"].shape)
         if shape not in self._warm:
             for model in (self._full, *self._twins.values()):
-                self._generate(model, inputs, max_new_tokens=1)
+                self._generate(model, inputs, max_new_tokens=min(2, self._max_new_tokens))
             self._warm.add(shape)
 
     def _generate(self, model: Any, inputs: Inputs, **choices: Any) -> Any:
@@ -202,16 +217,6 @@ class Asker:
             placeholders - len(inputs["pixel_values_videos"]),  # one newline each
             question.is_right(text),
         )
-
-
-def another_question(loaded: Loaded, inputs: Inputs, question: str) -> Inputs:
-    """Inputs for another question about the video of ``inputs``, which need not be decoded and resized again."""
-    processor: Any = loaded.processor
-    prompt = processor.apply_chat_template(conversation(question), add_generation_prompt=True)
-    placeholders = int((inputs["input_ids"] == loaded.model.config.video_token_id).sum())
-    text = prompt.replace(processor.video_token, processor.video_token * placeholders)
-    encoded = processor.tokenizer(text, return_tensors="pt").to(loaded.device)
-    return {**inputs, "input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
 @torch.no_grad()
@@ -333,7 +338,7 @@ def _save(
     path: str | None, about: dict[str, Any], rows: list[dict[str, Any]], settings: Sequence[Setting], *, finished: bool
 ) -> None:
     """All rows so far; the file is whole at any time."""
-    if not path:
+    if not path or (path == STANDARD_OUTPUT and not finished):
         return
     summaries = [summarize(rows, setting) for setting in settings] if rows else []
     best = recommended(summaries)
@@ -347,12 +352,4 @@ def _save(
         "recommended": asdict(best.setting) if best else None,
         "recommendation": recommendation(summaries) if summaries else None,
     }
-    new = Path(path).with_name(Path(path).name + ".new")
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, path)
-    except OSError as error:
-        raise EarlyTomConfigError(
-            f"json={path!r}: nothing can be written there ({error.strerror}); name another file."
-        ) from error
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -17,7 +17,7 @@ from ..toyworld.model import WEIGHTS
 from .comparison import Comparison, compare
 from .demo import write_demo_video
 from .gains import gains_of, gains_table
-from .loading import load_checkpoint, prepare_inputs
+from .loading import open_checkpoint, prepare_inputs
 from .picture import check_pictures, filmed, wants_picture, write_pictures
 from .toolchain import require_toolchain
 
@@ -50,18 +50,27 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=_FILE_WIDTH)
     transformers.utils.logging.disable_progress_bar()
-    loaded = load_checkpoint(arguments.model or str(WEIGHTS), device=arguments.device, dtype=arguments.dtype)
-    require_toolchain(loaded.device, options)
+    name = arguments.model or str(WEIGHTS)
+    checkpoint = open_checkpoint(name, device=arguments.device, dtype=arguments.dtype, options=options)
+    require_toolchain(checkpoint.device, options)
     with tempfile.TemporaryDirectory(prefix="earlytom-explain-") as folder:
         clip = arguments.video or Path(folder) / "clip.mp4"
         if not arguments.video:
             write_demo_video(clip)
-        inputs = prepare_inputs(loaded, clip, _QUESTION, frames=arguments.frames, progress_on=progress_on)
+        inputs = prepare_inputs(
+            checkpoint,
+            clip,
+            _QUESTION,
+            frames=arguments.frames,
+            default_frames=checkpoint.frames,
+            progress_on=progress_on,
+        )
         name = None if arguments.video else "a clip made on the spot"
         pictured = [filmed(clip, inputs, name=name)] if wants_picture(arguments) else []
+    loaded = checkpoint.load(progress_on)
     comparison = compare(loaded, inputs, options, max_new_tokens=1, repeats=_REPEATS, progress_on=progress_on)
     gains = gains_of(loaded.model, comparison, options)
-    console.print(_subject(arguments), soft_wrap=True, markup=False)
+    console.print(_subject(arguments, inputs["pixel_values_videos"].shape[1]), soft_wrap=True, markup=False)
     if gains is None:
         reasons = "; ".join(comparison.report["reasons"]) or "see the report"
         console.print(f"\nNothing: this call kept all tokens ({reasons}).", markup=False, soft_wrap=True)
@@ -81,7 +90,7 @@ def _print_part(console: Console, title: str, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _subject(arguments: argparse.Namespace) -> str:
+def _subject(arguments: argparse.Namespace, frames: int) -> str:
     """What the numbers are about, above all where nobody chose it."""
     lines = []
     if not arguments.model:
@@ -91,7 +100,7 @@ def _subject(arguments: argparse.Namespace) -> str:
             "The clip is made up, since no --video was given: drawn shapes, which stand still more than people do. How "
             "far frames merge depends on the video, so give one of yours."
         )
-    return "\n".join(lines or [f"{arguments.video}, {arguments.frames} frames of it"]) + "\n"
+    return "\n".join(lines or [f"{arguments.video}, {frames} frames of it"]) + "\n"
 
 
 def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:

@@ -92,7 +92,7 @@ def build_parser() -> CommandParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="compare full and compressed answers, with what comes along"))
     _add_run(commands.add_parser("run", help="ask a LLaVA-OneVision checkpoint about a video"))
-    _add_explain(commands.add_parser("explain", help="show what the compiler does to a checkpoint"))
+    _add_explain(commands.add_parser("explain", help="show what you gain on a video, and what the compiler does"))
     _add_compare(commands.add_parser("compare", help="measure what fewer tokens cost, on questions of your own"))
     _add_bench(commands.add_parser("bench", help="time all tokens against fewer, side by side"))
     _add_flops(commands.add_parser("flops", help="count the work of a prefill, full and compressed"))
@@ -151,7 +151,8 @@ def _add_run(parser: CommandParser) -> None:
 
 def _add_explain(parser: CommandParser) -> None:
     parser.description = (
-        "Makes one compressed call and prints what matched, what was inserted, what was left alone and why."
+        "Makes one call with all tokens and one with fewer, and prints what you gain (tokens, work, time, memory), "
+        "what was found in the video, what the words mean, and what the compiler did, what it left alone and why."
     )
     _add_model(parser, required=False)
     parser.add_argument("--video", metavar="FILE", help="default: a short clip made on the spot")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EarlyTomConfigError
+from .loading import require_question
 
 _COLUMNS = ("video", "question", "answer")
 _CHOICE = re.compile(r"\(?([a-z])(?:$|[).:,])")
@@ -101,6 +102,10 @@ def _question(row: dict[str, Any], folder: Path, where: str) -> Question:
     for name in ("video", "question"):
         if not values[name]:
             raise EarlyTomConfigError(f"{where} has no {name}: give {_EXAMPLE}.")
+    try:
+        require_question(values["question"])
+    except EarlyTomConfigError as error:
+        raise EarlyTomConfigError(f"{where}: {error}") from error
     path = folder / Path(values["video"]).expanduser()
     return Question(values["video"], path, values["question"], values["answer"] or None)
 

@@ -15,8 +15,8 @@ beside a torch without CUDA. Then this file stands in for it, for text, videos a
     )
 
 Where it does otherwise: frames of a file are spread over all of it, the last one included, as for LLaVA-OneVision's
-training (transformers leaves the end out); a file without ``num_frames`` gives 32 frames, not all; and videos of
-different lengths in one call come back as a list, which ``earlytom_compile.compile(model)`` takes.
+training (transformers leaves the end out); a file without ``num_frames`` gives 32 frames, or all if it has fewer; and
+videos of different lengths in one call come back as a list, which ``earlytom_compile.compile(model)`` takes.
 
 Where each rule comes from, in transformers: ``processing_llava_onevision.py`` (placeholders),
 ``video_processing_utils.py`` (which file holds the settings; resize, then rescale and normalize at once) and
@@ -274,7 +274,7 @@ class VideoTextProcessor:
         options.pop("video_metadata", None)  # decoding reads it itself
         texts = [text] if isinstance(text, str) else list(text)
         found: dict[str, Any] = {}
-        clips = _videos_of(videos, **for_videos)
+        clips = _videos_of(videos, frame_resizer(self), **for_videos)
         counts = [len(clip) * self.tokens_per_frame + 1 for clip in clips]  # one more: the separator
         texts = _expand(texts, self.video_token, [self.video_token * count for count in counts])
         if images is not None and self.images is not None:
@@ -387,7 +387,12 @@ def _is_picture(thing: Any) -> bool:
 
 
 def _videos_of(
-    videos: Any, *, num_frames: int | None = None, fps: float | None = None, do_sample_frames: bool | None = None,
+    videos: Any,
+    resize: Callable[[np.ndarray], np.ndarray],
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    do_sample_frames: bool | None = None,
     **unknown: Any,
 ) -> list[Video]:
     """Frames [F, H, W, 3] or [F, 3, H, W] of each video, in whatever way they came."""
@@ -403,18 +408,18 @@ def _videos_of(
     from .video import read_video, sample_indices  # only here is PyAV needed
 
     if isinstance(videos, str | Path):
-        return [read_video(videos, wanted or _DEFAULT_FRAMES).pixels]
+        return [read_video(videos, wanted, default=_DEFAULT_FRAMES, resize=resize).pixels]
     if _is_array(videos) and videos.ndim == 4:
         return [videos if wanted is None else videos[list(sample_indices(len(videos), wanted))]]
     if isinstance(videos, list | tuple) and videos and all(map(_is_picture, videos)):
-        return _videos_of(_stacked(videos), num_frames=wanted)
+        return _videos_of(_stacked(videos), resize, num_frames=wanted)
     if not isinstance(videos, list | tuple) and not (_is_array(videos) and videos.ndim == 5):
         shape = f"an array of shape {tuple(videos.shape)}" if _is_array(videos) else f"a {type(videos).__name__}"
         raise EarlyTomConfigError(
             f"videos: {shape}; must be uint8 frames [F, H, W, 3] or [F, 3, H, W], a list of pictures, the path or "
             "address of a file, or a list of such videos."
         )
-    return [clip for video in videos for clip in _videos_of(_frames_from_files(video), num_frames=wanted)]
+    return [clip for video in videos for clip in _videos_of(_frames_from_files(video), resize, num_frames=wanted)]
 
 
 def _frames_from_files(video: Any) -> Any:

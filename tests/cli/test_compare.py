@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.cli import main as cli
-from earlytom_compile.cli.compare import another_question, log_probabilities
+from earlytom_compile.cli.compare import log_probabilities
 from earlytom_compile.cli.loading import load_checkpoint, prepare_inputs
 from earlytom_compile.cli.quality import KEPT, Setting, Summary, interval, nats, recommendation, recommended
 from earlytom_compile.cli.questions import Question, read_questions
@@ -56,8 +56,9 @@ def earlytom(capsys):
 
 
 def compare(earlytom, videos, *more, model=WEIGHTS):
-    given = ("--videos", videos, "--questions", videos / "questions.csv", "--frames", FRAMES)
-    return earlytom("compare", "--model", model, *given, *more)
+    usual = {"--model": model, "--videos": videos, "--questions": videos / "questions.csv", "--frames": FRAMES}
+    given = [part for flag, value in usual.items() if flag not in more for part in (flag, value)]
+    return earlytom("compare", *given, *more)
 
 
 # --- The numbers ----------------------------------------------------------------------------------
@@ -84,16 +85,6 @@ def test_log_probabilities_are_those_of_transformers_on_the_same_cut_prompt(vide
         logits = model(inputs_embeds=torch.cat((prompt, before))[None]).logits[0, -1].double()
         expected.append((logits[chosen] - logits.logsumexp(0)).item())
     assert got == pytest.approx(expected, abs=1e-4) and pixels == pytest.approx(expected, abs=1e-4)
-
-
-def test_another_question_is_what_the_processor_would_make(videos):
-    loaded = load_checkpoint(str(WEIGHTS), device="cpu")
-    first, expected = (
-        prepare_inputs(loaded, videos / "0.mp4", text, frames=FRAMES, progress_on=QUIET)
-        for text in ("what color is it ?", "how many things are in the video ?")
-    )
-    inputs = another_question(loaded, first, "how many things are in the video ?")
-    assert set(inputs) == set(expected) and all(torch.equal(inputs[name], expected[name]) for name in expected)
 
 
 def test_all_tokens_lose_nothing_and_fewer_are_counted_right(earlytom, videos, tmp_path):
@@ -166,9 +157,12 @@ def test_mistakes_are_told_before_anything_is_loaded(earlytom, videos, tmp_path,
     def load(*_, **__):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("earlytom_compile.cli.compare.load_checkpoint", load)
+    monkeypatch.setattr("earlytom_compile.cli.loading.Checkpoint.load", load)
     other = tmp_path / "other.csv"
     other.write_text("video,question\nnone.mp4,What?\n")
+    text, tagged = tmp_path / "text.csv", tmp_path / "tagged.csv"
+    text.write_text("video,question\nquestions.csv,What?\n")
+    tagged.write_text("video,question\n0.mp4,What is <video>?\n")
     for message, arguments in {
         "no such folder": ("--videos", tmp_path / "nowhere"),
         "cannot be read": ("--questions", tmp_path / "nowhere.csv"),
@@ -179,6 +173,9 @@ def test_mistakes_are_told_before_anything_is_loaded(earlytom, videos, tmp_path,
         "nothing can be written there": ("--json", videos / "0.mp4" / "out.json"),
         "resume: give --json": ("--resume",),
         "max_new_tokens=0": ("--max-new-tokens", 0),
+        "fewer than the 500 asked for": ("--frames", 500),
+        "is no video file": ("--questions", text),
+        "stands for the video itself": ("--questions", tagged),
     }.items():
         status, _, errors = compare(earlytom, videos, *arguments)
         assert status == 2 and message in errors and "Traceback" not in errors, message

@@ -27,7 +27,8 @@ from earlytom_compile.integrations.preprocess import (
     conversation,
     load_processor,
 )
-from earlytom_compile.integrations.video import read_video
+from earlytom_compile.integrations.video import read_video, sample_indices
+from earlytom_compile.toyworld.world import sample_video, write_mp4
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_processor.json").read_text())
 HAVE_TORCHVISION = importlib.util.find_spec("torchvision") is not None
@@ -322,3 +323,11 @@ def test_images_and_a_video_in_a_conversation(processor, pictures, clip):
 def test_what_the_stand_in_cannot_do_is_named(processor, call, message):
     with pytest.raises(EarlyTomConfigError, match=message):
         processor(**{"text": "<video>", **call})
+
+
+def test_a_file_with_few_frames_gives_what_it_has(processor, tmp_path):
+    video = sample_video("test", 0)
+    write_mp4(video, tmp_path / "clip.mp4")
+    every = read_video(tmp_path / "clip.mp4", default=10**6).pixels
+    whole = processor(text="<video>", videos=tmp_path / "clip.mp4")["pixel_values_videos"][0]
+    assert torch.equal(whole, processor.pixels.apply(every[list(sample_indices(len(every), min(32, len(every))))]))
