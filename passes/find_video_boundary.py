@@ -158,7 +158,7 @@ def _flatten_after(pool: Node, videos: int, frames: int | torch.SymInt) -> tuple
     run = [pool]
     while len(following := readers(run[-1])) == 1 and op_name(following[0]) in MOVES:
         run += following
-    area = math.prod(map(int, shape_of(pool)[2:]))  # type: ignore[index]
+    area = math.prod(int(size) for size in shape_of(pool)[2:])  # type: ignore[index]
     per_frame = [n for n in run if _is(shape_of(n), videos * frames, area, channels)]
     per_video = [n for n in run if _is(shape_of(n), videos, frames * area, channels)]
     if not per_frame or not per_video:

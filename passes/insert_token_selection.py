@@ -40,9 +40,9 @@ def insert_token_selection(
     """Replace the flattened video tokens by the selected ones."""
     with graph.inserting_before(boundary.features.next):
         if video.importance is None or video.dynamic is None:
-            operands = (boundary.features, video.counts[-1])
             op = torch.ops.earlytom.select_representatives.default
-            return _kept_exactly(graph, boundary, insert(graph, op, *operands, sizes.budget), sizes)
+            selected = insert(graph, op, boundary.features, video.counts[-1], sizes.budget)
+            return _kept_exactly(graph, boundary, selected, sizes)
         importance = _pool_like_features(graph, boundary, video.importance)
         operands = (boundary.features, importance, video.dynamic, video.counts[-1])
         if config.keeps_exactly():

@@ -107,7 +107,7 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any) -> list[torc
         raise EarlyTomConfigError("the model is not compiled: call earlytom_compile.compile(model) first.")
     if _encoded(pixel_values_videos):
         raise EarlyTomConfigError("these videos are encoded already: give them to generate() as pixel_values_videos.")
-    _check_videos(pixel_values_videos, model.config.vision_config)
+    _check_videos(pixel_values_videos, handle.model.config.vision_config)
     return handle.encode_videos(pixel_values_videos)
 
 
@@ -144,7 +144,7 @@ class CompiledModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        fresh = {"_paths": {}, "_kinds": {}, "videos": [], "prompt": None, "last_call": None, "compressed": False}
+        fresh: dict[str, Any] = {"_paths": {}, "_kinds": {}, "videos": [], "prompt": None, "last_call": None, "compressed": False}
         state = {**self.__dict__, **fresh}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
