@@ -8,7 +8,6 @@ stay one batch up to the 2-D pooling, and only then join with the tokens of thei
 regrouped or sliced right after the projector, so they never match and are never touched.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -158,7 +157,8 @@ def _flatten_after(pool: Node, videos: int, frames: int | torch.SymInt) -> tuple
     run = [pool]
     while len(following := readers(run[-1])) == 1 and op_name(following[0]) in MOVES:
         run += following
-    area = math.prod(int(size) for size in shape_of(pool)[2:])  # type: ignore[index]
+    height, width = map(int, shape_of(pool)[2:])  # type: ignore[index]
+    area = height * width
     per_frame = [n for n in run if _is(shape_of(n), videos * frames, area, channels)]
     per_video = [n for n in run if _is(shape_of(n), videos, frames * area, channels)]
     if not per_frame or not per_video:

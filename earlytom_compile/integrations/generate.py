@@ -144,8 +144,9 @@ class CompiledModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        fresh: dict[str, Any] = {"_paths": {}, "_kinds": {}, "videos": [], "prompt": None, "last_call": None, "compressed": False}
-        state = {**self.__dict__, **fresh}
+        compiled: dict[str, Any] = {"_paths": {}, "_kinds": {}}
+        called: dict[str, Any] = {"videos": [], "prompt": None, "last_call": None, "compressed": False}
+        state = {**self.__dict__, **compiled, **called}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
 
