@@ -97,6 +97,11 @@ SHAPES: dict[str, ModelShape] = {
         vision_layers=10, vision_width=192, vision_heads=6, vision_mlp=768, image_size=224, patch_size=16,
         llm_layers=6, llm_width=256, llm_heads=4, llm_kv_heads=2, llm_mlp=1408, vocab=8192, frames=16,
     ),
+    # A quarter of the work of cpu-medium, with the same number of tokens a frame: for the demo.
+    "cpu-demo": ModelShape(
+        vision_layers=6, vision_width=256, vision_heads=4, vision_mlp=1024, image_size=384, patch_size=14,
+        llm_layers=8, llm_width=640, llm_heads=10, llm_kv_heads=2, llm_mlp=2560, vocab=8192, frames=8,
+    ),
     # Nothing to time: whether a program runs.
     "cpu-tiny": ModelShape(
         vision_layers=4, vision_width=32, vision_heads=4, vision_mlp=64, image_size=24, patch_size=4,

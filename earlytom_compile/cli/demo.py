@@ -51,7 +51,7 @@ class _Size:
     words: str
 
 
-_ON_CPU = _Size("cpu-medium", 8, torch.float32, "12 vision and 12 language layers, the real number of tokens a frame")
+_ON_CPU = _Size("cpu-demo", 8, torch.float32, "6 vision and 8 language layers, the real number of tokens a frame")
 _ON_GPU = _Size("llava-onevision-0.5b", 32, torch.bfloat16, "the shape of LLaVA-OneVision 0.5B")
 
 
