@@ -81,7 +81,9 @@ def _measure_all(session: Session, frame_counts: Sequence[int]) -> None:
     plots: list[Path] = []
 
     def write(last: bool = False) -> None:
-        session.write_json(lambda about: to_dict(list(tables_of.values()), about), last=last)
+        # What the file has from before stays in it, whatever this run comes to.
+        content = list({**tables_of, **{frames: known[frames] for frames in known if frames not in tables_of}}.values())
+        session.write_json(lambda about: to_dict(content, about), last=last)
 
     try:
         for frames in frame_counts:
@@ -127,7 +129,7 @@ def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
     name = {"model": arguments.model} if arguments.model else {"shape": arguments.shape}
     made_up = {"scene_frames": arguments.scene_frames, "redundancy": arguments.redundancy}
     names = ("batch", "prompt_length", "decode_tokens", "retain_ratios", "arms", "dtype")
-    load = ("concurrency", "max_batch", "repeats") if arguments.concurrency else ()
+    load = ("max_batch", "repeats") if arguments.concurrency else ()
     return {
         **name,
         **({"video": arguments.video} if arguments.video else made_up),
@@ -236,7 +238,7 @@ def _frames(arguments: argparse.Namespace, progress_on: Console) -> tuple[tuple[
     config = checked_config(arguments.model)[1] if arguments.model else config_of(arguments.shape)
     default = frames_of(arguments.model) if arguments.model else shape_of(arguments.shape).frames
     if not arguments.video:
-        return arguments.frames or (default,), {}
+        return tuple(dict.fromkeys(arguments.frames or (default,))), {}
     size = config.vision_config.image_size
     settings = video_settings(arguments.model) if arguments.model else _SHAPES_SETTINGS
     pixels = PixelSettings.from_settings({"size": {"height": size, "width": size}, **settings})
