@@ -8,7 +8,7 @@ Calls are counted and one of them is timed; how long compilation takes is a gues
 Guesses are the constants below. Machines differ, so that half or twice as long is no surprise.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ COMPRESSED = 0.45
 """A compressed call, in calls with all tokens."""
 _PROFILED = 1.5  # a call under the profiler, in calls
 _WARM_UP = 2
+_FAR_OFF = 2.0  # times: what people should be told
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,20 @@ def seconds_of(
         total += compilation(arm.name, layers, lowering) + call * (_WARM_UP + repeats + _PROFILED)
         total += repeats * decode_tokens * piece.token
     return total
+
+
+def corrected(total: float, layers: int, lowering: str, first_calls: Mapping[str, float]) -> float | None:
+    """Seconds that are left of ``total``, by what first calls took (of those so far, by the arm's name) that compiled.
+
+    None before one has, and where it took about what was guessed.
+    """
+    guessed = {name: compilation(name, layers, lowering) for name in first_calls}
+    compiled = [name for name, seconds in guessed.items() if seconds]
+    if not compiled:
+        return None
+    times = sum(first_calls[name] for name in compiled) / sum(guessed[name] for name in compiled)
+    left = max(total - sum(guessed.values()), 0.0) * times
+    return left if not 1 / _FAR_OFF < times < _FAR_OFF else None
 
 
 def load_seconds(

@@ -15,7 +15,7 @@ from ..benchmarks.arms import Arm, arm_names, choose, make_arms, require_beginni
 from ..benchmarks.ceilings import Clock, ceilings
 from ..benchmarks.environment import environment
 from ..benchmarks.floor import Work, floor, work_of
-from ..benchmarks.forecast import in_words, measured_piece, one_call, seconds_of
+from ..benchmarks.forecast import corrected, in_words, measured_piece, one_call, seconds_of
 from ..benchmarks.load import server_names
 from ..benchmarks.measure import Result, measure
 from ..benchmarks.profiling import profile_arms
@@ -156,14 +156,26 @@ def _measure(
     inputs = make_inputs(model, frames=frames, batch=arguments.batch, **session.look(frames))
     arms = choose(make_arms(model, inputs, arguments.retain_ratios, session.options), arguments.arms)
 
+    said: list[float] = []  # seconds that all was said to take, then what is left by what was seen
+
+    def correct(results: list[Result]) -> None:
+        if len(said) != 1 or earlier:
+            return
+        cold = {result.name: result.cold for result in results if result.cold}
+        left = corrected(said[0], session.layers, session.options.get("lowering", "staged"), cold)
+        if left is not None:
+            said.append(left)
+            session.say(f"{frames} frames: compilation does not take what was guessed; from here on {in_words(left)}")
+
     def save(results: list[Result], complete: bool = False) -> None:
+        correct(results)
         tables_of[frames] = Workload(
             frames, arguments.batch, arguments.prompt_length, results, dtype, rates, complete=complete
         )
         write()
 
     with session.bars(f"{frames} frames") as progress, tempfile.TemporaryDirectory(prefix="earlytom-bench-") as caches:
-        _say_how_long(session, arms, inputs, frames, progress)
+        said += _say_how_long(session, arms, inputs, frames, progress)
         results = measure(
             model,
             arms,
@@ -189,11 +201,12 @@ def _measure(
 
 def _say_how_long(
     session: Session, arms: Sequence[Arm], inputs: Inputs, frames: int, progress: Callable[[str], None]
-) -> None:
+) -> list[float]:
+    """The seconds it said, if it could say any."""
     progress("one call to see how long all takes")
     piece = measured_piece(session.model, inputs)
     if piece is None:
-        return
+        return []
     arguments = session.arguments
     seconds = seconds_of(
         arms,
@@ -206,6 +219,7 @@ def _say_how_long(
     )
     calls = f"{counted(len(arms), 'arm')}, a first call and {counted(arguments.repeats, 'round')} of each"
     session.say(f"{frames} frames: {calls}, {in_words(seconds)}{one_call(piece)}")
+    return [seconds]
 
 
 def _ceilings(model: Any, console: Console) -> dict[str, float]:
