@@ -8,7 +8,7 @@ Calls are counted and one of them is timed; how long compilation takes is a gues
 Guesses are the constants below. Machines differ, so that half or twice as long is no surprise.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +22,8 @@ from earlytom_compile.benchmarks.workload import Inputs
 from earlytom_compile.integrations.caches import cache_of
 
 # As `earlytom bench --shape cpu-medium` measured them on 2 cores of an AMD EPYC (docs/benchmarks.md).
-WHOLE_LAYER = 1.25
-"""Seconds in which Inductor compiles one layer of a graph that it gets as a whole."""
+WHOLE, WHOLE_LAYER = 10.0, 0.85
+"""Seconds that Inductor takes for a graph that it gets as a whole, and for each layer in it."""
 STAGED = 15.0
 """Seconds for one layer of each kind, which is what ``lowering="staged"`` compiles."""
 TRACED_LAYER = 0.2
@@ -32,6 +32,7 @@ COMPRESSED = 0.45
 """A compressed call, in calls with all tokens."""
 _PROFILED = 1.5  # a call under the profiler, in calls
 _WARM_UP = 2
+_FAR_OFF = 2.0  # times: what people should be told
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def compilation(name: str, layers: int, lowering: str) -> float:
         return 0.0
     if ours and lowering == "eager":
         return TRACED_LAYER * layers
-    return TRACED_LAYER * layers + STAGED if ours and lowering == "staged" else WHOLE_LAYER * layers
+    return TRACED_LAYER * layers + STAGED if ours and lowering == "staged" else WHOLE + WHOLE_LAYER * layers
 
 
 def seconds_of(
@@ -86,6 +87,20 @@ def seconds_of(
         total += compilation(arm.name, layers, lowering) + call * (_WARM_UP + repeats + _PROFILED)
         total += repeats * decode_tokens * piece.token
     return total
+
+
+def corrected(total: float, layers: int, lowering: str, first_calls: Mapping[str, float]) -> float | None:
+    """Seconds that are left of ``total``, by what first calls took (of those so far, by the arm's name) that compiled.
+
+    None before one has, and where it took about what was guessed.
+    """
+    guessed = {name: compilation(name, layers, lowering) for name in first_calls}
+    compiled = [name for name, seconds in guessed.items() if seconds]
+    if not compiled:
+        return None
+    times = sum(first_calls[name] for name in compiled) / sum(guessed[name] for name in compiled)
+    left = max(total - sum(guessed.values()), 0.0) * times
+    return left if not 1 / _FAR_OFF < times < _FAR_OFF else None
 
 
 def load_seconds(

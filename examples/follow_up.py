@@ -5,7 +5,7 @@
 ``earlytom demo --save tiny`` leaves a checkpoint in ``tiny/checkpoint`` and a video in ``tiny/clip.mp4``.
 """
 
-import sys
+import argparse
 
 from transformers import LlavaOnevisionForConditionalGeneration
 
@@ -38,6 +38,9 @@ def main(checkpoint: str, video: str, *questions: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("video", help="any video FFmpeg can read; 32 frames are taken from it")
+    parser.add_argument("question", nargs="+", help="one after the other")
+    given = parser.parse_args()
+    main(given.checkpoint, given.video, *given.question)

@@ -5,7 +5,7 @@
 Prints the five likeliest first tokens of the answer, with a tenth of the video tokens and with all of them.
 """
 
-import sys
+import argparse
 
 import torch
 from transformers import LlavaOnevisionForConditionalGeneration
@@ -14,7 +14,7 @@ from earlytom_compile.integrations.preprocess import conversation, frame_resizer
 from earlytom_compile.integrations.video import read_video
 
 
-def main(checkpoint: str, video: str, question: str = "What happens in the video?") -> None:
+def main(checkpoint: str, video: str, question: str) -> None:
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint).eval()
     fast = torch.compile(model, backend="earlytom", options={"retain_ratio": 0.1})
 
@@ -31,4 +31,8 @@ def main(checkpoint: str, video: str, question: str = "What happens in the video
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("video", help="any video FFmpeg can read; 32 frames are taken from it")
+    parser.add_argument("question", nargs="?", default="What happens in the video?", help="(%(default)s)")
+    main(**vars(parser.parse_args()))

@@ -2,11 +2,11 @@
 
     python examples/generate.py path/to/checkpoint video.mp4 "What happens in the video?"
 
-Any LLaVA-OneVision checkpoint will do; ``earlytom demo --save tiny`` leaves a tiny one (random weights) in
-``tiny/checkpoint`` and a video in ``tiny/clip.mp4``.
+Any LLaVA-OneVision checkpoint will do; ``earlytom demo --save tiny`` leaves a small one in ``tiny/checkpoint`` and a
+video in ``tiny/clip.mp4``.
 """
 
-import sys
+import argparse
 
 from transformers import LlavaOnevisionForConditionalGeneration
 
@@ -15,7 +15,7 @@ from earlytom_compile.integrations.preprocess import conversation, frame_resizer
 from earlytom_compile.integrations.video import read_video
 
 
-def main(checkpoint: str, video: str, question: str = "What happens in the video?") -> None:
+def main(checkpoint: str, video: str, question: str) -> None:
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint).eval()
     earlytom_compile.compile(model, retain_ratio=0.1)  # the one line
 
@@ -32,4 +32,8 @@ def main(checkpoint: str, video: str, question: str = "What happens in the video
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("video", help="any video FFmpeg can read; 32 frames are taken from it")
+    parser.add_argument("question", nargs="?", default="What happens in the video?", help="(%(default)s)")
+    main(**vars(parser.parse_args()))

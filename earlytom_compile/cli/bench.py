@@ -15,7 +15,7 @@ from ..benchmarks.arms import Arm, arm_names, choose, make_arms, require_beginni
 from ..benchmarks.ceilings import Clock, ceilings
 from ..benchmarks.environment import environment
 from ..benchmarks.floor import Work, floor, work_of
-from ..benchmarks.forecast import in_words, measured_piece, one_call, seconds_of
+from ..benchmarks.forecast import corrected, in_words, measured_piece, one_call, seconds_of
 from ..benchmarks.load import server_names
 from ..benchmarks.measure import Result, measure
 from ..benchmarks.profiling import profile_arms
@@ -81,7 +81,9 @@ def _measure_all(session: Session, frame_counts: Sequence[int]) -> None:
     plots: list[Path] = []
 
     def write(last: bool = False) -> None:
-        session.write_json(lambda about: to_dict(list(tables_of.values()), about), last=last)
+        # What the file has from before stays in it, whatever this run comes to.
+        content = list({**tables_of, **{frames: known[frames] for frames in known if frames not in tables_of}}.values())
+        session.write_json(lambda about: to_dict(content, about), last=last)
 
     try:
         for frames in frame_counts:
@@ -127,7 +129,7 @@ def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
     name = {"model": arguments.model} if arguments.model else {"shape": arguments.shape}
     made_up = {"scene_frames": arguments.scene_frames, "redundancy": arguments.redundancy}
     names = ("batch", "prompt_length", "decode_tokens", "retain_ratios", "arms", "dtype")
-    load = ("concurrency", "max_batch", "repeats") if arguments.concurrency else ()
+    load = ("max_batch", "repeats") if arguments.concurrency else ()
     return {
         **name,
         **({"video": arguments.video} if arguments.video else made_up),
@@ -154,14 +156,26 @@ def _measure(
     inputs = make_inputs(model, frames=frames, batch=arguments.batch, **session.look(frames))
     arms = choose(make_arms(model, inputs, arguments.retain_ratios, session.options), arguments.arms)
 
+    said: list[float] = []  # seconds that all was said to take, then what is left by what was seen
+
+    def correct(results: list[Result]) -> None:
+        if len(said) != 1 or earlier:
+            return
+        cold = {result.name: result.cold for result in results if result.cold}
+        left = corrected(said[0], session.layers, session.options.get("lowering", "staged"), cold)
+        if left is not None:
+            said.append(left)
+            session.say(f"{frames} frames: compilation does not take what was guessed; from here on {in_words(left)}")
+
     def save(results: list[Result], complete: bool = False) -> None:
+        correct(results)
         tables_of[frames] = Workload(
             frames, arguments.batch, arguments.prompt_length, results, dtype, rates, complete=complete
         )
         write()
 
     with session.bars(f"{frames} frames") as progress, tempfile.TemporaryDirectory(prefix="earlytom-bench-") as caches:
-        _say_how_long(session, arms, inputs, frames, progress)
+        said += _say_how_long(session, arms, inputs, frames, progress)
         results = measure(
             model,
             arms,
@@ -187,11 +201,12 @@ def _measure(
 
 def _say_how_long(
     session: Session, arms: Sequence[Arm], inputs: Inputs, frames: int, progress: Callable[[str], None]
-) -> None:
+) -> list[float]:
+    """The seconds it said, if it could say any."""
     progress("one call to see how long all takes")
     piece = measured_piece(session.model, inputs)
     if piece is None:
-        return
+        return []
     arguments = session.arguments
     seconds = seconds_of(
         arms,
@@ -204,6 +219,7 @@ def _say_how_long(
     )
     calls = f"{counted(len(arms), 'arm')}, a first call and {counted(arguments.repeats, 'round')} of each"
     session.say(f"{frames} frames: {calls}, {in_words(seconds)}{one_call(piece)}")
+    return [seconds]
 
 
 def _ceilings(model: Any, console: Console) -> dict[str, float]:
@@ -236,7 +252,7 @@ def _frames(arguments: argparse.Namespace, progress_on: Console) -> tuple[tuple[
     config = checked_config(arguments.model)[1] if arguments.model else config_of(arguments.shape)
     default = frames_of(arguments.model) if arguments.model else shape_of(arguments.shape).frames
     if not arguments.video:
-        return arguments.frames or (default,), {}
+        return tuple(dict.fromkeys(arguments.frames or (default,))), {}
     size = config.vision_config.image_size
     settings = video_settings(arguments.model) if arguments.model else _SHAPES_SETTINGS
     pixels = PixelSettings.from_settings({"size": {"height": size, "width": size}, **settings})

@@ -34,7 +34,7 @@ def measure_loads(session: Session, frame_counts: Sequence[int]) -> None:
     known = {(load.frames, load.concurrency): load for load in map(Load.from_dict, session.saved.get("loads", ()))}
     loads: list[Load] = []
     plots: list[Path] = []
-    cases = [(frames, clients) for frames in frame_counts for clients in arguments.concurrency]
+    cases = [(frames, clients) for frames in frame_counts for clients in dict.fromkeys(arguments.concurrency)]
     try:
         for frames, clients in cases:
             if clients == arguments.concurrency[0]:
@@ -43,7 +43,9 @@ def measure_loads(session: Session, frame_counts: Sequence[int]) -> None:
                     _say_how_long(session, servers, prompts[0], frames)
             loads.append(known.get((frames, clients)) or _measure(session, servers, prompts[:clients], frames))
             session.console.print(load_table(loads[-1]))
-            session.write_json(lambda about: load_to_dict(loads, about), last=len(loads) == len(cases))
+            # What the file has from before stays in it, whatever this run comes to.
+            others = [load for load in known.values() if load not in loads]
+            session.write_json(lambda about: load_to_dict([*loads, *others], about), last=len(loads) == len(cases))  # noqa: B023
             plots = _write_documents(session, loads)
     except KeyboardInterrupt:
         raise stopped(arguments, counted(len(loads), "finished table") if loads else "") from None

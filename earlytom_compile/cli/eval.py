@@ -46,7 +46,10 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
     def write(last: bool = False) -> None:
         if arguments.json and (last or arguments.json != "-"):
-            write_text(arguments.json, json.dumps(report.to_dict(results, questions, about), indent=2) + "\n")
+            # What the file has from before stays in it, whatever this run comes to.
+            done = {(row.method, row.retain_ratio) for row in results}
+            rows = [*results, *(row for arm, row in known.items() if arm not in done)]
+            write_text(arguments.json, json.dumps(report.to_dict(rows, questions, about), indent=2) + "\n")
 
     try:
         with progress_bars(progress_on) as progress:

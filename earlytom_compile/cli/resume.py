@@ -48,8 +48,8 @@ def saved_content(arguments: argparse.Namespace, about: dict[str, Any], progress
 
 def _difference(file: str, name: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
-        name = next(key for key in now if before.get(key) != now[key])
-        before, now = before.get(name), now[name]
+        name = next(key for key in {**now, **before} if before.get(key) != now.get(key))
+        before, now = before.get(name), now.get(name)
     return (
         f"{file!r} was made with {name}={before!r}, and this would be {name}={now!r}; rows of both do not belong into "
         "one table. Begin anew in another file, or without --resume."

@@ -59,6 +59,17 @@ def test_who_compiles_what():
     assert compilation("earlytom 0.1", layers, "whole") == compilation("inductor", layers, "staged")
 
 
+def test_what_the_first_compilation_took_corrects_the_rest():
+    layers, total = 10, 300.0
+    guess = compilation("inductor", layers, "staged")
+    assert forecast.corrected(total, layers, "staged", {"transformers": 99.0}) is None
+    assert forecast.corrected(total, layers, "staged", {"transformers": 0.1, "inductor": 1.2 * guess}) is None
+    for times in (10, 0.1):
+        left = forecast.corrected(total, layers, "staged", {"transformers": 0.1, "inductor": times * guess})
+        assert left == pytest.approx((total - guess) * times)
+    assert forecast.corrected(1.0, layers, "staged", {"inductor": 10 * guess}) == 0
+
+
 def test_load_counts_every_request():
     found = load_seconds(
         ["transformers"], PIECE, requests=2 * (1 + 8), rounds=3, new_tokens=9, layers=4, lowering="staged"

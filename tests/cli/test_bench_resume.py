@@ -140,6 +140,24 @@ def test_more_rounds_or_lengths_can_be_added_later(tmp_path, capsys):
     assert calls == []
 
 
+@pytest.mark.parametrize("frames, stop_at", [("2", None), ("8,2,4", 0), ("8,2,4", len(ARMS) * CALLS_BEFORE + 1)])
+def test_what_the_file_has_stays_in_it(tmp_path, frames, stop_at, capsys):
+    file = tmp_path / "bench.json"
+    with counted():
+        main(command(file))
+    before = content_of(file)
+    with counted(stop_at):
+        main(command(file, frames, 3, "--resume"))
+    after = content_of(file)
+    assert all(after[length] == before[length] for length in (2, 4))
+
+
+def test_a_length_given_twice_is_one_table(capsys):
+    with counted() as calls:
+        assert main(command("-", "4,4", 1)) == 0
+    assert len(json.loads(capsys.readouterr().out)["workloads"]) == 1 and len(calls) == len(ARMS) * (CALLS_BEFORE + 1)
+
+
 @pytest.mark.parametrize(
     "more, says",
     [
@@ -165,6 +183,19 @@ def test_rows_of_another_machine_are_refused(tmp_path, capsys):
     file.write_text(json.dumps({**json.loads(file.read_text()), "machine": "an abacus"}))
     assert main(command(file, "2,4", 3, "--resume")) == 2
     assert "machine='an abacus'" in capsys.readouterr().err
+
+
+def test_single_calls_and_load_are_two_files(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "bench.json"
+    with counted():
+        main(command(file))
+        assert main([*command(file), "--resume", "--concurrency", "2"]) == 2
+        assert "was made with max_batch=None, and this would be max_batch=8" in capsys.readouterr().err
+        content = json.loads(file.read_text())
+        content["asked"] |= {"max_batch": 8, "repeats": 3}
+        file.write_text(json.dumps(content))
+        assert main([*command(file), "--resume"]) == 2
+        assert "was made with max_batch=8, and this would be max_batch=None" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
@@ -207,8 +238,13 @@ def test_load_goes_on_with_the_next_number_of_clients(tmp_path, monkeypatch, cap
         assert f"{file} has 2 finished tables;" in " ".join(capsys.readouterr().err.split())
         stop_at = None
         assert main([*words, "--resume"]) == 0
-    loads = json.loads(file.read_text())["loads"]
-    assert measured == [1, 2, 3] and [load["concurrency"] for load in loads] == [1, 2, 3]
+        loads = json.loads(file.read_text())["loads"]
+        printed = capsys.readouterr().out
+        words[words.index("1,2,3")] = "4,1"
+        assert main([*words, "--resume"]) == 0 and measured == [1, 2, 3, 4]
+    kept = json.loads(file.read_text())["loads"]
+    assert sorted(load["concurrency"] for load in kept) == [1, 2, 3, 4]
+    assert [load["concurrency"] for load in loads] == [1, 2, 3]
     again = [Load.from_dict(load) for load in loads]
     assert load_to_dict(again, {})["loads"] == loads
-    assert capsys.readouterr().out.count("clients, batches of") == 2
+    assert printed.count("clients, batches of") == 2

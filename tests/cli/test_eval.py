@@ -93,6 +93,8 @@ def test_ctrl_c_saves_finished_rows_and_resume_counts_the_rest(counted, tmp_path
     others = ["--methods", "earlytom plus,random", "--retain-ratios", "0.1"]
     assert main([*TOY, *others, "--json", str(file), "--resume"]) == 0
     assert counted[3:] == [("random tokens", 0.1)]
+    kept = {(row["method"], row["retain_ratio"]) for row in json.loads(file.read_text())["results"]}
+    assert kept == {*counted}
     # In one go, the same numbers and the same table.
     del counted[:]
     assert main([*words, str(tmp_path / "again.json")]) == 0 and len(counted) == 3

@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": [],
     "run": ["--model", "m", "--video", "v", "--prompt", "p"],
     "explain": [],
+    "compare": ["--model", "m", "--videos", "v", "--questions", "q"],
     "bench": [],
     "flops": [],
     "eval": ["--toy"],
@@ -151,12 +152,12 @@ def test_the_package_is_a_program():
     assert run.returncode == 0 and run.stdout.startswith("earlytom-compile ")
 
 
-@pytest.mark.parametrize("name", ["generate.py", "forward.py"])
+@pytest.mark.parametrize("name", ["generate.py", "forward.py", "follow_up.py"])
 def test_examples_without_arguments_print_their_usage(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    assert capsys.readouterr().err.startswith(f"usage: {name} [-h] checkpoint video [question]\n")
+    assert capsys.readouterr().err.startswith(f"usage: {name} [-h] checkpoint video ")
 
 
 def test_an_interruption_says_so_and_is_130(monkeypatch, capsys):
