@@ -295,5 +295,6 @@ def _open(film: _Film) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
 
 
 def _is_cover(stream: av.VideoStream) -> bool:
-    """The picture of a song; before PyAV 15 nothing says so."""
-    return bool(getattr(stream, "disposition", 0) & _ATTACHED_PICTURE)
+    """The picture of a song. PyAV 14 does not tell, and what others give is not always a number."""
+    disposition = getattr(stream, "disposition", 0)
+    return bool(getattr(disposition, "value", disposition) & _ATTACHED_PICTURE)

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 from effort import examples
-from films import HEIGHT, WIDTH, decode_everything, edit, rewrite, write_film
+from films import HEIGHT, WIDTH, decode_everything, draw, edit, rewrite, write_film
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,3 +266,25 @@ def test_lists_that_prove_nothing(packets, reason):
     with pytest.raises(NotExact, match=reason):
         presentation_order(stream, packets)
     assert presentation_order(stream, a_list(0, 3, 1, 2)) == [0, 2, 3, 1]
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path):
+    available({"codec": "libmp3lame"})
+    path = tmp_path / "song.mp3"
+    with av.open(str(path), "w") as song:
+        sound = song.add_stream("libmp3lame", rate=44100, layout="mono")
+        cover = song.add_stream("png", rate=1)
+        cover.width, cover.height, cover.pix_fmt = WIDTH, HEIGHT, "rgb24"
+        if not hasattr(cover, "disposition"):
+            pytest.skip("this PyAV does not tell a cover from a video")
+        cover.disposition = av.stream.Disposition.attached_pic
+        song.mux(cover.encode(av.VideoFrame.from_ndarray(draw(0), format="rgb24")))
+        song.mux(cover.encode(None))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.int16), format="s16p", layout="mono")
+        silence.sample_rate = 44100
+        song.mux(sound.encode(silence))
+        song.mux(sound.encode(None))
+    with av.open(str(path)) as song:
+        assert song.streams.video
+    with pytest.raises(EarlyTomConfigError, match="no video in it"):
+        read_video(path)
