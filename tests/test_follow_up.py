@@ -229,6 +229,7 @@ def said(caplog, monkeypatch):
     """What transformers logs; it keeps its loggers from handing on what they get."""
     logger = logging.getLogger("transformers")
     monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")  # whatever --quiet has made of it in this process
     from transformers.generation.utils import logger as once
 
     once.warning_once.cache_clear()

@@ -33,6 +33,7 @@ from .loading import Inputs, Loaded, progress_bars
 
 _WARM_UP = 1  # the first answer was one already
 _TEXT_WIDTH = 60
+EMPTY = "(empty answer)"
 
 
 @dataclass(frozen=True)
@@ -176,5 +177,7 @@ def _times(full: float, compressed: float) -> tuple[str, str]:
 
 
 def _quoted(text: str) -> str:
+    if not text:
+        return EMPTY
     shown = text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 3] + "..."
     return escape(repr(shown))

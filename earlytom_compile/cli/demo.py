@@ -84,7 +84,7 @@ def _demo(folder: Path, arguments: argparse.Namespace, options: dict[str, Any]) 
     with step(progress_on, "drawing a video"):
         questions = write_demo_video(clip)
     with step(progress_on, "loading the model"):
-        loaded = load_checkpoint(str(WEIGHTS))
+        loaded = load_checkpoint(str(WEIGHTS), options=options)
     options = _possible(loaded, options, console)
     console.print(_introduction(loaded, arguments.frames), soft_wrap=True)
     inputs = _inputs(loaded, clip, questions, arguments.frames, progress_on)

@@ -21,7 +21,7 @@ from ..benchmarks.environment import environment
 from ..benchmarks.measure import compile_seconds
 from ..config import NOT_YET, EarlyTomConfig
 from ..errors import EarlyTomConfigError
-from .comparison import Comparison, compare, comparison_table, decode, timed_answer
+from .comparison import EMPTY, Comparison, compare, comparison_table, decode, timed_answer
 from .loading import (
     Checkpoint,
     Inputs,
@@ -35,8 +35,6 @@ from .loading import (
 from .outputs import STANDARD_OUTPUT, output_console, write_text
 from .picture import Answered, check_pictures, facts_of, wants_picture, write_run_pictures
 from .toolchain import require_toolchain
-
-EMPTY = "(empty answer)"
 
 
 @dataclass(frozen=True)

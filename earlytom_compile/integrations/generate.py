@@ -126,7 +126,7 @@ class CompiledModel:
         self.record = GraphRecord("", False)
         self._paths: dict[Any, _VisionPath] = {}
         # A CUDA graph replays fixed sizes, and none is captured behind a size that is not known.
-        self._any_length = not asks_for_cuda_graphs(config.mode)
+        self.any_length = not asks_for_cuda_graphs(config.mode)
         self._kinds: Kinds = {}
         self.prefill: CompiledPrefill | None = None
 
@@ -311,14 +311,14 @@ class CompiledModel:
     ) -> tuple[torch.Tensor, int]:
         """(rows [K, C], rows it would have had uncompressed) of one video [F, 3, H, W]; adds to ``counts``."""
         frames, *picture = video.shape
-        any_length = self._any_length and frames > 1  # PyTorch tells sizes of 1 from all others
+        any_length = self.any_length and frames > 1  # PyTorch tells sizes of 1 from all others
         key = (None if any_length else frames, *picture, video.dtype, video.device, repr(choices))
         path = self._paths.get(key) or self._paths.setdefault(
             key, _VisionPath(self.config, any_length, self._kinds, _for_videos(video, any_length))
         )
         rows, graph = path(self.model, video, choices)
         if graph is not None:
-            self._any_length &= graph.any_length or frames == 1  # some models cannot be traced so
+            self.any_length &= graph.any_length or frames == 1  # some models cannot be traced so
             assert graph.record.last_counts is not None
             counts.append((graph.record, graph.record.last_counts))
             return rows, graph.rows_of(len(video))

@@ -45,7 +45,8 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
     (workload,) = content["workloads"]
     assert (content["model"], content["scene_frames"], content["redundancy"]) == (checkpoint, 4, 1.0)
     assert content["seconds"] > sum(result["cold"] for result in workload["results"])
-    assert f"{content['seconds']:.0f} s in all" in printed
+    (seconds,) = re.findall(r"(\d+) s in all", printed)
+    assert content["seconds"] - 1 <= int(seconds) <= content["seconds"] + 3, "the file is written a moment before"
     names = [result["name"] for result in workload["results"]]
     assert names == ["transformers", "earlytom 0.25", "earlytom 0.25 (backend)"]
     text = Path(files["markdown"]).read_text()

@@ -2,9 +2,12 @@
 
 import json
 import re
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from earlytom_compile.cli import demo, toolchain
 from earlytom_compile.cli import main as cli
@@ -68,12 +71,11 @@ def test_demo_answers_right_measures_and_draws(earlytom, tmp_path):
     assert {file.name for file in (tmp_path / "kept").rglob("*.*")} >= {"model.safetensors", "clip.mp4"}
 
 
-@pytest.mark.usefixtures("small_demo")
-def test_demo_without_a_compiler_says_so(earlytom, tmp_path, monkeypatch):
+def test_demo_without_a_compiler_says_so(monkeypatch):
     monkeypatch.setattr(toolchain, "get_cpp_compiler", _no_compiler)
-    options = ("--lowering", "staged", "--repeats", 1, "--html", tmp_path / "demo.html")
-    status, output, _ = earlytom("demo", *options)
-    assert status == 0 and "both models run eagerly" in output and "install g++" in output
+    loaded, console = SimpleNamespace(device=torch.device("cpu")), Console(file=StringIO(), width=200)
+    assert demo._possible(loaded, {"lowering": "staged"}, console) == {"lowering": "eager"}
+    assert "both models run eagerly" in console.file.getvalue() and "install g++" in console.file.getvalue()
 
 
 def test_run_compare(earlytom, checkpoint, clip):
