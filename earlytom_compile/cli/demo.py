@@ -90,6 +90,7 @@ def _demo(folder: Path, arguments: argparse.Namespace, options: dict[str, Any]) 
     inputs = _inputs(loaded, clip, questions, arguments.frames, progress_on)
     answers, report = _answers(loaded, inputs, options, arguments.max_new_tokens, progress_on)
     console.print(_questions_table(questions, answers, report))
+    console.print(_kept_text(report), markup=False, soft_wrap=True)
     gain = _measure(loaded.device, options, arguments.repeats, progress_on)
     console.print(_gain_text(gain), soft_wrap=True)
     asked = [Asked(question.text, *pair, question.answer) for question, pair in zip(questions, answers, strict=True)]
@@ -164,12 +165,14 @@ def _questions_table(
     table.add_column(f"{after} of them")
     for question, (full, compressed) in zip(questions, answers, strict=True):
         table.add_row(question.text, question.answer, full, compressed)
-    table.caption_justify = "left"
-    table.caption = (
-        f"Frames merged inside the vision encoder: {' -> '.join(map(str, video['frames']))}. The prompt: "
-        "{} -> {} tokens.".format(*report["prompt"] or (0, 0))
-    )
     return table
+
+
+def _kept_text(report: dict[str, Any]) -> str:
+    if not report["videos"]:
+        return "This call ran uncompressed: " + "; ".join(report["reasons"])
+    frames, (before, after) = " -> ".join(map(str, report["videos"][0]["frames"])), report["prompt"]
+    return f"Frames merge inside the vision encoder, {frames}; the prompt has {after} tokens instead of {before}."
 
 
 @dataclass(frozen=True)
