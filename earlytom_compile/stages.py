@@ -167,11 +167,13 @@ def lower_stages(
         if not piece.computes:
             continue
         key = piece.key, settings
-        known = kinds if piece.name in forgotten else own
+        # What a piece has as attributes is not in its key, and may be another thing in another graph.
+        known = kinds if piece.name in forgotten and not piece.has_attributes else own
         if key not in known:
             try:
                 with progress(f"compiling piece {len(used) + 1} of {total} ({piece.where})"):
-                    known[key] = _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options))
+                    run_piece = lower(piece.graph_module, _examples(piece, given), "whole", options)
+                known[key] = _Compiled(run_piece, piece)
             except _CANNOT_LOWER as error:
                 known[key] = None
                 record.note(_not_compiled(f"a part of the model ({piece.where})", error))
@@ -267,9 +269,10 @@ def _settings(options: Mapping[str, Any]) -> tuple[Any, ...]:
 class _Compiled(torch.nn.Module):
     """Compiled code in the place of a submodule."""
 
-    def __init__(self, run: Runnable) -> None:
+    def __init__(self, run: Runnable, piece: Piece) -> None:
         super().__init__()
         self._run = run
+        self._piece = piece  # keeps its functions alive: their ids, which are in its key, must not become another's
 
     def forward(self, *args: Any) -> Sequence[Any]:
         return self._run(*args)

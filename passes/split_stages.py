@@ -59,8 +59,12 @@ class Piece:
     @property
     def computes(self) -> bool:
         """False if it holds only operators of ours and sizes: nothing for a compiler."""
-        calls = (node for node in self.graph_module.graph.nodes if node.op.startswith("call"))
-        return not all(_is_ours(node) or op_name(node) in _SIZES for node in calls)
+        return any(_computes(node) for node in self.graph_module.graph.nodes)
+
+    @property
+    def has_attributes(self) -> bool:
+        """Whether it reads constants or functions that are attributes of the graph."""
+        return any(node.op == "get_attr" for node in self.graph_module.graph.nodes)
 
     @property
     def where(self) -> str:
@@ -99,6 +103,7 @@ def split_stages(
     modules, pieces = dict[str, Any](), list[Piece]()
     sizes = _size_nodes(graph_module.graph)
     between = _encoder_cuts(nodes, blocks) | (_module_cuts(nodes) if by_module else set())
+    between.add(next((i for i, node in enumerate(nodes) if _computes(node)), 0))  # sizes that come first are no work
     between -= _inside_regions(nodes) | _between_written_views(graph_module.graph, nodes)
     if any(op_name(node).startswith("_vmap_") for node in nodes):
         between = set()  # such as the masks of flex_attention: a stack of transforms that all nodes in it share
@@ -184,6 +189,11 @@ def _own_nodes(block: Block, place: dict[Node, int]) -> set[Node]:
         reached.add(node)
         pending.extend(node.all_input_nodes)
     return reached
+
+
+def _computes(node: Node) -> bool:
+    """False for operators of ours and sizes."""
+    return node.op.startswith("call") and not (_is_ours(node) or op_name(node) in _SIZES)
 
 
 def _is_ours(node: Node) -> bool:

@@ -188,6 +188,8 @@ def test_functions_of_higher_order_operators_belong_to_their_piece():
     assert len(pieces) > 3
     with torch.no_grad():
         assert torch.equal(stages(*traced.inputs)[0], model(x))
+    # What the key of a piece does not tell is not kept for another graph.
+    assert [piece.has_attributes for piece in pieces] == ["cond" in str(piece.graph_module.graph) for piece in pieces]
 
 
 def test_no_cut_where_functorch_transforms_are_active():
