@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .config import EarlyTomConfig
+from .config import NOT_YET, EarlyTomConfig
 from .errors import EarlyTomConfigError
 
 log = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class Report:
         return {
             "state": self.state,
             "last_call": self.last_call,
-            "options": asdict(self.config) if self.config is not None else None,
+            "options": _options(self.config) if self.config is not None else None,
             "encoder": {"layers": last.layers, "module": last.encoder} if last else None,
             "merge_layers": list(last.merge_layers) if last else [],
             "inserted": dict(last.inserted) if last else {},
@@ -278,10 +278,15 @@ _LAST_CALL_TEXTS = {
     None: "no call since",
     "compressed": "the last call was compressed",
     "encoded": "the last call encoded videos for calls to come",
+    "given": "the last call took videos that were encoded before",
     "no video": "the last call had no video and ran the model's own code",
     "uncompressed": "the last call kept all tokens",
     "failed": "the last call ended in an error",
 }
+
+
+def _options(config: EarlyTomConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in NOT_YET}
 
 
 def _describe_options(config: EarlyTomConfig) -> str:
@@ -332,8 +337,9 @@ def report(model: torch.nn.Module) -> Report:
     ``"called, nothing compressed so far"``, or ``"restored"``. Frame and token counts are those of the last call, and
     none after a call without a video. ``compile_seconds`` are those of the passes and of Inductor for the graphs of
     this model; not in it are Dynamo's tracing, graphs that were left unchanged, Triton kernels compiled at their first
-    launch, captured CUDA graphs, and decoding that transformers compiles. ``graph_breaks`` counts every backend of this
-    process. Raises :class:`EarlyTomConfigError` for what nobody could have compiled, or has.
+    launch, captured CUDA graphs, and decoding that transformers compiles. Compilations are those since ``compile()``
+    last changed the options; ``graph_breaks`` counts every backend of this process. Raises
+    :class:`EarlyTomConfigError` for what nobody could have compiled, or has.
     """
     if not isinstance(model, torch.nn.Module):
         raise EarlyTomConfigError(

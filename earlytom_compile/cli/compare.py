@@ -89,6 +89,8 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         saved = arguments.json and arguments.json != STANDARD_OUTPUT
         where = f"{arguments.json} has them, --resume goes on" if saved else "nothing is saved without --json FILE"
+        if saved and not rows:
+            where = f"{arguments.json} has nothing yet"
         raise KeyboardInterrupt(f"{len(rows)} of {len(questions)} questions were answered: {where}.") from None
     summaries = [summarize(rows, setting) for setting in settings]
     console.print(settings_table(summaries))

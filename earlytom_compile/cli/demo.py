@@ -98,7 +98,7 @@ def _demo(folder: Path, arguments: argparse.Namespace, options: dict[str, Any]) 
         loaded,
         [filmed(clip, inputs[0], asked, name="a drawn video")],
         options,
-        html=arguments.html or _page(),
+        html=arguments.html or (folder / "demo.html" if arguments.save else _page()),
         model="a small LLaVA-OneVision",
         facts=facts_of(report["prompt"]),
         progress_on=console,

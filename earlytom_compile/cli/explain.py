@@ -39,7 +39,7 @@ vision encoder    in the report: where in the model the encoder was found, and i
 inserted          operations that were put into the model's graph
 computed by       "native": plain PyTorch; "triton": kernels for GPUs
 lowering          "staged", "whole": Inductor compiles, in pieces or all at once; "eager": nothing is compiled
-compiled          how often the compiler ran and why; another video of the same shape never compiles again
+compiled          how often the compiler ran and why; no other length of a video does it again
 left alone        what kept all tokens, and why"""
 
 

@@ -76,8 +76,18 @@ def _command(arguments: argparse.Namespace) -> Any:
     console = Console(stderr=True, quiet=getattr(arguments, "quiet", False))
     with progress_bars(console) as progress:
         progress.add_task("importing torch and transformers", total=None)
-        check_outputs(arguments)  # needs neither
+        check_outputs(arguments)  # needs neither, nor does this
+        _require_videos(arguments)
         return importlib.import_module(f".{arguments.command}", __package__)
+
+
+def _require_videos(arguments: argparse.Namespace) -> None:
+    videos = getattr(arguments, "video", None)
+    if videos:
+        from ..integrations.addresses import require_file
+
+        for video in [videos] if isinstance(videos, str) else videos:
+            require_file(video)
 
 
 def build_parser() -> CommandParser:

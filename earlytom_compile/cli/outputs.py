@@ -7,6 +7,7 @@ write_text(arguments.json, "{}")            # in one step; "-" is the standard o
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from ..errors import EarlyTomConfigError
 FILES = ("json", "markdown", "trace", "html", "png")
 """Options that name a file."""
 FOLDERS = ("plot", "save")
+INPUTS = ("video", "questions")
 STANDARD_OUTPUT = "-"
 _FILE_WIDTH = 120  # columns, where nobody watches
 
@@ -23,12 +25,20 @@ _FILE_WIDTH = 120  # columns, where nobody watches
 def check_outputs(arguments: argparse.Namespace) -> None:
     """Make the folders of what is to be written, and try to write there.
 
-    Raises :class:`EarlyTomConfigError` for a place that cannot be written to, or for plots without matplotlib.
+    Raises :class:`EarlyTomConfigError` for a place that cannot be written to, for one that something else is read from
+    or written to, or for plots without matplotlib.
     """
+    taken = dict(_inputs(arguments))
     for name in FILES:
         path = getattr(arguments, name, None)
-        if path and not (path == STANDARD_OUTPUT and name == "json"):
-            _require_writable(name, path)
+        if not path or (path == STANDARD_OUTPUT and name == "json"):
+            continue
+        if path == STANDARD_OUTPUT:
+            raise EarlyTomConfigError(f"{name}={path!r}: only json goes to the standard output; name a file.")
+        other = taken.setdefault(Path(path).resolve(), name)
+        if other != name:
+            raise EarlyTomConfigError(f"{name}={path!r}: that is the file of {other}; name another one.")
+        _require_writable(name, path)
     if getattr(arguments, "plot", None):
         from ..benchmarks.results import require_matplotlib  # which imports torch; `earlytom flops` needs none
 
@@ -37,6 +47,14 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name, None)
         if path:
             _require_writable(name, path, inside="tried")
+
+
+def _inputs(arguments: argparse.Namespace) -> Iterator[tuple[Path, str]]:
+    """The files that are read, and the options that name them."""
+    for name in INPUTS:
+        given = getattr(arguments, name, None) or []
+        for path in [given] if isinstance(given, str) else given:
+            yield Path(path).resolve(), name
 
 
 def output_console(arguments: argparse.Namespace, *, width: int = _FILE_WIDTH) -> Console:

@@ -30,15 +30,25 @@ def is_url(path: str | Path) -> bool:
     return isinstance(path, str) and _URL.match(path) is not None
 
 
+def require_file(path: str | Path) -> None:
+    """Raise :class:`EarlyTomConfigError` unless this is a file or an address, about which only a server can tell."""
+    if is_url(path):
+        return
+    local = Path(path).expanduser()
+    if not str(path):
+        raise EarlyTomConfigError("video='': give the path of a video file.")
+    if local.is_dir():
+        raise EarlyTomConfigError(f"{str(path)!r} is a folder: give the path of a video file.")
+    if not local.is_file():
+        raise EarlyTomConfigError(f"no video file at {str(path)!r}: give the path of an existing file.")
+
+
 @contextlib.contextmanager
 def readable(path: str | Path) -> Iterator[str]:
     """What to hand to FFmpeg; a copy of a file on a server lasts as long as the context."""
     if not is_url(path):
+        require_file(path)
         local = Path(path).expanduser()
-        if local.is_dir():
-            raise EarlyTomConfigError(f"{str(path)!r} is a folder: give the path of a video file.")
-        if not local.is_file():
-            raise EarlyTomConfigError(f"no video file at {str(path)!r}: give the path of an existing file.")
         yield f"file:{local}"
         return
     with tempfile.TemporaryDirectory(prefix="earlytom-") as folder:

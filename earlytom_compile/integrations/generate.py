@@ -283,8 +283,10 @@ class CompiledModel:
             mask = torch.ones_like(host_ids)
         cut_mask = None if mask is None else plan.take(mask, 0)
         new_ids = without_waiting(plan.take(host_ids, _padding_id(self.model, token)), ids.device)
-        compressed = bool(counts) or _encoded(videos)
-        self._note("compressed" if compressed else "uncompressed", counts, (ids.shape[1], new_ids.shape[1]))
+        if _encoded(videos):
+            self._note("given")
+        else:
+            self._note("compressed" if counts else "uncompressed", counts, (ids.shape[1], new_ids.shape[1]))
         embeds = self._embed(new_ids, torch.cat([rows for rows, _ in encoded]), images)
         changed: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": None}
         if cut_mask is not None and not (kwargs.get("attention_mask") is None and bool(cut_mask.all())):

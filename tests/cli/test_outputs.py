@@ -7,6 +7,7 @@ import stat
 import pytest
 
 from earlytom_compile import EarlyTomConfigError
+from earlytom_compile.cli.main import main
 from earlytom_compile.cli.outputs import check_outputs, write_text
 
 
@@ -82,3 +83,26 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_text(file, "second")
     assert file.read_text() == "first"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--html", "VIDEO"], "that is the file of video"),
+        (["--html", "one", "--json", "./one"], "that is the file of json"),
+        (["--html", "-"], "name a file"),
+    ],
+)
+def test_nothing_is_written_over_what_is_read_or_written_beside(tmp_path, capsys, monkeypatch, words, said):
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(b"precious")
+    monkeypatch.chdir(tmp_path)
+    given = [str(video) if word == "VIDEO" else word for word in words]
+    assert main(["run", "--model", "m", "--video", str(video), "--prompt", "what ?", *given]) == 2
+    assert said in capsys.readouterr().err and video.read_bytes() == b"precious"
+
+
+def test_a_video_that_is_not_there_is_missed_before_anything_is_imported(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.import_module", lambda *args: pytest.fail("imported"))
+    assert main(["run", "--model", "m", "--video", "typo.mp4", "--prompt", "what ?"]) == 2
+    assert "no video file at 'typo.mp4'" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_a_picture_that_cannot_be_written_is_said_before_the_work(earlytom, tmp_
     assert loading
     for name in loading:
         monkeypatch.setattr(module, name, work)
-    own = ("--model", "m", "--video", "v", "--prompt", "p") if command == "run" else ()
+    own = ("--model", "m", "--video", __file__, "--prompt", "p") if command == "run" else ()
     status, _, said = earlytom(command, *own, "--html", tmp_path)
     assert status == 2 and "html=" in said and "folder" in said
     monkeypatch.setitem(sys.modules, "matplotlib", None)
