@@ -10,23 +10,12 @@ import torch
 from rich.console import Console
 
 from earlytom_compile.cli import demo, toolchain
-from earlytom_compile.cli import main as cli
 from earlytom_compile.cli.comparison import full_model
 from earlytom_compile.cli.loading import load_checkpoint
 
 EAGER = ["--lowering", "eager"]
 FRAMES, TOKENS = 8, 9  # of each frame: a 6x6 grid, pooled to 3x3
 BEFORE, KEPT = FRAMES * TOKENS, round(0.1 * FRAMES * TOKENS)
-
-
-@pytest.fixture
-def earlytom(capsys):
-    def run(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def rows(output):

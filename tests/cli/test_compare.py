@@ -16,7 +16,6 @@ from scipy.stats import binomtest
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.cli import main as cli
 from earlytom_compile.cli.compare import log_probabilities
 from earlytom_compile.cli.loading import load_checkpoint, prepare_inputs
 from earlytom_compile.cli.quality import KEPT, Setting, Summary, interval, nats, recommendation, recommended
@@ -43,16 +42,6 @@ def videos(tmp_path_factory):
             for question in list(ask(video, rng_of("test", seed, stream=3)).values())[:2]:
                 writer.writerow((f"{seed}.mp4", question.text, question.answer))
     return folder
-
-
-@pytest.fixture
-def earlytom(capsys):
-    def run(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def compare(earlytom, videos, *more, model=WEIGHTS):

@@ -13,22 +13,12 @@ from clip import write_clip
 from made_up import observation, pictures
 from rich.console import Console
 
-from earlytom_compile.cli import explain, main, picture, run
+from earlytom_compile.cli import explain, picture, run
 from earlytom_compile.cli.picture import Answered
 from earlytom_compile.integrations.preprocess import PixelSettings, load_processor
 from earlytom_compile.picture.frames import frames_seen
 
 EAGER = ["--lowering", "eager"]
-
-
-@pytest.fixture
-def earlytom(capsys):
-    def call(*arguments):
-        status = main.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def test_run_draws_question_and_both_answers(earlytom, checkpoint, clip, tmp_path):

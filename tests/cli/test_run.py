@@ -20,16 +20,6 @@ BEFORE, KEPT = FRAMES * TOKENS, round(0.1 * FRAMES * TOKENS)
 
 
 @pytest.fixture
-def earlytom(capsys):
-    def run(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def no_weights(monkeypatch):
     """Reading weights fails the test."""
 
