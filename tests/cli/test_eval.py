@@ -132,7 +132,7 @@ def test_rows_of_other_videos_or_options_are_refused(more, says, counted, tmp_pa
 @pytest.mark.parametrize(
     "more, says",
     [
-        (["--video", "talk.mp4"], "earlytom compare"),
+        (["--video", __file__], "earlytom compare"),
         (["--variant", "plus", "--methods", "random"], "variant='plus' with --methods"),
         (["--methods", "xyz"], "methods='xyz': no method begins so"),
         (["--methods", "no", "--retain-ratios", "0.1"], "none of these has a ratio"),
