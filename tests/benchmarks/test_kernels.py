@@ -132,9 +132,7 @@ def test_what_inductor_gets_of_selection_is_the_operator(seed, frames, tokens, l
     tau_seg=st.sampled_from([-1.0, 0.3, 0.6]),
     min_frames=st.integers(1, 6),
 )
-def test_what_inductor_gets_of_the_decisions_is_what_the_operators_decide(
-    seed, frames, levels, tau_seg, min_frames
-):
+def test_what_inductor_gets_of_the_decisions_is_what_the_operators_decide(seed, frames, levels, tau_seg, min_frames):
     generator = torch.Generator().manual_seed(seed)
     shape = (frames, max(1, frames - 1))
     similarity = torch.randint(-levels // 4, levels + 1, shape, generator=generator) / levels

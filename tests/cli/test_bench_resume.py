@@ -79,8 +79,11 @@ def test_wherever_it_is_stopped_the_rest_is_measured_and_nothing_twice(repeats, 
         with counted(stop_at) as calls:
             assert main(command(file, repeats=repeats)) == 130
         assert len(calls) == stop_at
-        timed = [len(result["ttft"]) for workload in content_of(file).values() for result in workload["results"]] \
-            if file.exists() else []
+        timed = (
+            [len(result["ttft"]) for workload in content_of(file).values() for result in workload["results"]]
+            if file.exists()
+            else []
+        )
         with counted() as calls:
             assert main(command(file, "2,4", repeats, "--resume")) == 0
         content = content_of(file)

@@ -240,9 +240,7 @@ def test_both_formats_give_the_questions_back(tmp_path_factory, rows, layout):
         writer.writerows([("video", "question", "answer"), *((v, q, a or "") for v, q, a in rows)])
         text = buffer.getvalue()
     else:
-        text = "\n".join(
-            json.dumps({"video": v, "question": q, **({"answer": a} if a else {})}) for v, q, a in rows
-        )
+        text = "\n".join(json.dumps({"video": v, "question": q, **({"answer": a} if a else {})}) for v, q, a in rows)
     (folder / "questions").write_text(text, encoding="utf-8", newline="")
     found = read_questions(folder / "questions", folder)
     assert sorted(map(repr, ((q.video, q.text, q.answer) for q in found))) == sorted(map(repr, rows))

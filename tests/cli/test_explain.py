@@ -41,9 +41,7 @@ def test_gains_come_first_and_the_compilers_words_last(checkpoint, clip, capsys)
     output = capsys.readouterr().out
     places = [output.index(part) for part in PARTS]
     assert places == sorted(places)
-    gain, found, legend, compiler = (
-        output[start:end] for start, end in zip(places, [*places[1:], None], strict=True)
-    )
+    gain, found, legend, compiler = (output[start:end] for start, end in zip(places, [*places[1:], None], strict=True))
     assert re.search(rf"video tokens\s*│ {FRAMES * TOKENS}\s*│ {round(0.1 * FRAMES * TOKENS)} ", gain)
     assert all(word in gain for word in ("work of a prompt", "time to first token", "keys and values"))
     assert "measured here" in " ".join(gain.split())
@@ -120,9 +118,7 @@ def test_an_uncompressed_call_gains_nothing(checkpoint):
     assert gains_of(model, comparison_of({"videos": [], "prompt": None, "merge_layers": []}), {}) is None
 
 
-@given(
-    st.lists(st.integers(1, 64), min_size=3, max_size=3), st.integers(1, 640), st.sampled_from(["paper", "plus"])
-)
+@given(st.lists(st.integers(1, 64), min_size=3, max_size=3), st.integers(1, 640), st.sampled_from(["paper", "plus"]))
 def test_findings_say_each_count(frames, kept, variant):
     frames = sorted(frames, reverse=True)
     before = 10 * frames[0]

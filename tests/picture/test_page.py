@@ -258,7 +258,7 @@ def test_many_frames_make_a_page_that_can_still_be_mailed():
 
 
 def test_markup_escapes_text_and_attributes_and_leaves_out_none():
-    made = html(tag("p", "1 < 2 & 3", [tag("b", "x"), None, "y"], class_="a\"b<", stroke_width=1.50, id=None))
+    made = html(tag("p", "1 < 2 & 3", [tag("b", "x"), None, "y"], class_='a"b<', stroke_width=1.50, id=None))
     assert made == '<p class="a&quot;b<" stroke-width="1.5">1 &lt; 2 &amp; 3<b>x</b>y</p>'
     assert ElementTree.fromstring(made.replace("b<", "b&lt;")).attrib == {"class": 'a"b<', "stroke-width": "1.5"}
 

@@ -33,9 +33,7 @@ def pixels_of(color: str, frames: np.ndarray) -> np.ndarray:
 
 def seen(frames: np.ndarray) -> list[Seen]:
     """Everything in frames [F, 96, 96, 3] without specks."""
-    return [
-        replace(thing, frame=number) for number, frame in enumerate(frames) for thing in _seen_in(frame.tobytes())
-    ]
+    return [replace(thing, frame=number) for number, frame in enumerate(frames) for thing in _seen_in(frame.tobytes())]
 
 
 @lru_cache(maxsize=16)  # what stands still shows one picture several times

@@ -15,8 +15,6 @@ from generating import (
     given,
     new_tokens,
     oracle_tokens,
-    share_vision_paths,
-    trace_of_video_rows,
 )
 from oracle import compressed_forward
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
@@ -42,23 +40,6 @@ takes_features = pytest.mark.skipif(
     "mm_encoder_outputs" not in inspect.signature(LlavaOnevisionForConditionalGeneration.forward).parameters,
     reason="this transformers takes no features in place of pixels",
 )
-
-
-@pytest.fixture(scope="module")
-def pristine():
-    return tiny_llava_onevision(vision_layers=4, text_layers=1)
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
-
-
-@pytest.fixture
-def model(pristine, one_trace, monkeypatch):
-    share_vision_paths(one_trace, monkeypatch)
-    yield pristine
-    earlytom_compile.restore(pristine)
 
 
 @pytest.fixture

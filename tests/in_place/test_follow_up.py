@@ -6,33 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from generating import OPTIONS, compiled, new_tokens, share_vision_paths, trace_of_video_rows
+from generating import OPTIONS, compiled, new_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import compressed_forward
 from rich.console import Console
-from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
+from tiny_models import tokens_per_frame, video_inputs
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report
 from earlytom_compile.prompt import PromptCut, sizes_in_prompt
-
-
-@pytest.fixture(scope="module")
-def pristine():
-    return tiny_llava_onevision(vision_layers=4, text_layers=1)
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
-
-
-@pytest.fixture
-def model(pristine, one_trace, monkeypatch):
-    share_vision_paths(one_trace, monkeypatch)
-    yield pristine
-    earlytom_compile.restore(pristine)
 
 
 def with_one_placeholder(model, inputs):
@@ -277,7 +260,7 @@ def test_the_example_answers_as_the_pixels_do(tmp_path, monkeypatch, capsys):
     from earlytom_compile.cli.loading import load_checkpoint, prepare_inputs
     from earlytom_compile.toyworld.model import WEIGHTS
 
-    path = Path(__file__).parents[1] / "examples" / "follow_up.py"
+    path = Path(__file__).parents[2] / "examples" / "follow_up.py"
     spec = importlib.util.spec_from_file_location("follow_up", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

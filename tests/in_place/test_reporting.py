@@ -10,32 +10,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from effort import examples
-from generating import OPTIONS, compiled, new_tokens, share_vision_paths, trace_of_video_rows
+from generating import OPTIONS, compiled, new_tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
+from tiny_models import tokens_per_frame, video_inputs
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError, EarlyTomFallbackWarning, reporting
 from earlytom_compile.reporting import GraphRecord, Report, report
-
-
-@pytest.fixture(scope="module")
-def pristine():
-    return tiny_llava_onevision(vision_layers=4, text_layers=1)
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
-
-
-@pytest.fixture
-def model(pristine, one_trace, monkeypatch):
-    share_vision_paths(one_trace, monkeypatch)
-    yield pristine
-    earlytom_compile.restore(pristine)
-    reporting._RESTORED.clear()
 
 
 def test_the_states_in_their_order(model):

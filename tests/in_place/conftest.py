@@ -1,0 +1,26 @@
+"""A tiny model that each file of tests makes once and traces once."""
+
+import pytest
+from generating import share_vision_paths, trace_of_video_rows
+from tiny_models import tiny_llava_onevision
+
+import earlytom_compile
+from earlytom_compile import reporting
+
+
+@pytest.fixture(scope="module")
+def pristine():
+    return tiny_llava_onevision(vision_layers=4, text_layers=1)
+
+
+@pytest.fixture(scope="module")
+def one_trace():
+    return trace_of_video_rows()
+
+
+@pytest.fixture
+def model(pristine, one_trace, monkeypatch):
+    share_vision_paths(one_trace, monkeypatch)
+    yield pristine
+    earlytom_compile.restore(pristine)
+    reporting._RESTORED.clear()
