@@ -57,3 +57,23 @@ def test_frames_are_turned_before_they_are_resized(tmp_path):
     shapes = []
     read_video(path, 2, resize=lambda frame: shapes.append(frame.shape) or frame)
     assert shapes == [(64, 48, 3)] * 2
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tiff"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+def test_a_phone_s_photo_is_read_upright(tmp_path, kind, orientation):
+    image, photo, lossless = pytest.importorskip("PIL.Image"), tmp_path / f"photo.{kind}", kind != "jpg"
+    # Quarters of one colour each, which JPEG keeps, and a camera's words beside the orientation.
+    corners = np.array([[[250, 0, 0], [0, 250, 0]], [[0, 0, 250], [200, 200, 200]]], np.uint8)
+    picture = image.fromarray(corners.repeat(32, 0).repeat(48, 1))
+    words = picture.getexif()
+    words[0x010F] = "a camera"
+    if orientation is not None:
+        words[0x0112] = orientation
+    picture.save(photo, exif=words, **({} if lossless else {"quality": 95, "subsampling": 0}))
+    from PIL import ImageOps
+
+    shown = np.asarray(ImageOps.exif_transpose(image.open(photo)).convert("RGB")).astype(int)
+    (read,) = read_video(photo, 1).pixels.astype(int)
+    assert read.shape == shown.shape
+    assert np.abs(read - shown).max() <= (0 if lossless else 8)
