@@ -67,46 +67,50 @@ class Comparison:
         return self.full.answer == self.compressed.answer
 
 
-def compare(
-    loaded: Loaded,
-    inputs: Inputs,
-    options: dict[str, Any],
-    *,
-    max_new_tokens: int,
-    repeats: int,
-    progress_on: Console,
-) -> Comparison:
-    """Answer with both models and time them; ``options`` are those of ``earlytom_compile.compile``."""
-    if repeats < 1:
-        raise EarlyTomConfigError(f"repeats={repeats}: must be at least 1.")
-    config = EarlyTomConfig.from_options(options)
-    compiled = config.lowering != "eager"
-    full = full_model(loaded.model, compiled=compiled)
-    models = {"compressed": earlytom_compile.compile(loaded.model, **options), "full": full}
-    answers, seconds = {}, {}
-    with progress_bars(progress_on) as progress, ExitStack() as stack:
+class BothModels:
+    """``loaded.model``, compiled with ``options`` of ``earlytom_compile.compile``, and a full twin of it.
+
+    Made once for any number of questions: of a model that is compressed there is no full twin to be had.
+    """
+
+    def __init__(self, loaded: Loaded, options: dict[str, Any]) -> None:
+        config = EarlyTomConfig.from_options(options)
+        compiled = config.lowering != "eager"
+        self._loaded = loaded
+        self._full = full_model(loaded.model, compiled=compiled)
+        self._prefill = None
         if compiled and config.compile_llm:
-            prefill = CompiledPrefill(full.model.language_model, config.lowering)
-            stack.enter_context(prefill.active(inputs["attention_mask"]))
-        for name, model in models.items():
-            task = progress.add_task(f"{name} model: compile and answer", total=None)
-            answers[name], seconds[name] = timed_answer(model, inputs, max_new_tokens)
-            progress.update(task, total=1, completed=1)
-            if name == "compressed":
-                # Read now: Dynamo counts graph breaks for the whole process, the other model's included.
-                report = earlytom_compile.report(model)
-                content, explanation = report.to_dict(), str(report)
-        first_token = _first_token_seconds(models, inputs, repeats, progress)
-    full_arm, compressed_arm = (
-        Arm(answers[name], decode(loaded, answers[name]), seconds[name], first_token[name])
-        for name in ("full", "compressed")
-    )
-    return Comparison(full_arm, compressed_arm, content, explanation)
+            self._prefill = CompiledPrefill(self._full.model.language_model, config.lowering)
+        self._compressed = earlytom_compile.compile(loaded.model, **options)
+
+    def compare(self, inputs: Inputs, *, max_new_tokens: int, repeats: int, progress_on: Console) -> Comparison:
+        """Answer the prompt of ``inputs`` with both models and time them."""
+        if repeats < 1:
+            raise EarlyTomConfigError(f"repeats={repeats}: must be at least 1.")
+        models = {"compressed": self._compressed, "full": self._full}
+        answers, seconds = {}, {}
+        with progress_bars(progress_on) as progress, ExitStack() as stack:
+            if self._prefill is not None:
+                stack.enter_context(self._prefill.active(inputs["attention_mask"]))
+            for name, model in models.items():
+                task = progress.add_task(f"{name} model: compile and answer", total=None)
+                answers[name], seconds[name] = timed_answer(model, inputs, max_new_tokens)
+                progress.update(task, total=1, completed=1)
+                if name == "compressed":
+                    # Read now: Dynamo counts graph breaks for the whole process, the other model's included.
+                    report = earlytom_compile.report(model)
+                    content, explanation = report.to_dict(), str(report)
+            first_token = _first_token_seconds(models, inputs, repeats, progress)
+        full, compressed = (
+            Arm(answers[name], decode(self._loaded, answers[name]), seconds[name], first_token[name])
+            for name in ("full", "compressed")
+        )
+        return Comparison(full, compressed, content, explanation)
 
 
 def full_model(model: Any, *, compiled: bool) -> Any:
-    """A second model that shares the weights, and whose vision encoder plain Inductor compiles."""
-    twin = twin_of(model)
+    """A second model that shares the weights, compresses nothing, and whose vision encoder plain Inductor compiles."""
+    twin = earlytom_compile.restore(twin_of(model))
     if compiled:
         twin.model.vision_tower.compile()
     return twin
@@ -163,11 +167,23 @@ def comparison_table(comparison: Comparison) -> Table:
     length = max(len(full.answer), len(compressed.answer))
     apart = f"no, the first {comparison.common_tokens} of {length} tokens do"
     table.add_row("answers agree", "", "yes" if comparison.agree else apart)
-    notes = ["The first answer includes compilation."]
-    if report["merge_layers"]:
-        notes.insert(0, f"Frames merge after vision encoder layers {', '.join(map(str, report['merge_layers']))}.")
+    notes = [_merging(report)] if videos else []
+    notes.append("The first answer includes compilation.")
     table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
+
+
+def _merging(report: dict[str, Any]) -> str:
+    """Where frames became fewer, in a sentence."""
+    frames = [video["frames"] for video in report["videos"]]
+    layers = [
+        str(layer)
+        for step, layer in enumerate(report["merge_layers"])
+        if any(counts[step + 1] < counts[step] for counts in frames)
+    ]
+    if not layers:
+        return "No two frames look enough alike to merge."
+    return f"Frames merged after vision encoder layer{'s' * (len(layers) > 1)} {', '.join(layers)}."
 
 
 def _times(full: float, compressed: float) -> tuple[str, str]:

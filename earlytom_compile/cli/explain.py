@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..config import EarlyTomConfig
 from ..toyworld.model import WEIGHTS
-from .comparison import Comparison, compare
+from .comparison import BothModels, Comparison
 from .demo import write_demo_video
 from .gains import gains_of, gains_table
 from .loading import open_checkpoint, prepare_inputs
@@ -68,7 +68,9 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         name = None if arguments.video else "a clip made on the spot"
         pictured = [filmed(clip, inputs, name=name)] if wants_picture(arguments) else []
     loaded = checkpoint.load(progress_on)
-    comparison = compare(loaded, inputs, options, max_new_tokens=1, repeats=_REPEATS, progress_on=progress_on)
+    comparison = BothModels(loaded, options).compare(
+        inputs, max_new_tokens=1, repeats=_REPEATS, progress_on=progress_on
+    )
     gains = gains_of(loaded.model, comparison, options)
     console.print(_subject(arguments, inputs["pixel_values_videos"].shape[1]), soft_wrap=True, markup=False)
     if gains is None:

@@ -21,7 +21,7 @@ from ..benchmarks.environment import environment
 from ..benchmarks.measure import compile_seconds
 from ..config import NOT_YET, EarlyTomConfig
 from ..errors import EarlyTomConfigError
-from .comparison import EMPTY, Comparison, compare, comparison_table, decode, timed_answer
+from .comparison import EMPTY, BothModels, Comparison, comparison_table, decode, timed_answer
 from .loading import (
     Checkpoint,
     Inputs,
@@ -59,13 +59,17 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     asked = list(_ask(checkpoint, arguments, progress))
     loaded = checkpoint.load(progress)
     console, about = _console(arguments), _about(arguments, loaded, options)
-    if not arguments.compare:
+    both = BothModels(loaded, options) if arguments.compare else None
+    if both is None:
         earlytom_compile.compile(loaded.model, **options)
     try:
         for one in asked:
             if len(asked) > 1 and not arguments.quiet:
                 console.print(f"{one.video}: {one.question}", style="bold", markup=False, soft_wrap=True)
-            answer = (_compare if arguments.compare else _answer)(loaded, one, arguments, options, console, progress)
+            if both is None:
+                answer = _answer(loaded, one, arguments, console, progress)
+            else:
+                answer = _compare(both, one, arguments, console, progress)
             about["answers"].append({"video": one.video, "prompt": one.question, **answer})
             if arguments.json and (arguments.json != STANDARD_OUTPUT or one is asked[-1]):
                 write_text(arguments.json, json.dumps(about, indent=2) + "\n")
@@ -156,12 +160,7 @@ def _console(arguments: argparse.Namespace) -> Console:
 
 
 def _answer(
-    loaded: Loaded,
-    asked: Asked,
-    arguments: argparse.Namespace,
-    options: dict[str, Any],
-    console: Console,
-    progress_on: Console,
+    loaded: Loaded, asked: Asked, arguments: argparse.Namespace, console: Console, progress_on: Console
 ) -> dict[str, Any]:
     """Answer with the compressed model, print, and tell everything about it."""
     with progress_bars(progress_on) as progress:
@@ -190,23 +189,20 @@ def _summary(said: dict[str, Any], report: dict[str, Any]) -> list[str]:
 
 
 def _compare(
-    loaded: Loaded,
-    asked: Asked,
-    arguments: argparse.Namespace,
-    options: dict[str, Any],
-    console: Console,
-    progress_on: Console,
+    both: BothModels, asked: Asked, arguments: argparse.Namespace, console: Console, progress_on: Console
 ) -> dict[str, Any]:
     """Answer with both models, print the table, and tell everything about it."""
-    comparison = compare(
-        loaded,
+    comparison = both.compare(
         asked.inputs,
-        options,
         max_new_tokens=arguments.max_new_tokens,
         repeats=arguments.repeats,
         progress_on=progress_on,
     )
-    console.print(comparison_table(comparison))
+    if arguments.quiet:
+        for name, arm in (("full model", comparison.full), ("compressed", comparison.compressed)):
+            console.print(f"{name}: {arm.text}", markup=False, soft_wrap=True)
+    else:
+        console.print(comparison_table(comparison))
     for reason in comparison.report["reasons"]:
         console.print(f"left alone: {reason}", markup=False, soft_wrap=True)
     return {**_both(comparison), **_kept(asked.inputs, comparison.report)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from earlytom_compile.cli import demo, toolchain
+from earlytom_compile.cli import comparison, demo, toolchain
 from earlytom_compile.cli.comparison import full_model
 from earlytom_compile.cli.loading import load_checkpoint
 
@@ -74,6 +74,20 @@ def test_run_compare(earlytom, checkpoint, clip):
     )  # fmt: skip
     assert status == 0
     assert_compared(output)
+
+
+@pytest.mark.parametrize(
+    "schedules, says",
+    [
+        ([[8, 6, 6, 5]], "after vision encoder layers 1, 4."),
+        ([[8, 8, 7, 7]], "after vision encoder layer 3."),
+        ([[8, 8, 8, 8], [8, 7, 7, 7]], "after vision encoder layer 1."),
+        ([[8, 8, 8, 8]], "No two frames look enough alike to merge."),
+    ],
+)
+def test_layers_are_named_where_frames_merged(schedules, says):
+    videos = [{"frames": frames, "tokens": [72, 7]} for frames in schedules]
+    assert comparison._merging({"videos": videos, "merge_layers": [1, 3, 4]}).endswith(says)
 
 
 def test_run_answers_and_says_what_it_dropped(earlytom, checkpoint, clip):

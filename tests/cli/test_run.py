@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import TinySize, write_checkpoint
 
-from earlytom_compile.cli import loading
+from earlytom_compile.cli import comparison, loading
 from earlytom_compile.cli import main as cli
 from earlytom_compile.cli import run as command
 from earlytom_compile.cli.loading import ask_again, checked_config, open_checkpoint, prepare_inputs
@@ -80,8 +81,6 @@ def test_the_summary_tells_compilation_apart(answered):
 
 
 def test_another_question_has_the_inputs_it_would_have_alone(checkpoint, clip):
-    from rich.console import Console
-
     opened, console = open_checkpoint(str(checkpoint), device="cpu"), Console(quiet=True)
     first = prepare_inputs(opened, clip, "What?", frames=FRAMES, progress_on=console)
     alone = prepare_inputs(opened, clip, "And who goes there?", frames=FRAMES, progress_on=console)
@@ -97,6 +96,29 @@ def test_json_on_the_standard_output_is_all_there_is(earlytom, checkpoint, clip,
     assert status == 0 and err == ""
     assert (answer["answer"], answer["tokens"], answer["compressed"]) == ("", 0, False)
     assert answer["video_tokens"] is None and answer["frames"] == [8]
+
+
+def test_the_full_model_keeps_all_tokens_for_every_question(earlytom, checkpoint, clip, tmp_path):
+    questions, file = ["What is it?", "Who is it, and where?", "Why?"], tmp_path / "both.json"
+    prompts = [word for question in questions[1:] for word in ("--prompt", question)]
+    more = ["--frames", FRAMES, "--retain-ratio", "0.1", "--max-new-tokens", "4", "--compare", "--repeats", "1"]
+    status, out, _ = earlytom(*ask(checkpoint, clip, *more, *prompts, "--json", file))
+    answers = json.loads(file.read_text())["answers"]
+    loaded = loading.load_checkpoint(str(checkpoint), device="cpu")
+    for question, answer in zip(questions, answers, strict=True):
+        inputs = prepare_inputs(loaded, clip, question, frames=FRAMES, progress_on=Console(quiet=True))
+        tokens = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        said = loaded.processor.decode(tokens, skip_special_tokens=True).strip()
+        assert answer["full_model"]["answer"] == said and answer["compressed"]
+        assert answer["agree"] == (answer["answer"] == said)
+    assert not all(answer["agree"] for answer in answers)  # else this would hold for two compressed models too
+    assert status == 0 and out.count("answers agree") == len(questions)
+
+
+def test_quiet_comparisons_are_two_answers(earlytom, checkpoint, clip, monkeypatch):
+    monkeypatch.setattr(comparison, "timed_answer", lambda model, inputs, most: ([], 0.5))
+    status, out, err = earlytom(*ask(checkpoint, clip, "--frames", 8, "--quiet", "--compare"))
+    assert (status, out, err) == (0, "full model: \ncompressed: \n", "")
 
 
 def test_ctrl_c_says_which_answers_are_saved(earlytom, checkpoint, clip, tmp_path, monkeypatch):
