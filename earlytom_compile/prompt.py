@@ -100,13 +100,23 @@ class PromptCut:
     S -> S' positions."""
 
     positions: torch.Tensor  # int64 [R, S'] on the host, -1 = padding
+    trimmed: torch.Tensor  # int64 [R, 1] on the host: how much of its own padding on the left each row lost
     length: int  # S
 
     @classmethod
-    def plan(cls, input_ids: torch.Tensor, token: int, before: Sequence[int], after: Sequence[int]) -> "PromptCut":
+    def plan(
+        cls,
+        input_ids: torch.Tensor,
+        token: int,
+        before: Sequence[int],
+        after: Sequence[int],
+        mask: torch.Tensor | None = None,
+    ) -> "PromptCut":
         """``after[v]`` placeholders in the place of the ``before[v]`` of each video v in reading order: the first of
-        them, and the last as often as it takes."""
+        them, and the last as often as it takes. Rows that were padded on the left (``mask`` [R, S] of 0 and 1, on the
+        host) beside one with a longer video lose what no row needs any more."""
         starts = locate_videos(input_ids, token, before)
+        padding = _padding_on_the_left(input_ids, mask, starts)
         rows, video = [], 0
         for row_starts in starts:
             kept, end = [], 0
@@ -115,9 +125,11 @@ class PromptCut:
                 end = start + before[video]
                 video += 1
             rows.append(torch.cat([*kept, torch.arange(end, input_ids.shape[1])]))
-        width = max(len(row) for row in rows)
-        padded = [torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows]
-        return cls(torch.stack(padded), input_ids.shape[1])
+        # What all rows had in common stays: whoever pads to a length of his own meant it.
+        width = max(len(row) - own for row, own in zip(rows, padding, strict=True)) + min(padding)
+        trimmed = torch.tensor([[max(len(row) - width, 0)] for row in rows])
+        padded = [torch.nn.functional.pad(row, (width - len(row), 0), value=-1) for row in rows]  # or cut, if negative
+        return cls(torch.stack(padded), trimmed, input_ids.shape[1])
 
     @property
     def padded(self) -> bool:
@@ -138,9 +150,20 @@ class PromptCut:
         """Cut position ids [R or 1, S] and close the gaps, as if the prompt had been written with smaller videos."""
         taken = self.take(position_ids.expand(self.positions.shape[0], -1), 0)
         pads = (self.positions < 0).sum(1, keepdim=True)
-        gaps = (self.positions + pads - torch.arange(self.positions.shape[1])).masked_fill(self.positions < 0, 0)
+        places = torch.arange(self.positions.shape[1]) + self.trimmed
+        gaps = (self.positions + pads - places).masked_fill(self.positions < 0, 0)
         moved = (taken - without_waiting(gaps, taken.device)).clamp_min(0)
         return moved.masked_fill(without_waiting(self.positions < 0, taken.device), 0)
+
+
+def _padding_on_the_left(
+    input_ids: torch.Tensor, mask: torch.Tensor | None, starts: Sequence[Sequence[int]]
+) -> list[int]:
+    """How many positions each row has before the first that is attended to, or belongs to a video."""
+    if mask is None:
+        return [0] * len(starts)
+    attended = mask.ne(0).long().cumsum(1).eq(0).sum(1).tolist()
+    return [min(own, *row_starts[:1], input_ids.shape[1] - 1) for own, row_starts in zip(attended, starts, strict=True)]
 
 
 def without_waiting(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -74,7 +74,11 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo :func:`compile` exactly; does nothing to a model that is not compiled. Returns the same model."""
+    """Undo :func:`compile` exactly; does nothing to a model that is not compiled. Returns the same model.
+
+    Raises :class:`EarlyTomConfigError` for what is no model."""
+    if not isinstance(model, torch.nn.Module):
+        raise EarlyTomConfigError(f"restore() got a {type(model).__name__}; it takes what compile() returned.")
     handle = model.__dict__.pop(_HANDLE, None)
     if handle is not None:
         for name in _REPLACED:
@@ -105,6 +109,7 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any) -> list[torc
     handle = model.__dict__.get(_HANDLE)
     if handle is None:
         raise EarlyTomConfigError("the model is not compiled: call earlytom_compile.compile(model) first.")
+    _require_tensors(pixel_values_videos)
     if _encoded(pixel_values_videos):
         raise EarlyTomConfigError("these videos are encoded already: give them to generate() as pixel_values_videos.")
     _check_videos(pixel_values_videos, handle.model.config.vision_config)
@@ -207,6 +212,7 @@ class CompiledModel:
     ) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
         videos = kwargs.get("pixel_values_videos")
+        _require_tensors(videos)
         if videos is None or len(videos) == 0:
             _refuse_compressed_cache(given_cache(kwargs), ids, self.model.config.video_token_id)
             if _GENERATING.get():
@@ -274,7 +280,9 @@ class CompiledModel:
         else:
             encoded = [self._encode(video, choices, counts) for video in videos]
         try:
-            plan = PromptCut.plan(host_ids, token, [n for _, n in encoded], [len(rows) for rows, _ in encoded])
+            sizes = [n for _, n in encoded], [len(rows) for rows, _ in encoded]
+            # What forward() returns has a column for each position, the padded ones too.
+            plan = PromptCut.plan(host_ids, token, *sizes, mask=None if forward else mask)
         except UncuttablePrompt as reason:
             fall_back(str(reason), "Write each video as one <video> in the prompt", self.config, self.record)
             self._note("uncompressed")
@@ -595,6 +603,22 @@ def _check_shapes(ids: torch.Tensor, videos: Any, mask: torch.Tensor | None, tow
         raise EarlyTomConfigError(
             f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; they must be equal."
         )
+
+
+def _require_tensors(videos: Any) -> None:
+    """Raise for anything but None, a tensor, or a list of tensors."""
+    if videos is None or isinstance(videos, torch.Tensor):
+        return
+    given = f"a {type(videos).__name__}"
+    if isinstance(videos, list | tuple):
+        others = [type(video).__name__ for video in videos if not isinstance(video, torch.Tensor)]
+        if videos and not others:
+            return
+        given += f" of {others[0]}" if others else " of nothing"
+    raise EarlyTomConfigError(
+        f"pixel_values_videos: {given}; must be a tensor [videos, frames, channels, height, width] or a list of "
+        "tensors, as the model's processor makes them. Leave it out where there is no video."
+    )
 
 
 def _check_videos(videos: Any, tower: Any) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from generating import OPTIONS, compiled, new_tokens
@@ -151,6 +152,26 @@ def test_each_video_gets_as_many_placeholders_as_it_has_rows(prompt):
     assert plan.renumber(numbers).tolist() == expected and plan.dropped == ids.shape[1] - width
 
 
+@given(prompts(), st.integers(0, 4), st.integers(0, 2))
+def test_rows_lose_padding_that_no_row_needs(prompt, common, right):
+    ids, before, after = prompt
+    own = [row.index(next(filter(None, row), 9)) if any(row) else 0 for row in ids.tolist()]
+    own = [0 if min(own) else padding for padding in own]  # zeros that begin every row are text
+    pad = torch.nn.functional.pad
+    ids = pad(ids, (common, right))
+    mask = torch.tensor([[0] * (common + n) + [1] * (ids.shape[1] - common - n - right) + [0] * right for n in own])
+    untrimmed, plan = PromptCut.plan(ids, 9, before, after), PromptCut.plan(ids, 9, before, after, mask)
+    contents = [row[row >= 0][common + n :] for row, n in zip(untrimmed.positions, own, strict=True)]
+    width = max(map(len, contents)) + common
+    assert plan.positions.shape[1] == width and plan.dropped == ids.shape[1] - width
+    number = (mask.cumsum(1) - 1).clamp_min(0)
+    numbers = (plan.take(mask, 0).cumsum(1) - 1).clamp_min(0)
+    for row, content in enumerate(contents):
+        assert plan.positions[row, width - len(content) :].tolist() == content.tolist()
+        assert not plan.take(mask, 0)[row, : width - len(content)].any()
+    assert torch.equal(plan.renumber(number), numbers)
+
+
 # --- Different lengths ----------------------------------------------------------------------------
 
 
@@ -173,12 +194,36 @@ def test_rows_with_videos_of_different_lengths(model):
     batch["pixel_values_videos"] = [inputs["pixel_values_videos"][0] for inputs in alone]
     got = new_tokens(model, batch)
     assert all(torch.equal(row, answer) for row, answer in zip(got, expected, strict=True))
-    before = [video["tokens"][0] for video in report(model).to_dict()["videos"]]
+    said = report(model).to_dict()
+    before = [video["tokens"][0] for video in said["videos"]]
+    tokens = [video["tokens"] for video in said["videos"]]
+    lengths = [inputs["input_ids"].shape[1] + kept - all_ for inputs, (all_, kept) in zip(alone, tokens, strict=True)]
+    assert said["prompt"] == [width, max(lengths)]  # no longer than the longest row alone
     assert before == [frames * tokens_per_frame(model) for frames in (12, 8)]
     encoded = earlytom_compile.encode_videos(model, batch["pixel_values_videos"])
     row = one_row(alone)
     expected = new_tokens(model, {**row, "pixel_values_videos": encoded})
     assert torch.equal(new_tokens(model, {**row, "pixel_values_videos": batch["pixel_values_videos"]}), expected)
+
+
+@pytest.mark.parametrize(
+    "videos, says",
+    [
+        ([], "a list of nothing"),
+        ([np.zeros((8, 3, 24, 24), np.float32)], "a list of ndarray"),
+        (["talk.mp4"], "a list of str"),
+        ("talk.mp4", "a str"),
+        (np.zeros((1, 8, 3, 24, 24), np.float32), "a ndarray"),
+    ],
+)
+def test_videos_that_are_no_tensors_are_refused_in_words(model, videos, says):
+    inputs = {**video_inputs(model, 8), "pixel_values_videos": videos}
+    compiled(model)
+    for call in (model.generate, model):
+        with pytest.raises(EarlyTomConfigError, match=f"pixel_values_videos: {says}; .* processor"):
+            call(**inputs)
+    with pytest.raises(EarlyTomConfigError, match=f"pixel_values_videos: {says}; .* processor"):
+        earlytom_compile.encode_videos(model, videos)
 
 
 def test_what_runs_uncompressed_cannot_have_different_lengths(model):

@@ -48,6 +48,11 @@ def unshared(pristine):
     earlytom_compile.restore(pristine)
 
 
+def test_only_models_can_be_restored():
+    with pytest.raises(EarlyTomConfigError, match="got a int"):
+        earlytom_compile.restore(3)
+
+
 @pytest.mark.parametrize(
     "layout, variant",
     cases(
