@@ -15,7 +15,7 @@ from rich.console import Console
 from ..config import EarlyTomConfig
 from ..toyworld.model import WEIGHTS
 from .comparison import Comparison, compare
-from .demo import write_demo_video
+from .demo import require_demo_frames, write_demo_video
 from .gains import gains_of, gains_table
 from .loading import open_checkpoint, prepare_inputs
 from .picture import check_pictures, filmed, wants_picture, write_pictures
@@ -45,7 +45,7 @@ left alone        what kept all tokens, and why"""
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Call both models, print what came out, draw."""
-    check_pictures(arguments)
+    _check(arguments)
     progress_on, console = Console(stderr=True), Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_FILE_WIDTH)
@@ -83,6 +83,12 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         model_name = arguments.model or "the demo's model"
         where = {"html": arguments.html, "png": arguments.png}
         write_pictures(loaded, pictured, options, **where, model=model_name, progress_on=progress_on)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_pictures(arguments)
+    if not arguments.video:
+        require_demo_frames(arguments.frames)
 
 
 def _print_part(console: Console, title: str, text: str) -> None:

@@ -61,6 +61,13 @@ def test_what_nobody_chose_is_said(given_video, given_model):
     assert ("the demo's small one" in text) == (given_model is None)
 
 
+@pytest.mark.parametrize("command", ["explain", "demo"])
+def test_more_frames_than_the_made_up_clip_has_are_refused_without_a_path(command, capsys):
+    assert cli.main([command, "--frames", "500"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("frames=500: the made-up clip has 64 frames; take at most so many.") and "/tmp" not in said
+
+
 @torch.no_grad()
 def test_memory_is_what_the_model_uses(checkpoint, clip):
     """Against the model's own cache, and the outputs of its modules."""
