@@ -179,12 +179,17 @@ def _add_run(parser: CommandParser) -> None:
 def _add_explain(parser: CommandParser) -> None:
     parser.description = (
         "Makes one call with all tokens and one with fewer, and prints what you gain (tokens, work, time, memory), "
-        "what was found in the video, what the words mean, and what the compiler did, what it left alone and why."
+        "what both models answer if you ask, what was found in the video, what the words mean, and what the compiler "
+        "did, what it left alone and why."
     )
     _add_model(parser, required=False)
     parser.add_argument("--video", metavar="FILE", help="default: a short clip made on the spot")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a question that both models answer; may be repeated"
+    )
     _add_frames(parser)
     _add_pictures(parser)
+    _add_max_new_tokens(parser, 64)
     add_config_flags(parser)
 
 
