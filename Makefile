@@ -29,6 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
+	mkdir -p build
 	.venv/bin/earlytom demo --html build/demo.html
 
 # mypy, which has one thread, and the tests at once.

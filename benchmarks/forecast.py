@@ -1,7 +1,7 @@
 """About how long a benchmark takes, said before it begins.
 
-    seconds_of(arms, piece, repeats=5, decode_tokens=8, ...)   ->   212.0
-    in_words(212.0)                                            ->   "about 4 minutes"
+    forecast_of(arms, piece, repeats=5, decode_tokens=8, ...)   ->   Forecast(calls=152.0, compilation=60.0)
+    told(forecast, piece)                                       ->   "about 4 minutes, 28% of it compilation ..."
 
 Calls are counted and one of them is timed; how long compilation takes is a guess.
 
@@ -21,11 +21,11 @@ from earlytom_compile.benchmarks.measure import decode, timed
 from earlytom_compile.benchmarks.workload import Inputs
 from earlytom_compile.integrations.caches import cache_of
 
-# As `earlytom bench --shape cpu-medium` measured them on 2 cores of an AMD EPYC (docs/benchmarks.md).
+# As `earlytom bench` measured them on 2 cores of an AMD EPYC, with empty caches (docs/benchmarks.md).
 WHOLE, WHOLE_LAYER = 10.0, 0.85
 """Seconds that Inductor takes for a graph that it gets as a whole, and for each layer in it."""
-STAGED = 15.0
-"""Seconds for one layer of each kind, which is what ``lowering="staged"`` compiles."""
+STAGED = 25.0
+"""Seconds for one layer of each kind, which is what ``lowering="staged"`` compiles, and for the header before it."""
 TRACED_LAYER = 0.2
 """Seconds in which Dynamo traces one layer."""
 COMPRESSED = 0.45
@@ -45,6 +45,19 @@ class Piece:
     def scaled(self, share: float) -> float:
         """A first token of a call that has that share of the work."""
         return share * self.first
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of calls, which were counted and of which one was timed, and of compilation, which is a guess."""
+
+    calls: float
+    compilation: float
+
+    @property
+    def seconds(self) -> float:
+        """Of both."""
+        return self.calls + self.compilation
 
 
 def measured_piece(model: Any, inputs: Inputs) -> Piece | None:
@@ -77,20 +90,20 @@ def compilation(name: str, layers: int, lowering: str) -> float:
     return TRACED_LAYER * layers + STAGED if ours and lowering == "staged" else WHOLE + WHOLE_LAYER * layers
 
 
-def seconds_of(
+def forecast_of(
     arms: Iterable[Arm], piece: Piece, *, frames: int, repeats: int, decode_tokens: int, layers: int, lowering: str
-) -> float:
+) -> Forecast:
     """Of ``measure`` and ``profile_arms`` with these arms, for a model of so many layers."""
-    total = 0.0
+    calls = compiling = 0.0
     for arm in arms:
-        call = piece.scaled(share_of_work(arm, frames))
-        total += compilation(arm.name, layers, lowering) + call * (_WARM_UP + repeats + _PROFILED)
-        total += repeats * decode_tokens * piece.token
-    return total
+        compiling += compilation(arm.name, layers, lowering)
+        calls += piece.scaled(share_of_work(arm, frames)) * (_WARM_UP + repeats + _PROFILED)
+        calls += repeats * decode_tokens * piece.token
+    return Forecast(calls, compiling)
 
 
-def corrected(total: float, layers: int, lowering: str, first_calls: Mapping[str, float]) -> float | None:
-    """Seconds that are left of ``total``, by what first calls took (of those so far, by the arm's name) that compiled.
+def corrected(forecast: Forecast, layers: int, lowering: str, first_calls: Mapping[str, float]) -> float | None:
+    """Seconds that are left, by what first calls took (of those so far, by the arm's name) that compiled.
 
     None before one has, and where it took about what was guessed.
     """
@@ -99,28 +112,31 @@ def corrected(total: float, layers: int, lowering: str, first_calls: Mapping[str
     if not compiled:
         return None
     times = sum(first_calls[name] for name in compiled) / sum(guessed[name] for name in compiled)
-    left = max(total - sum(guessed.values()), 0.0) * times
+    left = forecast.calls + max(forecast.compilation - sum(guessed.values()), 0.0) * times
     return left if not 1 / _FAR_OFF < times < _FAR_OFF else None
 
 
-def load_seconds(
+def forecast_of_load(
     names: Iterable[str], piece: Piece, *, requests: int, rounds: int, new_tokens: int, layers: int, lowering: str
-) -> float:
+) -> Forecast:
     """Of ``measure_load`` with servers of these names and so many requests a round, one after the other.
 
     An upper bound where several requests at once cost less than as many calls.
     """
-    total = 0.0
+    calls = compiling = 0.0
     for name in names:
         share = COMPRESSED if name.startswith("earlytom") else 1.0
         request = piece.scaled(share) + new_tokens * piece.token
-        total += compilation(name, layers, lowering) + (1 + rounds) * requests * request
-    return total
+        compiling += compilation(name, layers, lowering)
+        calls += (1 + rounds) * requests * request
+    return Forecast(calls, compiling)
 
 
-def one_call(piece: Piece) -> str:
-    """What the forecast rests on, to stand behind it."""
-    return f" (one call takes {piece.first:.2g} s before it is compiled; how long compilation takes is a guess)"
+def told(forecast: Forecast, piece: Piece) -> str:
+    """How long all takes, and what is known of that."""
+    share = round(100 * forecast.compilation / forecast.seconds)
+    guess = f", {share}% of it compilation (a guess: twice as long is no surprise)" if share else ""
+    return f"{in_words(forecast.seconds)}{guess}; one call takes {piece.first:.2g} s before it is compiled"
 
 
 def in_words(seconds: float) -> str:
@@ -131,5 +147,3 @@ def in_words(seconds: float) -> str:
         minutes = round(seconds / 60)
         return "about a minute" if minutes == 1 else f"about {minutes} minutes"
     return f"about {seconds / 3600:.1f} hours"
-
-

@@ -113,8 +113,8 @@ class PromptCut:
         mask: torch.Tensor | None = None,
     ) -> "PromptCut":
         """``after[v]`` placeholders in the place of the ``before[v]`` of each video v in reading order: the first of
-        them, and the last as often as it takes. Rows that were padded on the left (``mask`` [R, S] of 0 and 1, on the
-        host) beside one with a longer video lose what no row needs any more."""
+        them, and the last as often as it takes. Rows that were padded on the left (``mask`` [R, S], 0 or False there,
+        on the host) beside one with a longer video lose what no row needs any more."""
         starts = locate_videos(input_ids, token, before)
         padding = _padding_on_the_left(input_ids, mask, starts)
         rows, video = [], 0

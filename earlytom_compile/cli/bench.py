@@ -15,7 +15,7 @@ from ..benchmarks.arms import Arm, arm_names, choose, make_arms, require_beginni
 from ..benchmarks.ceilings import Clock, ceilings
 from ..benchmarks.environment import environment
 from ..benchmarks.floor import Work, floor, work_of
-from ..benchmarks.forecast import corrected, in_words, measured_piece, one_call, seconds_of
+from ..benchmarks.forecast import Forecast, corrected, forecast_of, in_words, measured_piece, told
 from ..benchmarks.load import server_names
 from ..benchmarks.measure import Result, measure
 from ..benchmarks.profiling import profile_arms
@@ -149,22 +149,23 @@ def _measure(
 ) -> None:
     """Every arm: timed in turn, then one call each under the profiler, and its floor.
 
-    ``tables_of[frames]`` has what there is from the first call on, and ``write`` is called after each.
+    ``tables_of[frames]`` has what there is from the first call on, and ``write`` is called after each that was timed.
     """
     arguments, model = session.arguments, session.model
     dtype = str(model.dtype).removeprefix("torch.")
     inputs = make_inputs(model, frames=frames, batch=arguments.batch, **session.look(frames))
     arms = choose(make_arms(model, inputs, arguments.retain_ratios, session.options), arguments.arms)
 
-    said: list[float] = []  # seconds that all was said to take, then what is left by what was seen
+    forecast: Forecast | None = None  # until it was corrected
 
     def correct(results: list[Result]) -> None:
-        if len(said) != 1 or earlier:
+        nonlocal forecast
+        if forecast is None or earlier:
             return
         cold = {result.name: result.cold for result in results if result.cold}
-        left = corrected(said[0], session.layers, session.options.get("lowering", "staged"), cold)
+        left = corrected(forecast, session.layers, session.options.get("lowering", "staged"), cold)
         if left is not None:
-            said.append(left)
+            forecast = None
             session.say(f"{frames} frames: compilation does not take what was guessed; from here on {in_words(left)}")
 
     def save(results: list[Result], complete: bool = False) -> None:
@@ -172,10 +173,11 @@ def _measure(
         tables_of[frames] = Workload(
             frames, arguments.batch, arguments.prompt_length, results, dtype, rates, complete=complete
         )
-        write()
+        if complete or any(result.rounds for result in results):  # else there is nothing yet to go on with
+            write()
 
     with session.bars(f"{frames} frames") as progress, tempfile.TemporaryDirectory(prefix="earlytom-bench-") as caches:
-        said += _say_how_long(session, arms, inputs, frames, progress)
+        forecast = _say_how_long(session, arms, inputs, frames, progress)
         results = measure(
             model,
             arms,
@@ -201,14 +203,14 @@ def _measure(
 
 def _say_how_long(
     session: Session, arms: Sequence[Arm], inputs: Inputs, frames: int, progress: Callable[[str], None]
-) -> list[float]:
-    """The seconds it said, if it could say any."""
+) -> Forecast | None:
+    """What it said, if it could say anything."""
     progress("one call to see how long all takes")
     piece = measured_piece(session.model, inputs)
     if piece is None:
-        return []
+        return None
     arguments = session.arguments
-    seconds = seconds_of(
+    forecast = forecast_of(
         arms,
         piece,
         frames=frames,
@@ -218,8 +220,8 @@ def _say_how_long(
         lowering=session.options.get("lowering", "staged"),
     )
     calls = f"{counted(len(arms), 'arm')}, a first call and {counted(arguments.repeats, 'round')} of each"
-    session.say(f"{frames} frames: {calls}, {in_words(seconds)}{one_call(piece)}")
-    return [seconds]
+    session.say(f"{frames} frames: {calls}, {told(forecast, piece)}")
+    return forecast
 
 
 def _ceilings(model: Any, console: Console) -> dict[str, float]:

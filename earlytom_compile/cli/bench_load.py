@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..benchmarks.arms import choose
-from ..benchmarks.forecast import in_words, load_seconds, measured_piece, one_call
+from ..benchmarks.forecast import forecast_of_load, measured_piece, told
 from ..benchmarks.load import REQUESTS_EACH, Server, make_prompts, make_servers, measure_load
 from ..benchmarks.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from ..benchmarks.workload import Inputs
@@ -75,7 +75,7 @@ def _say_how_long(session: Session, servers: Sequence[Server], prompt: Inputs, f
     if piece is None:
         return
     arguments = session.arguments
-    seconds = load_seconds(
+    forecast = forecast_of_load(
         [server.name for server in servers],
         piece,
         requests=REQUESTS_EACH * sum(arguments.concurrency),
@@ -84,9 +84,7 @@ def _say_how_long(session: Session, servers: Sequence[Server], prompt: Inputs, f
         layers=session.layers,
         lowering=session.options.get("lowering", "staged"),
     )
-    session.say(
-        f"{frames} frames: {counted(len(servers), 'model')}, {in_words(seconds)} at most{one_call(piece)}"
-    )
+    session.say(f"{frames} frames: {counted(len(servers), 'model')}, at most {told(forecast, piece)}")
 
 
 def _write_documents(session: Session, loads: list[Load]) -> list[Path]:

@@ -25,6 +25,7 @@ import earlytom_compile
 
 from ..benchmarks.arms import twin_of
 from ..benchmarks.workload import make_inputs, random_model
+from ..errors import EarlyTomConfigError
 from ..picture import Asked
 from ..shapes import config_of
 from ..toyworld.model import WEIGHTS
@@ -58,6 +59,7 @@ _ON_GPU = _Size("llava-onevision-0.5b", 32, torch.bfloat16, "the shape of LLaVA-
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Run the demo; checkpoint and video stay in ``arguments.save`` if that is given."""
     check_outputs(arguments)
+    require_demo_frames(arguments.frames)
     if arguments.save:
         folder = Path(arguments.save)
         shutil.copytree(WEIGHTS, folder / "checkpoint", dirs_exist_ok=True)
@@ -73,6 +75,12 @@ def write_demo_video(path: Path) -> list[Question]:
     video = sample_video("test", _SEED)
     write_mp4(video, path)
     return list(ask(video, rng_of("test", _SEED, stream=3)).values())
+
+
+def require_demo_frames(frames: int | None) -> None:
+    """Raise :class:`EarlyTomConfigError` for more frames than the demo's video has; others are checked as anyone's."""
+    if frames is not None and frames > FILE_FRAMES:
+        raise EarlyTomConfigError(f"frames={frames}: the made-up clip has {FILE_FRAMES} frames; take at most so many.")
 
 
 def _demo(folder: Path, arguments: argparse.Namespace, options: dict[str, Any]) -> None:

@@ -1,11 +1,14 @@
 """``earlytom explain``: one video with all tokens and with fewer, for people first, for compiler engineers last.
 
-What you gain (tokens, work, time, memory) -> what was found in the video -> what the words mean -> the report.
+What you gain (tokens, work, time, memory) -> what both models answer, if they are asked -> what was found in the
+video -> what the words mean -> the report.
 """
 
 import argparse
 import tempfile
 import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,18 @@ import transformers
 from rich.console import Console
 
 from ..config import EarlyTomConfig
+from ..errors import EarlyTomConfigError
+from ..picture import Asked
 from ..toyworld.model import WEIGHTS
-from .comparison import BothModels, Comparison
-from .demo import write_demo_video
+from .comparison import EMPTY, BothModels, Comparison, decode, timed_answer
+from .demo import require_demo_frames, write_demo_video
 from .gains import gains_of, gains_table
-from .loading import open_checkpoint, prepare_inputs
-from .picture import check_pictures, filmed, wants_picture, write_pictures
+from .loading import Inputs, Loaded, ask_again, open_checkpoint, prepare_inputs, require_question
+from .picture import Answered, both_answers, check_pictures, filmed, wants_picture, write_pictures
+from .progress import step
 from .toolchain import require_toolchain
 
-_QUESTION = "what color is the circle ?"  # any will do: only the lengths are reported
+_QUESTION = "what color is the circle ?"  # where nobody asks, any will do: only the lengths are reported
 _REPEATS = 3
 _FILE_WIDTH = 120  # columns, where nobody watches
 _CHOSEN_BY = {
@@ -44,8 +50,8 @@ left alone        what kept all tokens, and why"""
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Call both models, print what came out, draw."""
-    check_pictures(arguments)
+    """Call both models, ask them, print what came out, draw."""
+    _check(arguments)
     progress_on, console = Console(stderr=True), Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_FILE_WIDTH)
@@ -53,6 +59,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     name = arguments.model or str(WEIGHTS)
     checkpoint = open_checkpoint(name, device=arguments.device, dtype=arguments.dtype, options=options)
     require_toolchain(checkpoint.device, options)
+    questions = arguments.prompt or []
     with tempfile.TemporaryDirectory(prefix="earlytom-explain-") as folder:
         clip = arguments.video or Path(folder) / "clip.mp4"
         if not arguments.video:
@@ -60,7 +67,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         inputs = prepare_inputs(
             checkpoint,
             clip,
-            _QUESTION,
+            questions[0] if questions else _QUESTION,
             frames=arguments.frames,
             default_frames=checkpoint.frames,
             progress_on=progress_on,
@@ -72,19 +79,64 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         inputs, max_new_tokens=1, repeats=_REPEATS, progress_on=progress_on
     )
     gains = gains_of(loaded.model, comparison, options)
+    asked = _ask(loaded, questions, clip, inputs, arguments.max_new_tokens, progress_on)
     console.print(_subject(arguments, inputs["pixel_values_videos"].shape[1]), soft_wrap=True, markup=False)
     if gains is None:
         reasons = "; ".join(comparison.report["reasons"]) or "see the report"
         console.print(f"\nNothing: this call kept all tokens ({reasons}).", markup=False, soft_wrap=True)
     else:
         console.print(gains_table(gains))
+    if asked:
+        _print_part(console, "What both models answer", _answers(asked))
+    if gains is not None:
         _print_part(console, "What was found", _findings(comparison, EarlyTomConfig.from_options(options)))
     _print_part(console, "What the words mean", _LEGEND)
     _print_part(console, "What the compiler says", comparison.explanation)
     if pictured:
         model_name = arguments.model or "the demo's model"
         where = {"html": arguments.html, "png": arguments.png}
-        write_pictures(loaded, pictured, options, **where, model=model_name, progress_on=progress_on)
+        films = [replace(film, asked=asked) for film in pictured]
+        write_pictures(loaded, films, options, **where, model=model_name, progress_on=progress_on)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_pictures(arguments)
+    for question in arguments.prompt or ():
+        require_question(question)
+    if arguments.max_new_tokens < 1:
+        raise EarlyTomConfigError(f"max_new_tokens={arguments.max_new_tokens}: must be at least 1.")
+    if "max_new_tokens" in arguments.given and not arguments.prompt:
+        raise EarlyTomConfigError(f"max_new_tokens={arguments.max_new_tokens} without --prompt: nothing is answered.")
+    if not arguments.video:
+        require_demo_frames(arguments.frames)
+
+
+def _ask(
+    loaded: Loaded,
+    questions: Sequence[str],
+    video: str | Path,
+    inputs: Inputs,
+    max_new_tokens: int,
+    progress_on: Console,
+) -> list[Asked]:
+    """Both answers to each question about ``video``, that of ``inputs``; ``loaded`` is compressed, then no longer."""
+    answered = []
+    for question in questions:
+        again = ask_again(loaded, inputs, question)
+        with step(progress_on, "answering with fewer tokens"):
+            tokens, _ = timed_answer(loaded.model, again, max_new_tokens)
+        answered.append(Answered(video, question, again, decode(loaded, tokens)))
+    return both_answers(loaded, answered, max_new_tokens, progress_on)
+
+
+def _answers(asked: Sequence[Asked]) -> str:
+    """Each question, and below it what both say, or each."""
+    lines = []
+    for one in asked:
+        full, compressed = one.full or EMPTY, one.compressed or EMPTY
+        lines.append(one.question)
+        lines += [f"  both        {full}"] if one.agree else [f"  all tokens  {full}", f"  compressed  {compressed}"]
+    return "\n".join(lines)
 
 
 def _print_part(console: Console, title: str, text: str) -> None:

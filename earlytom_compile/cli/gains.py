@@ -24,6 +24,8 @@ from ..shapes import ModelShape
 from .comparison import Comparison
 from .quality import faster
 
+_LITTLE, _AS_FAST = 0.1, 1.05
+"""Seconds below which a first token is mostly what each call costs, and what is not shown as faster."""
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 
@@ -128,6 +130,12 @@ def gains_table(gains: Gains) -> Table:
         "compilation. Work and memory are counted from the sizes: keys and values of the prompt, and the widest "
         "activation of a layer (the encoder's first layers see all frames)."
     )
+    if full.seconds < _LITTLE and full.seconds < _AS_FAST * less.seconds:
+        table.caption += (
+            f"\nA call of {1000 * full.seconds:.0f} ms has no time to gain: the model and its video are so small that "
+            "most of it is what any call takes. earlytom demo measures a larger model, and earlytom bench --shape "
+            "cpu-medium one that is larger still."
+        )
     return table
 
 

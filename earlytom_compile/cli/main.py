@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -24,6 +25,8 @@ from .parser import CommandParser
 _BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 # What torch's profiler says about itself; both are read when torch is imported, and what somebody set stays.
 _QUIET_PROFILER = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+# What a machine with CUDA's compiler and without a GPU is told while something else is compiled.
+_NO_GPU = "torch.utils.cpp_extension", "No CUDA runtime is found"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         options = given_options(arguments)
-        with _plain_warnings(arguments.command):
+        with _plain_warnings(arguments.command), _without_line(*_NO_GPU):
             _command(arguments).execute(arguments, options)
     except EarlyTomError as error:
         print(f"earlytom {arguments.command}: {error}", file=sys.stderr)
@@ -61,6 +64,20 @@ def _plain_warnings(command: str) -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+@contextlib.contextmanager
+def _without_line(logger: str, beginning: str) -> Iterator[None]:
+    """What ``logger`` says that begins so is not said."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginning)
+
+    logging.getLogger(logger).addFilter(others)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(others)
 
 
 def _command(arguments: argparse.Namespace) -> Any:
@@ -162,12 +179,17 @@ def _add_run(parser: CommandParser) -> None:
 def _add_explain(parser: CommandParser) -> None:
     parser.description = (
         "Makes one call with all tokens and one with fewer, and prints what you gain (tokens, work, time, memory), "
-        "what was found in the video, what the words mean, and what the compiler did, what it left alone and why."
+        "what both models answer if you ask, what was found in the video, what the words mean, and what the compiler "
+        "did, what it left alone and why."
     )
     _add_model(parser, required=False)
     parser.add_argument("--video", metavar="FILE", help="default: a short clip made on the spot")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a question that both models answer; may be repeated"
+    )
     _add_frames(parser)
     _add_pictures(parser)
+    _add_max_new_tokens(parser, 64)
     add_config_flags(parser)
 
 

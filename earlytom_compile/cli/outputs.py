@@ -1,6 +1,6 @@
 """Files that a command writes: whether they can be written is asked before the work, and they are whole at any time.
 
-check_outputs(arguments)                    # --json results/run.json: the folder is there now, the file as it was
+check_outputs(arguments)                    # --json results/run.json: folder "results" is there, the file as it was
 write_text(arguments.json, "{}")            # in one step; "-" is the standard output
 """
 
@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -23,10 +24,10 @@ _FILE_WIDTH = 120  # columns, where nobody watches
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Make the folders of what is to be written, and try to write there.
+    """Try to write where something is to be written. A folder that is asked for is made later, but none above it.
 
-    Raises :class:`EarlyTomConfigError` for a place that cannot be written to, for one that something else is read from
-    or written to, or for plots without matplotlib.
+    Raises :class:`EarlyTomConfigError` for a place that cannot be written to or whose folder is not there, for one that
+    something else is read from or written to, or for plots without matplotlib.
     """
     taken = dict(_inputs(arguments))
     for name in FILES:
@@ -46,7 +47,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     for name in FOLDERS:
         path = getattr(arguments, name, None)
         if path:
-            _require_writable(name, path, inside="tried")
+            _require_folder(name, path)
 
 
 def _inputs(arguments: argparse.Namespace) -> Iterator[tuple[Path, str]]:
@@ -80,14 +81,14 @@ def write_text(path: str | Path, text: str) -> None:
     os.replace(new, file)
 
 
-def _require_writable(name: str, given: str, inside: str = "") -> None:
+def _require_writable(name: str, given: str) -> None:
     """Try the file itself, and leave it as it was: not there, or with what it had."""
-    file = Path(given) / inside
-    try:
+    file = Path(given)
+    with _plain_errors(name, given):
         there = file.exists()
         if file.is_dir():
             raise EarlyTomConfigError(f"{name}={given!r}: that is a folder; name a file in it.")
-        file.parent.mkdir(parents=True, exist_ok=True)
+        _require_parent(name, given)
         with file.open("ab"):
             pass
         if not there:
@@ -96,6 +97,36 @@ def _require_writable(name: str, given: str, inside: str = "") -> None:
             beside = file.with_name(file.name + ".new")
             beside.touch()
             beside.unlink()
+
+
+def _require_folder(name: str, given: str) -> None:
+    """Try a file in it, and leave it as it was: not there, or with what it had."""
+    folder = Path(given)
+    with _plain_errors(name, given):
+        there = folder.exists()
+        if not there:
+            _require_parent(name, given)
+            folder.mkdir()
+        try:
+            (folder / "tried").touch()
+            (folder / "tried").unlink()
+        finally:
+            if not there:
+                folder.rmdir()
+
+
+def _require_parent(name: str, given: str) -> None:
+    parent = Path(given).parent
+    if not parent.exists():
+        raise EarlyTomConfigError(
+            f"{name}={given!r}: there is no folder {str(parent)!r}; make it, or name another place."
+        )
+
+
+@contextmanager
+def _plain_errors(name: str, given: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise EarlyTomConfigError(
             f"{name}={given!r}: nothing can be written there ({error.strerror}); name another place."

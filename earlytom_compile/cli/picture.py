@@ -110,14 +110,25 @@ def write_run_pictures(
     """
     asked: dict[str, list[Asked]] = {}
     inputs = {str(one.video): one.inputs for one in answered}
-    for one in answered:
-        full = one.full
-        if full is None:
-            full = _answer_with_all(loaded, one.inputs, max_new_tokens, progress_on)
-        asked.setdefault(str(one.video), []).append(Asked(one.question, full, one.compressed))
+    for one, both in zip(answered, both_answers(loaded, answered, max_new_tokens, progress_on), strict=True):
+        asked.setdefault(str(one.video), []).append(both)
     films = [filmed(video, inputs[video], questions) for video, questions in asked.items()]
     where = {"html": html, "png": png}
     write_pictures(loaded, films, options, **where, model=model, facts=facts, progress_on=progress_on)
+
+
+def both_answers(
+    loaded: Loaded, answered: Sequence[Answered], max_new_tokens: int, progress_on: Console
+) -> list[Asked]:
+    """Of each question; the full model is asked what it was not asked yet, and compression undone for that."""
+    return [
+        Asked(
+            one.question,
+            _answer_with_all(loaded, one.inputs, max_new_tokens, progress_on) if one.full is None else one.full,
+            one.compressed,
+        )
+        for one in answered
+    ]
 
 
 def _answer_with_all(loaded: Loaded, inputs: Inputs, max_new_tokens: int, progress_on: Console) -> str:

@@ -281,8 +281,9 @@ class CompiledModel:
             encoded = [self._encode(video, choices, counts) for video in videos]
         try:
             sizes = [n for _, n in encoded], [len(rows) for rows, _ in encoded]
-            # What forward() returns has a column for each position, the padded ones too.
-            plan = PromptCut.plan(host_ids, token, *sizes, mask=None if forward else mask)
+            # What forward() returns has a column for each position, the padded ones too. Images have as many rows.
+            wanted = None if forward or mask is None else mask.bool() | (host_ids == self.model.config.image_token_id)
+            plan = PromptCut.plan(host_ids, token, *sizes, mask=wanted)
         except UncuttablePrompt as reason:
             fall_back(str(reason), "Write each video as one <video> in the prompt", self.config, self.record)
             self._note("uncompressed")

@@ -51,13 +51,21 @@ def gains(clips: Sequence[Clip]) -> list[Fact]:
     if len(set(map(len, chains))) > 1:  # short videos have nothing to merge
         chains = [(chain[0], chain[-1]) for chain in chains]
     frames = " → ".join(str(sum(counts)) for counts in zip(*chains, strict=True))
-    layers = {step.layer: None for clip in clips for step in clip.observation.merges}
-    note = f"merged after encoder layers {', '.join(map(str, layers))}" if layers else "too few to merge"
-    facts.append(Fact("frames", frames, note))
+    facts.append(Fact("frames", frames, merged_word([step for clip in clips for step in clip.observation.merges])))
     both = [asked.agree for clip in clips for asked in clip.asked if asked.agree is not None]
     if both:
         facts.append(Fact("same answer", f"{sum(both)} of {len(both)}", "with all tokens and with those kept"))
     return facts
+
+
+def merged_word(steps: Sequence[MergeStep]) -> str:
+    """Behind which layers there were fewer frames than before, of all ``steps``."""
+    if not steps:
+        return "too few to merge"
+    layers = sorted({step.layer for step in steps if len(step.sources) < step.frames})
+    if not layers:
+        return "none merged"
+    return f"merged after encoder layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
 def frames_word(source: Source, *, short: bool = False) -> str:

@@ -47,7 +47,7 @@ class Questions:
 
     @property
     def chance(self) -> dict[str, float]:
-        """Share of right answers by guessing among the choices, by category."""
+        """Share of right answers by guessing among the choices, by category; NaN where nothing is asked."""
         every = [question for questions in self.asked for question in questions]
         return {c: float(np.mean([q.chance for q in every if q.category == c] or [np.nan])) for c in CATEGORIES}
 
@@ -68,12 +68,14 @@ class Result:
     asked: np.ndarray
 
     def accuracy(self, category: str | None = None) -> float:
-        """Share of right answers; overall, every question counts once."""
+        """Share of right answers; overall, every question counts once. NaN where nothing was asked."""
         right, asked = self._columns(category)
-        return float(right.sum() / max(asked.sum(), 1))
+        return float(right.sum() / asked.sum()) if asked.any() else float("nan")
 
     def interval(self, category: str | None = None) -> tuple[float, float]:
-        """95 % confidence interval: percentiles of a bootstrap over videos, whose questions belong together."""
+        """95 % confidence interval: percentiles of a bootstrap over videos, whose questions belong together.
+
+        NaN for fewer than two videos."""
         right, asked = self._columns(category)
         there = asked.any(1)
         if there.sum() < 2:

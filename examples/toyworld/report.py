@@ -4,9 +4,10 @@
 | all tokens     |       |    128 | 97.1 (96.5-97.7)  |                |       99.0 |   93.0 | ...
 | earlytom paper |   10% |     13 | 90.2 (89.1-91.3)  |          92.9% |       97.0 |   70.0 | ...
 
-(made-up numbers)
+(made-up numbers; "–" where nothing was asked, or for an interval of too few videos, which is null in JSON)
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from rich import box
 from rich.table import Table
 
 from earlytom_compile.benchmarks import markdown
+from earlytom_compile.cli.resume import counted
 from earlytom_compile.toyworld.evaluate import Questions, Result
 from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS
 from earlytom_compile.toyworld.questions import CATEGORIES
 
+_NOTHING = "–"
 HEADINGS = ("method", "ratio", "tokens", "accuracy (95% CI)", "of all tokens'", *CATEGORIES)
 
 
@@ -27,37 +30,49 @@ def rows(results: Sequence[Result], questions: Questions) -> list[tuple[str, ...
     full = next((result.accuracy() for result in results if result.method == ALL_TOKENS), 0.0)
     cells = []
     for result in results:
-        low, high = result.interval()
         cells.append(
             (
                 result.method,
                 "" if result.retain_ratio is None else f"{result.retain_ratio:.0%}",
                 f"{result.tokens:.0f}",
-                f"{100 * result.accuracy():.1f} ({100 * low:.1f}-{100 * high:.1f})",
+                _with_interval(result),
                 f"{result.accuracy() / full:.1%}" if full and result.method != ALL_TOKENS else "",
-                *(f"{100 * result.accuracy(category):.1f}" for category in CATEGORIES),
+                *(_percent(result.accuracy(category)) for category in CATEGORIES),
             )
         )
     chance = questions.chance
-    guessing = ("guessing", "", "", f"{100 * questions.overall_chance:.1f}", "")
-    return [*cells, (*guessing, *(f"{100 * chance[category]:.1f}" for category in CATEGORIES))]
+    guessing = ("guessing", "", "", _percent(questions.overall_chance), "")
+    return [*cells, (*guessing, *(_percent(chance[category]) for category in CATEGORIES))]
+
+
+def _percent(share: float) -> str:
+    return _NOTHING if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def _with_interval(result: Result) -> str:
+    low, high = map(_percent, result.interval())
+    return f"{_percent(result.accuracy())} ({_NOTHING if low == _NOTHING else f'{low}-{high}'})"
 
 
 def unseen_pairs(results: Sequence[Result], questions: Questions) -> dict[str, Any]:
     """How the model fares with all tokens where a video shows a pair of colour and shape that training never did."""
+    return {
+        name: {"videos": len(part.asked), "accuracy": part.accuracy(), "interval": list(part.interval())}
+        for name, part in _parts(results, questions).items()
+    }
+
+
+def _parts(results: Sequence[Result], questions: Questions) -> dict[str, Result]:
     full = next(result for result in results if result.method == ALL_TOKENS)
-    found = {}
-    for name, videos in (("with an unseen pair", questions.held_out), ("without", ~questions.held_out)):
-        part = full.of(videos)
-        found[name] = {"videos": int(videos.sum()), "accuracy": part.accuracy(), "interval": list(part.interval())}
-    return found
+    return {"with an unseen pair": full.of(questions.held_out), "without": full.of(~questions.held_out)}
 
 
 def _unseen_text(results: Sequence[Result], questions: Questions) -> str:
     parts = [
-        f"{100 * part['accuracy']:.1f} ({100 * part['interval'][0]:.1f}-{100 * part['interval'][1]:.1f}) in the "
-        f"{part['videos']} videos {name}"
-        for name, part in unseen_pairs(results, questions).items()
+        f"{_with_interval(part)} in the {counted(len(part.asked), 'video')} {name}"
+        if len(part.asked)
+        else f"no video {name}"
+        for name, part in _parts(results, questions).items()
     ]
     return "Pairs of colour and shape never seen in training, all tokens: " + ", ".join(parts) + "."
 
@@ -83,7 +98,17 @@ def to_dict(results: Sequence[Result], questions: Questions, about: dict[str, An
     """For JSON."""
     chance = {"overall": questions.overall_chance, **questions.chance}
     unseen = unseen_pairs(results, questions)
-    return {**about, "chance": chance, "unseen pairs": unseen, "results": [result.to_dict() for result in results]}
+    rows = [result.to_dict() for result in results]
+    return {**about, **_without_nan({"chance": chance, "unseen pairs": unseen, "results": rows})}
+
+
+def _without_nan(content: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
@@ -127,4 +152,7 @@ def _draw(axes: Any, results: Sequence[Result], category: str | None) -> None:
 
 
 def _title(results: Sequence[Result]) -> str:
-    return f"{int(results[0].asked.sum())} questions about {len(results[0].asked)} videos" if results else ""
+    if not results:
+        return ""
+    asked = results[0].asked
+    return f"{counted(int(asked.sum()), 'question')} about {counted(len(asked), 'video')}"

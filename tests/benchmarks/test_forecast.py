@@ -7,7 +7,15 @@ import torch
 
 from earlytom_compile.benchmarks import forecast
 from earlytom_compile.benchmarks.arms import arm_names, make_arms
-from earlytom_compile.benchmarks.forecast import Piece, compilation, in_words, load_seconds, seconds_of
+from earlytom_compile.benchmarks.forecast import (
+    Forecast,
+    Piece,
+    compilation,
+    forecast_of,
+    forecast_of_load,
+    in_words,
+    told,
+)
 from earlytom_compile.benchmarks.load import make_servers, server_names
 from earlytom_compile.benchmarks.measure import measure
 from earlytom_compile.benchmarks.workload import make_inputs, random_model
@@ -26,8 +34,24 @@ def arm(name, frames=8, compresses=False):
 
 
 def test_calls_that_are_not_compiled_are_counted_exactly():
-    found = seconds_of([arm("transformers")], PIECE, frames=8, repeats=5, decode_tokens=3, layers=10, lowering="eager")
-    assert found == pytest.approx(2.0 * (2 + 5 + 1.5) + 5 * 3 * 0.1)
+    found = forecast_of([arm("transformers")], PIECE, frames=8, repeats=5, decode_tokens=3, layers=10, lowering="eager")
+    assert found.calls == found.seconds == pytest.approx(2.0 * (2 + 5 + 1.5) + 5 * 3 * 0.1)
+
+
+def test_every_arm_and_round_counts_and_compilation_only_once_an_arm():
+    arms = [arm("transformers"), arm("earlytom 0.1", compresses=True), arm("inductor")]
+    few, many = (
+        forecast_of(arms, PIECE, frames=8, repeats=repeats, decode_tokens=0, layers=10, lowering="staged")
+        for repeats in (0, 400)
+    )
+    assert many.compilation == few.compilation == sum(compilation(each.name, 10, "staged") for each in arms)
+    assert many.calls - few.calls == pytest.approx(400 * 2.0 * (1 + forecast.COMPRESSED + 1))
+
+
+def test_compilation_is_told_apart_since_it_is_guessed():
+    said = told(Forecast(20.0, 60.0), PIECE)
+    assert said.startswith("about a minute, 75% of it compilation (a guess: ") and "one call takes 2 s" in said
+    assert "guess" not in told(Forecast(20.0, 0.0), PIECE)
 
 
 def test_a_forecast_of_calls_that_take_as_long_as_the_piece_comes_true(monkeypatch):
@@ -42,8 +66,8 @@ def test_a_forecast_of_calls_that_take_as_long_as_the_piece_comes_true(monkeypat
         each.first_token, each.retain_ratio = first_token, 1.0
     measure(SimpleNamespace(device=torch.device("cpu")), arms, repeats=4, decode_tokens=0)
     monkeypatch.setattr(forecast, "_PROFILED", 0)
-    said = seconds_of(arms, PIECE, frames=8, repeats=4, decode_tokens=0, layers=10, lowering="staged")
-    assert said == pytest.approx(clock[0])
+    said = forecast_of(arms, PIECE, frames=8, repeats=4, decode_tokens=0, layers=10, lowering="staged")
+    assert said.seconds == pytest.approx(clock[0])
 
 
 def test_fewer_frames_and_compressed_calls_are_shorter():
@@ -60,21 +84,21 @@ def test_who_compiles_what():
 
 
 def test_what_the_first_compilation_took_corrects_the_rest():
-    layers, total = 10, 300.0
+    layers, said = 10, Forecast(calls=200.0, compilation=100.0)
     guess = compilation("inductor", layers, "staged")
-    assert forecast.corrected(total, layers, "staged", {"transformers": 99.0}) is None
-    assert forecast.corrected(total, layers, "staged", {"transformers": 0.1, "inductor": 1.2 * guess}) is None
+    assert forecast.corrected(said, layers, "staged", {"transformers": 99.0}) is None
+    assert forecast.corrected(said, layers, "staged", {"transformers": 0.1, "inductor": 1.2 * guess}) is None
     for times in (10, 0.1):
-        left = forecast.corrected(total, layers, "staged", {"transformers": 0.1, "inductor": times * guess})
-        assert left == pytest.approx((total - guess) * times)
-    assert forecast.corrected(1.0, layers, "staged", {"inductor": 10 * guess}) == 0
+        left = forecast.corrected(said, layers, "staged", {"transformers": 0.1, "inductor": times * guess})
+        assert left == pytest.approx(200 + (100 - guess) * times)  # calls were timed, not guessed
+    assert forecast.corrected(Forecast(1.0, 1.0), layers, "staged", {"inductor": 10 * guess}) == 1
 
 
 def test_load_counts_every_request():
-    found = load_seconds(
+    found = forecast_of_load(
         ["transformers"], PIECE, requests=2 * (1 + 8), rounds=3, new_tokens=9, layers=4, lowering="staged"
     )
-    assert found == pytest.approx(4 * 18 * (2.0 + 0.9))
+    assert found.seconds == pytest.approx(4 * 18 * (2.0 + 0.9))
 
 
 @pytest.mark.parametrize(

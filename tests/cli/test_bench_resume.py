@@ -112,6 +112,7 @@ def test_before_anything_is_finished_ctrl_c_says_that(tmp_path, capsys):
         with counted(stop_at):
             assert main(command(file)) == 130
         assert f"nothing was finished yet that {file} could have" in " ".join(capsys.readouterr().err.split())
+        assert not file.exists()
 
 
 def test_without_a_file_ctrl_c_says_that_nothing_was_saved(tmp_path, monkeypatch, capsys):

@@ -46,7 +46,7 @@ def small_demo(monkeypatch):
 
 @pytest.mark.usefixtures("small_demo")
 def test_demo_answers_right_measures_and_draws(earlytom, tmp_path):
-    page = tmp_path / "pages" / "demo.html"
+    page = tmp_path / "demo.html"
     status, output, _ = earlytom("demo", "--repeats", 3, "--save", tmp_path / "kept", "--html", page)
     assert status == 0
     asked = rows(output.split("The same answers from fewer tokens")[1])

@@ -77,7 +77,7 @@ def test_log_probabilities_are_those_of_transformers_on_the_same_cut_prompt(vide
 
 
 def test_all_tokens_lose_nothing_and_fewer_are_counted_right(earlytom, videos, tmp_path):
-    file = tmp_path / "new" / "out.json"
+    file = tmp_path / "out.json"
     status, output, _ = compare(
         earlytom, videos, "--variants", "plus", "--retain-ratios", "1,0.1", "--json", file, "--max-new-tokens", 4
     )

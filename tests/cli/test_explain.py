@@ -19,6 +19,7 @@ from earlytom_compile.cli.loading import load_checkpoint, prepare_inputs
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.flops import count
 from earlytom_compile.integrations.caches import cache_of
+from earlytom_compile.picture import Asked
 from earlytom_compile.shapes import ModelShape
 
 FRAMES, TOKENS = 8, 9  # of each frame: a 6x6 grid, pooled to 3x3
@@ -59,6 +60,53 @@ def test_what_nobody_chose_is_said(given_video, given_model):
     text = explain._subject(arguments, 8)
     assert ("The clip is made up" in text) == (given_video is None)
     assert ("the demo's small one" in text) == (given_model is None)
+
+
+def test_questions_are_answered_by_both_models_on_the_screen_and_on_the_page(earlytom, tmp_path):
+    page, questions = tmp_path / "a.html", ("what shape is the blue thing ?", "how many things are in the video ?")
+    asked = [word for question in questions for word in ("--prompt", question)]
+    quick = ["--lowering", "eager", "--retain-ratio", "0.1", "--variant", "plus"]
+    status, output, _ = earlytom("explain", *asked, *quick, "--html", page)
+    assert status == 0
+    part = output.split("What both models answer\n")[1].split("\n\n")[0]
+    assert part.splitlines() == [questions[0], "  both        cross", questions[1], "  both        two"]
+    assert output.index("What you gain") < output.index("What both models answer") < output.index("What was found")
+    drawn = page.read_text(encoding="utf-8")
+    assert all(f">{text}<" in drawn for text in (*questions, "Questions and answers", "cross", "two"))
+    assert drawn.count(">same<") == 2
+
+
+def test_answers_that_differ_are_two_lines():
+    said = explain._answers([Asked("Who?", "a cat", "a dog"), Asked("Where?", "", "")])
+    assert said.splitlines() == [
+        "Who?",
+        "  all tokens  a cat",
+        "  compressed  a dog",
+        "Where?",
+        "  both        (empty answer)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--prompt", " "], "must be a question"),
+        (["--prompt", "<video> who?"], "<video> stands for the video itself"),
+        (["--max-new-tokens", "4"], "max_new_tokens=4 without --prompt: nothing is answered"),
+        (["--prompt", "who?", "--max-new-tokens", "0"], "max_new_tokens=0: must be at least 1"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused_before_the_work(words, said, monkeypatch, earlytom):
+    monkeypatch.setattr(explain, "open_checkpoint", lambda *given, **more: pytest.fail("it began to work"))
+    status, _, errors = earlytom("explain", *words)
+    assert status == 2 and said in errors
+
+
+@pytest.mark.parametrize("command", ["explain", "demo"])
+def test_more_frames_than_the_made_up_clip_has_are_refused_without_a_path(command, capsys):
+    assert cli.main([command, "--frames", "500"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("frames=500: the made-up clip has 64 frames; take at most so many.") and "/tmp" not in said
 
 
 @torch.no_grad()
@@ -145,6 +193,14 @@ def test_the_table_says_faster_slower_and_less_rightly(full, share, full_seconds
     expected = f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
     assert expected in rows["time to first token"]
     assert ("the same" if full == less else f"{full / less:.1f}x less") in rows["video tokens"]
+
+
+@pytest.mark.parametrize(
+    "full, less, told", [(0.024, 0.026, True), (0.024, 0.0239, True), (0.024, 0.02, False), (2.0, 2.1, False)]
+)
+def test_a_call_too_short_to_gain_time_is_said_to_be(full, less, told):
+    costs = (Cost(100, 100, 1.0, seconds, 1, 1, 1) for seconds in (full, less))
+    assert ("A call of 24 ms has no time to gain" in str(gains_table(Gains(*costs)).caption)) == told
 
 
 def test_report_words_are_those_of_the_report():

@@ -16,12 +16,24 @@ def asked(**outputs):
 
 
 def test_trying_leaves_a_file_as_it_was(tmp_path):
-    there, new = tmp_path / "there.json", tmp_path / "deep" / "er" / "new.json"
+    there, new = tmp_path / "there.json", tmp_path / "folder" / "new.json"
     there.write_text("kept")
+    new.parent.mkdir()
     check_outputs(asked(json=str(there), markdown=str(new)))
-    assert there.read_text() == "kept" and new.parent.is_dir() and not list(new.parent.iterdir())
+    assert there.read_text() == "kept" and not list(new.parent.iterdir())
     write_text(new, "{}")
     assert new.read_text() == "{}" and os.listdir(new.parent) == ["new.json"]
+
+
+@pytest.mark.parametrize("name", ["json", "html", "plot", "save"])
+def test_a_folder_that_is_not_there_is_named_and_not_made(name, tmp_path):
+    place = tmp_path / "typo" / "out"
+    with pytest.raises(EarlyTomConfigError) as error:
+        check_outputs(asked(**{name: str(place)}))
+    assert str(error.value) == (
+        f"{name}={str(place)!r}: there is no folder {str(place.parent)!r}; make it, or name another place."
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["json", "markdown", "trace"])
@@ -31,7 +43,7 @@ def test_places_where_nothing_can_be_written(name, tmp_path):
         (tmp_path, "that is a folder"),
         (tmp_path / "file" / "below", "nothing can be written there"),
         (tmp_path / ("x" * 300), "nothing can be written there"),
-        ("/proc/nothing/here", "nothing can be written there"),
+        ("/proc/nothing", "nothing can be written there"),
     ):
         with pytest.raises(EarlyTomConfigError, match=f"{name}=.*{word}"):
             check_outputs(asked(**{name: str(path)}))
@@ -39,8 +51,8 @@ def test_places_where_nothing_can_be_written(name, tmp_path):
 
 def test_folders_are_tried_too(tmp_path):
     (tmp_path / "file").touch()
-    check_outputs(asked(save=str(tmp_path / "new")))
-    assert not list((tmp_path / "new").iterdir())
+    check_outputs(asked(save=str(tmp_path / "new"), plot=str(tmp_path)))
+    assert os.listdir(tmp_path) == ["file"], "what is asked for is made when there is something to put into it"
     for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nothing"):
         with pytest.raises(EarlyTomConfigError, match="save=.*nothing can be written there"):
             check_outputs(asked(save=str(path)))

@@ -23,7 +23,7 @@ EAGER = ["--lowering", "eager"]
 
 def test_run_draws_question_and_both_answers(earlytom, checkpoint, clip, tmp_path):
     pytest.importorskip("matplotlib")
-    question, html, png = "what <is> it & why ?", tmp_path / "new" / "a.html", tmp_path / "a.png"
+    question, html, png = "what <is> it & why ?", tmp_path / "a.html", tmp_path / "a.png"
     status, output, said = earlytom(
         "run", "--model", checkpoint, "--video", clip, "--prompt", question, "--frames", 8, "--max-new-tokens", 3,
         *EAGER, "--html", html, "--png", png,

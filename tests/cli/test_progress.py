@@ -1,10 +1,13 @@
 """Whoever waits longer than two seconds is told for what; on a terminal by bars, elsewhere by lines."""
 
 import io
+import logging
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from earlytom_compile.cli import main as cli
 from earlytom_compile.cli import progress
 
 
@@ -86,3 +89,19 @@ def test_what_raises_tells_nothing_later(clock):
         raise ValueError
     clock.wait(5)
     assert said.getvalue() == ""
+
+
+def test_a_command_does_not_say_that_there_is_no_gpu_and_a_program_still_does(monkeypatch):
+    said, logger = [], logging.getLogger("torch.utils.cpp_extension")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(logger, "handlers", [handler])
+
+    def execute(arguments, options):
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/tmp/x")
+        logger.warning("something else")
+
+    monkeypatch.setattr(cli, "_command", lambda arguments: SimpleNamespace(execute=execute))
+    assert cli.main(["flops"]) == 0 and said == ["something else"]
+    execute(None, None)
+    assert len(said) == 3

@@ -45,7 +45,7 @@ def answered(checkpoint, clip, tmp_path_factory):
     import contextlib
     import io
 
-    file, out, err = tmp_path_factory.mktemp("run") / "new" / "run.json", io.StringIO(), io.StringIO()
+    file, out, err = tmp_path_factory.mktemp("run") / "run.json", io.StringIO(), io.StringIO()
     words = [*ask(checkpoint, clip, "--retain-ratio", "0.1", "--max-new-tokens", "3", "--json", file)]
     words += ["--video", clip, "--prompt", "Who is it, and where?", "--frames", FRAMES]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -160,7 +160,7 @@ def test_an_empty_answer_is_said_to_be_empty(earlytom, checkpoint, clip, monkeyp
         (["--repeats", "3"], "repeats=3 without --compare"),
         (["--merge-layers", "1,9"], "layer 9 does not exist"),
         (["--retain-ratio", "2"], "retain_ratio=2.0"),
-        (["--json", "/proc/nothing/run.json"], "json='/proc/nothing/run.json': nothing can be written there"),
+        (["--json", "/proc/nothing/run.json"], "json='/proc/nothing/run.json': there is no folder '/proc/nothing'"),
         (["--json", "."], "that is a folder"),
     ],
 )

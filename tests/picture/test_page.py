@@ -224,6 +224,21 @@ def test_weights_and_layers_of_a_merged_frame_are_named():
     assert reading.merge_word(seen, untouched) is None
 
 
+def test_only_layers_behind_which_frames_merged_are_named():
+    def note(*clips):
+        facts = reading.gains([Clip("a", pictures(clip.frames), clip) for clip in clips])
+        return next(fact.note for fact in facts if fact.name == "frames")
+
+    both = observation(12, cuts=0, seed=1)
+    first, second = both.merges
+    idle = replace(second, sources=tuple(((frame, 1.0),) for frame in range(second.frames)))
+    assert note(both) == "merged after encoder layers 1, 6"
+    assert reading.merged_word([first, idle]) == "merged after encoder layer 1"
+    assert reading.merged_word([idle, second, first]) == "merged after encoder layers 1, 6"
+    assert reading.merged_word([idle]) == "none merged"
+    assert note(observation(3)) == "too few to merge"
+
+
 def test_frames_of_another_video_are_refused():
     with pytest.raises(EarlyTomConfigError, match="one of 8 frames"):
         Clip("a", pictures(7), observation(8))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pixels import seen
 
 from earlytom_compile.cli.main import main
+from earlytom_compile.toyworld import report
 from earlytom_compile.toyworld.answers import answer_logits
 from earlytom_compile.toyworld.checkpoint import build_model
 from earlytom_compile.toyworld.evaluate import Result, arms, evaluate, load_questions
@@ -140,6 +141,28 @@ def test_a_category_nobody_asked_about_has_no_interval():
     asked = np.zeros((4, 5), bool)
     asked[:, 0] = True
     assert np.isnan(result_of(asked, asked).interval("needle")).all()
+    assert np.isnan(result_of(asked, asked).accuracy("needle")) and result_of(asked, asked).accuracy() == 1
+
+
+def test_what_was_not_asked_is_a_dash_and_one_is_not_many(questions):
+    few = replace(questions.first(3), held_out=np.array([False, True, False]))
+    asked = np.zeros((3, 5), bool)
+    asked[:, 0] = True
+    few.asked[:] = [[q for q in asked_about if q.category == CATEGORIES[0]] for asked_about in few.asked]
+    full = replace(result_of(asked, asked), method=ALL_TOKENS)
+    cells, guessing = report.rows([full], few)
+    assert cells[3:] == ("100.0 (100.0-100.0)", "", "100.0", "–", "–", "–", "–")
+    assert guessing[-4:] == ("–",) * 4
+    text = report.to_markdown([full], few, {"command": "c"})
+    assert "nan" not in text and "3 questions about 3 videos" in text
+    assert "100.0 (–) in the 1 video with an unseen pair, 100.0 (100.0-100.0) in the 2 videos without." in text
+    content = report.to_dict([full], few, {"torch": "2"})
+    json.dumps(content, allow_nan=False)
+    assert content["unseen pairs"]["with an unseen pair"] == {"videos": 1, "accuracy": 1.0, "interval": [None, None]}
+    assert content["results"][0]["categories"]["needle"] == {"accuracy": None, "interval": [None, None]}
+    one = replace(few.first(1), held_out=np.array([False]))
+    said = report.to_markdown([replace(full, asked=asked[:1], right=asked[:1])], one, {"command": "c"})
+    assert "1 question about 1 video:" in said and "no video with an unseen pair, 100.0 (–) in the 1 video" in said
 
 
 # Each ratio compiles three methods anew.
