@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,9 +131,7 @@ class EarlyTomConfig:
         valid = [name for name in fields if name not in NOT_YET]
         for key in options:
             if key not in fields:
-                near = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise EarlyTomConfigError(f"unknown option {key!r}{hint} Valid options: {', '.join(valid)}.")
+                raise unknown_option(key, valid)
         if "preset" not in options:
             return cls(**options)
         row = _preset(options["preset"], options.get("retain_ratio", cls.retain_ratio))
@@ -182,6 +180,13 @@ class EarlyTomConfig:
     def similarity_band(self, frames: int) -> int:
         """How many frames back similarities are needed: no segment is longer than its window."""
         return max(1, (min(self.window(), frames) if self.window() else frames) - 1)
+
+
+def unknown_option(name: object, valid: Sequence[str]) -> EarlyTomConfigError:
+    """The error for an option that is not among ``valid``, with the nearest of them."""
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return EarlyTomConfigError(f"unknown option {name!r}{hint} Valid options: {', '.join(valid)}.")
 
 
 def _scaled(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:

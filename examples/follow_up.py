@@ -10,18 +10,18 @@ import argparse
 from transformers import LlavaOnevisionForConditionalGeneration
 
 import earlytom_compile
-from earlytom_compile.integrations.preprocess import conversation, load_processor
+from earlytom_compile.integrations.preprocess import conversation, frame_resizer, frames_of, load_processor
 from earlytom_compile.integrations.video import read_video
 
 
 def main(checkpoint: str, video: str, *questions: str) -> None:
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint).eval()
-    earlytom_compile.compile(model, retain_ratio=0.1)
+    earlytom_compile.compile(model, retain_ratio=0.1, variant="plus")
 
     processor = load_processor(checkpoint)
     talk = conversation(questions[0])  # the video, then the first question
     prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
-    frames = read_video(video).pixels
+    frames = read_video(video, default=frames_of(checkpoint), resize=frame_resizer(processor)).pixels
     inputs = processor(text=prompt, videos=frames, return_tensors="pt").to(model.device, model.dtype)
     encoded = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])  # once
 
@@ -40,7 +40,7 @@ def main(checkpoint: str, video: str, *questions: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder, or a name on the Hugging Face Hub")
-    parser.add_argument("video", help="any video FFmpeg can read; 32 frames are taken from it")
+    parser.add_argument("video", help="any that FFmpeg reads; as many frames are taken as the checkpoint says, else 32")
     parser.add_argument("question", nargs="+", help="one after the other")
     given = parser.parse_args()
     main(given.checkpoint, given.video, *given.question)

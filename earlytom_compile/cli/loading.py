@@ -27,13 +27,17 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.generate import _layers_that_count
 from ..integrations.preprocess import (
+    FRAMES,
     PixelSettings,
     Processor,
     conversation,
     frame_resizer,
+    frames_of,
+    in_one_line,
     load_processor,
     torchvision_works,
 )
+from ..integrations.preprocess import video_settings as video_settings  # for bench
 from .options import require_effect
 from .progress import progress_bars
 
@@ -41,8 +45,6 @@ Inputs = dict[str, torch.Tensor]
 """``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]."""
 
 FAMILY = "llava_onevision"
-FRAMES = 32
-"""Frames of a video where the checkpoint does not say how many it was made for: the paper's, and LLaVA-OneVision's."""
 _WEIGHTS = "model.safetensors"
 _LFS = b"version https://git-lfs"
 
@@ -102,7 +104,7 @@ def open_checkpoint(
     except EarlyTomConfigError:
         raise
     except Exception as error:  # a broken tokenizer.json raises Exception itself
-        raise EarlyTomConfigError(f"the processor of {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise EarlyTomConfigError(f"the processor of {name!r} cannot be loaded: {in_one_line(error)}") from error
     known = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     return Checkpoint(name, config, processor, place, resolve_dtype(dtype, place, known), frames_of(name))
 
@@ -159,16 +161,13 @@ def decoded(
     """A video's pixels as a model takes them, float32 [F, 3, H, W], for what needs no processor."""
     from ..integrations.video import read_video
 
-    def resize(frame: np.ndarray) -> np.ndarray:
-        return pixels.resized(frame[None])[0].permute(1, 2, 0).contiguous().numpy()
-
     with progress_bars(progress_on) as progress:
         task = progress.add_task("decoding the video", total=None)
 
         def advance(done: int, of: int) -> None:
             progress.update(task, completed=done, total=of)
 
-        clip = read_video(video, frames, default=default_frames, resize=resize, progress=advance)
+        clip = read_video(video, frames, default=default_frames, resize=pixels.resized_frame, progress=advance)
     return pixels.apply(clip.pixels)
 
 
@@ -198,21 +197,6 @@ def require_layers(config: Any, options: Mapping[str, Any]) -> None:
     layers = _layers_that_count(SimpleNamespace(config=config))
     if layers is not None:
         EarlyTomConfig.from_options(options).resolve_merge_layers(layers)
-
-
-def video_settings(name: str) -> dict[str, Any]:
-    """What a checkpoint says about videos, from the file in which transformers looks for it; empty if there is none."""
-    return (
-        _json_of(name, "processor_config.json").get("video_processor")
-        or _json_of(name, "video_preprocessor_config.json")
-        or _json_of(name, "preprocessor_config.json")
-    )
-
-
-def frames_of(name: str) -> int:
-    """How many frames a checkpoint was made for, where it says so in ``num_frames``, transformers' name for it."""
-    frames = video_settings(name).get("num_frames")
-    return frames if isinstance(frames, int) and frames > 0 else FRAMES
 
 
 def checked_config(name: str) -> tuple[str, Any]:
@@ -309,16 +293,6 @@ def _read_weights(name: str, place: torch.device, dtype: torch.dtype) -> Any:
             f"{missing[0]}."
         )
     return model.to(place, dtype).eval()
-
-
-def _json_of(name: str, file: str) -> dict[str, Any]:
-    """A JSON object of the checkpoint, empty where there is none."""
-    try:
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError) as error:
-        raise EarlyTomConfigError(f"{file} of {name!r} cannot be read: {_first_line(error)}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _first_line(error: Exception) -> str:

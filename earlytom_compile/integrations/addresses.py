@@ -6,12 +6,17 @@
 """
 
 import contextlib
+import errno
+import http.client
 import re
 import shutil
+import socket
+import struct
 import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import av
 
@@ -20,6 +25,14 @@ from ..errors import EarlyTomConfigError
 SECONDS_TO_ANSWER = 30.0
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+# What cameras and broadcasts send by.
+_LIVE = frozenset({"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srtp", "udp"})
+
+# FFmpeg's word for a host that nobody knows, among other things; refused, reset, no way there, no answer.
+_UNREACHED = frozenset(
+    {errno.EIO, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT}
+)
 
 # Lists of parts; FFmpeg fetches those.
 _PLAYLIST = re.compile(r"\.(m3u8?|mpd)($|\?)|mpegurl|dash\+xml", re.IGNORECASE)
@@ -56,8 +69,8 @@ def readable(path: str | Path) -> Iterator[str]:
         yield f"file:{copy}" if _copied(str(path), copy) else str(path)
 
 
-def unreadable(name: str, error: av.error.FFmpegError) -> EarlyTomConfigError:
-    """Why FFmpeg cannot open it."""
+def unreadable(name: str, error: av.error.FFmpegError, address: str) -> EarlyTomConfigError:
+    """Why FFmpeg cannot open ``address``, which people call ``name``."""
     if isinstance(error, av.error.ProtocolNotFoundError):
         scheme = name.partition(":")[0]
         return EarlyTomConfigError(
@@ -65,6 +78,14 @@ def unreadable(name: str, error: av.error.FFmpegError) -> EarlyTomConfigError:
         )
     if isinstance(error, av.error.ExitError):
         return _silent(name)
+    host = _host(name) if error.errno in _UNREACHED else None
+    if host is not None:
+        return EarlyTomConfigError(f"{name!r} cannot be reached ({host}: {_reason(host, error)}). {_instead(name)}")
+    if _lacks_index(address):
+        return EarlyTomConfigError(
+            f"{name!r} has no whole index (the moov box, which says where its frames are), as when a recording or a "
+            "download breaks off. Fetch or copy the file again."
+        )
     return EarlyTomConfigError(f"{name!r} is no video file FFmpeg can read: {error.strerror}.")
 
 
@@ -82,12 +103,12 @@ def _copied(address: str, copy: Path) -> bool:
     """Fetch a whole file from a server that sends nothing but whole files, in which FFmpeg cannot seek."""
     if not address.lower().startswith(("http://", "https://")) or _PLAYLIST.search(address):
         return False
-    request = urllib.request.Request(address, headers={"Range": "bytes=0-"})
     try:
+        request = urllib.request.Request(address, headers={"Range": "bytes=0-"})
         response = urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER)
     except TimeoutError as error:
         raise _silent(address) from error
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False  # FFmpeg says why
     with response:
         kind, length = response.headers.get("Content-Type", ""), response.headers.get("Content-Length")
@@ -102,6 +123,58 @@ def _copied(address: str, copy: Path) -> bool:
 
 
 def _silent(name: str) -> EarlyTomConfigError:
-    return EarlyTomConfigError(
-        f"{name!r} has not answered for {SECONDS_TO_ANSWER:.0f} s. Download the video, or try again."
-    )
+    return EarlyTomConfigError(f"{name!r} has not answered for {SECONDS_TO_ANSWER:.0f} s. {_instead(name)}")
+
+
+def _host(name: str) -> str | None:
+    """Whom an address asks for it, if anybody."""
+    try:
+        return urlsplit(name).hostname if is_url(name) else None
+    except ValueError:
+        return None
+
+
+def _reason(host: str, error: av.error.FFmpegError) -> str:
+    """What FFmpeg says, or that nobody knows the host, which it does not say."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as unknown:
+        return unknown.strerror or str(unknown)
+    except ValueError:  # no name that a host can have
+        return "no such name"
+    return error.strerror or str(error)
+
+
+def _instead(name: str) -> str:
+    scheme = name.partition(":")[0].lower()
+    if scheme in _LIVE:
+        return f"{scheme} is for live streams, which have no end: save a part of it and give the file's path."
+    return "Check the address, or download the video and give the file's path."
+
+
+def _lacks_index(address: str) -> bool:
+    """Whether a file is an MP4 or MOV without a whole moov box, which most recorders write last.
+
+    Boxes follow each other: 4 bytes of size, 4 of kind; size 1 means that it comes in 8 bytes more, 0 all the rest.
+    """
+    if not address.startswith("file:"):
+        return False
+    path = Path(address.removeprefix("file:"))
+    try:
+        with path.open("rb") as file:
+            end, at = path.stat().st_size, 0
+            while at + 8 <= end:
+                file.seek(at)
+                size, kind = struct.unpack(">I4s", file.read(8))
+                if size == 1:
+                    size = int.from_bytes(file.read(8))
+                if at == 0 and kind != b"ftyp":
+                    return False
+                if kind == b"moov" and at + size <= end:
+                    return False
+                if size < 8:
+                    break
+                at += size
+    except OSError:
+        return False
+    return at > 0

@@ -15,18 +15,20 @@ beside a torch without CUDA. Then this file stands in for it, for text, videos a
     )
 
 Where it does otherwise: frames of a file are spread over all of it, the last one included, as for LLaVA-OneVision's
-training (transformers leaves the end out); a file without ``num_frames`` gives 32 frames, or all if it has fewer; and
-videos of different lengths in one call come back as a list, which ``earlytom_compile.compile(model)`` takes.
+training (transformers leaves the end out); a file without ``num_frames`` gives as many as the checkpoint says
+(:func:`frames_of`), or all if it has fewer; videos of different lengths in one call come back as a list, which
+``earlytom_compile.compile(model)`` takes; and an option that nobody knows is an error.
 
 Where each rule comes from, in transformers: ``processing_llava_onevision.py`` (placeholders),
 ``video_processing_utils.py`` (which file holds the settings; resize, then rescale and normalize at once) and
 ``processing_utils.py`` (where the chat template is).
 """
 
+import contextlib
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,11 +39,13 @@ from transformers import AutoTokenizer, BatchFeature
 from transformers.utils.hub import cached_file
 
 from ..errors import EarlyTomConfigError
+from .call_options import names_of_a_call, options_by_kind, without_theirs
 
 Video = np.ndarray | torch.Tensor
 """uint8 frames, [F, H, W, 3] or [F, 3, H, W]."""
 
-_DEFAULT_FRAMES = 32  # of a file, where nobody says how many
+FRAMES = 32
+"""Frames of a file where neither the caller nor the checkpoint says how many: the paper's, and LLaVA-OneVision's."""
 
 # PIL's numbers for the filters, as checkpoints store them. The rest have no counterpart in torch.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
@@ -69,7 +73,24 @@ def load_processor(model: str) -> Processor:
         return VideoTextProcessor.from_pretrained(model)
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(model)
+    with _missing_files_named(model):
+        processor = AutoProcessor.from_pretrained(model)
+    if getattr(processor, "num_image_tokens", 0) is None:  # no processor_config.json, and it cannot count without
+        processor.num_image_tokens = _patches_per_frame(model, {})
+    return processor
+
+
+def video_settings(checkpoint: str) -> dict[str, Any]:
+    """What a checkpoint says about videos, from the file in which transformers looks for it; empty if there is none."""
+    return _video_settings(checkpoint, _read_json(checkpoint, "processor_config.json"))
+
+
+def frames_of(checkpoint: str) -> int:
+    """How many frames of a video a checkpoint folder or Hub id was made for: its ``num_frames``, else 32.
+
+    >>> read_video("talk.mp4", default=frames_of("path/to/checkpoint"))
+    """
+    return _frames_in(video_settings(checkpoint))
 
 
 def torchvision_works() -> bool:
@@ -95,7 +116,7 @@ def frame_resizer(processor: Any) -> Callable[[np.ndarray], np.ndarray]:
     transformers' own.
     """
     if isinstance(processor, VideoTextProcessor):
-        return lambda frame: _channels_last(processor.pixels.resized(frame[None])[0])
+        return processor.pixels.resized_frame
     resize = getattr(processor, "video_processor", processor)
     # A crop would be taken again from what it left.
     only = {"do_rescale": False, "do_normalize": False, "do_center_crop": False, "return_tensors": "pt"}
@@ -126,9 +147,10 @@ class PixelSettings:
         given = {key: value for key, value in settings.items() if key in known and value is not None}
         made = cls(**{"size": {"height": 384, "width": 384}, **given})
         crop = settings.get("do_center_crop")
-        if {"height", "width"} - set(made.size) or made.resample not in _FILTERS or crop:
+        sides = set(made.size) if isinstance(made.size, Mapping) else set()
+        if {"height", "width"} - sides or made.resample not in _FILTERS or crop:
             raise EarlyTomConfigError(
-                f"video settings size={dict(made.size)}, resample={made.resample}, do_center_crop={crop} "
+                f"video settings size={made.size}, resample={made.resample}, do_center_crop={crop} "
                 "need torchvision: without it there must be a height and a width, resample 2 or 3, and no "
                 "center crop. Install torchvision."
             )
@@ -154,6 +176,10 @@ class PixelSettings:
                 pixels, size, mode=_FILTERS[self.resample], align_corners=False, antialias=True
             )
         return pixels
+
+    def resized_frame(self, frame: np.ndarray) -> np.ndarray:
+        """The same for one frame, for ``read_video(..., resize=)``: uint8 [H, W, 3] -> uint8 [height, width, 3]."""
+        return _channels_last(self.resized(frame[None])[0])
 
     def _normalized(self, pixels: torch.Tensor) -> torch.Tensor:
         if not self.do_normalize:
@@ -194,14 +220,6 @@ class ImageProcessing:
         return inputs, [counter.replace_image_token(inputs, i) for i in range(len(inputs["image_sizes"]))]
 
 
-# What apply_chat_template hands on; the rest are variables of the template.
-_CALL_OPTIONS = frozenset(
-    ("images", "videos", "images_kwargs", "videos_kwargs", "text_kwargs", "common_kwargs", "video_metadata")
-    + ("num_frames", "fps", "do_sample_frames", "padding", "padding_side", "truncation", "max_length")
-    + ("pad_to_multiple_of", "add_special_tokens", "return_token_type_ids", "return_attention_mask")
-)
-
-
 @dataclass(frozen=True)
 class VideoTextProcessor:
     """Text, videos and images to model inputs, without torchvision; see the module's docstring for the calls."""
@@ -213,17 +231,16 @@ class VideoTextProcessor:
     video_token: str
     chat_template: str | None
     images: ImageProcessing | None = None
+    frames: int = FRAMES
+    """Of a video in a file, where a call does not say how many."""
 
     @classmethod
     def from_pretrained(cls, model: str) -> "VideoTextProcessor":
         """Read tokenizer, chat template and video settings of a checkpoint folder or Hub id."""
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        with _missing_files_named(model):
+            tokenizer = AutoTokenizer.from_pretrained(model)
         processor = _read_json(model, "processor_config.json")
-        settings = (
-            processor.get("video_processor")
-            or _read_json(model, "video_preprocessor_config.json")
-            or _read_json(model, "preprocessor_config.json")
-        )
+        settings = _video_settings(model, processor)
         if not settings:
             raise EarlyTomConfigError(
                 f"{model!r} has no video settings: processor_config.json, video_preprocessor_config.json or "
@@ -243,6 +260,7 @@ class VideoTextProcessor:
                 processor.get("vision_feature_select_strategy") or "full",
                 processor.get("vision_aspect_ratio") or "anyres_max_9",
             ),
+            frames=_frames_in(settings),
         )
 
     def __call__(
@@ -256,25 +274,27 @@ class VideoTextProcessor:
         """``text`` with one ``<video>`` for each of ``videos`` and one ``<image>`` for each of ``images``, in order.
 
         A video is frames uint8 [F, H, W, 3] or [F, 3, H, W], a list of pictures, or the path or address of a file, of
-        which ``num_frames`` frames are taken. Several videos: a list, or a list for each prompt. Other ``options`` go
-        to the tokenizer; rows of different length need ``padding=True``.
+        which ``num_frames`` frames are taken. Several videos: a list, or a list for each prompt. ``options`` are the
+        tokenizer's and those that transformers has for images and videos, such as ``do_normalize``, also as
+        ``text_kwargs``, ``images_kwargs`` and ``videos_kwargs``; rows of different length need ``padding=True``.
 
         Returns ``input_ids``, ``attention_mask`` int64 [R, S] and ``pixel_values_videos`` float32 [V, F, 3, H, W], or
         a list of [F, 3, H, W] where the videos differ in their number of frames; with images ``pixel_values``,
         ``image_sizes`` and ``batch_num_images`` as transformers makes them. Raises :class:`EarlyTomConfigError` where
-        text, videos and images do not match.
+        text, videos and images do not match, and for options that nobody knows or that take torchvision.
         """
-        if return_tensors not in ("pt", "auto"):
-            raise EarlyTomConfigError(f'return_tensors={return_tensors!r}: must be "pt".')
         if text is None:
             raise EarlyTomConfigError(f"no text came: give a prompt, with a {self.video_token} for each video.")
-        for_videos = {**options.pop("videos_kwargs", {}), **_taken(options, "num_frames", "fps", "do_sample_frames")}
-        for_images = options.pop("images_kwargs", {})
-        options = {**options.pop("common_kwargs", {}), **options.pop("text_kwargs", {}), **options}
-        options.pop("video_metadata", None)  # decoding reads it itself
+        by_kind = options_by_kind(options, self.tokenizer)
+        for tensors in (return_tensors, *(each.pop("return_tensors", "pt") for each in by_kind)):
+            if tensors not in ("pt", "auto"):
+                raise EarlyTomConfigError(f'return_tensors={tensors!r}: must be "pt".')
+        for_text, for_images, for_videos = by_kind
+        for_text = without_theirs(for_text)
         texts = [text] if isinstance(text, str) else list(text)
         found: dict[str, Any] = {}
-        clips = _videos_of(videos, frame_resizer(self), **for_videos)
+        given = without_theirs(for_videos) if videos is not None else {}
+        settings, clips = self._read(videos, **given)
         counts = [len(clip) * self.tokens_per_frame + 1 for clip in clips]  # one more: the separator
         texts = _expand(texts, self.video_token, [self.video_token * count for count in counts])
         if images is not None and self.images is not None:
@@ -283,9 +303,27 @@ class VideoTextProcessor:
         elif self.images is not None:
             texts = _expand(texts, self.images.token, [])
         if clips:
-            pixels = [self.pixels.apply(clip) for clip in clips]
+            pixels = [settings.apply(clip) for clip in clips]
             found["pixel_values_videos"] = torch.stack(pixels) if len(set(counts)) == 1 else pixels
-        return BatchFeature({**self.tokenizer(texts, return_tensors="pt", **options), **found})
+        return BatchFeature({**self.tokenizer(texts, return_tensors="pt", **for_text), **found})
+
+    def _read(
+        self, videos: Any, num_frames: int | None = None, do_sample_frames: bool | None = None, **options: Any
+    ) -> tuple[PixelSettings, list[Video]]:
+        """What is to become of pixels, and the frames of each video."""
+        if videos is None:
+            return self.pixels, []
+        from .video import read_video, require_frames  # only here is PyAV needed
+
+        settings = PixelSettings.from_settings({**vars(self.pixels), **options})
+        if num_frames is not None:
+            require_frames("num_frames", num_frames)
+        wanted = None if do_sample_frames is False else num_frames
+
+        def read(path: str | Path) -> Video:
+            return read_video(path, wanted, default=self.frames, resize=settings.resized_frame).pixels
+
+        return settings, _videos_of(videos, wanted, read)
 
     def apply_chat_template(
         self,
@@ -309,7 +347,7 @@ class VideoTextProcessor:
         template = chat_template or self.chat_template
         if template is None:
             raise EarlyTomConfigError("the checkpoint has no chat template: write <video> into the text yourself.")
-        call = {**(processor_kwargs or {}), **_taken(options, *_CALL_OPTIONS)}
+        call = {**(processor_kwargs or {}), **_taken(options, names_of_a_call(self.tokenizer))}
         prompt = self.tokenizer.apply_chat_template(
             conversation,
             chat_template=template,
@@ -327,7 +365,7 @@ class VideoTextProcessor:
         begin = self.tokenizer.bos_token
         if begin is not None and (prompt if isinstance(prompt, str) else prompt[0]).startswith(begin):
             call.setdefault("add_special_tokens", False)
-        inputs = self(text=prompt, return_tensors=return_tensors, **{**given, **call})
+        inputs = self(**{"text": prompt, "return_tensors": return_tensors, **given, **call})
         return inputs if return_dict else inputs["input_ids"]
 
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False, **options: Any) -> Any:
@@ -361,7 +399,7 @@ def _expand(texts: list[str], token: str, replacements: Sequence[str]) -> list[s
     return expanded
 
 
-def _taken(options: dict[str, Any], *names: str) -> dict[str, Any]:
+def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Those of ``options`` that have these names, which they lose."""
     return {name: options.pop(name) for name in names if name in options}
 
@@ -386,40 +424,23 @@ def _is_picture(thing: Any) -> bool:
     return (_is_array(thing) and thing.ndim == 3) or hasattr(thing, "getbands")
 
 
-def _videos_of(
-    videos: Any,
-    resize: Callable[[np.ndarray], np.ndarray],
-    *,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    do_sample_frames: bool | None = None,
-    **unknown: Any,
-) -> list[Video]:
+def _videos_of(videos: Any, wanted: int | None, read: Callable[[str | Path], Video]) -> list[Video]:
     """Frames [F, H, W, 3] or [F, 3, H, W] of each video, in whatever way they came."""
-    if fps is not None or unknown:
-        names = ", ".join([*(["fps"] if fps is not None else []), *unknown])
-        raise EarlyTomConfigError(
-            f"videos_kwargs {names}: without torchvision there is num_frames only. Give that, or install torchvision "
-            "and torchcodec for transformers' own processor."
-        )
-    wanted = None if do_sample_frames is False else num_frames
-    if videos is None:
-        return []
-    from .video import read_video, sample_indices  # only here is PyAV needed
+    from .video import sample_indices
 
     if isinstance(videos, str | Path):
-        return [read_video(videos, wanted, default=_DEFAULT_FRAMES, resize=resize).pixels]
+        return [read(videos)]
     if _is_array(videos) and videos.ndim == 4:
         return [videos if wanted is None else videos[list(sample_indices(len(videos), wanted))]]
     if isinstance(videos, list | tuple) and videos and all(map(_is_picture, videos)):
-        return _videos_of(_stacked(videos), resize, num_frames=wanted)
+        return _videos_of(_stacked(videos), wanted, read)
     if not isinstance(videos, list | tuple) and not (_is_array(videos) and videos.ndim == 5):
         shape = f"an array of shape {tuple(videos.shape)}" if _is_array(videos) else f"a {type(videos).__name__}"
         raise EarlyTomConfigError(
             f"videos: {shape}; must be uint8 frames [F, H, W, 3] or [F, 3, H, W], a list of pictures, the path or "
             "address of a file, or a list of such videos."
         )
-    return [clip for video in videos for clip in _videos_of(_frames_from_files(video), resize, num_frames=wanted)]
+    return [clip for video in videos for clip in _videos_of(_frames_from_files(video), wanted, read)]
 
 
 def _frames_from_files(video: Any) -> Any:
@@ -446,6 +467,19 @@ def _stacked(pictures: Sequence[Any]) -> Video:
     return np.stack([np.asarray(array) for array in arrays])
 
 
+def _video_settings(model: str, processor: Mapping[str, Any]) -> dict[str, Any]:
+    return (
+        processor.get("video_processor")
+        or _read_json(model, "video_preprocessor_config.json")
+        or _read_json(model, "preprocessor_config.json")
+    )
+
+
+def _frames_in(settings: Mapping[str, Any]) -> int:
+    frames = settings.get("num_frames")
+    return frames if isinstance(frames, int) and frames > 0 else FRAMES
+
+
 def _patches_per_frame(model: str, processor: Mapping[str, Any]) -> int:
     patches = processor.get("num_image_tokens")
     if patches is None:
@@ -460,9 +494,43 @@ def _chat_template(model: str, processor: Mapping[str, Any]) -> str | None:
     return template or _read_text(model, "chat_template.jinja")
 
 
+@contextlib.contextmanager
+def _missing_files_named(model: str) -> Iterator[None]:
+    """Where a folder cannot be loaded, say which of its files are missing; transformers speaks in riddles then."""
+    try:
+        yield
+    except Exception as error:
+        missing = _missing_files(model) if Path(model).is_dir() else []
+        if not missing:
+            raise
+        raise EarlyTomConfigError(
+            f"the processor of {model!r} cannot be loaded: {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing there. Copy all files of the checkpoint."
+        ) from error
+
+
+def _missing_files(folder: str) -> list[str]:
+    missing = []
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        missing.append("tokenizer.json")
+    nested = "image_processor" in _read_json(folder, "processor_config.json")
+    if not nested and not (Path(folder) / "preprocessor_config.json").is_file():
+        missing.append("preprocessor_config.json")
+    return missing
+
+
+def in_one_line(error: Exception) -> str:
+    """All that an error says."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _read_json(model: str, name: str) -> dict[str, Any]:
-    """A JSON file of the checkpoint, empty if there is none."""
-    return json.loads(_read_text(model, name) or "{}")
+    """A JSON object of the checkpoint, empty if there is none."""
+    try:
+        content = json.loads(_read_text(model, name) or "{}")
+    except (OSError, ValueError) as error:
+        raise EarlyTomConfigError(f"{name} of {model!r} cannot be read: {in_one_line(error)}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def _read_text(model: str, name: str) -> str | None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 
+from ..config import _bad, _is_int
 from ..errors import EarlyTomConfigError, EarlyTomVideoWarning
 from . import addresses
 from .addresses import is_url, readable, refuse_endless, unreadable
@@ -60,6 +61,12 @@ def sample_indices(total: int, frames: int) -> tuple[int, ...]:
     return tuple(int(index) for index in np.linspace(0, total - 1, frames, dtype=np.int64))
 
 
+def require_frames(name: str, number: Any) -> None:
+    """Raise :class:`EarlyTomConfigError` for what is no number of frames; numpy's integers are some."""
+    if not _is_int(number) or number < 1:
+        raise _bad(name, number, "a whole number, at least 1")
+
+
 def read_video(
     path: str | Path,
     frames: int | None = None,
@@ -88,9 +95,9 @@ def read_video(
     frames are then spread over what there is. Raises :class:`EarlyTomConfigError` for a missing file, a file without
     video, an address that cannot be read, and fewer frames than ``frames``.
     """
-    for name, number in (("frames", frames), ("default", default)):
-        if number is not None and number < 1:
-            raise EarlyTomConfigError(f"{name}={number}: must be at least 1.")
+    if frames is not None:
+        require_frames("frames", frames)
+    require_frames("default", default)
     with readable(path) as address:
         video, lost = _read(_Film(address, str(path), frames, default, resize, progress))
     if lost is not None:
@@ -277,7 +284,7 @@ def _open(film: _Film) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
     try:
         container = av.open(film.address, timeout=addresses.SECONDS_TO_ANSWER if is_url(film.address) else None)
     except av.error.FFmpegError as error:
-        raise unreadable(film.name, error) from error
+        raise unreadable(film.name, error, film.address) from error
     with container:
         refuse_endless(film.name, container)
         pictures = [each for each in container.streams.video if not _is_cover(each)]
@@ -289,6 +296,8 @@ def _open(film: _Film) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
         pictures[0].thread_type = "AUTO"
         try:
             yield container, pictures[0]
+        except av.error.ExitError as error:
+            raise unreadable(film.name, error, film.address) from error
         except av.error.FFmpegError as error:
             message = f"{film.name!r} cannot be decoded: {error.strerror}. Is the file damaged?"
             raise EarlyTomConfigError(message) from error

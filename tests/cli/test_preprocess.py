@@ -8,6 +8,7 @@ stub, and (2) numbers recorded from that class: ``recorded_processor.json`` says
 
 import base64
 import importlib.util
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -17,14 +18,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.processing_utils import ImagesKwargs, TextKwargs, VideosKwargs
 
 from earlytom_compile import EarlyTomConfigError
+from earlytom_compile.cli import loading
 from earlytom_compile.cli.loading import load_model
+from earlytom_compile.integrations.call_options import KINDS, option_names, options_by_kind
 from earlytom_compile.integrations.preprocess import (
     PixelSettings,
     VideoTextProcessor,
     conversation,
+    frames_of,
     load_processor,
 )
 from earlytom_compile.integrations.video import read_video, sample_indices
@@ -314,10 +320,17 @@ def test_images_and_a_video_in_a_conversation(processor, pictures, clip):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"videos": "clip.mp4", "fps": 2}, "fps: without torchvision there is num_frames only"),
+        ({"videos": "clip.mp4", "fps": 2}, "fps: only transformers' own processor does that.*num_frames says how many"),
+        ({"videos": noise_video(2, 8, 8), "device": "cuda"}, "device: only transformers' own processor does that"),
+        ({"videos": noise_video(2, 8, 8), "size": 48}, "size=48.* need torchvision"),
+        ({"text": "x", "return_mm_token_type_ids": True}, "return_mm_token_type_ids: only transformers' own"),
+        ({"text": "x", "audio": [0.0]}, "audio: LLaVA-OneVision does not hear"),
+        ({"videos": "nowhere.mp4", "num_frames": 2.5}, "num_frames=2.5: must be a whole number, at least 1"),
+        ({"videos": noise_video(9, 8, 8), "num_frames": 0}, "num_frames=0: must be a whole number, at least 1"),
         ({"videos": "nowhere.mp4"}, "no video file at"),
         ({"text": "<image>"}, "has 1 <image> but 0 image"),
         ({"text": "x", "return_tensors": "np"}, 'must be "pt"'),
+        ({"text": "x", "text_kwargs": {"return_tensors": "np"}}, 'must be "pt"'),
     ],
 )
 def test_what_the_stand_in_cannot_do_is_named(processor, call, message):
@@ -331,3 +344,162 @@ def test_a_file_with_few_frames_gives_what_it_has(processor, tmp_path):
     every = read_video(tmp_path / "clip.mp4", default=10**6).pixels
     whole = processor(text="<video>", videos=tmp_path / "clip.mp4")["pixel_values_videos"][0]
     assert torch.equal(whole, processor.pixels.apply(every[list(sample_indices(len(every), min(32, len(every))))]))
+
+
+# --- What a checkpoint says, and what it lacks ----------------------------------------------------
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """A copy without weights, to be changed."""
+    return shutil.copytree(checkpoint, tmp_path / "copied", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_a_file_gives_as_many_frames_as_the_checkpoint_says(checkpoint, copied, processor, clip):
+    settings = copied / "video_preprocessor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_frames": 5}))
+    made_for_five = VideoTextProcessor.from_pretrained(str(copied))
+    talk = [turn(a_video(str(clip)), "What happens?")]
+    for each, folder, frames in ((processor, checkpoint, 32), (made_for_five, copied, 5)):
+        assert frames_of(str(folder)) == frames
+        for videos in (clip, str(clip), [str(clip)]):
+            assert each(text="<video>", videos=videos)["pixel_values_videos"].shape[:2] == (1, frames)
+        inputs = each.apply_chat_template(talk, tokenize=True, return_dict=True)
+        assert inputs["pixel_values_videos"].shape[:2] == (1, frames)
+    assert made_for_five(text="<video>", videos=clip, num_frames=3)["pixel_values_videos"].shape[1] == 3
+    assert made_for_five(text="<video>", videos=noise_video(7, 8, 8))["pixel_values_videos"].shape[1] == 7
+
+
+def without(*names):
+    def change(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+@pytest.mark.skipif(not HAVE_TORCHVISION, reason="transformers' processor needs torchvision")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without("tokenizer.json"), "tokenizer.json is missing there"),
+        (without("preprocessor_config.json"), "preprocessor_config.json is missing there"),
+        (
+            without("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"),
+            "tokenizer.json and preprocessor_config.json are missing there",
+        ),
+    ],
+)
+def test_files_that_are_missing_are_named(copied, change, message):
+    change(copied)
+    with pytest.raises(EarlyTomConfigError, match=f"the processor of '{copied}' cannot be loaded: {message}"):
+        load_processor(str(copied))
+
+
+def test_files_that_the_stand_in_misses_are_named(copied):
+    without("tokenizer.json")(copied)
+    with pytest.raises(EarlyTomConfigError, match="tokenizer.json is missing there"):
+        VideoTextProcessor.from_pretrained(str(copied))
+
+
+def test_what_transformers_says_is_kept_in_one_line(checkpoint, monkeypatch):
+    def broken(name):
+        raise ValueError("Couldn't instantiate the backend tokenizer from one of: \n(1) a file, \n(2) an instance.")
+
+    monkeypatch.setattr(loading, "load_processor", broken)
+    with pytest.raises(EarlyTomConfigError, match=r"cannot be loaded: Couldn't .* one of: \(1\) a file, \(2\) an inst"):
+        loading.open_checkpoint(str(checkpoint), device="cpu")
+
+
+def test_settings_that_cannot_be_read_are_named(copied):
+    (copied / "processor_config.json").write_text("{")
+    with pytest.raises(EarlyTomConfigError, match=f"processor_config.json of '{copied}' cannot be read: Expecting"):
+        frames_of(str(copied))
+
+
+@pytest.mark.skipif(not HAVE_TORCHVISION, reason="transformers' processor needs torchvision")
+def test_transformers_processor_counts_without_its_own_settings(copied, processor):
+    without("processor_config.json")(copied)
+    call = {"text": "<video> what?", "videos": noise_video(2, 48, 48), "return_tensors": "pt"}
+    assert torch.equal(load_processor(str(copied))(**call)["input_ids"], processor(**call)["input_ids"])
+
+
+# --- Options of a call ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"foo": 3}, r"unknown option 'foo'\. Valid options: .*num_frames.*padding"),
+        ({"paddin": True}, "unknown option 'paddin'; did you mean 'padding'"),
+        ({"nun_frames": 8}, "unknown option 'nun_frames'; did you mean 'num_frames'"),
+        ({"text_kwargs": {"num_frames": 8}}, "unknown option 'num_frames'"),
+        ({"images_kwargs": {"foo": 3}}, "unknown option 'foo'"),
+        ({"videos_kwargs": {"do_normalise": False}}, "did you mean 'do_normalize'"),
+        ({"common_kwargs": {"foo": 3}}, "unknown option 'foo'"),
+    ],
+)
+def test_an_option_that_nobody_knows_is_named(processor, options, message):
+    call = {"text": "<video> what?", "videos": noise_video(2, 8, 8), "return_tensors": "pt"}
+    with pytest.raises(EarlyTomConfigError, match=message):
+        processor(**call, **options)
+    talk = [turn(a_video(noise_video(2, 8, 8), "video"), "What?")]
+    with pytest.raises(EarlyTomConfigError, match=message):
+        processor.apply_chat_template(talk, tokenize=True, processor_kwargs=options)
+
+
+def test_no_name_of_transformers_is_missing(processor):
+    own = LlavaOnevisionImageProcessorPil.valid_kwargs
+    typed = ((TextKwargs,), (ImagesKwargs, own), (VideosKwargs,))
+    for (kind, names), theirs in zip(option_names(processor.tokenizer).items(), typed, strict=True):
+        assert {name for each in theirs for name in each.__annotations__} <= names, kind
+
+
+def test_every_option_of_the_tokenizer_and_of_transformers_is_taken(processor):
+    call = {"text": ["<video> what?", "and who?"], "videos": noise_video(2, 8, 8), "return_tensors": "pt"}
+    parameters = inspect.signature(processor.tokenizer.__call__).parameters.values()
+    usual = {each.name: each.default for each in parameters if each.default is not each.empty} | {"padding": True}
+    usual = {name: value for name, value in usual.items() if name not in ("text", "return_tensors")}
+    assert {"stride", "tokenizer_kwargs", "return_length"} <= usual.keys()
+    expected = processor(**call, padding=True)
+    for options in (usual, {"text_kwargs": usual}, {"common_kwargs": {"return_tensors": "pt", **usual}}):
+        inputs = processor(**call, **options)
+        assert set(inputs) == set(expected)
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+    assert processor(**call, padding=True, return_length=True)["length"].shape == (2,)
+    for kind, names in option_names(processor.tokenizer).items():
+        for name in names:  # alone, and by its kind
+            place = KINDS.index(kind)
+            assert options_by_kind({name: 3}, processor.tokenizer)[place] == {name: 3}
+            assert options_by_kind({kind: {name: 3}}, processor.tokenizer)[place] == {name: 3}
+    assert options_by_kind({"audio": None, "audio_kwargs": {}}, processor.tokenizer) == [{}, {}, {}]
+
+
+@pytest.mark.skipif(not HAVE_TORCHVISION, reason="transformers' processor needs torchvision")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_normalize": False},
+        {"size": {"height": 24, "width": 36}, "resample": 2},
+        {"image_mean": [0.1, 0.2, 0.3], "rescale_factor": 1 / 128},
+        {"do_resize": True, "do_convert_rgb": True, "data_format": "channels_first", "device": "cpu"},
+    ],
+)
+def test_options_for_pixels_do_what_they_do_in_transformers(checkpoint, processor, pictures, options):
+    theirs = load_processor(str(checkpoint))
+    call = {"text": "<video>", "videos": [noise_video(2, 60, 80)], "return_tensors": "pt"}
+    for given in (options, {"videos_kwargs": options}):
+        inputs, expected = processor(**call, **given), theirs(**call, **given)
+        assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
+    if "do_normalize" in options:  # as for the images of the same call
+        call = {"text": "<image>", "images": Image.open(pictures[1]), "return_tensors": "pt"}
+        expected = theirs(**call, **options)["pixel_values"]
+        torch.testing.assert_close(processor(**call, **options)["pixel_values"], expected, atol=6 / 255, rtol=0)
+
+
+def test_what_a_call_does_not_know_is_a_variable_of_the_template(processor):
+    template = "{{ mood }} {{ messages[0].content[0].text }}"
+    talk, options = [turn("Hello")], {"chat_template": template, "mood": "Merry"}
+    assert processor.apply_chat_template(talk, **options) == "Merry Hello"
+    inputs = processor.apply_chat_template(talk, tokenize=True, return_dict=True, return_length=True, **options)
+    assert inputs["input_ids"].tolist() == processor(text="Merry Hello")["input_ids"].tolist() and "length" in inputs

@@ -1,5 +1,7 @@
 """Frames come out of a video file in order, evenly spread, and what cannot be read says why."""
 
+import re
+
 import av
 import numpy as np
 import pytest
@@ -100,6 +102,16 @@ def test_fewer_frames_than_asked_names_both_numbers(clip):
         read_video(clip, FRAMES + 1)
 
 
-def test_no_frames_at_all_cannot_be_asked_for(clip):
-    with pytest.raises(EarlyTomConfigError, match="frames=0"):
-        read_video(clip, 0)
+@pytest.mark.parametrize("frames", [0, -1, 2.5, 8.0, "8", True, np.float32(2)])
+def test_what_is_no_number_of_frames_says_so(clip, frames):
+    message = re.escape(f"={frames!r}: must be a whole number, at least 1.")
+    with pytest.raises(EarlyTomConfigError, match=f"frames{message}"):
+        read_video(clip, frames)
+    with pytest.raises(EarlyTomConfigError, match=f"default{message}"):
+        read_video(clip, default=frames)
+
+
+def test_numbers_of_numpy_are_numbers(clip):
+    expected = read_video(clip, 3)
+    for video in (read_video(clip, np.int64(3)), read_video(clip, default=np.uint8(3))):
+        assert video.indices == expected.indices and np.array_equal(video.pixels, expected.pixels)

@@ -1,12 +1,14 @@
 """Videos on a server: read where FFmpeg can, refused by name where it cannot, and never with a slash less."""
 
 import contextlib
+import errno
 import http.server
 import re
 import socket
 import threading
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from films import write_film
@@ -45,15 +47,21 @@ class Parts(Whole):
         self.wfile.write(content[first : last + 1])
 
 
-@pytest.fixture(params=[Whole, Parts], ids=["whole files", "parts"])
-def server(request, tmp_path):
+@contextlib.contextmanager
+def served(kind, folder):
     def handler(*arguments):
-        return request.param(*arguments, directory=tmp_path)
+        return kind(*arguments, directory=folder)
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
+
+
+@pytest.fixture(params=[Whole, Parts], ids=["whole files", "parts"])
+def server(request, tmp_path):
+    with served(request.param, tmp_path) as address:
+        yield address
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.mkv"])
@@ -81,6 +89,79 @@ def test_a_server_that_does_not_answer(monkeypatch):
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/x.mp4"
         with pytest.raises(EarlyTomConfigError, match="has not answered for"):
             read_video(address, 5)
+
+
+def test_a_server_that_stops_in_the_middle(tmp_path, monkeypatch):
+    monkeypatch.setattr(addresses, "SECONDS_TO_ANSWER", 0.5)
+    film = write_film(tmp_path / "x.mp4", 60, size=(320, 240), container={"movflags": "faststart"})
+    content, done = film.read_bytes(), threading.Event()
+
+    class Stops(Whole):
+        def do_GET(self):
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes 0-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            done.wait(20)
+
+    with served(Stops, tmp_path) as server:
+        try:
+            with pytest.raises(EarlyTomConfigError, match="x.mp4' has not answered for"):
+                read_video(f"{server}/x.mp4", 5)
+        finally:
+            done.set()
+
+
+@pytest.mark.parametrize(
+    "scheme, instead",
+    [
+        ("http", "Check the address, or download the video"),
+        ("rtsp", "rtsp is for live streams, which have no end: save a part of it"),
+    ],
+)
+def test_a_server_that_refuses(scheme, instead):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    address = f"{scheme}://127.0.0.1:{port}/a//b.mp4"
+    with pytest.raises(EarlyTomConfigError) as refused:
+        read_video(address, 5)
+    assert f"'{address}' cannot be reached (127.0.0.1: Connection refused). {instead}" in str(refused.value)
+
+
+def test_a_host_that_nobody_knows(monkeypatch):
+    """FFmpeg calls it an input/output error."""
+
+    def unknown(host, port):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    error, address = av.error.OSError(errno.EIO, "Input/output error"), "https://nowhere.invalid/a/b//c.mp4"
+    said = str(addresses.unreadable(address, error, address))
+    assert said.startswith(f"'{address}' cannot be reached (nowhere.invalid: Name or service not known). Check")
+    assert "no video file FFmpeg can read" in str(addresses.unreadable("x.mp4", error, "file:x.mp4"))
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:port/x.mp4", "http://[::1/x.mp4"])
+def test_what_is_no_address(address):
+    with pytest.raises(EarlyTomConfigError, match=re.escape(repr(address))):
+        read_video(address, 5)
+
+
+def test_a_broadcast_over_http_has_no_end_either(tmp_path):
+    content = write_film(tmp_path / "x.ts", 20).read_bytes()
+
+    class Endless(Whole):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            while True:
+                self.wfile.write(content)
+
+    message = "live' does not say where it ends, as a live stream does not"
+    with served(Endless, tmp_path) as server, pytest.raises(EarlyTomConfigError, match=message):
+        read_video(f"{server}/live", 5)
 
 
 def test_a_live_stream_has_no_end_to_spread_frames_over(server, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """What a broken file still holds is read, and what is missing is said with both numbers."""
 
+import struct
+
 import numpy as np
 import pytest
 from effort import examples
@@ -102,6 +104,25 @@ def test_a_file_with_nothing_left_in_it(tmp_path):
     path.write_bytes(data[: data.index(b"mdat") + 4])
     with pytest.raises(EarlyTomConfigError, match="no frame of it can be decoded|cannot be decoded"):
         read_video(path)
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.mov"])
+@pytest.mark.parametrize("share", [0.3, 0.97])  # before the index, and within
+def test_a_recording_that_lost_its_index(tmp_path, name, share):
+    path = write_film(tmp_path / name, 60)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * (data.index(b"moov") if share < 0.5 else len(data)))])
+    with pytest.raises(EarlyTomConfigError, match=f"{name}' has no whole index .*Fetch or copy the file again"):
+        read_video(path)
+
+
+def test_boxes_of_more_than_four_gigabytes_are_walked_over(tmp_path):
+    """Their size is in 8 bytes more: a file that has an index behind one of them is broken in some other way."""
+    large = struct.pack(">I4sQ", 1, b"mdat", 16 + 100) + bytes(100)
+    for rest, message in ((b"", "has no whole index"), (struct.pack(">I4s", 8, b"moov"), "x.mp4' (is|has) no video")):
+        (tmp_path / "x.mp4").write_bytes(struct.pack(">I4s4sI", 16, b"ftyp", b"isom", 0) + large + rest)
+        with pytest.raises(EarlyTomConfigError, match=message):
+            read_video(tmp_path / "x.mp4")
 
 
 def test_a_picture_of_an_animation_that_ffmpeg_cannot_decode(tmp_path):
