@@ -23,7 +23,7 @@ from ..benchmarks.results import Workload, tables, to_dict, to_markdown, write_p
 from ..benchmarks.workload import Inputs, make_inputs, random_model
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
-from ..integrations.preprocess import PixelSettings
+from ..integrations.preprocess import PixelSettings, video_settings
 from ..shapes import ModelShape, config_of, shape_of
 from .bench_load import check_load, measure_loads
 from .bench_session import Session
@@ -37,7 +37,6 @@ from .loading import (
     require_weights,
     resolve_device,
     resolve_dtype,
-    video_settings,
 )
 from .options import require_effect
 from .outputs import output_console, write_text

@@ -110,7 +110,7 @@ class BothModels:
 
 def full_model(model: Any, *, compiled: bool) -> Any:
     """A second model that shares the weights, compresses nothing, and whose vision encoder plain Inductor compiles."""
-    twin = earlytom_compile.restore(twin_of(model))
+    twin: Any = earlytom_compile.restore(twin_of(model))
     if compiled:
         twin.model.vision_tower.compile()
     return twin

@@ -37,7 +37,6 @@ from ..integrations.preprocess import (
     load_processor,
     torchvision_works,
 )
-from ..integrations.preprocess import video_settings as video_settings  # for bench
 from .options import require_effect
 from .progress import progress_bars
 

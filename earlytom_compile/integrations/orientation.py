@@ -40,8 +40,8 @@ def _without(frame: av.VideoFrame, kind: int) -> av.VideoFrame:
     )
     removal = graph.add("sidedata", f"mode=delete:type={kind}")
     graph.link_nodes(source, removal, graph.add("buffersink")).configure()
-    graph.push(frame)
-    return graph.pull()
+    graph.vpush(frame)
+    return graph.vpull()
 
 
 def upright(picture: np.ndarray, matrix: Sequence[int] | None) -> np.ndarray:

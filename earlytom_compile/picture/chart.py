@@ -15,7 +15,7 @@ from .content import Clip
 from .markup import tag
 from .reading import MergeStep
 
-_WIDTH = 1130.0  # pixels, of a page 1280 wide
+_WIDTH = 1060.0  # pixels, of a page 1200 wide
 _NARROWEST, _WIDEST = 28.0, 125.0  # of a column
 _LEFT, _RIGHT = 46.0, 88.0
 _PANEL, _LINKS, _TITLE = 116.0, 54.0, 26.0
