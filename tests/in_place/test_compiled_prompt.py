@@ -17,7 +17,6 @@ from generating import (
     new_tokens,
     oracle_tokens,
     share_vision_paths,
-    trace_of_video_rows,
 )
 from oracle import compressed_generate
 from tiny_models import tiny_llava_onevision, video_inputs
@@ -43,16 +42,6 @@ from earlytom_compile import (
 from earlytom_compile.integrations import generate as in_place
 from earlytom_compile.integrations.prefill import CompiledPrefill
 from earlytom_compile.integrations.tracing import with_its_own_code
-
-
-@pytest.fixture(scope="module")
-def pristine():
-    return tiny_llava_onevision(vision_layers=4, text_layers=1)
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
 
 
 @pytest.fixture

@@ -19,11 +19,6 @@ VARIANTS = ("paper", "released", "plus")
 OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3}
 
 
-@pytest.fixture(scope="module")
-def pristine():
-    return tiny_llava_onevision(vision_layers=4, text_layers=1)
-
-
 @pytest.fixture
 def model(pristine):
     yield pristine
