@@ -33,8 +33,17 @@ from ..prompt import PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiti
 from ..reporting import Counts, GraphRecord, forget, note_restored
 from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from .caches import cache_of, given_cache
+from .generation import (
+    inferred_mask,
+    named_arguments,
+    reason_against,
+    shorten_limits,
+    show_own_prompt,
+    warn_of_right_padding,
+    with_own_prompt,
+)
 from .prefill import CompiledPrefill
-from .tracing import make_traceable, with_its_own_code
+from .tracing import FirstCallAlone, make_traceable, mark_static, with_its_own_code
 
 log = logging.getLogger(__name__)
 _HANDLE = "_earlytom"
@@ -168,22 +177,22 @@ class CompiledModel:
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` with compressed videos; see :func:`compile`."""
+        kwargs = named_arguments(self.model, args, kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        reason = self._reason_to_leave_alone(ids, kwargs, args=args)
+        reason = self._reason_to_leave_alone(ids, kwargs)
         cut = None if reason else self._compress(ids, kwargs)  # type: ignore[arg-type]
         if cut is None:
             kwargs = _for_own_code(kwargs, reason or self.notes[-1])
-            arguments = (inputs, *args) if inputs is not None or args else ()
             with _generating():
-                return self.own["generate"](*arguments, **kwargs)
+                return self.own["generate"](*(() if inputs is None else (inputs,)), **kwargs)
         assert ids is not None
         length = cut.input_ids.shape[1]
-        self._shorten_limits(cut.arguments, args, dropped=ids.shape[1] - length)
-        _show_own_prompt(cut.arguments, ids, length)
+        shorten_limits(self.model, cut.arguments, dropped=ids.shape[1] - length)
+        show_own_prompt(cut.arguments, ids, length)
         with _generating(), self._compiled_prefill(cut):
-            output = self.own["generate"](cut.input_ids, *args, **cut.arguments)
+            output = self.own["generate"](cut.input_ids, **cut.arguments)
         _mark_cache(cache_of(output), given_cache(kwargs))
-        return _with_own_prompt(output, ids, length)
+        return with_own_prompt(output, ids, length)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward`` with compressed videos: logits have the cut length."""
@@ -191,7 +200,7 @@ class CompiledModel:
         if args:
             names = list(inspect.signature(own).parameters)
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # is_compiling() is also true while any other thread compiles
             if kwargs.get("pixel_values_videos") is None and _features(kwargs).get("video") is None:
                 return own(**kwargs)  # transformers compiles decoding steps: let it see the model alone
             # Behind a graph break: traced by another torch.compile, our own would do nothing.
@@ -207,9 +216,7 @@ class CompiledModel:
     def _compiled_prefill(self, cut: "_CutCall") -> AbstractContextManager[None]:
         return nullcontext() if self.prefill is None else self.prefill.active(cut.mask)
 
-    def _reason_to_leave_alone(
-        self, ids: Any, kwargs: dict[str, Any], args: tuple[Any, ...] = (), forward: bool = False
-    ) -> str | None:
+    def _reason_to_leave_alone(self, ids: Any, kwargs: dict[str, Any], forward: bool = False) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
         videos = kwargs.get("pixel_values_videos")
         _require_tensors(videos)
@@ -230,10 +237,8 @@ class CompiledModel:
             log.info("the first call with a video: tracing the model, which compiles before it answers ...")
         self._note("failed")  # unless nothing else is noted
         reason = _reason_against(ids, kwargs)
-        if reason is None and forward:
-            reason = self._reason_against_forward(kwargs)
-        elif reason is None and self._generation_option("prefill_chunk_size", kwargs, args[0] if args else None):
-            reason = "prefill_chunk_size cuts the prompt by its ids", "Leave it out: the cut prompt is short"
+        if reason is None:
+            reason = self._reason_against_forward(kwargs) if forward else reason_against(self.model, kwargs)
         if reason is None:
             _check_shapes(ids, videos, kwargs.get("attention_mask"), self.model.config.vision_config)
             if _encoded(videos):
@@ -267,9 +272,11 @@ class CompiledModel:
         """The call with embeddings in place of pixels, or None to leave it alone."""
         # All that the host has to know of the prompt is read before the encoder is launched: a read after it would
         # wait until the encoder is done, and the device for the host to launch what follows.
-        host_ids, mask = ids.cpu(), self._mask_on_host(ids, kwargs, forward)
+        given = kwargs.get("attention_mask")
+        host_ids, mask = ids.cpu(), None if given is None else given.cpu()
         if not forward:
-            self._warn_of_right_padding(host_ids, mask, kwargs)
+            warn_of_right_padding(self.model, host_ids, mask, kwargs)
+            mask = inferred_mask(self.model, host_ids, kwargs) if mask is None else mask
         images = self._image_rows(ids, kwargs)
         videos = kwargs["pixel_values_videos"]
         choices = {k: kwargs[k] for k in _FEATURE_CHOICES if kwargs.get(k) is not None}
@@ -298,7 +305,7 @@ class CompiledModel:
             self._note("compressed" if counts else "uncompressed", counts, (ids.shape[1], new_ids.shape[1]))
         embeds = self._embed(new_ids, torch.cat([rows for rows, _ in encoded]), images)
         changed: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": None}
-        if cut_mask is not None and not (kwargs.get("attention_mask") is None and bool(cut_mask.all())):
+        if cut_mask is not None and not (given is None and bool(cut_mask.all())):
             # Of a batch without a mask where none can be inferred, transformers says what it thinks itself.
             changed["attention_mask"] = without_waiting(cut_mask, ids.device)
         if kwargs.get("position_ids") is not None:
@@ -367,48 +374,6 @@ class CompiledModel:
         model.get_placeholder_mask(ids, inputs_embeds=rows.new_empty(*ids.shape, rows.shape[1]), image_features=rows)
         return rows
 
-    def _mask_on_host(self, ids: torch.Tensor, kwargs: dict[str, Any], forward: bool) -> torch.Tensor | None:
-        """The attention mask [R, S] of the uncut prompt; None where none is given and none is inferred."""
-        mask = kwargs.get("attention_mask")
-        if mask is not None or forward:
-            return None if mask is None else mask.cpu()
-        # What generate() infers from ids; it cannot from embeddings.
-        padding, ends = (
-            self._generation_option("pad_token_id", kwargs),
-            self._generation_option("eos_token_id", kwargs),
-        )
-        known = isinstance(padding, int) and padding not in (ends if isinstance(ends, (list, tuple)) else (ends,))
-        return (ids.ne(padding).to(ids.dtype) if known else torch.ones_like(ids)).cpu()
-
-    def _warn_of_right_padding(self, ids: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-        """What transformers says of rows that end in padding; it looks at ids, and gets embeddings from us."""
-        ends = self._generation_option("eos_token_id", kwargs)
-        padding = self._generation_option("pad_token_id", kwargs)
-        padding = padding if padding is not None else ends[0] if isinstance(ends, (list, tuple)) else ends
-        if padding is None or len(ids) < 2:
-            return
-        given = kwargs.get("attention_mask") is not None and mask is not None
-        if bool((mask[:, -1] == 0).any() if given and mask is not None else (ids[:, -1] == padding).any()):
-            logging.getLogger("transformers.generation.utils").warning(
-                "right-padding was detected: rows of the batch end in padding, behind which a decoder-only model "
-                "cannot go on rightly. Set padding_side='left' on the tokenizer."
-            )
-
-    def _generation_option(self, name: str, kwargs: dict[str, Any], config: Any = None) -> Any:
-        """An option of generate(): given by name, in a config, or the model's own."""
-        config = kwargs.get("generation_config") or config or self.model.generation_config
-        return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
-
-    def _shorten_limits(self, kwargs: dict[str, Any], args: tuple[Any, ...], dropped: int) -> None:
-        """``max_length`` and ``min_length`` count the prompt, which is ``dropped`` tokens shorter now."""
-        config = args[0] if args else None
-        for name, default in (("max_length", 20), ("min_length", 0)):
-            limit = self._generation_option(name, kwargs, config)
-            given = kwargs.get(name) is not None or limit != default
-            new_tokens = name.replace("_length", "_new_tokens")
-            if limit and given and self._generation_option(new_tokens, kwargs, config) is None:
-                kwargs[name] = max(limit - dropped, 0)
-
 
 @dataclass(frozen=True)
 class _CutCall:
@@ -429,7 +394,7 @@ class _VisionPath:
         self._any_length = any_length
         self._graphs: list[CompressedGraph] = []
         self._traced = False
-        self._compiled = torch.compile(with_its_own_code(_video_rows), backend=self._backend)
+        self._compiled = FirstCallAlone(torch.compile(with_its_own_code(_video_rows), backend=self._backend))
 
     @property
     def told(self) -> bool:
@@ -444,11 +409,11 @@ class _VisionPath:
         videos = video.unsqueeze(0)
         # Not dynamic=False: that changes Dynamo's configuration in every call, which torch 2.11 has one of for all
         # threads. Two that meet there leave the whole process without automatic dynamic shapes.
-        torch._dynamo.mark_static(videos, [0, 2, 3, 4])
         if self._any_length:
+            mark_static(videos, 0, 2, 3, 4)
             torch._dynamo.maybe_mark_dynamic(videos, 1)
         else:
-            torch._dynamo.mark_static(videos, 1)
+            mark_static(videos, 0, 1, 2, 3, 4)
         rows = self._compiled(model, videos, choices)[0]
         return rows, next((graph for graph in self._graphs if graph.record.last_call >= start), None)
 
@@ -490,24 +455,6 @@ class _Method:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._handle, self._name)(*args, **kwargs)
-
-
-class _PromptStreamer:
-    """Hands a streamer the caller's own prompt in place of the cut one, then every token as it comes."""
-
-    def __init__(self, streamer: Any, input_ids: torch.Tensor) -> None:
-        self._streamer = streamer
-        self._prompt: torch.Tensor | None = input_ids
-
-    def put(self, value: torch.Tensor) -> None:
-        """The first value is the prompt."""
-        if self._prompt is not None:
-            value, self._prompt = self._prompt.to(value.device), None
-        self._streamer.put(value)
-
-    def end(self) -> None:
-        """No more tokens."""
-        self._streamer.end()
 
 
 _FEATURE_CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -688,52 +635,3 @@ def _refuse_compressed_cache(cache: Any, ids: Any, video_token: int) -> None:
 def _padding_id(model: Any, video_token: int) -> int:
     padding = getattr(model.generation_config, "pad_token_id", None)
     return padding if isinstance(padding, int) and padding != video_token else 0
-
-
-def _show_own_prompt(kwargs: dict[str, Any], ids: torch.Tensor, cut_length: int) -> None:
-    """Streamers, stopping criteria and logits processors see the caller's prompt, not the cut one."""
-    if kwargs.get("streamer") is not None:
-        kwargs["streamer"] = _PromptStreamer(kwargs["streamer"], ids)
-    for name, wrapper in (("stopping_criteria", _Criterion), ("logits_processor", _Processor)):
-        if kwargs.get(name) is not None:
-            kwargs[name] = type(kwargs[name])([wrapper(callee, ids, cut_length) for callee in kwargs[name]])
-    if (allowed := kwargs.get("prefix_allowed_tokens_fn")) is not None:
-        kwargs["prefix_allowed_tokens_fn"] = lambda row, seen: allowed(row, torch.cat((ids[row], seen[cut_length:])))
-
-
-class _SeesOwnPrompt:
-    """Hands a callee the caller's prompt and the new tokens."""
-
-    def __init__(self, callee: Callable[..., Any], ids: torch.Tensor, cut_length: int) -> None:
-        self._callee = callee
-        self._ids = ids
-        self._cut_length = cut_length
-
-    def _restore(self, input_ids: torch.Tensor) -> torch.Tensor:
-        prompts = self._ids.repeat_interleave(input_ids.shape[0] // self._ids.shape[0], dim=0)
-        return torch.cat((prompts, input_ids[:, self._cut_length :]), dim=1)
-
-
-class _Criterion(_SeesOwnPrompt):
-    """A stopping criterion."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
-        return self._callee(self._restore(input_ids), scores, **kwargs)
-
-
-class _Processor(_SeesOwnPrompt):
-    """A logits processor; transformers reads its signature, which must have these two arguments only."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
-        return self._callee(self._restore(input_ids), scores)
-
-
-def _with_own_prompt(output: Any, ids: torch.Tensor, cut_length: int) -> Any:
-    """Put the caller's prompt ids back in front of the new tokens, for each returned sequence."""
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    prompts = ids.to(sequences.device).repeat_interleave(sequences.shape[0] // ids.shape[0], dim=0)
-    sequences = torch.cat((prompts, sequences[:, cut_length:]), dim=1)
-    if isinstance(output, torch.Tensor):
-        return sequences
-    output.sequences = sequences
-    return output

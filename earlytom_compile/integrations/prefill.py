@@ -25,7 +25,7 @@ from torch.fx import GraphModule
 from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .caches import given_cache
-from .tracing import with_its_own_code
+from .tracing import FirstCallAlone, with_its_own_code
 
 FEWEST_POSITIONS_ON_CPU = 128
 """A CPU gains a few milliseconds from compiled code in a shorter prompt, and has nothing to launch; compiling takes ten
@@ -83,7 +83,7 @@ class CompiledPrefill:
             self._padded.reset(token)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
             return self._own(*args, **kwargs)
         padded, embeds = self._padded.get(), kwargs.get("inputs_embeds")
         if padded is None or embeds is None or embeds.shape[1] < _fewest_positions(embeds.device):
@@ -106,7 +106,8 @@ class CompiledPrefill:
             masked = "attention_mask" in tensors or bool(self._padded.get())
             cause = f"prompts of {'several rows' if several else 'one row'}{', padded' if masked else ''}"
             backend = partial(_compile_prompt, self._lowering, self._mode, cause)
-            self._compiled[kind] = torch.compile(with_its_own_code(_call), backend=backend)
+            compiled = FirstCallAlone(torch.compile(with_its_own_code(_call), backend=backend))
+            self._compiled.setdefault(kind, compiled)  # another thread may have come first
         return self._compiled[kind]
 
 

@@ -17,6 +17,7 @@ import inspect
 import itertools
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -38,6 +39,30 @@ def with_its_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
     return FunctionType(code, function.__globals__, code.co_name)
+
+
+def mark_static(tensor: torch.Tensor, *axes: int) -> None:
+    """These axes are of a fixed size to Dynamo. torch's function of this name does something else, and fails, while any
+    other thread of the process compiles."""
+    tensor._dynamo_static_indices = set(axes)  # type: ignore[attr-defined]
+    tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+
+
+class FirstCallAlone:
+    """A compiled function whose first call goes on alone: threads that meet there would each compile it."""
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        self._compiled = compiled
+        self._lock = threading.RLock()
+        self._done = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._done:
+            with self._lock:
+                result = self._compiled(*args, **kwargs)
+                self._done = True
+            return result
+        return self._compiled(*args, **kwargs)
 
 
 def make_traceable() -> None:

@@ -24,3 +24,10 @@ def model(pristine, one_trace, monkeypatch):
     yield pristine
     earlytom_compile.restore(pristine)
     reporting._RESTORED.clear()
+
+
+@pytest.fixture
+def unshared(pristine):
+    """The same model, which traces for itself."""
+    yield pristine
+    earlytom_compile.restore(pristine)

@@ -42,12 +42,6 @@ takes_features = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def unshared(pristine):
-    yield pristine
-    earlytom_compile.restore(pristine)
-
-
 def test_only_models_can_be_restored():
     with pytest.raises(EarlyTomConfigError, match="got a int"):
         earlytom_compile.restore(3)
