@@ -7,7 +7,7 @@ decode_everything("x.mkv")                     ->    what FFmpeg's decoder gives
 import struct
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -48,6 +48,23 @@ def write_film(
             picture.pts = number if times is None else times(number)
             target.mux(stream.encode(picture))
         target.mux(stream.encode(None))
+    return path
+
+
+COLORS = np.array([(250, 0, 0), (0, 250, 0), (0, 0, 250), (9, 9, 9)], np.uint8)
+
+
+def write_gif(path: Path, delays: Sequence[int | None]) -> Path:
+    """8x8 pictures, each of the next of COLORS; ``delays``: in hundredths of a second, None without an extension."""
+    content = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x81, 0, 0) + COLORS.tobytes()
+    for number, delay in enumerate(delays):
+        if delay is not None:
+            content += struct.pack("<BBBBHBB", 0x21, 0xF9, 4, 0, delay, 0, 0)
+        color = number % len(COLORS)
+        codes = [4, color, color] * 32 + [5]  # 3 bits each; 4 begins anew, so that they stay 3
+        packed = sum(code << 3 * place for place, code in enumerate(codes)).to_bytes(37, "little")
+        content += b"," + struct.pack("<HHHHBBB", 0, 0, 8, 8, 0, 2, len(packed)) + packed + b"\0"
+    path.write_bytes(content + b";")
     return path
 
 

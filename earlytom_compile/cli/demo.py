@@ -33,7 +33,7 @@ from ..toyworld.questions import Question, ask
 from ..toyworld.world import FILE_FRAMES, SIZE, rng_of, sample_video, write_mp4
 from .comparison import decode, full_model, timed_answer
 from .loading import Inputs, Loaded, ask_again, load_checkpoint, prepare_inputs
-from .outputs import check_outputs
+from .outputs import check_outputs, output_console
 from .picture import facts_of, filmed, write_pictures
 from .progress import step
 from .toolchain import missing_toolchain
@@ -84,9 +84,7 @@ def require_demo_frames(frames: int | None) -> None:
 
 
 def _demo(folder: Path, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    console, progress_on = Console(highlight=False), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_FILE_WIDTH)
+    console, progress_on = output_console(arguments, width=_FILE_WIDTH), Console(stderr=True)
     transformers.utils.logging.disable_progress_bar()
     clip = folder / "clip.mp4"
     with step(progress_on, "drawing a video"):
@@ -168,9 +166,9 @@ def _questions_table(
 ) -> Table:
     (video,) = report["videos"] or [{"frames": [0], "tokens": [0, 0]}]
     before, after = video["tokens"]
-    table = Table("question", "truth", title="The same answers from fewer tokens", title_justify="left")
-    table.add_column(f"all {before} video tokens")
-    table.add_column(f"{after} of them")
+    table = Table(title="The same answers from fewer tokens", title_justify="left")
+    for heading in ("question", "truth", f"all {before} video tokens", f"{after} of them"):
+        table.add_column(heading, overflow="fold")
     for question, (full, compressed) in zip(questions, answers, strict=True):
         table.add_row(question.text, question.answer, full, compressed)
     return table

@@ -23,13 +23,13 @@ from .comparison import EMPTY, BothModels, Comparison, decode, timed_answer
 from .demo import require_demo_frames, write_demo_video
 from .gains import gains_of, gains_table
 from .loading import Inputs, Loaded, ask_again, open_checkpoint, prepare_inputs, require_question
+from .outputs import output_console
 from .picture import Answered, both_answers, check_pictures, filmed, wants_picture, write_pictures
 from .progress import step
 from .toolchain import require_toolchain
 
 _QUESTION = "what color is the circle ?"  # where nobody asks, any will do: only the lengths are reported
 _REPEATS = 3
-_FILE_WIDTH = 120  # columns, where nobody watches
 _CHOSEN_BY = {
     "paper": "those that receive most attention inside the vision encoder, in every segment its share",
     "released": "those that receive most attention inside the vision encoder; how many depends on the video",
@@ -52,9 +52,7 @@ left alone        what kept all tokens, and why"""
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Call both models, ask them, print what came out, draw."""
     _check(arguments)
-    progress_on, console = Console(stderr=True), Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=_FILE_WIDTH)
+    progress_on, console = Console(stderr=True), output_console(arguments)
     transformers.utils.logging.disable_progress_bar()
     name = arguments.model or str(WEIGHTS)
     checkpoint = open_checkpoint(name, device=arguments.device, dtype=arguments.dtype, options=options)

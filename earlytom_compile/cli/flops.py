@@ -208,11 +208,11 @@ def _implied(case: Case, published: Mapping[tuple[str, float], float]) -> list[t
 def _table(case: Case, rows: Sequence[Row], name: str) -> Table:
     exact = case.protocol == "exact"
     table = Table(title=f"Prefill of {name}, {case.frames} frames, protocol {case.protocol}", title_justify="left")
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     compared = any(row.published is not None for row in rows)
     headings = ["kept", "encoder", *(["projector"] if exact else []), "LLM", "total T", "of full"]
     for heading in headings + ["paper"] * compared:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     full = rows[0].flops.total
     digits = max(1, 2 - math.floor(math.log10(full / 1e12)))  # one as in the paper, three significant ones at least
     for row in rows:
@@ -243,9 +243,9 @@ _PROTOCOL_NOTES = {
 
 def _implied_table(case: Case, implied: Sequence[tuple[str, dict[str, Any]]]) -> Table:
     table = Table(title="Frames that EarlyTom's published totals imply", title_justify="left")
-    table.add_column("kept")
+    table.add_column("kept", overflow="fold")
     for heading in ("paper", "encoder T", "even", *(f"after {layer}" for layer in case.merge_layers)):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for label, content in implied:
         least, most = content["encoder"]
         pairs = [content["every_layer"], *content["after_merge"]]

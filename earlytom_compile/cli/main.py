@@ -21,6 +21,7 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomError
 from .options import add_config_flags, given_options
 from .parser import CommandParser
+from .printing import Unwritten, checked_output, discard_output
 
 _BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 # What torch's profiler says about itself; both are read when torch is imported, and what somebody set stays.
@@ -30,7 +31,20 @@ _NO_GPU = "torch.utils.cpp_extension", "No CUDA runtime is found"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 for a mistake in what was asked, 130 after Ctrl-C."""
+    """Run the command line; returns 0, 2 for a mistake in what was asked or output that is lost, 130 after Ctrl-C."""
+    try:
+        with checked_output():
+            return _run(argv)
+    except BrokenPipeError:  # nobody reads any more, as in `earlytom flops | head`
+        discard_output()
+        return _BROKEN_PIPE
+    except Unwritten as lost:
+        discard_output()
+        print(f"earlytom: the standard output cannot be written ({lost}).", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         options = given_options(arguments)
@@ -43,10 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = f": {stopped}" if str(stopped) else "."
         print(f"\nearlytom {arguments.command}: stopped{said}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Nobody reads any more, as in `earlytom flops | head`; Python would try once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
     return 0
 
 

@@ -27,8 +27,10 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     """Try to write where something is to be written. A folder that is asked for is made later, but none above it.
 
     Raises :class:`EarlyTomConfigError` for a place that cannot be written to or whose folder is not there, for one that
-    something else is read from or written to, or for plots without matplotlib.
+    something else is read from or written to, for plots without matplotlib, or if the standard output is closed.
     """
+    if sys.stdout is None:
+        raise EarlyTomConfigError("the standard output is closed, and answers would be lost: send it to a file.")
     taken = dict(_inputs(arguments))
     for name in FILES:
         path = getattr(arguments, name, None)
@@ -59,26 +61,37 @@ def _inputs(arguments: argparse.Namespace) -> Iterator[tuple[Path, str]]:
 
 
 def output_console(arguments: argparse.Namespace, *, width: int = _FILE_WIDTH) -> Console:
-    """Where tables go: the standard output, unless ``--json -`` has taken it; ``width`` columns if nobody watches."""
-    console = Console(highlight=False, stderr=arguments.json == STANDARD_OUTPUT)
-    if not console.is_terminal:
-        console = Console(highlight=False, stderr=arguments.json == STANDARD_OUTPUT, width=width)
-    return console
+    """Where tables go: the standard output, unless ``--json -`` has taken it.
+
+    As wide as the terminal; if nobody watches, as the variable COLUMNS says, else ``width`` columns.
+    """
+    stderr = getattr(arguments, "json", None) == STANDARD_OUTPUT
+    console = Console(highlight=False, stderr=stderr)
+    if console.is_terminal:
+        return console
+    columns = os.environ.get("COLUMNS", "")
+    return Console(highlight=False, stderr=stderr, width=columns.isdecimal() and int(columns) or width)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Put ``text`` there: all of it or, if somebody stops the program now, nothing."""
+    """Put ``text`` there: all of it or, if somebody stops the program now, nothing.
+
+    Raises :class:`EarlyTomConfigError` for a file that cannot be written, such as on a disk that is full.
+    """
     if str(path) == STANDARD_OUTPUT:
         sys.stdout.write(text)
         sys.stdout.flush()
         return
     file = Path(path).resolve()  # behind a link, whose place the new file would take
-    if file.exists() and not file.is_file():  # a pipe, /dev/null
-        file.write_text(text, encoding="utf-8")
-        return
-    new = file.with_name(file.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, file)
+    try:
+        if file.exists() and not file.is_file():  # a pipe, /dev/null
+            file.write_text(text, encoding="utf-8")
+            return
+        new = file.with_name(file.name + ".new")
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, file)
+    except OSError as error:
+        raise EarlyTomConfigError(f"{str(path)!r} cannot be written ({error.strerror}).") from error
 
 
 def _require_writable(name: str, given: str) -> None:

@@ -62,17 +62,25 @@ class CommandParser(argparse.ArgumentParser):
     def _given(self, words: Iterable[str]) -> frozenset[str]:
         """Names of the options among ``words``; ends the program for one that is unknown, or that comes twice."""
         given: set[str] = set()
-        for word in itertools.takewhile(lambda word: word != "--", words):
+        meant = list(itertools.takewhile(lambda word: word != "--", words))
+        for word, after in itertools.zip_longest(meant, meant[1:], fillvalue=""):
             flag = word.partition("=")[0]
             if not flag.startswith("--") or " " in flag:  # what argparse takes for a value too
                 continue
             action = self._option_string_actions.get(flag)
             if action is None:
                 self.error(f"unknown option {flag}{self._hint(flag)}")
+            if word == flag and action.nargs in (None, "?") and self._like_an_option(after):
+                self.error(f"argument {flag}: {after!r} looks like an option: write {flag}={after} to mean the value.")
             if action.dest in given and isinstance(action, argparse._StoreAction):
                 self.error(f"{flag} is given twice: give one value.")
             given.add(action.dest)
         return frozenset(given)
+
+    def _like_an_option(self, word: str) -> bool:
+        """Whether argparse takes for an option what is none, such as the file -x.mp4; not the number -0.5."""
+        mistaken = word.startswith("-") and not word.startswith("--") and word not in self._option_string_actions
+        return mistaken and self._parse_optional(word) is not None
 
     def _hint(self, flag: str) -> str:
         known = {option.strip("-"): option for option in self._option_string_actions if option.startswith("--")}

@@ -3,6 +3,7 @@
 "12:30.mp4"                   ->  "file:12:30.mp4", which FFmpeg would otherwise take for an address
 "https://host/talk.mp4"       ->  itself, where the server sends any part that is asked for
                               ->  "file:/tmp/....mp4", a copy, where it sends files only from their start
+"anim.gif"                    ->  a copy too, where FFmpeg would take all pictures for one
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,12 @@ _LIVE = frozenset({"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srtp", "udp"})
 _UNREACHED = frozenset(
     {errno.EIO, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ETIMEDOUT}
 )
+
+# FFmpeg's words for redirections in a circle, and to what it does not follow.
+_LED_ASTRAY = frozenset({errno.EIO, errno.EINVAL})
+
+# A GIF's graphic control extension that says nothing: no delay, no transparency.
+_DELAY_OF_0 = bytes((0x21, 0xF9, 4, 0, 0, 0, 0, 0))
 
 # Lists of parts; FFmpeg fetches those.
 _PLAYLIST = re.compile(r"\.(m3u8?|mpd)($|\?)|mpegurl|dash\+xml", re.IGNORECASE)
@@ -58,15 +66,19 @@ def require_file(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def readable(path: str | Path) -> Iterator[str]:
-    """What to hand to FFmpeg; a copy of a file on a server lasts as long as the context."""
+    """What to hand to FFmpeg; a copy lasts as long as the context."""
     if not is_url(path):
         require_file(path)
-        local = Path(path).expanduser()
-        yield f"file:{local}"
+        with _with_delay(Path(path).expanduser()) as local:
+            yield f"file:{local}"
         return
     with tempfile.TemporaryDirectory(prefix="earlytom-") as folder:
         copy = Path(folder) / "video"
-        yield f"file:{copy}" if _copied(str(path), copy) else str(path)
+        if not _copied(str(path), copy):
+            yield str(path)
+            return
+        with _with_delay(copy) as local:
+            yield f"file:{local}"
 
 
 def unreadable(name: str, error: av.error.FFmpegError, address: str) -> EarlyTomConfigError:
@@ -78,7 +90,12 @@ def unreadable(name: str, error: av.error.FFmpegError, address: str) -> EarlyTom
         )
     if isinstance(error, av.error.ExitError):
         return _silent(name)
+    astray = _astray(name) if error.errno in _LED_ASTRAY else None
+    if astray is not None:
+        return EarlyTomConfigError(f"{name!r} cannot be reached ({astray}). {_instead(name)}")
     host = _host(name) if error.errno in _UNREACHED else None
+    if host is None and error.errno in _UNREACHED and is_url(name):
+        return EarlyTomConfigError(f"{name!r} names no host: give a whole address, such as https://host/talk.mp4.")
     if host is not None:
         return EarlyTomConfigError(f"{name!r} cannot be reached ({host}: {_reason(host, error)}). {_instead(name)}")
     if _lacks_index(address):
@@ -101,7 +118,7 @@ def refuse_endless(name: str, container: av.container.InputContainer) -> None:
 
 def _copied(address: str, copy: Path) -> bool:
     """Fetch a whole file from a server that sends nothing but whole files, in which FFmpeg cannot seek."""
-    if not address.lower().startswith(("http://", "https://")) or _PLAYLIST.search(address):
+    if not _over_http(address) or _PLAYLIST.search(address):
         return False
     try:
         request = urllib.request.Request(address, headers={"Range": "bytes=0-"})
@@ -122,8 +139,66 @@ def _copied(address: str, copy: Path) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _with_delay(file: Path) -> Iterator[Path]:
+    """The file itself or, of a GIF whose first picture has no delay, a copy in which it has.
+
+    FFmpeg tells the pictures of a GIF apart only behind its first extension. Some writers put none into the file, or
+    none before the first picture, if nobody asks them for delays; the delay 0 says the same as none.
+    """
+    place = _first_picture(file)
+    if place is None:
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="earlytom-") as folder:
+        copy = Path(folder) / "video"
+        try:
+            with file.open("rb") as given, copy.open("wb") as changed:
+                changed.write(given.read(place) + _DELAY_OF_0)
+                shutil.copyfileobj(given, changed, 1 << 20)
+        except OSError as error:
+            raise EarlyTomConfigError(f"{str(file)!r} cannot be copied to {folder}: {error}.") from error
+        yield copy
+
+
+def _first_picture(file: Path) -> int | None:
+    """Where a GIF begins with a picture, right behind its header and its colours; None if it does not, or is none."""
+    try:
+        with file.open("rb") as opened:
+            header = opened.read(13)
+            if len(header) < 13 or not header.startswith((b"GIF87a", b"GIF89a")):
+                return None
+            flags = header[10]
+            place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+            opened.seek(place)
+            return place if opened.read(1) == b"," else None
+    except OSError:
+        return None  # FFmpeg says why
+
+
 def _silent(name: str) -> EarlyTomConfigError:
     return EarlyTomConfigError(f"{name!r} has not answered for {SECONDS_TO_ANSWER:.0f} s. {_instead(name)}")
+
+
+def _over_http(address: str) -> bool:
+    return address.lower().startswith(("http://", "https://"))
+
+
+def _astray(name: str) -> str | None:
+    """Where a server's redirections lead, if not to an answer."""
+    if not _over_http(name):
+        return None
+    try:
+        urllib.request.urlopen(name, timeout=SECONDS_TO_ANSWER).close()
+    except urllib.error.HTTPError as error:
+        with error:
+            target = error.headers.get("Location")
+            if not 300 <= error.code < 400 or target is None:
+                return None
+            return "redirected in a circle" if "infinite loop" in error.reason else f"redirected to {target}"
+    except (OSError, ValueError, http.client.HTTPException):
+        pass
+    return None
 
 
 def _host(name: str) -> str | None:

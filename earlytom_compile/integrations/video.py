@@ -145,6 +145,7 @@ class _Claim(NamedTuple):
 
     frames: int
     seconds: float
+    gif: bool = False
 
 
 @dataclass
@@ -261,7 +262,8 @@ def _claim(container: av.container.InputContainer, stream: av.VideoStream) -> _C
     if container.format.name == "avi":  # counts the places for frames, not all of which need be taken
         return _Claim(0, float(stream.frames * (stream.time_base or 0)))
     timed = container.format.name in DURATION_IN_HEADER
-    return _Claim(indexed or stream.frames, (container.duration or 0) / av.time_base if timed else 0.0)
+    seconds = (container.duration or 0) / av.time_base if timed else 0.0
+    return _Claim(indexed or stream.frames, seconds, container.format.name == "gif")
 
 
 def _lost(film: _Film, claim: _Claim, packets: Packets, total: int, damaged: int) -> str | None:
@@ -269,6 +271,11 @@ def _lost(film: _Film, claim: _Claim, packets: Packets, total: int, damaged: int
     about, claimed = "", claim.frames
     if 0 < packets.end < 0.95 * claim.seconds - 1:
         about, claimed = "about ", round(total * claim.seconds / packets.end)
+    if claim.gif and len(packets.listed) < claimed:  # counted in the file itself, however short it is
+        return (
+            f"{film.name!r}: FFmpeg takes {claimed} pictures of this GIF for {total}, since they have no delays. "
+            "Download it if it is on a server and give the file's path, or save it with delays."
+        )
     if len(packets.listed) < claimed:
         return (
             f"{film.name!r} breaks off: {total} of {about}{claimed} frames can be read, and the video is taken to end "

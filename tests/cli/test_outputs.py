@@ -7,8 +7,13 @@ import stat
 import pytest
 
 from earlytom_compile import EarlyTomConfigError
+from earlytom_compile.cli.comparison import Arm, Comparison, comparison_table
+from earlytom_compile.cli.demo import _questions_table
+from earlytom_compile.cli.gains import Cost, Gains, gains_table
 from earlytom_compile.cli.main import main
-from earlytom_compile.cli.outputs import check_outputs, write_text
+from earlytom_compile.cli.outputs import check_outputs, output_console, write_text
+from earlytom_compile.cli.quality import Setting, Summary, settings_table
+from earlytom_compile.toyworld.questions import Question
 
 
 def asked(**outputs):
@@ -118,3 +123,45 @@ def test_a_video_that_is_not_there_is_missed_before_anything_is_imported(capsys,
     monkeypatch.setattr("importlib.import_module", lambda *args: pytest.fail("imported"))
     assert main(["run", "--model", "m", "--video", "typo.mp4", "--prompt", "what ?"]) == 2
     assert "no video file at 'typo.mp4'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_file_for_which_there_is_no_room_is_named():
+    with pytest.raises(EarlyTomConfigError, match=r"'/dev/full' cannot be written \(No space left on device\)"):
+        write_text("/dev/full", "{}")
+
+
+VIDEO = {"frames": [32, 24, 18, 14], "tokens": [6272, 627]}
+
+
+def tables():
+    """What run --compare, explain, compare and demo print, with long contents."""
+    report = {"videos": [VIDEO], "prompt": [6300, 655], "merge_layers": [6, 21, 23]}
+    arms = [Arm(list(answer), "a word " * 20, 12.3, 1.2) for answer in ([1, 2, 3], [1, 2, 4])]
+    costs = [Cost(tokens, tokens, 1e13, 1.2, 1 << 30, 1 << 30, 1 << 30) for tokens in (6272, 627)]
+    one = Summary(Setting("plus", 0.1), 100, 90, 80, 81, 0.0123, 627.0, 6272.0, 0.3, 1.2)
+    question = Question("what color is the circle ?", "blue", ("blue", "red"), "color")
+    return {
+        "run": comparison_table(Comparison(*arms, report, "")),
+        "explain": gains_table(Gains(*costs)),
+        "compare": settings_table([one]),
+        "demo": _questions_table([question], [("blue", "blue")], report),
+    }
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+@pytest.mark.parametrize("name", ["run", "explain", "compare", "demo"])
+def test_tables_fit_a_narrow_terminal_and_lose_nothing(name, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    output_console(asked()).print(tables()[name])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and max(map(len, lines)) <= columns and "\u2026" not in "".join(lines)
+
+
+@pytest.mark.parametrize("columns, widest", [("60", 60), ("40", 40), ("0", 120), ("", 120)])
+def test_tables_of_flops_are_as_wide_as_columns_says(columns, widest, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["flops"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= widest and "\u2026" not in "".join(lines)
+    assert output_console(asked()).width == widest

@@ -1,5 +1,7 @@
 """What people expect of a command line before it does anything: help, versions, and mistakes by name."""
 
+import errno
+import os
 import re
 import runpy
 import subprocess
@@ -130,6 +132,17 @@ def test_values_that_look_like_options_are_values():
     assert arguments.prompt == ["--what is it?"] and arguments.tau_seg == -0.5
 
 
+@pytest.mark.parametrize("flag, value", [("--video", "-x.mp4"), ("--json", "-x.json"), ("--video", "-help.mp4")])
+def test_a_value_that_argparse_takes_for_an_option_is_told_how_to_be_one(flag, value, capsys):
+    said = " ".join(refused(capsys, "run", "--model", "m", "--prompt", "p", flag, value).split())
+    assert f"argument {flag}: {value!r} looks like an option: write {flag}={value} to mean the value." in said
+
+
+@pytest.mark.parametrize("after", [[], ["--prompt", "p"]])
+def test_a_value_that_is_missing_is_no_value_that_looks_like_an_option(after, capsys):
+    assert "argument --video: expected one argument" in refused(capsys, "run", "--video", *after)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_words_without_an_option_are_refused(command, capsys):
     assert "'clip.mp4'" in refused(capsys, command, *COMMANDS[command], "clip.mp4")
@@ -194,3 +207,38 @@ def test_a_reader_that_leaves_early_is_no_traceback():
     command = f"{sys.executable} -P -m earlytom_compile flops --protocol exact | head -1"
     run = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
     assert run.stdout.startswith("Prefill of") and run.stderr == ""
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("words", [["flops"], ["flops", "--json", "-"], ["--help"], ["flops", "--help"], ["--version"]])
+def test_output_that_cannot_be_written_is_said_and_is_2(words, buffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    with FULL.open("w") as full:
+        command = [sys.executable, "-P", "-m", "earlytom_compile", *words]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    *tables, said = run.stderr.splitlines()
+    assert said == "earlytom: the standard output cannot be written (No space left on device)."
+    assert not tables or "--json" in words
+
+
+def test_other_errors_of_the_system_are_not_taken_for_output_that_is_lost(monkeypatch):
+    from earlytom_compile.cli import flops
+
+    def fail(arguments, options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(flops, "execute", fail)
+    with pytest.raises(OSError, match="No space left"):
+        main(["flops"])
+
+
+def test_a_closed_standard_output_is_found_before_anything_is_imported(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.import_module", lambda *args: pytest.fail("imported"))
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["flops"]) == 2
+    assert "earlytom flops: the standard output is closed" in capsys.readouterr().err

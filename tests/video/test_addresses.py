@@ -11,9 +11,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from films import write_film
+from films import write_film, write_gif
 
-from earlytom_compile import EarlyTomConfigError
+from earlytom_compile import EarlyTomConfigError, EarlyTomVideoWarning
 from earlytom_compile.integrations import addresses
 from earlytom_compile.integrations.video import read_video
 
@@ -71,6 +71,16 @@ def test_a_video_on_a_server_is_the_one_on_the_disk(server, tmp_path, name):
     assert path.stat().st_size > 300_000
     here, there = read_video(path, 5), read_video(f"{server}/{name}", 5)
     assert there.total == here.total and np.array_equal(there.pixels, here.pixels)
+
+
+def test_an_animation_without_delays(tmp_path):
+    write_gif(tmp_path / "x.gif", [None] * 4)
+    with served(Whole, tmp_path) as server:
+        assert read_video(f"{server}/x.gif").total == 4
+    with served(Parts, tmp_path) as server, pytest.warns(EarlyTomVideoWarning) as caught:
+        assert read_video(f"{server}/x.gif").total == 1
+    (said,) = (str(warning.message) for warning in caught)
+    assert "x.gif': FFmpeg takes 4 pictures of this GIF for 1, since they have no delays. Download it" in said
 
 
 def test_what_is_not_there_keeps_its_slashes(server):
@@ -133,7 +143,7 @@ def test_a_server_that_refuses(scheme, instead):
 def test_a_host_that_nobody_knows(monkeypatch):
     """FFmpeg calls it an input/output error."""
 
-    def unknown(host, port):
+    def unknown(host, *others):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
@@ -147,6 +157,28 @@ def test_a_host_that_nobody_knows(monkeypatch):
 def test_what_is_no_address(address):
     with pytest.raises(EarlyTomConfigError, match=re.escape(repr(address))):
         read_video(address, 5)
+
+
+@pytest.mark.parametrize("address", ["http://", "https:///x.mp4", "rtsp://"])
+def test_an_address_without_a_host(address):
+    with pytest.raises(EarlyTomConfigError, match=f"'{address}' names no host: give a whole address"):
+        read_video(address, 5)
+
+
+@pytest.mark.parametrize(
+    "target, said", [("/x.mp4", "redirected in a circle"), ("file:///x.mp4", "redirected to file:///x.mp4")]
+)
+def test_redirections_that_lead_nowhere(tmp_path, target, said):
+    class Elsewhere(Whole):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with served(Elsewhere, tmp_path) as server, pytest.raises(EarlyTomConfigError) as refused:
+        read_video(f"{server}/x.mp4", 5)
+    assert f"/x.mp4' cannot be reached ({said}). Check the address" in str(refused.value)
 
 
 def test_a_broadcast_over_http_has_no_end_either(tmp_path):

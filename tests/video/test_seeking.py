@@ -1,13 +1,14 @@
 """Whatever the file: the frames read are those at the same places among all that FFmpeg's decoder gives."""
 
+import warnings
 from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from effort import examples
-from films import HEIGHT, WIDTH, decode_everything, draw, edit, rewrite, write_film
-from hypothesis import given
+from films import COLORS, HEIGHT, WIDTH, decode_everything, draw, edit, rewrite, write_film, write_gif
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from earlytom_compile import EarlyTomConfigError
@@ -215,6 +216,21 @@ def test_a_picture_is_a_video_of_one_frame(tmp_path, name, codec, pix_fmt):
     video = read_video(path)
     assert video.total == 1 and video.pixels.shape == (1, HEIGHT, WIDTH, 3)
     same_as_everything(path, 1)
+
+
+@examples(40)
+@given(delays=st.lists(st.sampled_from([None, 0, 1, 2, 10]), min_size=1, max_size=9))
+@example(delays=[None] * 5)
+@example(delays=[None, None, None, 10, None])
+def test_an_animation_needs_no_delays(tmp_path_factory, delays):
+    """FFmpeg would take all pictures before the second extension for one."""
+    path = write_gif(tmp_path_factory.mktemp("gif") / "x.gif", delays)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video = read_video(path)
+    assert video.total == len(delays) and video.pixels.shape == (len(delays), 8, 8, 3)
+    for number, picture in enumerate(video.pixels):
+        assert (picture == COLORS[number % len(COLORS)]).all()
 
 
 def test_names_that_look_like_addresses_or_patterns(tmp_path):
