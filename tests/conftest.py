@@ -22,6 +22,9 @@ if not torch.cuda.is_available():
     # Inductor would start processes of its own, each of which imports torch, in every process that runs tests.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+# The width of pytest's own output, which pytest-xdist hands to its workers; tables are as wide as for anybody else.
+os.environ.pop("COLUMNS", None)
+
 from earlytom_compile import EarlyTomFallbackWarning, reporting  # noqa: E402
 from earlytom_compile.integrations import prefill  # noqa: E402
 
