@@ -183,13 +183,13 @@ class CompiledModel:
         cut = None if reason else self._compress(ids, kwargs)  # type: ignore[arg-type]
         if cut is None:
             kwargs = _for_own_code(kwargs, reason or self.notes[-1])
-            with _generating():
+            with _generating(left_alone=True):
                 return self.own["generate"](*(() if inputs is None else (inputs,)), **kwargs)
         assert ids is not None
         length = cut.input_ids.shape[1]
         shorten_limits(self.model, cut.arguments, dropped=ids.shape[1] - length)
         show_own_prompt(cut.arguments, ids, length)
-        with _generating(), self._compiled_prefill(cut):
+        with _generating(left_alone=False), self._compiled_prefill(cut):
             output = self.own["generate"](cut.input_ids, **cut.arguments)
         _mark_cache(cache_of(output), given_cache(kwargs))
         return with_own_prompt(output, ids, length)
@@ -205,6 +205,8 @@ class CompiledModel:
                 return own(**kwargs)  # transformers compiles decoding steps: let it see the model alone
             # Behind a graph break: traced by another torch.compile, our own would do nothing.
             return torch.compiler.disable(self.forward)(**kwargs)
+        if _GENERATING.get() == "left alone":  # transformers 5.17 encodes the video here
+            return own(**kwargs)
         ids = kwargs.get("input_ids")
         reason = self._reason_to_leave_alone(ids, kwargs, forward=True)
         cut = None if reason else self._compress(ids, kwargs, forward=True)  # type: ignore[arg-type]
@@ -222,7 +224,7 @@ class CompiledModel:
         _require_tensors(videos)
         if videos is None or len(videos) == 0:
             _refuse_compressed_cache(given_cache(kwargs), ids, self.model.config.video_token_id)
-            if _GENERATING.get():
+            if _GENERATING.get() is not None:
                 return "no video"
             if _features(kwargs).get("video") is not None:
                 self._note("failed")
@@ -475,13 +477,14 @@ _ALREADY_ENCODED = (
     "the video is given as features (mm_encoder_outputs), which reach the language model as they are",
     "Pass pixel_values_videos to have it compressed",
 )
-_GENERATING = ContextVar("earlytom_generating", default=False)
+_GENERATING: ContextVar[str | None] = ContextVar("earlytom_generating", default=None)
 
 
 @contextmanager
-def _generating() -> Iterator[None]:
-    """Inside, features that reach ``forward`` are those of ``generate``, which encodes before the prompt's pass."""
-    token = _GENERATING.set(True)
+def _generating(left_alone: bool) -> Iterator[None]:
+    """Inside, features that reach ``forward`` are those of ``generate``, which encodes before the prompt's pass, and
+    what ``generate`` has left alone ``forward`` leaves alone."""
+    token = _GENERATING.set("left alone" if left_alone else "compressed")
     try:
         yield
     finally:
