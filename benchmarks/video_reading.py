@@ -39,9 +39,8 @@ _SMALL = """
 import sys
 from earlytom_compile.integrations.preprocess import PixelSettings
 from earlytom_compile.integrations.video import read_video
-small = PixelSettings({"height": 384, "width": 384}).resized
-resize = lambda frame: small(frame[None])[0].permute(1, 2, 0).contiguous().numpy()
-read_video(sys.argv[1], int(sys.argv[3]), resize=resize)
+small = PixelSettings({"height": 384, "width": 384})
+read_video(sys.argv[1], int(sys.argv[3]), resize=small.resized_frame)
 """
 WAYS = {"decoding everything": _EVERYTHING, "read_video": _SEEKING, "read_video, 384x384 while decoding": _SMALL}
 # At the end of each. What the parent is told (ru_maxrss) has the memory of the parent in it, which was copied first.

@@ -101,8 +101,8 @@ class EarlyTomConfig:
         if self.tau_merge != "segment":
             finite = math.isfinite(_float(self.tau_merge))
             _require_number("tau_merge", self.tau_merge, finite, '"segment" or a number such as 0.8')
-        if self.max_window is not None and not (_is_int(self.max_window) and self.max_window >= 2):
-            raise _bad("max_window", self.max_window, "None or a whole number of frames, at least 2")
+        if self.max_window is not None and not (is_whole_number(self.max_window) and self.max_window >= 2):
+            raise bad_option("max_window", self.max_window, "None or a whole number of frames, at least 2")
         _require_choice("lowering", self.lowering, ("staged", "whole", "eager"))
         if self.mode is not None:
             _require_choice("mode", self.mode, _MODES)
@@ -110,10 +110,10 @@ class EarlyTomConfig:
         for name in NOT_YET:
             value, default = getattr(self, name), getattr(type(self), name)
             if value != default:
-                raise _bad(name, value, f"{default!r}: merging inside the language model is not available yet")
+                raise bad_option(name, value, f"{default!r}: merging inside the language model is not available yet")
         for name in ("strict", "compile_llm"):
             if not isinstance(getattr(self, name), bool):
-                raise _bad(name, getattr(self, name), "True or False")
+                raise bad_option(name, getattr(self, name), "True or False")
         if self.merge_layers is not None:
             object.__setattr__(self, "merge_layers", _layers(self.merge_layers))
         if self.preset is not None:
@@ -206,7 +206,8 @@ def _preset(name: Any, ratio: Any) -> dict[str, Any]:
     return {"tau_seg": tau_seg, "merge_layers": merge_layers, "alpha": 0.9}
 
 
-def _is_int(value: Any) -> bool:
+def is_whole_number(value: Any) -> bool:
+    """Python's and numpy's integers, but not True and False."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -214,24 +215,25 @@ def _float(value: Any) -> float:
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
-def _bad(name: str, value: Any, allowed: str) -> EarlyTomConfigError:
+def bad_option(name: str, value: Any, allowed: str) -> EarlyTomConfigError:
+    """The error for a value that is not ``allowed``."""
     return EarlyTomConfigError(f"{name}={value!r}: must be {allowed}.")
 
 
 def _require_number(name: str, value: Any, ok: bool, allowed: str) -> None:
     if not ok:
-        raise _bad(name, value, allowed)
+        raise bad_option(name, value, allowed)
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise _bad(name, value, "one of " + ", ".join(map(repr, choices)))
+        raise bad_option(name, value, "one of " + ", ".join(map(repr, choices)))
 
 
 def _layers(value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise _bad("merge_layers", value, "None or a sequence of layer numbers such as (6, 21, 23)")
+        raise bad_option("merge_layers", value, "None or a sequence of layer numbers such as (6, 21, 23)")
     layers = tuple(value)
-    if not all(_is_int(layer) and layer >= 0 for layer in layers) or len(set(layers)) < len(layers):
-        raise _bad("merge_layers", value, "distinct 0-based layer numbers such as (6, 21, 23)")
+    if not all(is_whole_number(layer) and layer >= 0 for layer in layers) or len(set(layers)) < len(layers):
+        raise bad_option("merge_layers", value, "distinct 0-based layer numbers such as (6, 21, 23)")
     return tuple(sorted(map(int, layers)))

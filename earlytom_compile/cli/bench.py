@@ -25,6 +25,7 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.preprocess import PixelSettings, video_settings
 from ..shapes import ModelShape, config_of, shape_of
+from ..words import counted
 from .bench_load import check_load, measure_loads
 from .bench_session import Session
 from .loading import (
@@ -40,7 +41,7 @@ from .loading import (
 )
 from .options import require_effect
 from .outputs import output_console, write_text
-from .resume import check_resume, counted, saved_content, stopped
+from .resume import check_resume, saved_content, stopped
 from .toolchain import require_toolchain
 
 _SHAPES_SETTINGS = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}  # SigLIP's

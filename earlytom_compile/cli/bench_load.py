@@ -10,9 +10,10 @@ from ..benchmarks.load import REQUESTS_EACH, Server, make_prompts, make_servers,
 from ..benchmarks.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from ..benchmarks.workload import Inputs
 from ..errors import EarlyTomConfigError
+from ..words import counted
 from .bench_session import Session
 from .outputs import write_text
-from .resume import counted, stopped
+from .resume import stopped
 
 
 def check_load(arguments: argparse.Namespace) -> None:

@@ -15,9 +15,10 @@ from rich.console import Console
 from ..benchmarks.environment import environment
 from ..benchmarks.forecast import compilation, in_words
 from ..errors import EarlyTomConfigError
+from ..words import counted
 from .loading import open_checkpoint, progress_bars
 from .outputs import output_console, write_text
-from .resume import check_resume, counted, saved_content, stopped
+from .resume import check_resume, saved_content, stopped
 
 _FILE_WIDTH = 130  # columns, where nobody watches
 _MERGING = ("earlytom", "only", "top-k", "random")

@@ -56,11 +56,6 @@ def _difference(file: str, name: str, before: Any, now: Any) -> str:
     )
 
 
-def counted(number: int, what: str) -> str:
-    """``"1 row"``, ``"2 rows"``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def stopped(arguments: argparse.Namespace, saved: str) -> KeyboardInterrupt:
     """What to raise at Ctrl-C; ``saved`` says what is in the file by now, if anything."""
     if not arguments.json or arguments.json == STANDARD_OUTPUT:

@@ -62,7 +62,7 @@ def options_by_kind(options: Mapping[str, Any], tokenizer: Any) -> list[dict[str
     names, rest = option_names(tokenizer), dict(options)
     rest.pop("audio_kwargs", None)
     if rest.pop("audio", None) is not None:
-        raise EarlyTomConfigError("audio: LLaVA-OneVision does not hear. Leave it out.")
+        raise EarlyTomConfigError("audio: this processor takes text, images and videos. Leave it out.")
     common = rest.pop("common_kwargs", None) or {}
     own = {kind: rest.pop(kind, None) or {} for kind in KINDS}
     _require_known([*common, *rest], frozenset[str]().union(*names.values(), KINDS))

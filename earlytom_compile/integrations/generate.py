@@ -32,6 +32,7 @@ from ..errors import EarlyTomConfigError, EarlyTomError
 from ..prompt import PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
 from ..reporting import Counts, GraphRecord, forget, note_restored
 from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
+from ..words import counted
 from .caches import cache_of, given_cache
 from .generation import (
     inferred_mask,
@@ -183,13 +184,13 @@ class CompiledModel:
         cut = None if reason else self._compress(ids, kwargs)  # type: ignore[arg-type]
         if cut is None:
             kwargs = _for_own_code(kwargs, reason or self.notes[-1])
-            with _generating(left_alone=True):
+            with _generating(left_a_video=reason != _NO_VIDEO):
                 return self.own["generate"](*(() if inputs is None else (inputs,)), **kwargs)
         assert ids is not None
         length = cut.input_ids.shape[1]
         shorten_limits(self.model, cut.arguments, dropped=ids.shape[1] - length)
         show_own_prompt(cut.arguments, ids, length)
-        with _generating(left_alone=False), self._compiled_prefill(cut):
+        with _generating(left_a_video=False), self._compiled_prefill(cut):
             output = self.own["generate"](cut.input_ids, **cut.arguments)
         _mark_cache(cache_of(output), given_cache(kwargs))
         return with_own_prompt(output, ids, length)
@@ -205,7 +206,7 @@ class CompiledModel:
                 return own(**kwargs)  # transformers compiles decoding steps: let it see the model alone
             # Behind a graph break: traced by another torch.compile, our own would do nothing.
             return torch.compiler.disable(self.forward)(**kwargs)
-        if _GENERATING.get() == "left alone":  # transformers 5.17 encodes the video here
+        if _GENERATING.get():  # transformers 5.17 encodes the video here
             return own(**kwargs)
         ids = kwargs.get("input_ids")
         reason = self._reason_to_leave_alone(ids, kwargs, forward=True)
@@ -225,14 +226,14 @@ class CompiledModel:
         if videos is None or len(videos) == 0:
             _refuse_compressed_cache(given_cache(kwargs), ids, self.model.config.video_token_id)
             if _GENERATING.get() is not None:
-                return "no video"
+                return _NO_VIDEO
             if _features(kwargs).get("video") is not None:
                 self._note("failed")
                 fall_back(*_ALREADY_ENCODED, self.config, self.record)
                 self._note("uncompressed")
             elif not _continues(kwargs):  # else it is one of many steps of a call
-                self._note("no video")
-            return "no video"
+                self._note(_NO_VIDEO)
+            return _NO_VIDEO
         if _pixels_and_features(kwargs, forward):
             return "the model's own code refuses the call, with an error of its own"
         if not self.compressed:
@@ -432,7 +433,7 @@ class _VisionPath:
 def _for_videos(video: torch.Tensor, any_length: bool) -> str:
     """What a vision path is for, for the report."""
     frames, _, height, width = video.shape
-    length = "2 and more frames" if any_length else f"{frames} frame{'s' * (frames > 1)}"
+    length = "2 and more frames" if any_length else counted(frames, "frame")
     return f"videos of {length}, {height}x{width}, {str(video.dtype).removeprefix('torch.')} on {video.device}"
 
 
@@ -477,14 +478,15 @@ _ALREADY_ENCODED = (
     "the video is given as features (mm_encoder_outputs), which reach the language model as they are",
     "Pass pixel_values_videos to have it compressed",
 )
-_GENERATING: ContextVar[str | None] = ContextVar("earlytom_generating", default=None)
+_NO_VIDEO = "no video"
+_GENERATING: ContextVar[bool | None] = ContextVar("earlytom_generating", default=None)
 
 
 @contextmanager
-def _generating(left_alone: bool) -> Iterator[None]:
-    """Inside, features that reach ``forward`` are those of ``generate``, which encodes before the prompt's pass, and
-    what ``generate`` has left alone ``forward`` leaves alone."""
-    token = _GENERATING.set("left alone" if left_alone else "compressed")
+def _generating(left_a_video: bool) -> Iterator[None]:
+    """Inside, features that reach ``forward`` are those of ``generate``, which encodes before the prompt's pass; and a
+    video that ``generate`` has left alone, with a warning, ``forward`` leaves alone."""
+    token = _GENERATING.set(left_a_video)
     try:
         yield
     finally:

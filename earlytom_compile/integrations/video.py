@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from ..config import _bad, _is_int
+from ..config import bad_option, is_whole_number
 from ..errors import EarlyTomConfigError, EarlyTomVideoWarning
 from . import addresses
 from .addresses import is_url, readable, refuse_endless, unreadable
@@ -63,8 +63,8 @@ def sample_indices(total: int, frames: int) -> tuple[int, ...]:
 
 def require_frames(name: str, number: Any) -> None:
     """Raise :class:`EarlyTomConfigError` for what is no number of frames; numpy's integers are some."""
-    if not _is_int(number) or number < 1:
-        raise _bad(name, number, "a whole number, at least 1")
+    if not is_whole_number(number) or number < 1:
+        raise bad_option(name, number, "a whole number, at least 1")
 
 
 def read_video(

@@ -10,6 +10,7 @@
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
+from ..words import counted
 from . import reading
 from .content import Clip
 from .markup import tag
@@ -103,7 +104,7 @@ def _thumbnails(sheet: _Sheet, index: int, clip: Clip) -> None:
 def _panel(sheet: _Sheet, step: MergeStep, places: Sequence[float], clip: Clip) -> None:
     tau = clip.observation.config.tau_seg
     low, high = reading.value_range(step, tau)
-    segments = f"{len(step.segments)} segment" + ("s" if len(step.segments) > 1 else "")
+    segments = counted(len(step.segments), "segment")
     title = f"After layer {step.layer} of {clip.observation.layers}: {segments} of {step.frames} frames"
     sheet.text(title, _LEFT - 40, sheet.y + 17, class_="title")
     top = sheet.y + _TITLE

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import EarlyTomConfigError
+from ..words import counted
 from . import reading
 from .content import Asked, Clip, Fact
 
@@ -228,7 +229,7 @@ class _Flow:
     def _panel(self, step: reading.MergeStep, places: Sequence[float]) -> None:
         sheet, tau = self.sheet, self.observation.config.tau_seg
         low, high = reading.value_range(step, tau)
-        number = f"{len(step.segments)} segment{'s' if len(step.segments) > 1 else ''}"
+        number = counted(len(step.segments), "segment")
         title = f"After layer {step.layer} of {self.observation.layers}: {number} of {step.frames} frames"
         sheet.text(title, self.left - 0.35, sheet.y, 10, fontweight="bold")
         top, height = sheet.y + 0.22, 1.05
@@ -312,7 +313,7 @@ def _cards(sheet: _Sheet, clip: Clip, heat: reading.Heat | None) -> None:
         sheet.text(title, x, sheet.y + height + 0.04, 9, fontweight="bold")
         layers = (reading.merge_word(observation, place) or "").split(":")[0]
         sheet.text(
-            f"{len(tokens)} token{'s' if len(tokens) != 1 else ''}{f', merged {layers}' if layers else ''}",
+            f"{counted(len(tokens), 'token')}{f', merged {layers}' if layers else ''}",
             x,
             sheet.y + height + 0.21,
             8.5,

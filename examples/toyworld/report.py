@@ -16,10 +16,10 @@ from rich import box
 from rich.table import Table
 
 from earlytom_compile.benchmarks import markdown
-from earlytom_compile.cli.resume import counted
 from earlytom_compile.toyworld.evaluate import Questions, Result
 from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS
 from earlytom_compile.toyworld.questions import CATEGORIES
+from earlytom_compile.words import counted
 
 _NOTHING = "–"
 HEADINGS = ("method", "ratio", "tokens", "accuracy (95% CI)", "of all tokens'", *CATEGORIES)

@@ -324,7 +324,7 @@ def test_images_and_a_video_in_a_conversation(processor, pictures, clip):
         ({"videos": noise_video(2, 8, 8), "device": "cuda"}, "device: only transformers' own processor does that"),
         ({"videos": noise_video(2, 8, 8), "size": 48}, "size=48.* need torchvision"),
         ({"text": "x", "return_mm_token_type_ids": True}, "return_mm_token_type_ids: only transformers' own"),
-        ({"text": "x", "audio": [0.0]}, "audio: LLaVA-OneVision does not hear"),
+        ({"text": "x", "audio": [0.0]}, "audio: this processor takes text"),
         ({"videos": "nowhere.mp4", "num_frames": 2.5}, "num_frames=2.5: must be a whole number, at least 1"),
         ({"videos": noise_video(9, 8, 8), "num_frames": 0}, "num_frames=0: must be a whole number, at least 1"),
         ({"videos": "nowhere.mp4"}, "no video file at"),

@@ -150,6 +150,21 @@ def test_arguments_by_their_place_are_those_by_name(model):
         model.generate(*range(30))
 
 
+def test_a_call_from_inside_another_is_compressed_as_ever(model):
+    film, text, lengths = video_inputs(model, 12), video_inputs(model, 12, videos_per_row=(0,)), []
+
+    def look(ids, scores, **kwargs):
+        lengths.append(model(**film).logits.shape[1])
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with torch.no_grad():
+        expected = compiled(model)(**film).logits.shape[1]
+        assert expected < film["input_ids"].shape[1]
+        for inputs in (text, film):
+            model.generate(**inputs, **GREEDY, max_new_tokens=2, stopping_criteria=StoppingCriteriaList([look]))
+    assert lengths == [expected] * 4
+
+
 # --- Other threads --------------------------------------------------------------------------------
 
 
