@@ -56,7 +56,7 @@ def compile_graph(
     """
     record = add_record(_new_record(config, cause), example_inputs)
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    state = Rewrite(graph_module, config, features_only)
+    state = Rewrite(graph_module, config, features_only, example_inputs)
     try:
         with progress(f"finding the video in a graph of {len(graph_module.graph.nodes)} operations"):
             run_passes(state)

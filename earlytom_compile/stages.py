@@ -331,7 +331,7 @@ class CompressedGraph:
         frames, rest = counts[: self._num_counts], list(counts[self._num_counts :])
         if self._expected is not None:
             record.prompt = (args[self._expected[0]].shape[1], rest.pop(0).shape[1])
-        record.last_counts = Counts(frames, rest.pop(0) if rest else None)
+        record.last_counts = Counts(frames, rest.pop(0), rest.pop(0) if rest else None)
         record.last_call = time.monotonic()
 
 
@@ -345,13 +345,10 @@ def fall_back(reason: str, cure: str, config: EarlyTomConfig, record: GraphRecor
 
 
 def _append_counts(state: Rewrite) -> int:
-    """Add frame counts, the cut and the token counts to the graph's outputs; returns how many there were."""
-    assert state.video is not None and state.selected is not None
+    """Add frame counts, the cut and the kept tokens to the graph's outputs; returns how many there were."""
     (output,) = (node for node in state.graph_module.graph.nodes if node.op == "output")
     own = tuple(output.args[0])  # type: ignore[arg-type]
-    cut = (state.keep,) if state.keep is not None else ()
-    kept = (state.selected.kept_counts,) if state.selected.kept_counts is not None else ()
-    output.args = ((*own, *state.video.counts, *cut, *kept),)
+    output.args = ((*own, *state.counted),)
     state.graph_module.recompile()
     return len(own)
 

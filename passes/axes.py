@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from earlytom_compile.passes import axis_rules, axis_rules_indexing, axis_rules_layout  # noqa: F401  (register their rules)
 from earlytom_compile.passes.axis_algebra import AxisSpace, Dim, Size
 from earlytom_compile.passes.axis_call import (
+    MARK,
     RULES,
     Call,
     NoRule,
@@ -147,7 +148,7 @@ class AxisMap:
         call = Call(node, name, self.space, self.values)
         relations = len(self.space.relations)
         try:
-            function = RULES.get(name)
+            function = RULES.get(name, _of_last_axis if MARK in node.meta else None)
             if function is None:
                 raise NoRule
             value = _checked(node, _value(_bound(function, call, node)))
@@ -255,6 +256,11 @@ def _bound(function: Any, call: Call, node: Node) -> Any:
     kwargs = {{"axis": "dim", "keepdims": "keepdim"}.get(key, key): value for key, value in node.kwargs.items()}
     inspect.signature(function).bind(call, *node.args, **kwargs)
     return function(call, *node.args, **kwargs)
+
+
+def _of_last_axis(call: Call, *_: Any, **__: Any) -> Any:
+    """An operator that nobody has a rule for, but which is known to leave all axes but the last alone."""
+    return (*call.dims(call.node.meta[MARK])[:-1], call.pinned(call.out[-1]))
 
 
 def _value(result: Any) -> Value:

@@ -48,6 +48,11 @@ class Outputs(tuple):
     """Several results of one call, in order."""
 
 
+MARK = "earlytom_position_wise"
+"""Key of ``node.meta`` of an operator without a rule that computes [..., N] of [..., D] one by one: the node of the
+latter."""
+
+
 Value = TensorAxes | ScalarValue | Outputs | None
 """What is known of a node; None for a tensor without a recorded shape."""
 

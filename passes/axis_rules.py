@@ -290,6 +290,34 @@ def one_hot(call: Call, input: Any, num_classes: Any = -1) -> Dims:
     return (*call.dims(input), call.pinned(call.out[-1]))
 
 
+@rule("glu")
+def glu(call: Call, input: Any, dim: int = -1) -> Dims:
+    dims = list(call.dims(input))
+    at = wrap(dim, len(dims))
+    call.forbid([dims[at]], "is halved by")
+    dims[at] = call.pinned(call.out[at])
+    return tuple(dims)
+
+
+@rule("unfold")
+def unfold(call: Call, input: Any, *arguments: Any, **named: Any) -> Dims:
+    """``x.unfold(dim, size, step)`` appends the axis of a window; ``F.unfold(x, kernel)`` lists whole patches."""
+    dims = call.dims(input)
+    if call.node.op == "call_method" or len(call.out) == len(dims) + 1:
+        at = wrap(arguments[0] if arguments else named["dimension"], len(dims))
+        call.forbid([dims[at]], "is cut into windows by")
+        return (*dims[:at], call.pinned(call.out[at]), *dims[at + 1 :], call.pinned(call.out[-1]))
+    call.forbid(dims[-3:], "is cut into patches by")
+    return (*dims[:-3], *map(call.pinned, call.out[-2:]))
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(call: Call, input: Any, factor: int) -> Dims:
+    dims = call.dims(input)
+    call.forbid(dims[-3:], "is regrouped by")
+    return (*dims[:-3], *map(call.pinned, call.out[-3:]))
+
+
 def _spatial(call: Call, dims: Dims, count: int) -> Dims:
     """Axes that a window slides over: the op decides their new sizes."""
     call.forbid([dim for dim in dims[-count:] if not dim.size.is_(1)], "is resampled by")
@@ -310,7 +338,26 @@ def convolution(
         call.forbid([channel], "is split into groups by")
     if bias is not None:
         call.unify(kernel[0], call.dims(bias)[0])
-    return (*dims[: -spatial - 1], kernel[0], *_spatial(call, dims, spatial))
+    left_alone = [_is_window_of_one(i, kernel, stride, padding, spatial) for i in range(spatial)]
+    call.forbid(
+        [dim for dim, alone in zip(dims[-spatial:], left_alone, strict=True) if not alone and not dim.size.is_(1)],
+        "is resampled by",
+    )
+    new = [
+        dim if alone else call.pinned(size)
+        for dim, alone, size in zip(dims[-spatial:], left_alone, call.out[-spatial:], strict=True)
+    ]
+    return (*dims[: -spatial - 1], kernel[0], *new)
+
+
+def _is_window_of_one(axis: int, kernel: Dims, stride: Any, padding: Any, spatial: int) -> bool:
+    """Whether a convolution looks at each position of an axis alone, as that of patches does at each frame."""
+
+    def along(value: Any) -> Any:
+        values = value if isinstance(value, (tuple, list)) else [value] * spatial
+        return values[axis] if len(values) == spatial else values[0]
+
+    return kernel[axis + 2].size.is_(1) and along(stride) == 1 and (padding == "valid" or along(padding) == 0)
 
 
 @rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d",

@@ -20,9 +20,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from earlytom_compile.passes.find_vision_encoder import NORMS
 from earlytom_compile.passes.graph_order import writes
-from earlytom_compile.passes.patterns import ACTIVATIONS, MOVES, op_name, value_of
+from earlytom_compile.passes.patterns import ACTIVATIONS, MOVES, NORMS, op_name, value_of
 from earlytom_compile.passes.split_stages import Piece, extract, memory_of
 
 _ELEMENTWISE = frozenset(("add", "sub", "mul", "truediv", "div", "neg", "pow", "rsqrt", "iadd", "isub", "imul"))

@@ -1,26 +1,34 @@
-"""Find where a video leaves the vision encoder, and tell it from images.
+"""Find where a video leaves the vision encoder: where its frames end to be an axis of their own.
 
-    h [V*F, S, D] -> projector -> 2-D pooling -> [V*F, P, C] -> flatten [V, F*P, C]
+    h [V*F, S, D] -> ... whatever the model likes inside a frame ... -> [V*F, P, C] -> flatten [V, F*P, C]
                   (-> newline [V, F*P+1, C]) (-> rows [V*(F*P+1), C] -> masked_scatter into the embeddings)
 
-What makes it a video is the data flow: the encoder's frames come from a five-dimensional [V, F, C, H, W] input,
-stay one batch up to the 2-D pooling, and only then join with the tokens of their frame. Image patches are split,
-regrouped or sliced right after the projector, so they never match and are never touched.
+The frame axis is followed by the axis inference (axes.py). As long as it is one axis, the model projects, pools,
+shuffles and resamples inside each frame, and nobody asks how. Where frames and their tokens become one axis is the
+boundary: frames merge before it, tokens are selected at it. The patches of images are taken apart, regrouped or sliced
+there, so they never match and are never touched.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from earlytom_compile.passes.find_vision_encoder import NORMS, Encoder
-from earlytom_compile.passes.patterns import ACTIVATIONS, MOVES, argument, op_name, peel, readers, shape_of
-from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.axes import op_name
+from earlytom_compile.passes.axis_algebra import Dim, combine
+from earlytom_compile.passes.axis_call import Outputs, TensorAxes
+from earlytom_compile.passes.axis_rules_indexing import is_weight
+from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView
+from earlytom_compile.passes.patterns import MOVES, argument, peel, readers, shape_of, value_of
+from earlytom_compile.passes.reasons import NotApplicable, describe
 
-POOLS = frozenset(("interpolate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d"))
-_PROJECTOR = NORMS | ACTIVATIONS | MOVES | {"linear"}
+_IN_ORDER = frozenset(
+    ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "clone", "to", "float", "type_as")
+)
+"""Moves that leave the numbers in their order."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +42,19 @@ class Placeholders:
 
 @dataclass(frozen=True)
 class Boundary:
-    """One video path. V videos of F frames, P tokens a frame after pooling, C channels of the language model."""
+    """One video path. V videos of F frames, P tokens a frame as the language model gets them, of C channels."""
 
     encoder: Encoder
     videos: int
     frames: int | torch.SymInt  # a symbol where one graph serves videos of every length
     tokens: int
-    pixels: Node  # [V, F, 3, H, W]
-    pool: Node  # [V*F, C, h, w] -> [V*F, C, h', w']
-    features: Node  # [V*F, P, C]
-    flat: Node  # [V, F*P, C]
-    separator: Node | None  # [V, 1, C], joined behind each video's tokens
-    end: Node  # last node of the chain in the shape [V, F*P (+1), C]
+    pixels: Node  # [V, F, ...], or [F, ...] of one video
+    pixel_axis: int  # where F is
+    features: Node  # [V*F, ..., C], or [1, F, ..., C] of one video; P is the product of the axes in the middle
+    frame_axes: int  # 1, or 2 with the axis of one video
+    flat: Node  # [V, F*P, C] or [V*F*P, C]
+    separator: Node | None  # [V, 1, C] or [1, C], joined behind each video's tokens
+    end: Node  # last node of the chain that has the axes of `flat`
     rows: Node | None  # [V*(F*P (+1)), C]
     placeholders: Placeholders | None
 
@@ -54,138 +63,228 @@ class Boundary:
         return frames * self.tokens + (self.separator is not None)
 
 
-def find_video_boundary(encoders: list[Encoder], *, any_length: bool = False) -> Boundary | None:
-    """The video path of the graph; None if there is none, :class:`NotApplicable` if there is one that is
-    not understood or more than one. Unless ``any_length``, the graph is specialised to its number of frames."""
-    found = [boundary for encoder in encoders if (boundary := _match(encoder, any_length)) is not None]
+def find_video_boundary(view: GraphView, encoders: Sequence[Encoder], *, any_length: bool = False) -> Boundary:
+    """The video path of the graph; :class:`NotApplicable` if there is none that is understood, or more than one.
+    Unless ``any_length``, the graph is specialised to its number of frames."""
+    found, reasons = [], []
+    for encoder in encoders:
+        try:
+            found.append(_match(view, encoder, any_length))
+        except NotApplicable as reason:
+            reasons.append(reason)
     if len(found) > 1:
         raise NotApplicable(
             f"the graph has {len(found)} video paths ({', '.join(b.encoder.name for b in found)})",
             "Pass the videos of a call as one [V, F, C, H, W] tensor",
         )
-    return found[0] if found else None
+    if not found:
+        raise reasons[0]
+    return found[0]
 
 
-def _match(encoder: Encoder, any_length: bool) -> Boundary | None:
-    pixels = _video_input(encoder)
-    if pixels is None:
-        return None
-    # The features may be taken before the last layer, which runs for the caller alone then (transformers 5.24).
-    lengths = range(len(encoder.blocks), 0, -1)
-    used, pool = next(((n, pool) for n in lengths if (pool := _path_to_pool(encoder.blocks[n - 1].output))), (0, None))
-    if pool is None:
-        return None
-    encoder = Encoder(encoder.blocks[:used])
+def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
+    pixels, axis, batch = _pixels(view, encoder)
     # The number of videos and the resolution are what a compiled video path is specialised to: int() guards them.
-    videos, frames = shape_of(pixels)[:2]  # type: ignore[index]
-    videos, frames = int(videos), frames if any_length else int(frames)
-    features, flat = _flatten_after(pool, videos, frames)
-    tokens = int(shape_of(features)[1])  # type: ignore[index]
+    shape = shape_of(pixels)
+    assert shape is not None
+    videos = int(shape[0]) if axis else 1
+    frames = shape[axis] if any_length else int(shape[axis])
+    if statically_known_true(frames == 1):
+        flat = _flat_of_single_frames(view, encoder, videos)
+        features, frame_axes = flat, 1
+    else:
+        flat, features, frame_axes = _flatten(view, encoder, videos, batch)
+    used = next(n for n in range(len(encoder.blocks), 0, -1) if view.flow.is_from(flat, encoder.blocks[n - 1].output))
+    tokens = math.prod(int(size) for size in shape_of(features)[frame_axes:-1])  # type: ignore[index]
+    flat = _last_of_its_shape(flat)
     separator, end = _separator_after(flat)
-    rows = _rows_after(end)
+    rows = end if len(shape_of(end) or ()) == 2 else _rows_after(end)
     return Boundary(
-        encoder,
+        Encoder(encoder.blocks[:used]),
         videos,
         frames,
         tokens,
         pixels,
-        pool,
+        axis,
         features,
+        frame_axes,
         flat,
         separator,
         end,
         rows,
-        _placeholders(rows),
+        _placeholders(rows if rows is not None else end),
     )
 
 
-def _video_input(encoder: Encoder) -> Node | None:
-    """The [V, F, C, H, W] tensor whose frames the encoder's first convolution sees as one batch."""
-    node = peel(encoder.blocks[0].input)
-    while op_name(node) in ("add", "iadd", "layer_norm"):  # patch embeddings + positions (+ a norm)
-        patches = [peel(arg) for arg in node.args if op_name(peel(arg)) not in ("", "embedding")]
-        if len(patches) != 1:
-            return None
-        node = patches[0]
-    pixels = node.args[0] if op_name(node) == "conv2d" else None
-    while len(shape_of(pixels) or ()) != 5 and op_name(pixels) in MOVES:
-        pixels = pixels.args[0]  # type: ignore[union-attr]
-    return pixels if len(shape_of(pixels) or ()) == 5 else None
+# Frames: from the pixels to the encoder
 
 
-def _path_to_pool(node: Node) -> Node | None:
-    """Walk from a layer's output through a position-wise projector to a 2-D pooling; None if it goes elsewhere."""
-    for _ in range(64):
-        following = _way_on(node)
-        if following is None or op_name(following) in POOLS:
-            return following
-        if op_name(following) not in _PROJECTOR:
+def _pixels(view: GraphView, encoder: Encoder) -> tuple[Node, int, Dim]:
+    """(the graph input that the encoder's frames come from, which of its axes they are, the axis T = V * F)."""
+    first = encoder.blocks[0].input
+    batch = view.dims(first)[0]
+    inputs = [node for node in view.flow.before(first) if node.op == "placeholder" and not is_weight(node)]
+    pixels = [node for node in inputs if _is_picture(node)]
+    products = [r for r in view.axes.space.relations if r.kind == "product" and r.whole.root is batch]
+    for node in pixels:
+        dims = view.dims(node)
+        one = batch.size.is_(1) and dims[0].size.is_(1)
+        if len(dims) < 5:
+            if dims[0] is batch or one:
+                return node, 0, batch
+        elif (
+            dims[1] is batch
+            or (one and dims[1].size.is_(1))
+            or (dims[0] is batch and dims[1].size.is_(1))
+            or any([part.root for part in r.parts] == list(dims[:2]) for r in products)
+        ):
+            return node, 1, batch
+    shapes = ", ".join(f"{node.target} {tuple(map(str, shape_of(node) or ()))}" for node in inputs) or "none"
+    raise NotApplicable(
+        f"the frames of the vision encoder {encoder.name} cannot be followed back to a graph input [videos, frames, "
+        f"channels, height, width] (inputs it is computed from: {shapes}); {_first_unfollowed(view, pixels, first, batch)}",
+        "Images are never compressed; for other models see docs/adding-a-model.md",
+    )
+
+
+def _first_unfollowed(view: GraphView, pixels: list[Node], first: Node, batch: Dim) -> str:
+    for source in pixels:
+        for node in view.flow.between(source, first):
+            if batch in view.dims(node):
+                return f"they begin at {describe(node)}"
+    return "no operator on the way has them as an axis"
+
+
+def _is_picture(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 4
+
+
+def pictures(view: GraphView) -> list[Node]:
+    """The graph inputs that could be videos or images."""
+    return [node for node in view.graph.nodes if node.op == "placeholder" and not is_weight(node) and _is_picture(node)]
+
+
+# Frames: from the encoder to where they meet their tokens
+
+
+def _flatten(view: GraphView, encoder: Encoder, videos: int, batch: Dim) -> tuple[Node, Node, int]:
+    """(the node at which frames and tokens become one axis, the features before it, the frame axes of those)."""
+    exits = _exits(view, encoder.blocks[0].output, batch)
+    if not exits:
+        raise NotApplicable(
+            f"the frames of the vision encoder {encoder.name} never meet their tokens in one axis before the graph ends: "
+            "a graph break inside the vision path, or a vision tower compiled alone",
+            'Look for graph breaks with TORCH_LOGS="graph_breaks", or use earlytom_compile.compile(model), which also '
+            "takes a vision tower alone",
+        )
+    joined = [found for node in exits if (found := _joined(view, node, videos, batch)) is not None]
+    if len(joined) != 1 or len(exits) != 1:
+        strange = next((node for node in exits if _joined(view, node, videos, batch) is None), exits[-1])
+        raise NotApplicable(
+            f"no video passes through the vision encoder {encoder.name} in a way that is understood: its frames flow "
+            f"into {describe(strange)}, which was taken for the place where frames and their tokens become one axis",
+            "Images, whose patches are taken apart there, are never compressed; for other models see "
+            "docs/adding-a-model.md",
+        )
+    return joined[0]
+
+
+def _has(view: GraphView, node: Node, batch: Dim) -> bool:
+    """Whether a node, or each of its results, has the frames as an axis of its own."""
+
+    def has(value: object) -> bool:
+        if isinstance(value, Outputs):
+            return all(map(has, value))
+        return isinstance(value, TensorAxes) and any(dim.root is batch for dim in value.dims)
+
+    return has(view.axes.values.get(node))
+
+
+def _exits(view: GraphView, source: Node, batch: Dim) -> list[Node]:
+    """The first nodes behind ``source`` that do not have the frames as an axis of their own any more."""
+    framed, exits = {source}, []
+    for node in view.flow.behind(source):
+        if node.op == "output" or framed.isdisjoint(node.all_input_nodes) or not _is_data(node):
+            continue
+        if _has(view, node, batch):
+            framed.add(node)
+        else:
+            exits.append(node)
+    return exits
+
+
+def _is_data(node: Node) -> bool:
+    value = value_of(node)
+    return value is None or (isinstance(value, (torch.Tensor, tuple, list)) and not isinstance(value, torch.Size))
+
+
+def _joined(view: GraphView, node: Node, videos: int, batch: Dim) -> tuple[Node, Node, int] | None:
+    """(flat, features, their frame axes) if ``node``, or what follows it, lays the tokens of each frame behind those of
+    the frame before: [V*F, P, C] as [V, F*P, C], [V*F*P, C], or first as [V, F, P, C]."""
+    features = next(arg for arg in node.all_input_nodes if _has(view, arg, batch))
+    dims = view.dims(features)
+    frame = next(i for i, dim in enumerate(dims) if dim is batch)
+    if len(dims) < frame + 2 or any(not dim.size.is_(1) for dim in dims[:frame]):
+        return None
+    rows = combine("product", [dim.size for dim in dims[:-1]])
+    while op_name(node) in _IN_ORDER:
+        shape, own = shape_of(node) or (), view.dims(node)
+        if own and own[-1] is dims[-1] and combine("product", [dim.size for dim in own[:-1]]).same(rows):
+            if len(own) == 2 or (len(own) == 3 and statically_known_true(shape[0] == videos)):
+                return node, features, frame + 1
+        if len(following := readers(node)) != 1:
             return None
-        node = following
+        (node,) = following
     return None
 
 
-def _way_on(node: Node) -> Node | None:
-    """The one reader of ``node`` that matters, None if several do.
-
-    Transformers 5.24 returns the encoder's own outputs beside the logits, so that a norm reads the last layer for
-    the caller alone: nothing computed from it meets anything computed from the features.
-    """
-    following = readers(node)
-    if len(following) < 2:
-        return following[0] if following else None
-    reached = {user: set(_downstream(user)) for user in following}
-    ways = [user for user in following if any(op_name(other) in POOLS for other in reached[user])]
-    if len(ways) != 1 or any(reached[user] & reached[ways[0]] for user in following if user is not ways[0]):
-        return None
-    return ways[0]
-
-
-def _downstream(node: Node) -> Iterator[Node]:
-    """``node`` and everything computed from it, without the graph's output."""
-    pending, seen = [node], {node}
-    while pending:
-        yield (current := pending.pop())
-        following = {user for user in current.users if user.op != "output"} - seen
-        seen |= following
-        pending += following
-
-
-def _flatten_after(pool: Node, videos: int, frames: int | torch.SymInt) -> tuple[Node, Node]:
-    """([V*F, P, C], [V, F*P, C]): the last node of each shape in the run of moves behind the pooling."""
-    channels = shape_of(pool)[1]  # type: ignore[index]
-    run = [pool]
-    while len(following := readers(run[-1])) == 1 and op_name(following[0]) in MOVES:
-        run += following
-    height, width = map(int, shape_of(pool)[2:])  # type: ignore[index]
-    area = height * width
-    per_frame = [n for n in run if _is(shape_of(n), videos * frames, area, channels)]
-    per_video = [n for n in run if _is(shape_of(n), videos, frames * area, channels)]
-    if not per_frame or not per_video:
-        shapes = [tuple(map(str, shape_of(n) or ())) for n in run]
+def _flat_of_single_frames(view: GraphView, encoder: Encoder, videos: int) -> Node:
+    """The tokens [V, P, C] of videos of one frame each, whose frame axis cannot be told from one of size 1: the last
+    such node before another joins them, or before they become rows."""
+    flat = None
+    for node in view.flow.behind(encoder.blocks[0].output):
+        shape, name = shape_of(node), op_name(node)
+        ends = name in ("cat", "concat", "masked_scatter") or (shape is not None and len(shape) == 2)
+        if node.op == "output" or (ends and flat is not None and view.flow.is_from(node, flat)):
+            break
+        if shape is not None and len(shape) == 3 and statically_known_true(shape[0] == videos):
+            flat = node
+    if flat is None:
         raise NotApplicable(
-            f"the video's pooled features never take the shape [{videos}, {frames * area}, {channels}] "
-            f"(videos, frames*tokens, channels); shapes seen: {shapes}",
-            "Models that arrange video tokens in another way are not supported yet",
+            f"the tokens of a video of one frame never take the shape [{videos}, tokens, channels] behind the vision "
+            f"encoder {encoder.name}",
+            "Give the video two frames or more",
         )
-    # With one frame both shapes are equal: the first such node is the frame's, the last one the video's.
-    features = per_frame[0] if statically_known_true(frames == 1) else per_frame[-1]
-    return features, per_video[-1]
+    return flat
+
+
+# Behind the boundary
+
+
+def _last_of_its_shape(flat: Node) -> Node:
+    """The last in a run of moves that leave the shape of ``flat`` alone."""
+    while len(following := readers(flat)) == 1 and op_name(following[0]) in MOVES:
+        if list(map(str, shape_of(following[0]) or ())) != list(map(str, shape_of(flat) or ())):
+            break
+        flat = following[0]
+    return flat
 
 
 def _separator_after(flat: Node) -> tuple[Node | None, Node]:
-    """``cat((flat, separator [V, 1, C]), dim=1)``, the newline embedding, if the model has one."""
+    """``cat((flat, separator), dim)`` along the tokens, the newline embedding, if the model has one."""
     (joined,) = [*readers(flat, "cat", "concat"), None][:1]
     if joined is None or len(readers(flat)) != 1:
         return None, flat
+    along = len(shape_of(flat) or ()) - 2
     parts = argument(joined, 0, "tensors")
-    if argument(joined, 1, "dim", 0) not in (1, -2) or len(parts) != 2 or parts[0] is not flat:
+    if argument(joined, 1, "dim", 0) not in (along, -2) or len(parts) != 2 or parts[0] is not flat:
         raise NotApplicable(
-            f"video tokens are joined with other tokens in an unknown way ({joined.name})",
+            f"video tokens are joined with other tokens in an unknown way by {describe(joined)}",
             "Only separators behind each video are supported",
         )
     shape = shape_of(parts[1])
-    if shape is None or int(shape[1]) != 1:
+    if shape is None or int(shape[along]) != 1:
         raise NotApplicable(f"the separator of {joined.name} has shape {shape}", "One row a video is supported")
     return parts[1], joined
 
@@ -202,10 +301,8 @@ def _rows_after(end: Node) -> Node | None:
     return None if any(op_name(user) == "masked_scatter" for user in following) else _unknown(following[0])
 
 
-def _placeholders(rows: Node | None) -> Placeholders | None:
+def _placeholders(rows: Node) -> Placeholders | None:
     """The ``masked_scatter`` of ``rows`` where ``input_ids == token``."""
-    if rows is None:
-        return None
     carriers = [rows]
     while not readers(carriers[-1], "masked_scatter"):
         following = [user for user in readers(carriers[-1]) if op_name(user) in MOVES]
@@ -226,14 +323,11 @@ def _placeholders(rows: Node | None) -> Placeholders | None:
 
 def _unknown(node: Node) -> Node:
     raise NotApplicable(
-        f"video features flow into {op_name(node) or node.op} ({node.name}), which is not understood",
-        "Only projector, 2-D pooling, newline and masked_scatter are known",
+        f"video features flow into {op_name(node) or node.op} ({describe(node)}), which is not understood",
+        "Only newlines and masked_scatter are known behind the place where frames and tokens become one axis",
     )
 
 
-def _is(shape: tuple[object, ...] | None, *sizes: object) -> bool:
-    return (
-        shape is not None
-        and len(shape) == len(sizes)
-        and all(statically_known_true(a == b) for a, b in zip(shape, sizes, strict=True))  # type: ignore[arg-type]
-    )
+def names(encoders: Iterable[Encoder]) -> str:
+    """For messages."""
+    return ", ".join(encoder.name for encoder in encoders)

@@ -1,33 +1,31 @@
-"""Find vision encoders by structure, whatever their classes are called.
+"""Find vision encoders by what their graph computes, whatever their classes are called and however it is spelled.
 
 A block is pre-norm and bidirectional::
 
-    h1 = h + linear(attention(linear_qkv(norm(h))))      # h, h1, out: [T, S, D]
-    out = h1 + linear(act(linear(norm(h1))))
+    h1 = h + project(attention(q(h), k(h), v(h)))      # h, h1, out: [T, S, D]
+    out = h1 + mlp(h1)
 
-and an encoder is a chain of isomorphic blocks, each fed by the one before. Language models do not match: their
-attention is causal or masked. Module names appear in reports, never in decisions.
+where q, k, v, project and mlp are any subgraphs that are position-wise, that is, compute every token of every frame
+from itself alone (positions.py): norms, linears, adapters and quantised weights, learned scales, rotary positions. An
+encoder is a chain of blocks of one shape, each fed by the one before. Language models do not match: their attention is
+causal or masked. Module names appear in reports, never in decisions.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 
-from torch.fx import Graph, Node
+import torch
+from torch.fx import GraphModule, Node
 
-from earlytom_compile.passes.patterns import (
-    CASTS,
-    MOVES,
-    argument,
-    module_path,
-    op_name,
-    other_operand,
-    peel,
-    readers,
-    shape_of,
-)
+from earlytom_compile.passes.axes import AxisMap, op_name
+from earlytom_compile.passes.axis_algebra import Dim
+from earlytom_compile.passes.axis_call import TensorAxes
+from earlytom_compile.passes.dataflow import Dataflow
+from earlytom_compile.passes.patterns import CASTS, argument, module_path, other_operand, peel, shape_of
+from earlytom_compile.passes.positions import Positions
 
-NORMS = frozenset(("layer_norm", "rms_norm"))
-_MLP_SEARCH_LIMIT = 24  # nodes between the second norm and the second add; the widest known MLPs have 8
+_MOST_WAYS = 8  # residual streams that are tried for one attention; the first is nearly always right
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,6 @@ class Block:
     input: Node
     output: Node
     attention: Node
-    signature: tuple[object, ...]
 
     @property
     def query(self) -> Node:
@@ -69,21 +66,60 @@ class Encoder:
         return ".".join(shared) or "<unnamed>"
 
 
-def find_vision_encoder(graph: Graph) -> list[Encoder]:
+@dataclass(frozen=True)
+class Miss:
+    """An attention that belongs to no block, and why."""
+
+    attention: Node
+    at: Node
+    """The first node that does not fit."""
+    taken_for: str
+    """What it would be if it did."""
+
+
+class GraphView:
+    """A graph as the finders see it: its axes and its data flow, which hold as long as nobody edits it."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.graph_module = graph_module
+        self.graph = graph_module.graph
+        self.axes = AxisMap.infer(graph_module)
+        self.flow = Dataflow(graph_module.graph)
+
+    def dims(self, node: object) -> tuple[Dim, ...]:
+        """The axes of a tensor; empty where nothing is known."""
+        value = self.axes.values.get(node) if isinstance(node, Node) else None
+        return tuple(dim.root for dim in value.dims) if isinstance(value, TensorAxes) else ()
+
+
+@dataclass
+class FoundEncoders:
+    """What :func:`find_vision_encoder` found, and what it could have found."""
+
+    encoders: list[Encoder] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+
+
+def find_vision_encoder(view: GraphView) -> FoundEncoders:
     """Every maximal chain of isomorphic pre-norm bidirectional blocks, in graph order."""
-    found = (_match_block(node) for node in graph.nodes if op_name(node) == "scaled_dot_product_attention")
-    blocks = [block for block in found if block is not None]
+    found, blocks = FoundEncoders(), []
+    for node in view.graph.nodes:
+        if op_name(node) == "scaled_dot_product_attention":
+            block = _match_block(view, node)
+            if isinstance(block, Block):
+                blocks.append(block)
+            else:
+                found.misses.append(block)
     next_of = {block.input: block for block in blocks}
     continues = {block.output for block in blocks}
-    encoders = []
     for block in blocks:
         if block.input in continues:
             continue
         chain = [block]
-        while (following := next_of.get(chain[-1].output)) and following.signature == block.signature:
+        while (following := next_of.get(chain[-1].output)) and _shape(following) == _shape(block):
             chain.append(following)
-        encoders.append(Encoder(tuple(chain)))
-    return encoders
+        found.encoders.append(Encoder(tuple(chain)))
+    return found
 
 
 def is_bidirectional(attention: Node) -> bool:
@@ -91,74 +127,86 @@ def is_bidirectional(attention: Node) -> bool:
     return argument(attention, 3, "attn_mask") is None and not argument(attention, 5, "is_causal", False)
 
 
-def _match_block(attention: Node) -> Block | None:
+def _shape(block: Block) -> tuple[str, ...]:
+    """Heads, tokens and channels of its attention, and channels of its stream."""
+    return (*map(str, (shape_of(block.attention) or ())[1:]), *map(str, (shape_of(block.output) or ())[1:]))
+
+
+def _match_block(view: GraphView, attention: Node) -> Block | Miss:
     if not is_bidirectional(attention):
-        return None
-    block_input = _attention_input(attention)
-    if block_input is None:
-        return None
-    after_attention = _residual_after(attention, block_input)
-    if after_attention is None:
-        return None
-    output, mlp = _mlp_after(after_attention)
-    if output is None:
-        return None
-    weights = [tuple(map(str, shape_of(linear.args[1]) or ())) for linear in mlp]
-    attention_shape = tuple(map(str, (shape_of(attention) or ())[1:]))
-    return Block(block_input, output, attention, (attention_shape, *weights))
+        return Miss(attention, attention, "attention without a mask, as that of a vision encoder")
+    operands = [operand for operand in attention.args[:3] if isinstance(operand, Node)]
+    positions = _positions(view, operands)
+    if positions is None:
+        return Miss(attention, attention, "attention of the tokens [T, H, S, d] of each frame among themselves")
+    after, stream = _residual_after(view, attention, operands, positions)
+    if after is None or stream is None:
+        return Miss(attention, attention, "attention whose result is added to the stream it was computed from")
+    for source, targets, taken_for in (
+        (stream, operands, "a part of the query, key and value projections"),
+        (attention, [after], "a part of the output projection"),
+    ):
+        # The residual add itself reads the stream beside the branch.
+        targets = targets if targets is operands else [_branch(after, stream)]
+        if mixing := positions.first_mixing(view.flow, source, *targets):
+            return Miss(attention, mixing, taken_for)
+    return _with_mlp(view, attention, stream, after, positions)
 
 
-def _attention_input(attention: Node) -> Node | None:
-    """The residual stream h that q, k and v are all projected from, behind one norm."""
-    sources = set()
-    for operand in attention.args[:3]:
-        projection = peel(operand, MOVES | {"getitem", "chunk", "split"})
-        if op_name(projection) != "linear":
+def _positions(view: GraphView, operands: Sequence[Node]) -> Positions | None:
+    """The frames and tokens that query, key and value [T, H, S, d] share."""
+    shapes = [view.dims(operand) for operand in operands]
+    if len(shapes) != 3 or any(len(dims) != 4 for dims in shapes):
+        return None
+    frames, _, tokens, _ = shapes[0]
+    one = frames.size.is_(1)
+    for dims in shapes[1:]:
+        if dims[2] is not tokens or (dims[0] is not frames and not one):
             return None
-        sources.add(peel(projection.args[0], CASTS))
-    norm = sources.pop() if len(sources) == 1 else None
-    return peel(norm.args[0], CASTS) if op_name(norm) in NORMS else None  # type: ignore[union-attr]
+    return Positions(view.axes, None if one else frames, tokens)
 
 
-def _residual_after(attention: Node, block_input: Node) -> Node | None:
-    """attention -> moves -> linear -> moves -> add(block_input, ·)."""
-    node, projected = attention, False
-    while len(following := readers(node)) == 1:
-        (node,) = following
-        name = op_name(node)
-        if name in ("add", "iadd") and projected:
-            return node if other_operand(node, block_input) is not None else None
-        if name == "linear" and not projected:
-            projected = True
-        elif name not in MOVES:
-            return None
-    return None
+def _branch(add: Node, stream: Node) -> Node:
+    """What is added to the stream."""
+    return next(arg for arg in add.all_input_nodes if peel(arg, CASTS) is not stream)
 
 
-def _mlp_after(after_attention: Node) -> tuple[Node | None, list[Node]]:
-    """The add that closes ``h1 + mlp(norm(h1))`` and the linears inside, outermost first."""
-    for add in readers(after_attention, "add", "iadd"):
-        branch = other_operand(add, after_attention)
-        if isinstance(branch, Node):
-            linears = _linears_up_to_norm(branch, after_attention)
-            if len(linears) >= 2:
-                return add, linears
-    return None, []
-
-
-def _linears_up_to_norm(branch: Node, stream: Node) -> list[Node]:
-    """Linears between ``branch`` and a norm of ``stream``; empty if any path leads elsewhere."""
-    linears, pending, seen = [], [branch], set[Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen or node.op == "placeholder" or node.op == "get_attr":
+def _residual_after(
+    view: GraphView, attention: Node, operands: Sequence[Node], positions: Positions
+) -> tuple[Node | None, Node | None]:
+    """(h + ·, h): the first sum of what comes out of the attention and of what went into it."""
+    behind = view.flow.behind(attention)
+    own = {attention, *behind}
+    tried = 0
+    for node in behind:
+        if op_name(node) != "add" or len(node.all_input_nodes) != 2:
             continue
-        seen.add(node)
-        if len(seen) > _MLP_SEARCH_LIMIT or node is stream:
-            return []
-        if op_name(node) in NORMS and peel(node.args[0], CASTS) is stream:
+        streams = [arg for arg in node.all_input_nodes if arg not in own]
+        if len(streams) != 1:
             continue
-        if op_name(node) == "linear":
-            linears.append(node)
-        pending.extend(node.all_input_nodes)
-    return linears
+        stream = peel(streams[0], CASTS)
+        if not all(view.flow.is_from(operand, stream) for operand in operands) or stream.op == "placeholder":
+            continue
+        tried += 1
+        if positions.are_in(view.axes.values.get(stream)) and len(view.dims(stream)) == 3:
+            return node, stream
+        if tried >= _MOST_WAYS:
+            break
+    return None, None
+
+
+def _with_mlp(view: GraphView, attention: Node, stream: Node, after: Node, positions: Positions) -> Block | Miss:
+    """The block that ends at ``after + mlp(after)``."""
+    for add in (user for user in after.users if op_name(user) == "add"):
+        branch = other_operand(add, after)
+        if not isinstance(branch, Node) or not view.flow.is_from(branch, after):
+            continue
+        if mixing := positions.first_mixing(view.flow, after, branch):
+            return Miss(attention, mixing, "a part of the MLP")
+        return Block(stream, add, attention)
+    return Miss(attention, after, "the attention's half of a block, whose MLP follows")
+
+
+def is_tensor(node: Node) -> bool:
+    """Whether a tensor was recorded for ``node``."""
+    return isinstance(node.meta.get("example_value"), torch.Tensor)

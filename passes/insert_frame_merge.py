@@ -44,9 +44,7 @@ class MergedVideo:
     axes: tuple[ResizedAxis, ...]  # the frame axes that changed
 
 
-def insert_frame_merge(
-    graph: Graph, boundary: Boundary, sizes: VideoSizes, config: EarlyTomConfig
-) -> MergedVideo:
+def insert_frame_merge(graph: Graph, boundary: Boundary, sizes: VideoSizes, config: EarlyTomConfig) -> MergedVideo:
     """Insert the merge ops of every merge layer; literals that mean the frame axis still have their old size."""
     blocks = boundary.encoder.blocks
     layers = config.resolve_merge_layers(len(blocks))

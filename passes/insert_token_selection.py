@@ -10,8 +10,8 @@ included.
 """
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -22,6 +22,7 @@ from earlytom_compile.passes.insert_frame_merge import MergedVideo
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis
+from earlytom_compile.passes.token_map import TokenMap
 from earlytom_compile.passes.video_sizes import VideoSizes
 
 
@@ -30,53 +31,95 @@ class SelectedTokens:
     """What stage 2 keeps."""
 
     budget: int | Node | None  # K, tokens of each video; None where it depends on the content
+    kept: Node  # int64 [V, K, 2] or [M, 2], the (merged frame, token) that each came from
     kept_counts: Node | None  # int64 [V], tokens of each video where K depends on the content
     axes: tuple[ResizedAxis, ...]  # the token axis, whose size changed
 
 
 def insert_token_selection(
-    graph: Graph, boundary: Boundary, sizes: VideoSizes, video: MergedVideo, config: EarlyTomConfig
+    graph: Graph,
+    boundary: Boundary,
+    sizes: VideoSizes,
+    video: MergedVideo,
+    config: EarlyTomConfig,
+    token_map: TokenMap | None,
 ) -> SelectedTokens:
     """Replace the flattened video tokens by the selected ones."""
+    ends = (boundary.flat, boundary.end, boundary.rows)
+    consumers = {node: list(node.users) for node in ends if node is not None}  # before our own are among them
     with graph.inserting_before(boundary.features.next):
+        features = _by_frame(graph, boundary)
         if video.importance is None or video.dynamic is None:
             op = torch.ops.earlytom.select_representatives.default
-            selected = insert(graph, op, boundary.features, video.counts[-1], sizes.budget)
-            return _kept_exactly(graph, boundary, selected, sizes)
-        importance = _pool_like_features(graph, boundary, video.importance)
-        operands = (boundary.features, importance, video.dynamic, video.counts[-1])
+            selected = insert(graph, op, features, video.counts[-1], sizes.budget)
+            return _kept_exactly(graph, boundary, consumers, selected, sizes)
+        assert token_map is not None
+        importance = token_map.carry(graph, video.importance)
+        operands = (features, importance, video.dynamic, video.counts[-1])
         if config.keeps_exactly():
             op = torch.ops.earlytom.select_tokens.default
             selected = insert(graph, op, *operands, sizes.budget, static_selection=config.static_selection)
-            return _kept_exactly(graph, boundary, selected, sizes)
-        return _select_released(graph, boundary, operands, sizes, config)
+            return _kept_exactly(graph, boundary, consumers, selected, sizes)
+        return _select_released(graph, boundary, consumers, operands, sizes, config)
 
 
-def _kept_exactly(graph: Graph, boundary: Boundary, selected: Node, sizes: VideoSizes) -> SelectedTokens:
-    tokens = insert(graph, operator.getitem, selected, 0, like=value_of(boundary.flat))
-    _replace(boundary.flat, tokens)
-    return SelectedTokens(sizes.budget, None, (ResizedAxis(tokens, 1, "selected tokens", sizes.budget),))
+def _by_frame(graph: Graph, boundary: Boundary) -> Node:
+    """The features as [V*F, P, C], a node of their own."""
+    features, rank = boundary.features, len(shape_of(boundary.features) or ())
+    if boundary.frame_axes > 1:
+        features = insert(graph, "flatten", features, 0, boundary.frame_axes - 1)
+    if rank != boundary.frame_axes + 2:
+        features = (
+            insert(graph, "flatten", features, 1, -2)
+            if rank > boundary.frame_axes + 2
+            else insert(graph, "unsqueeze", features, 1)
+        )
+    if features is boundary.flat:
+        features = insert(graph, "contiguous", features)
+    return features
+
+
+def _kept_exactly(
+    graph: Graph, boundary: Boundary, consumers: Mapping[Node, Sequence[Node]], selected: Node, sizes: VideoSizes
+) -> SelectedTokens:
+    kept = insert(graph, operator.getitem, selected, 1)
+    tokens, axis, size = insert(graph, operator.getitem, selected, 0), 1, sizes.budget
+    if len(shape_of(boundary.flat) or ()) == 2:
+        tokens, axis = insert(graph, "flatten", tokens, 0, 1), 0
+        if boundary.videos > 1:
+            size = (
+                boundary.videos * size if isinstance(size, int) else insert(graph, operator.mul, boundary.videos, size)
+            )
+    tokens.meta["example_value"] = value_of(boundary.flat)
+    _replace(boundary.flat, tokens, consumers[boundary.flat])
+    return SelectedTokens(sizes.budget, kept, None, (ResizedAxis(tokens, axis, "selected tokens", size),))
 
 
 def _select_released(
-    graph: Graph, boundary: Boundary, operands: tuple[Node, ...], sizes: VideoSizes, config: EarlyTomConfig
+    graph: Graph,
+    boundary: Boundary,
+    consumers: Mapping[Node, Sequence[Node]],
+    operands: tuple[Node, ...],
+    sizes: VideoSizes,
+    config: EarlyTomConfig,
 ) -> SelectedTokens:
     ops = torch.ops.earlytom
     op, amount = ops.select_tokens_released.default, (sizes.frames, config.retain_ratio)
     selected = insert(graph, op, *operands, *amount, static_selection=config.static_selection)
     rows = insert(graph, operator.getitem, selected, 0)
-    kept_counts = insert(graph, operator.getitem, selected, 2)
+    kept, kept_counts = (insert(graph, operator.getitem, selected, place) for place in (1, 2))
     if boundary.separator is not None:
-        separator = insert(graph, operator.getitem, boundary.separator, (0, 0))
+        corner = (0,) * (len(shape_of(boundary.separator) or ()) - 1)
+        separator = insert(graph, operator.getitem, boundary.separator, corner)
         rows = insert(graph, ops.append_separators.default, rows, kept_counts, separator)
     if boundary.rows is not None:
         rows.meta["example_value"] = value_of(boundary.rows)
-        _replace(boundary.rows, rows)
+        _replace(boundary.rows, rows, consumers[boundary.rows])
         axes = [ResizedAxis(rows, 0, "selected tokens", _size(graph, rows))]
-        if any(user.op == "output" for user in boundary.end.users):
+        if boundary.end is not boundary.rows and any(user.op == "output" for user in boundary.end.users):
             # The caller gets the features too (transformers 5.24): as one batch, since videos differ in length.
             batch = insert(graph, "unsqueeze", rows, 0, like=value_of(boundary.rows).unsqueeze(0))
-            _replace(boundary.end, batch)
+            _replace(boundary.end, batch, consumers[boundary.end])
             axes.append(ResizedAxis(batch, 1, "selected tokens", axes[0].size))
     else:
         if boundary.videos > 1:
@@ -86,23 +129,15 @@ def _select_released(
                 'Encode one video at a time, or use variant="paper"',
             )
         batch = insert(graph, "unsqueeze", rows, 0, like=value_of(boundary.end))
-        _replace(boundary.end, batch)
+        _replace(boundary.end, batch, consumers[boundary.end])
         axes = [ResizedAxis(batch, 1, "selected tokens", _size(graph, rows))]
-    return SelectedTokens(None, kept_counts, tuple(axes))
-
-
-def _pool_like_features(graph: Graph, boundary: Boundary, importance: Node) -> Node:
-    """[N, S] -> [N, P] by the very pooling the features go through, seen as a one-channel image."""
-    height, width = shape_of(boundary.pool.args[0])[2:]  # type: ignore[index]
-    image = insert(graph, "view", importance, -1, 1, int(height), int(width))
-    arguments: tuple[Any, ...] = (image, *boundary.pool.args[1:])
-    pooled = insert(graph, boundary.pool.target, *arguments, **boundary.pool.kwargs)  # type: ignore[arg-type]
-    return insert(graph, "flatten", pooled, 1)
+    return SelectedTokens(None, kept, kept_counts, tuple(axes))
 
 
 def _size(graph: Graph, rows: Node) -> Node:
     return insert(graph, torch.ops.aten.sym_size.int, rows, 0)
 
 
-def _replace(old: Node, new: Node) -> None:
-    old.replace_all_uses_with(new)
+def _replace(old: Node, new: Node, consumers: Sequence[Node]) -> None:
+    for consumer in consumers:
+        consumer.replace_input_with(old, new)

@@ -12,10 +12,11 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -29,17 +30,22 @@ from torch.fx.node import map_arg
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.errors import EarlyTomError
 from earlytom_compile.kernels.providers import provider_of
+from earlytom_compile.passes.axis_call import MARK
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
 from earlytom_compile.passes.find_video_boundary import Boundary, find_video_boundary
-from earlytom_compile.passes.find_vision_encoder import Encoder, find_vision_encoder
+from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, find_vision_encoder
 from earlytom_compile.passes.graph_order import stable_topological_sort
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
-from earlytom_compile.passes.patterns import insert, op_name, value_of
+from earlytom_compile.passes.opaque_operators import mark_position_wise, weights_of
+from earlytom_compile.passes.patterns import insert, op_name, shape_of, value_of
+from earlytom_compile.passes.probe import Probe
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
+from earlytom_compile.passes.token_map import TokenMap, find_token_map
 from earlytom_compile.passes.video_sizes import HINT, VideoSizes, video_sizes
+from earlytom_compile.passes.why_no_encoder import why_no_encoder
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +58,10 @@ class Rewrite:
     config: EarlyTomConfig
     features_only: bool
     """The caller takes the video features themselves, so a graph that ends at them is complete."""
+    example_inputs: Sequence[Any] = ()
+    """What Dynamo gave beside the graph: the weights among them tell what unknown operators do."""
+    view: GraphView | None = None  # until the first edit
+    token_map: TokenMap | None = None
     encoders: list[Encoder] = field(default_factory=list)
     boundary: Boundary | None = None
     sequence: SequenceInputs | None = None
@@ -61,6 +71,14 @@ class Rewrite:
     keep: Node | None = None  # int64 [R, S'], positions of the prompt that stay
     axes: list[ResizedAxis] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def counted(self) -> tuple[Node, ...]:
+        """What a call tells beside the graph's own outputs: frames of each video, positions of the prompt that stay, which
+        tokens were kept, and how many where that depends on the content."""
+        assert self.video is not None and self.selected is not None
+        some = (self.keep, self.selected.kept, self.selected.kept_counts)
+        return (*self.video.counts, *(node for node in some if node is not None))
 
     @property
     def inserted(self) -> dict[str, int]:
@@ -83,36 +101,50 @@ class Rewrite:
 
 def _canonicalize(state: Rewrite) -> None:
     canonicalize_attention(state.graph_module.graph)
+    # Dead branches (an unused pooling head, a norm nobody reads) would look like other readers of the features.
+    state.graph_module.graph.eliminate_dead_code()
+
+
+def _mark_position_wise(state: Rewrite) -> None:
+    mark_position_wise(state.graph_module, state.example_inputs)
+    state.view = GraphView(state.graph_module)
 
 
 def _find_encoder(state: Rewrite) -> None:
-    # Dead branches (an unused pooling head, a norm nobody reads) would look like other readers of the features.
-    state.graph_module.graph.eliminate_dead_code()
-    state.encoders = find_vision_encoder(state.graph_module.graph)
+    assert state.view is not None
+    found = find_vision_encoder(state.view)
+    state.encoders = found.encoders
     if not state.encoders:
-        raise NotApplicable(
-            "this graph has no vision encoder: a text-only call, a video given as features (mm_encoder_outputs), or a "
-            "model without one",
-            "Pass a video (pixel_values_videos), or leave this model to another backend",
-        )
+        raise why_no_encoder(state.view, found)
 
 
 def _find_boundary(state: Rewrite) -> None:
+    assert state.view is not None
     # A prompt has placeholders for one number of frames; without one, a graph can serve them all.
-    state.boundary = find_video_boundary(state.encoders, any_length=state.features_only)
-    if state.boundary is None:
-        names = ", ".join(encoder.name for encoder in state.encoders)
-        raise NotApplicable(
-            f"no video passes through the vision encoder {names}: an image-only call, a graph break inside the "
-            "vision path, or a path that is not projector, 2-D pooling, flatten",
-            "Images are never compressed; pass the video as pixel_values_videos [V, F, C, H, W], look for graph "
-            'breaks with TORCH_LOGS="graph_breaks", or use earlytom_compile.compile(model)',
-        )
+    state.boundary = find_video_boundary(state.view, state.encoders, any_length=state.features_only)
     if state.boundary.placeholders is None and not state.features_only:
         raise NotApplicable(
             "the graph ends before the video reaches the prompt (a graph break lies between the vision encoder "
             "and the language model)",
             'Remove the graph break (TORCH_LOGS="graph_breaks" shows it), or use earlytom_compile.compile(model)',
+        )
+
+
+def _find_token_map(state: Rewrite) -> None:
+    boundary, view = state.boundary, state.view
+    assert boundary is not None and view is not None
+    if not state.config.selects_by_attention():
+        return
+    hidden = boundary.encoder.blocks[-1].output
+    probe = Probe(state.graph_module, state.example_inputs, weights_of(state.graph_module))
+    state.token_map = find_token_map(view, hidden, boundary.features, boundary.frame_axes, probe)
+    if state.token_map is None:
+        patches = shape_of(hidden)[1]  # type: ignore[index]
+        raise NotApplicable(
+            f"variant={state.config.variant!r} keeps the tokens that receive most attention in the vision encoder, and the "
+            f"{boundary.tokens} tokens of a frame behind {boundary.encoder.name} are no shrunken grid of its {patches} "
+            "patches, as behind a resampler",
+            'Use variant="plus", which looks at the tokens themselves',
         )
 
 
@@ -156,7 +188,8 @@ def _merge_frames(state: Rewrite) -> None:
 def _select_tokens(state: Rewrite) -> None:
     assert state.boundary is not None and state.sizes is not None and state.video is not None
     graph = state.graph_module.graph
-    state.selected = insert_token_selection(graph, state.boundary, state.sizes, state.video, state.config)
+    video, sizes, token_map = state.video, state.sizes, state.token_map
+    state.selected = insert_token_selection(graph, state.boundary, sizes, video, state.config, token_map)
     state.axes += state.selected.axes
 
 
@@ -171,11 +204,12 @@ def _compact(state: Rewrite) -> None:
 def _retarget(state: Rewrite) -> None:
     # What was inserted may read nodes that stand behind it, such as the prompt's cut the content-dependent counts.
     stable_topological_sort(state.graph_module.graph)
-    retarget_axes(state.graph_module, state.axes)
+    retarget_axes(state.graph_module, state.axes, state.counted)
 
 
 def _check(state: Rewrite) -> None:
-    state.graph_module.graph.eliminate_dead_code()
+    counted = set(state.counted)
+    state.graph_module.graph.eliminate_dead_code(lambda node: node in counted or node.is_impure())
     state.graph_module.graph.lint()
     state.graph_module.recompile()
     _run_on_fake_tensors(state.graph_module)
@@ -183,8 +217,10 @@ def _check(state: Rewrite) -> None:
 
 PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
     ("canonicalize_attention", _canonicalize),  # first: the finders know one spelling of attention
+    ("mark_position_wise", _mark_position_wise),  # the last word on axes, which the finders follow
     ("find_vision_encoder", _find_encoder),
     ("find_video_boundary", _find_boundary),
+    ("find_token_map", _find_token_map),
     ("require_inference", _require_inference),
     ("find_sequence_inputs", _find_sequence),  # the last analysis: needs the graph as Dynamo left it
     ("lay_out_frames", _lay_out_frames),  # the first layer, which reads what a convolution made, is one of all then
@@ -241,7 +277,8 @@ def _hint(size: torch.SymInt, likely: int) -> None:
 
 
 POSITION_WISE = frozenset({"linear", "layer_norm", "gelu", "silu"})
-"""Functions of the last axis, whatever the others are; so is ``layer_norm``, unless it is one of several axes."""
+"""Functions of the last axis, whatever the others are; so is ``layer_norm``, unless it is one of several axes, and so
+are operators marked as such."""
 
 
 class _Recorder(Interpreter):
@@ -263,9 +300,13 @@ class _Recorder(Interpreter):
 
     def _of_each_position(self, n: Node) -> torch.Tensor | None:
         """What it was, for other positions. PyTorch's symbolic shapes of these functions take half of all the time."""
-        if op_name(n) not in POSITION_WISE or not n.args or not isinstance(n.args[0], Node):
+        marked = n.meta.get(MARK)
+        if marked is None and op_name(n) not in POSITION_WISE:
             return None
-        x, was, out = self.env[n.args[0]], self.before[n.args[0]], self.before[n]
+        source = marked if marked is not None else n.args[0] if n.args else None
+        if not isinstance(source, Node):
+            return None
+        x, was, out = self.env[source], self.before[source], self.before[n]
         if not (isinstance(was, torch.Tensor) and isinstance(out, torch.Tensor) and is_contiguous_or_false(x)):
             return None
         if op_name(n) == "layer_norm" and (len(n.args) < 2 or len(n.args[1]) != 1):  # type: ignore[arg-type]

@@ -39,6 +39,8 @@ CASTS = frozenset(["to", "float", "half", "bfloat16", "type_as", "contiguous", "
 
 ACTIVATIONS = frozenset(["gelu", "relu", "silu", "sigmoid", "tanh", "quick_gelu", "mish", "hardswish"])
 
+NORMS = frozenset(["layer_norm", "rms_norm"])
+
 _SHAPE_READERS = frozenset(["size", "sym_size", "sym_size.int", "dim", "numel", "stride"])
 
 

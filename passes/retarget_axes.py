@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,12 @@ from earlytom_compile.passes.new_sizes import Combined, NewSizes, Plan, ResizedA
 log = logging.getLogger(__name__)
 
 
-def retarget_axes(graph_module: GraphModule, axes: Sequence[ResizedAxis]) -> int:
+def retarget_axes(graph_module: GraphModule, axes: Sequence[ResizedAxis], wanted: Iterable[Node] = ()) -> int:
     """Rewrites every argument that spells the size of a changed axis, or of one computed from it.
 
     Pass all changed axes in one call. Dead code, which nobody keeps right, is removed; the graph is sorted again
-    (a size may be needed before the place where it is computed), linted and recompiled.
+    (a size may be needed before the place where it is computed), linted and recompiled. ``wanted`` are nodes that
+    somebody is going to read although nobody does yet.
 
     Returns:
         The number of rewritten arguments.
@@ -39,7 +40,8 @@ def retarget_axes(graph_module: GraphModule, axes: Sequence[ResizedAxis]) -> int
     Raises:
         NotApplicable: some op stands in the way; the graph is unchanged.
     """
-    dead = _dead_nodes(graph_module, {axis.size for axis in axes if isinstance(axis.size, Node)})
+    sizes_read = {axis.size for axis in axes if isinstance(axis.size, Node)}
+    dead = _dead_nodes(graph_module, {*sizes_read, *wanted})
     axes = [axis for axis in axes if axis.node not in dead]
     starts: dict[Node, list[int]] = defaultdict(list)
     for axis in axes:

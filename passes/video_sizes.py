@@ -43,7 +43,7 @@ def video_sizes(graph: Graph, boundary: Boundary, config: EarlyTomConfig) -> Vid
 
 
 def _computed(graph: Graph, boundary: Boundary, symbol: torch.SymInt, config: EarlyTomConfig) -> VideoSizes:
-    frames = insert(graph, torch.ops.aten.sym_size.int, boundary.pixels, 1, like=symbol)
+    frames = insert(graph, torch.ops.aten.sym_size.int, boundary.pixels, boundary.pixel_axis, like=symbol)
     # A window's band may be wider than the video: what lies before it is zero.
     band: int | Node = config.window() - 1 if config.window() else insert(graph, operator.sub, frames, 1)
     if not config.keeps_exactly():

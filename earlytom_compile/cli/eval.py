@@ -65,9 +65,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
                     results.append(known[arm])
                     continue
                 method, ratio = arm
-                task = progress.add_task(
-                    method if ratio is None else f"{method}, {ratio:.0%}", total=arguments.videos
-                )
+                task = progress.add_task(method if ratio is None else f"{method}, {ratio:.0%}", total=arguments.videos)
                 answered = functools.partial(progress.advance, task)
                 results.append(evaluate.evaluate(model, questions, method, ratio, options, answered))
                 write()

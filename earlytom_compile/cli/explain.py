@@ -161,10 +161,7 @@ def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:
     for number, video in enumerate(report["videos"], start=1):
         frames, (before, after) = video["frames"], video["tokens"]
         name = "the video" if len(report["videos"]) == 1 else f"video {number}"
-        steps = [
-            f"{left} after layer {layer}"
-            for layer, left in zip(report["merge_layers"], frames[1:], strict=True)
-        ]
+        steps = [f"{left} after layer {layer}" for layer, left in zip(report["merge_layers"], frames[1:], strict=True)]
         merged = f"of them are left {', '.join(steps)}, since the others look like a neighbour of theirs"
         if frames[0] == frames[-1]:
             merged = "no two of them look enough alike to merge"

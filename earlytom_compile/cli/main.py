@@ -257,9 +257,7 @@ def _add_bench(parser: CommandParser) -> None:
     _add_json(parser, "every single number, after every round")
     _add_resume(parser, "what is in the file of --json is not measured again")
     parser.add_rare("--batch", type=int, default=1, metavar="N", help="prompts, one video each (%(default)s)")
-    parser.add_rare(
-        "--prompt-length", type=int, default=32, metavar="N", help="words beside the video (%(default)s)"
-    )
+    parser.add_rare("--prompt-length", type=int, default=32, metavar="N", help="words beside the video (%(default)s)")
     parser.add_rare(
         "--scene-frames", type=int, default=4, metavar="N", help="frames of a scene; 4 alike merge to 3 (%(default)s)"
     )
@@ -297,9 +295,7 @@ def _add_flops(parser: CommandParser) -> None:
     _add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens that reach the language model")
     parser.add_argument("--protocol", choices=("paper", "exact"), default="paper", help="how to count (%(default)s)")
     _add_json(parser, "every number")
-    parser.add_rare(
-        "--merge-layers", type=_numbers(int), metavar="I,I", help="encoder layers after which frames merge"
-    )
+    parser.add_rare("--merge-layers", type=_numbers(int), metavar="I,I", help="encoder layers after which frames merge")
     parser.add_rare(
         "--schedule", type=_numbers(float), metavar="N,N", help="frames at first and after each merge (73.9%% stay)"
     )
@@ -423,9 +419,7 @@ def _add_pictures(parser: CommandParser) -> None:
     parser.add_argument("--png", metavar="FILE", help="the same as one image (needs matplotlib)")
 
 
-def _add_repeats(
-    parser: CommandParser, text: str = "timed runs of each model (%(default)s)", default: int = 5
-) -> None:
+def _add_repeats(parser: CommandParser, text: str = "timed runs of each model (%(default)s)", default: int = 5) -> None:
     parser.add_rare("--repeats", type=int, default=default, metavar="N", help=text)
 
 

@@ -1,8 +1,8 @@
 """What is being done, for whoever waits: bars on a terminal, and elsewhere a line for each step that takes long.
 
-    with progress_bars(Console(stderr=True)) as progress:
-        progress.add_task("loading the weights", total=None)
-        ...                                     # after 2 s, into a file:  loading the weights ...
+with progress_bars(Console(stderr=True)) as progress:
+    progress.add_task("loading the weights", total=None)
+    ...                                     # after 2 s, into a file:  loading the weights ...
 """
 
 import threading

@@ -1,7 +1,7 @@
 """Which setting to take: what :mod:`.compare` measured, counted, and put into a table and a sentence.
 
-    summary = summarize(rows, Setting("plus", 0.1))
-    recommended([summary, ...])         # the fewest tokens that keep 95 % of the answers, or None
+summary = summarize(rows, Setting("plus", 0.1))
+recommended([summary, ...])         # the fewest tokens that keep 95 % of the answers, or None
 """
 
 import statistics

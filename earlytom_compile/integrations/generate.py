@@ -616,8 +616,6 @@ def _for_own_code(kwargs: dict[str, Any], reason: str) -> dict[str, Any]:
     return {**kwargs, "pixel_values_videos": torch.stack(list(videos))}
 
 
-
-
 _CACHE_MARK = "_earlytom_compressed"
 
 

@@ -1,10 +1,10 @@
 """Frames, segments and merges as one drawing: a column for each sampled frame, a panel for each merge layer.
 
-    frames       [1] [2] [3] [4] | [5] [6]
-    layer 6      similarity, its moving average, tau_seg; a shade for each segment
-    merges        o   \\-o-/   o  |  o   o
-    layer 21     ...
-    tokens kept   3     2     3  |  3   2
+frames       [1] [2] [3] [4] | [5] [6]
+layer 6      similarity, its moving average, tau_seg; a shade for each segment
+merges        o   \\-o-/   o  |  o   o
+layer 21     ...
+tokens kept   3     2     3  |  3   2
 """
 
 from collections.abc import Sequence

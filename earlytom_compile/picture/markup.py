@@ -1,6 +1,6 @@
 """HTML as a tree: text and attributes are escaped when it is written, so that nobody has to think of it.
 
-    html(tag("p", "2 < 3", class_="note"))    ->    <p class="note">2 &lt; 3</p>
+html(tag("p", "2 < 3", class_="note"))    ->    <p class="note">2 &lt; 3</p>
 """
 
 from collections.abc import Iterable

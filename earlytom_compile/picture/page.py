@@ -183,10 +183,7 @@ def _scale(heat: reading.Heat) -> Element:
     stops = [tag("stop", offset=i / (len(colours) - 1), stop_color=colour) for i, colour in enumerate(colours)]
     width, ticks = 180, heat.ticks
     every = -(-len(ticks) // 6)
-    labels = [
-        tag("text", label, x=14 + level * width, y=24, text_anchor="middle")
-        for level, label in ticks[::every]
-    ]
+    labels = [tag("text", label, x=14 + level * width, y=24, text_anchor="middle") for level, label in ticks[::every]]
     return tag(
         "svg",
         tag("defs", tag("linearGradient", stops, id="heat")),
@@ -382,9 +379,7 @@ def _numbers(observation: reading.Observation) -> Iterator[Element]:
     for merges, step in enumerate(observation.merges):
         origins = observation.origins(merges)
         into = {part: source for source in step.merged for part, _ in source}
-        segment_of = {
-            t: s for s, (first, last) in enumerate(step.segments, start=1) for t in range(first, last + 1)
-        }
+        segment_of = {t: s for s, (first, last) in enumerate(step.segments, start=1) for t in range(first, last + 1)}
         rows = []
         for t, source in enumerate(origins):
             now, smoothed = (step.compared[t - 1], step.smoothed[t - 1]) if t else (float("nan"), float("nan"))

@@ -1,0 +1,123 @@
+"""How the P tokens of a frame come from its S patches, so that what is known of patches can be told of tokens.
+
+[T, 729, D] -> 27 x 27 -> bilinear pooling -> 14 x 14        by the model's own pooling
+[T, 1 + 576, D] -> without the class token -> 24 x 24 -> 12 x 12
+[T, 256, D] -> 16 x 16 -> pixel shuffle, or a 2 x 2 merger -> 8 x 8      the mean of the patches a token is made of
+[T, 256, D] -> 64 learned queries                            no map: a token is made of all patches
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from earlytom_compile.passes.axes import op_name
+from earlytom_compile.passes.axis_algebra import Dim
+from earlytom_compile.passes.find_vision_encoder import GraphView
+from earlytom_compile.passes.patterns import insert, shape_of
+from earlytom_compile.passes.probe import Probe
+
+POOLS = frozenset(("interpolate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"))
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Tokens [P] of patches [S]: patches ``first`` and following are a grid, and it is pooled."""
+
+    first: int
+    grid: tuple[int, int]
+    pool: Node | None
+    """The model's own 2-D pooling; None: the mean over ``factors``."""
+    factors: tuple[int, int] = (1, 1)
+    shape: tuple[int, int] = (0, 0)
+    """(h, w) of the tokens."""
+
+    def carry(self, graph: Graph, importance: Node) -> Node:
+        """[N, S] -> [N, P], inserted at the graph's insertion point."""
+        patches = math.prod(self.grid)
+        if self.first or patches != _size(importance):
+            importance = insert(graph, "narrow", importance, 1, self.first, patches)
+        if self.pool is None and self.factors == (1, 1):
+            return importance
+        image = insert(graph, "view", importance, -1, 1, *self.grid)
+        if self.pool is None:
+            pooled = insert(graph, torch.nn.functional.avg_pool2d, image, self.factors)
+        else:
+            arguments: tuple[Any, ...] = (image, *self.pool.args[1:])
+            pooled = insert(graph, self.pool.target, *arguments, **self.pool.kwargs)  # type: ignore[arg-type]
+        return insert(graph, "flatten", pooled, 1)
+
+
+def _size(importance: Node) -> int | None:
+    shape = shape_of(importance)
+    return int(shape[1]) if shape is not None else None
+
+
+def find_token_map(
+    view: GraphView, hidden: Node, features: Node, frame_axes: int, probe: Probe | None
+) -> TokenMap | None:
+    """The map from the encoder's output ``hidden`` [T, S, D] to ``features`` [(V, F or T,) ..., C], whose first
+    ``frame_axes`` axes are those of the frames; None if there is none, or none that can be told."""
+    region = view.flow.between(hidden, features)
+    tokens, first = _patches(view, region, view.dims(hidden)[1])
+    patches = int(tokens.size.expr)
+    own = [int(size) for size in shape_of(features)[frame_axes:-1]]  # type: ignore[index]
+    count = math.prod(own)
+    pools = [node for node in region if op_name(node) in POOLS and len(shape_of(node) or ()) == 4]
+    if len(pools) == 1:
+        height, width = (int(size) for size in shape_of(pools[0].args[0])[2:])  # type: ignore[index]
+        shape = tuple(int(size) for size in shape_of(pools[0])[2:])  # type: ignore[index]
+        if height * width == patches and math.prod(shape) == count:
+            return TokenMap(first, (height, width), pools[0], shape=shape)  # type: ignore[arg-type]
+    grid = _grid(view, hidden, patches)
+    if view.dims(features)[-2] is tokens and len(own) == 1:
+        return TokenMap(first, grid, None, shape=grid)
+    for factors in _factors(grid, count):
+        shape = grid[0] // factors[0], grid[1] // factors[1]
+        if probe is not None and probe.is_local(hidden, features, first, grid, factors, frame_axes):
+            return TokenMap(first, grid, None, factors, shape)
+    return None
+
+
+def _patches(view: GraphView, region: list[Node], tokens: Dim) -> tuple[Dim, int]:
+    """The axis of those tokens that go on, and the place of the first: a class token is cut off by a slice."""
+    first = 0
+    for node in region:
+        if op_name(node) != "getitem" or not isinstance(node.args[1], (tuple, slice)):
+            continue
+        dims, out = view.dims(node.args[0]), view.dims(node)
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if tokens not in dims or len(dims) != len(out) or not all(isinstance(part, slice) for part in index):
+            continue
+        at = dims.index(tokens)
+        part = index[at] if at < len(index) else slice(None)
+        if isinstance(part.start, int) and part.start > 0 and part.step in (None, 1):
+            first += part.start
+            tokens = out[at]
+        elif out[at] is not tokens:
+            tokens = out[at]
+    return tokens, first
+
+
+def _grid(view: GraphView, hidden: Node, patches: int) -> tuple[int, int]:
+    """(h, w) of the patches: as the convolution that made them, or square, or a row."""
+    for node in view.flow.before(hidden):
+        shape = shape_of(node) or ()
+        if op_name(node) in ("conv2d", "conv3d") and len(shape) >= 4 and int(shape[-1]) * int(shape[-2]) == patches:
+            return int(shape[-2]), int(shape[-1])
+    side = math.isqrt(patches)
+    return (side, side) if side * side == patches else (1, patches)
+
+
+def _factors(grid: tuple[int, int], count: int) -> list[tuple[int, int]]:
+    """Ways to shrink a grid by whole factors to so many tokens, the nearest to a square first."""
+    height, width = grid
+    found = [
+        (a, b)
+        for a in range(1, height + 1)
+        for b in range(1, width + 1)
+        if height % a == 0 and width % b == 0 and (height // a) * (width // b) == count
+    ]
+    return sorted(found, key=lambda factor: abs(factor[0] - factor[1]))

@@ -1,0 +1,86 @@
+"""Why a graph has no vision encoder that is understood: the first operator that was not, where it is, and what the
+finder took it for. A graph with a picture in it never hears that it has none."""
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from earlytom_compile.passes.attention_spellings import attention_operators
+from earlytom_compile.passes.axes import op_name
+from earlytom_compile.passes.axis_call import RULES
+from earlytom_compile.passes.axis_rules_indexing import is_weight
+from earlytom_compile.passes.find_video_boundary import pictures
+from earlytom_compile.passes.find_vision_encoder import FoundEncoders, GraphView, Miss
+from earlytom_compile.passes.patterns import argument, value_of
+from earlytom_compile.passes.reasons import NotApplicable, describe
+
+_IN_PLACE = "use earlytom_compile.compile(model), whose generate() and forward() encode the video themselves"
+
+
+def why_no_encoder(view: GraphView, found: FoundEncoders) -> NotApplicable:
+    """The reason, to be raised."""
+    seen = pictures(view)
+    misses = [miss for miss in found.misses if any(view.flow.is_from(miss.attention, picture) for picture in seen)]
+    if misses:
+        return _of_miss(misses[0])
+    if seen:
+        return _of_unknown(view, seen)
+    if _has_foreign_features(view):
+        return NotApplicable(
+            "the video was encoded before this graph began, as generate() of transformers does outside forward(), and "
+            "its features come as an input",
+            f"Instead of compiling forward() or generate(), {_IN_PLACE}",
+        )
+    return NotApplicable(
+        "this graph has no vision encoder and no picture among its inputs: a text-only call, a step of decoding, or a "
+        "model without one",
+        f"A call without a video needs no compression; if there was one, {_IN_PLACE}",
+    )
+
+
+def _of_miss(miss: Miss) -> NotApplicable:
+    mixes = "it mixes frames or tokens, or no axis rule covers it" if miss.at is not miss.attention else ""
+    found = f"{describe(miss.at)} was taken for {miss.taken_for}, and is not" + (f": {mixes}" if mixes else "")
+    return NotApplicable(f"no vision encoder was understood: {found}", _cure(miss.at))
+
+
+def _of_unknown(view: GraphView, seen: Sequence[Node]) -> NotApplicable:
+    for node in view.flow.nodes:
+        if node.op.startswith("call") and any(view.flow.is_from(node, picture) for picture in seen):
+            if op_name(node) not in RULES and value_of(node) is not None and not op_name(node).startswith("earlytom::"):
+                return NotApplicable(
+                    f"no vision encoder was understood: {describe(node)} is an operator that is not known, and was taken "
+                    "for the attention of an encoder block or a part of one",
+                    _cure(node),
+                )
+    last = next(
+        (n for n in reversed(view.flow.nodes) if any(view.flow.is_from(n, p) for p in seen) and n.op != "output"), None
+    )
+    place = f"; the last operator that a picture reaches is {describe(last)}" if last is not None else ""
+    return NotApplicable(
+        f"no vision encoder was understood: the pictures of this graph go through no attention{place}",
+        'A graph break lies before it (TORCH_LOGS="graph_breaks" shows it), or the encoder has no attention blocks, whose '
+        "frames cannot be merged",
+    )
+
+
+def _cure(node: Node) -> str:
+    if "::" in op_name(node):
+        return (
+            "If the operator is attention, earlytom_compile.register_attention(name, arguments) declares it (known: "
+            f"{', '.join(attention_operators())}); if it computes every token from itself alone, "
+            "earlytom_compile.register_position_wise(name) does"
+        )
+    return "docs/adding-a-model.md says what a block must be; other models run uncompressed"
+
+
+def _has_foreign_features(view: GraphView) -> bool:
+    """Whether rows that are an input of the graph are put in the place of prompt tokens."""
+    for node in view.flow.nodes:
+        if op_name(node) == "masked_scatter":
+            rows = argument(node, 2, "source")
+            if isinstance(rows, Node) and any(
+                each.op == "placeholder" and not is_weight(each) for each in view.flow.before(rows)
+            ):
+                return True
+    return False
