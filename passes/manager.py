@@ -133,12 +133,10 @@ def _find_boundary(state: Rewrite) -> None:
 def _find_token_map(state: Rewrite) -> None:
     boundary, view = state.boundary, state.view
     assert boundary is not None and view is not None
-    if not state.config.selects_by_attention():
-        return
     hidden = boundary.encoder.blocks[-1].output
     probe = Probe(state.graph_module, state.example_inputs, weights_of(state.graph_module))
     state.token_map = find_token_map(view, hidden, boundary.features, boundary.frame_axes, probe)
-    if state.token_map is None:
+    if state.token_map is None and state.config.selects_by_attention():
         patches = shape_of(hidden)[1]  # type: ignore[index]
         raise NotApplicable(
             f"variant={state.config.variant!r} keeps the tokens that receive most attention in the vision encoder, and the "

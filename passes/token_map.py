@@ -7,6 +7,7 @@
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,15 @@ class TokenMap:
             arguments: tuple[Any, ...] = (image, *self.pool.args[1:])
             pooled = insert(graph, self.pool.target, *arguments, **self.pool.kwargs)  # type: ignore[arg-type]
         return insert(graph, "flatten", pooled, 1)
+
+    def apply(
+        self, importance: torch.Tensor, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+    ) -> torch.Tensor:
+        """The same on numbers; ``arguments`` and ``options`` are those of the model's own pooling."""
+        image = importance.narrow(1, self.first, math.prod(self.grid)).unflatten(1, (1, *self.grid))
+        if self.pool is None:
+            return torch.nn.functional.avg_pool2d(image, self.factors).flatten(1)
+        return self.pool.target(image, *arguments, **(options or {})).flatten(1)  # type: ignore[operator]
 
 
 def _size(importance: Node) -> int | None:

@@ -172,7 +172,7 @@ class Observer:
 
     def backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """For ``torch.compile``; errors are raised at the call, since Dynamo would wrap them in one of its own."""
-        state = Rewrite(graph_module, self._config, features_only=True)
+        state = Rewrite(graph_module, self._config, True, example_inputs)
         try:
             run_passes(state)
         except NotApplicable as found:
@@ -208,6 +208,7 @@ class _Recorder(Interpreter):
         assert state.boundary is not None
         self._config = state.config
         self._boundary = state.boundary
+        self._map = state.token_map
         blocks = state.boundary.encoder.blocks
         self._layers = state.config.resolve_merge_layers(len(blocks))
         self._scored = blocks[self._layers[-1]] if self._layers else blocks[-1]
@@ -216,17 +217,14 @@ class _Recorder(Interpreter):
         self._selected: _Call | None = None
         self._received: torch.Tensor | None = None  # float32 [n, S], where selection does not ask for it
         self._importance: torch.Tensor | None = None  # the same [N, P], pooled
-        self._grid = (0, 0)
 
     def run_node(self, n: Node) -> Any:
         if n is self._scored.attention and not self._config.selects_by_attention():
             self._received = self._attention_received()
-        result = super().run_node(n)
-        if n is self._boundary.pool:
-            self._grid = tuple(result.shape[-2:])
-            if self._received is not None:
-                self._importance = self._pooled(n, self._received)
-        return result
+        if self._map is not None and n is self._map.pool and self._received is not None:
+            (_, *arguments), options = self.fetch_args_kwargs_from_env(n)
+            self._importance = self._map.apply(self._received, arguments, options)
+        return super().run_node(n)
 
     def _attention_received(self) -> torch.Tensor | None:
         """What ``paper`` would go by; None where queries and keys do not tell (grouped heads)."""
@@ -237,12 +235,6 @@ class _Recorder(Interpreter):
         scale = self.env[scale] if isinstance(scale, Node) else scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return torch.ops.earlytom.attention_received(query, key, scale)
-
-    def _pooled(self, pool: Node, received: torch.Tensor) -> torch.Tensor:
-        """[N, S] -> [N, P], as the features are."""
-        (features, *arguments), options = self.fetch_args_kwargs_from_env(pool)
-        image = received.view(-1, 1, *features.shape[-2:])
-        return pool.target(image, *arguments, **options).flatten(1)  # type: ignore[operator]
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_function(target, args, kwargs)
@@ -265,8 +257,10 @@ class _Recorder(Interpreter):
         """Read off what was recorded, which waits for the device."""
         assert self._selected is not None
         given, result = self._selected
-        height, width = self._grid
+        height, width = self._map.shape if self._map is not None else (1, self._boundary.tokens)
         kept = result[1].reshape(-1, result[1].shape[-1])[:, -2:].tolist()  # released: the video before them
+        if self._map is not None and self._map.pool is None and self._received is not None:
+            self._importance = self._map.apply(self._received)
         importance = given.get("importance", self._importance)
         layers = self._layers if self._plans else ()  # a short video has nothing to merge
         steps = tuple(_merge_step(layer, *plan) for layer, plan in zip(layers, self._plans, strict=True))

@@ -8,13 +8,23 @@ from hand_made import VIDEO, VideoModel, capture
 from tiny_models import tiny_llava_onevision, video_inputs
 
 from earlytom_compile.passes.find_video_boundary import find_video_boundary
-from earlytom_compile.passes.find_vision_encoder import find_vision_encoder
+from earlytom_compile.passes.find_vision_encoder import GraphView, find_vision_encoder
 from earlytom_compile.passes.patterns import op_name, shape_of
 from earlytom_compile.passes.reasons import NotApplicable
 
 
+def viewed(model, **example):
+    """What the finders look at, of one call."""
+    return GraphView(capture(model, *model.example(**example)))
+
+
 def encoders_of(model, **example):
-    return find_vision_encoder(capture(model, *model.example(**example)).graph)
+    return find_vision_encoder(viewed(model, **example)).encoders
+
+
+def boundary_of(model, **example):
+    view = viewed(model, **example)
+    return find_video_boundary(view, find_vision_encoder(view).encoders)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +54,11 @@ def test_layers_of_another_shape_end_the_chain():
 @pytest.mark.long  # test_backend.py compresses it
 def test_real_model():
     model = tiny_llava_onevision(vision_layers=4, text_layers=2)
-    graph_module = capture_llava(model, video_inputs(model, 6))
-    (encoder,) = find_vision_encoder(graph_module.graph)
+    view = GraphView(capture_llava(model, video_inputs(model, 6)))
+    (encoder,) = find_vision_encoder(view).encoders
     assert encoder.name == "model.vision_tower.encoder.layers" and len(encoder.blocks) == 4
-    boundary = find_video_boundary([encoder])
-    assert (boundary.videos, boundary.frames, boundary.tokens, boundary.rows_per_video) == (1, 6, 9, 55)
+    boundary = find_video_boundary(view, [encoder])
+    assert (boundary.videos, boundary.frames, boundary.tokens, boundary.rows_of(6)) == (1, 6, 9, 55)
     assert boundary.placeholders.token == model.config.video_token_id
 
 
@@ -57,9 +67,10 @@ def test_images_are_told_from_videos():
     model = tiny_llava_onevision(vision_layers=2, text_layers=1)
     inputs = video_inputs(model, 5, images_per_row=(1,))
     inputs["image_sizes"] = inputs["image_sizes"].tolist()
-    encoders = find_vision_encoder(capture_llava(model, inputs).graph)
+    view = GraphView(capture_llava(model, inputs))
+    encoders = find_vision_encoder(view).encoders
     assert len(encoders) == 2
-    boundary = find_video_boundary(encoders)
+    boundary = find_video_boundary(view, encoders)
     assert boundary.frames == 5 and boundary.placeholders.token == model.config.video_token_id
 
 
@@ -72,7 +83,7 @@ def test_images_are_told_from_videos():
 )  # fmt: skip
 def test_boundary(pool, newline, frames, videos):
     model = VideoModel(layers=2, pool=pool, newline=newline)
-    boundary = find_video_boundary(encoders_of(model, frames=frames, videos=videos))
+    boundary = boundary_of(model, frames=frames, videos=videos)
     assert (boundary.videos, boundary.frames, boundary.tokens) == (videos, frames, 4)
     assert shape_of(boundary.features) == (videos * frames, 4, 12)
     assert shape_of(boundary.flat) == (videos, frames * 4, 12)
@@ -81,29 +92,32 @@ def test_boundary(pool, newline, frames, videos):
 
 
 def test_features_only():
-    boundary = find_video_boundary(encoders_of(VideoModel(layers=2, newline=True, tail="features")))
+    boundary = boundary_of(VideoModel(layers=2, newline=True, tail="features"))
     assert boundary.placeholders is None and boundary.rows is None and boundary.separator is not None
 
 
-def test_no_pooling_is_no_video_path():
-    assert find_video_boundary(encoders_of(VideoModel(layers=2, pool="none"))) is None
+def test_without_pooling_every_patch_is_a_token():
+    boundary = boundary_of(VideoModel(layers=2, pool="none"))
+    assert boundary.tokens == 16 and shape_of(boundary.flat) == (1, 8 * 16, 12)
 
 
 @pytest.mark.parametrize("after", [0, 2])
 def test_what_only_the_caller_gets_is_no_other_way(after):
-    (encoder,) = encoders_of(VideoModel(layers=4, beside="returned", after=after))
+    view = viewed(VideoModel(layers=4, beside="returned", after=after))
+    (encoder,) = find_vision_encoder(view).encoders
     assert len(encoder.blocks) == 4
-    assert find_video_boundary([encoder]).encoder.blocks == encoder.blocks[: 4 - after]
+    assert find_video_boundary(view, [encoder]).encoder.blocks == encoder.blocks[: 4 - after]
 
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_second_way_into_the_language_model_is_not_understood(after):
-    assert find_video_boundary(encoders_of(VideoModel(layers=3, beside="used", after=after))) is None
+    with pytest.raises(NotApplicable, match="flow into Tensor.mean"):
+        boundary_of(VideoModel(layers=3, beside="used", after=after))
 
 
 def test_features_that_go_elsewhere_have_a_reason():
     with pytest.raises(NotApplicable, match="flow into mean"):
-        find_video_boundary(encoders_of(VideoModel(layers=2, tail="mean")))
+        boundary_of(VideoModel(layers=2, tail="mean"))
 
 
 def capture_llava(model, inputs):

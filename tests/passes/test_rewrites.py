@@ -307,7 +307,6 @@ def test_missing_merge_layer():
         ({"tail": "features"}, "ends before the video reaches the prompt"),
         ({"tail": "mean"}, "flow into mean"),
         ({"attention": "causal"}, "no vision encoder"),
-        ({"pool": "none"}, "no video passes through"),
         ({"attention": "grouped"}, "queries .* and keys .*heads"),
     ],
 )

@@ -7,7 +7,7 @@ from torch import nn
 from tracing import trace
 from without_inductor import leave_pieces_as_they_are
 
-from earlytom_compile.passes.find_vision_encoder import find_vision_encoder
+from earlytom_compile.passes.find_vision_encoder import GraphView, find_vision_encoder
 from earlytom_compile.passes.split_stages import split_stages
 from earlytom_compile.reporting import GraphRecord
 from earlytom_compile.stages import lower_stages
@@ -53,7 +53,7 @@ class Stack(nn.Module):
 
 def split(model, x, structure=False, **options):
     traced = trace(model, x, **options)
-    blocks = [block for encoder in find_vision_encoder(traced.module.graph) for block in encoder.blocks]
+    blocks = [block for encoder in find_vision_encoder(GraphView(traced.module)).encoders for block in encoder.blocks]
     stages, pieces = split_stages(traced.module, blocks if structure else ())
     return traced, stages, pieces
 

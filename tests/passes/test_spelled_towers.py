@@ -1,0 +1,175 @@
+"""Encoders and boundaries are found by what is computed, however it is spelled, and by nothing less."""
+
+import warnings
+
+import pytest
+import torch
+from spelled_towers import LINEARS, MIXERS, Tower, expected_rows, video
+
+from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
+from earlytom_compile.backend import compile_graph
+from earlytom_compile.passes.attention_spellings import register_attention
+from earlytom_compile.stages import CompressedGraph
+
+R = 0.3
+
+
+def compiled(tower, **options):
+    """(the tower, compiled as the in-place spelling compiles it; the graphs it got)."""
+    graphs = []
+    config = EarlyTomConfig.from_options({"merge_layers": (0, 2), "tau_seg": 0.0, "lowering": "eager", **options})
+
+    def backend(graph_module, example_inputs):
+        graphs.append(compile_graph(graph_module, example_inputs, config, features_only=True))
+        return graphs[-1]
+
+    torch._dynamo.reset()
+    return torch.compile(tower, backend=backend, fullgraph=True), graphs
+
+
+def check(tower, *, frames=8, videos=1, **options):
+    """Compress one call and compare it with the oracle; returns what the report would say."""
+    run, graphs = compiled(tower, retain_ratio=R, **options)
+    pixels = video(frames, videos)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", EarlyTomFallbackWarning)
+        rows = run(pixels)
+    expected = expected_rows(tower, pixels, retain_ratio=R, variant=options.get("variant", "paper"))
+    (graph,) = graphs
+    assert isinstance(graph, CompressedGraph)
+    torch.testing.assert_close(rows.flatten(0, -2), torch.cat([each for each, _ in expected]), atol=2e-5, rtol=1e-4)
+    assert graph.record.last_counts.frames[-1].tolist() == [left for _, left in expected]
+    return graph
+
+
+SPELLINGS = {
+    **{f"linear: {name}": {"linear": name} for name in LINEARS},
+    **{f"qkv: {how}": {"qkv": how} for how in ("fused, chunk", "fused, split", "fused, unbind", "fused, slices")},
+    "qkv: grouped by head": {"qkv": "grouped by head"},
+    **{f"attention: {how}": {"attention": how} for how in ("matmul", "bmm")},
+    **{f"patches: {how}": {"patches": how} for how in ("conv3d", "unfold", "F.unfold", "view")},
+    "class token": {"specials": 1},
+    "class token and registers": {"specials": 5},
+    "LayerScale": {"scales": True},
+    "q/k norms": {"qk_norm": True},
+    "RoPE": {"rope": True},
+    **{f"tokens: {how}": {"tokens": how} for how in ("avg", "merger", "pixel shuffle", "mean")},
+    **{f"joined: {how}": {"joined": how} for how in ("rows", "flatten", "split into videos")},
+    "all of it": {
+        "linear": "lora", "qkv": "fused, unbind", "attention": "matmul", "patches": "F.unfold", "specials": 2,
+        "scales": True, "qk_norm": True, "rope": True, "tokens": "merger", "joined": "rows",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPELLINGS)
+def test_compresses(how):
+    graph = check(Tower(**SPELLINGS[how]))
+    assert graph.record.layers == 4 and graph.record.last_counts.frames[-1].item() < 8
+
+
+@pytest.mark.parametrize("how", ["linear: packed", "patches: view", "class token", "tokens: merger", "joined: rows"])
+@pytest.mark.parametrize("variant", ["plus", "released"])
+def test_other_variants(how, variant):
+    check(Tower(**SPELLINGS[how]), variant=variant)
+
+
+@pytest.mark.parametrize("how", ["linear: lora", "tokens: pixel shuffle", "class token", "joined: rows"])
+def test_several_videos_and_single_frames(how):
+    tower = Tower(**SPELLINGS[how])
+    check(tower, videos=3)
+    check(tower, frames=1)
+    check(tower, frames=1, videos=2)
+
+
+@pytest.mark.parametrize("how", ["linear: dynamic int8", "linear: packed", "all of it"])
+def test_through_inductor(how):
+    assert check(Tower(**SPELLINGS[how]), lowering="staged").record.reasons == []
+
+
+@pytest.mark.parametrize("mixing", [*MIXERS, "coarse"])
+def test_what_mixes_positions_is_no_projection(mixing):
+    tower, pixels = Tower(mixing=mixing), video(8)
+    run, graphs = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="taken for a part of the query, key and value"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+    assert not isinstance(graphs[0], CompressedGraph)
+
+
+def test_a_resampler_leaves_importance_without_a_map():
+    tower, pixels = Tower(tokens="resampler"), video(8)
+    run, _ = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match='no shrunken grid of its 16 patches.*"plus"'):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+    check(tower, variant="plus")
+
+
+def test_newlines_inside_a_frame_are_tokens_of_no_patch():
+    tower, pixels = Tower(tokens="newline rows"), video(8)
+    run, _ = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="no shrunken grid"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+    check(tower, variant="plus")
+
+
+# --- Attention -----------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("spelled::attention", mutates_args=())
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), scale=scale, is_causal=causal
+    )
+    return mixed.transpose(1, 2).contiguous()
+
+
+@attention.register_fake
+def _(q, k, v, scale, causal):
+    return torch.empty_like(q)
+
+
+def through_the_operator(causal):
+    def mixed(q, k, v, scale):
+        return torch.ops.spelled.attention(*(x.transpose(1, 2) for x in (q, k, v)), scale, causal).transpose(1, 2)
+
+    return mixed
+
+
+def test_an_operator_is_attention_once_it_is_registered(monkeypatch):
+    from earlytom_compile.passes import attention_spellings
+
+    monkeypatch.setattr(attention_spellings, "_SPELLINGS", dict(attention_spellings._SPELLINGS))
+    tower, pixels = Tower(attention=through_the_operator(False)), video(8)
+    run, _ = compiled(tower)
+    reason = r"spelled::attention \(.*\) in .*layers.0.* is an operator that is not known.*register_attention"
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match=reason):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+    register_attention("spelled::attention", "query key value scale causal", layout="tokens first")
+    check(tower)
+    run, graphs = compiled(Tower(attention=through_the_operator(True)))
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="taken for attention without a mask"):
+        run(pixels)
+
+
+@pytest.mark.parametrize("arguments", ["query key", "query key value"])
+def test_what_cannot_be_registered(arguments):
+    with pytest.raises(ValueError, match="namespace::name"):
+        register_attention("attention" if "value" in arguments else "a::b", arguments)
+
+
+def flex(score_mod=None):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return lambda q, k, v, scale: flex_attention(q, k, v, score_mod=score_mod, scale=scale)
+
+
+def test_flex_attention_that_only_attends():
+    check(Tower(attention=flex()))
+    check(Tower(attention=flex(lambda score, b, h, i, j: score)))
+
+
+def test_flex_attention_that_scores_by_itself():
+    tower, pixels = Tower(attention=flex(lambda score, b, h, i, j: score - (i - j).abs())), video(8)
+    run, _ = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="flex_attention"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
