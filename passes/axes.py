@@ -98,6 +98,19 @@ class AxisMap:
         axes.space.align()
         return axes
 
+    @classmethod
+    def of_values(cls, nodes: Sequence[Node], graph_module: GraphModule) -> AxisMap:
+        """A map that knows ``nodes``, whose axes have nothing to do with each other, and can :meth:`follow` others."""
+        axes = cls()
+        for node in nodes:
+            axes.values[node] = _leaf(node, graph_module) if node.op == "get_attr" else _as_recorded(node, {})
+        return axes
+
+    def follow(self, node: Node, graph_module: GraphModule) -> Value:
+        """Infer one node more, all of whose arguments are known."""
+        self.values[node] = self._visit(node, graph_module)
+        return self.values[node]
+
     def dim(self, node: Node, i: int) -> Dim:
         """The axis at dimension ``i`` of the tensor ``node``; KeyError if it is no tensor of known shape."""
         value = self.values.get(node)

@@ -288,37 +288,15 @@ def unbind(call: Call, input: Any, dim: int = 0) -> Outputs:
 
 
 @rule("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split", "unsafe_chunk")
-def split(call: Call, input: Any, parts: Any = None, dim: int = 0, **named: Any) -> Outputs:
+def split(call: Call, input: Any, parts: Any, dim: int = 0) -> Outputs:
     dims = call.dims(input)
     at = wrap(dim, len(dims))
-    if named:
-        (keyword, parts), *others = named.items()
-        if others:
-            raise NoRule("unknown arguments")
-    base: Path = ("kwargs", keyword) if named else ("args", 1)
-    if (whole := _single_part(call, parts, dims[at], base)) is not None:
-        for path in whole:
-            call.site(path, dims[at])
-        return Outputs([call.moved(input, dims)])
     call.forbid([dims[at]], "is taken apart by")
     pieces = [call.pinned(Size.of(x.shape[at])) for x in call.node.meta["example_value"]]
-    if isinstance(parts, (tuple, list)):
+    if isinstance(parts, (tuple, list)) and call.node.args[1:2] == (parts,):
         for i, piece in enumerate(pieces):
-            call.site((*base, i), piece)
+            call.site(("args", 1, i), piece)
     return Outputs(call.moved(input, (*dims[:at], piece, *dims[at + 1 :])) for piece in pieces)
-
-
-def _single_part(call: Call, parts: Any, dim: Dim, base: Path) -> list[Path] | None:
-    """Where the size of the only part is spelled, if there is one part at any size: that of a list of one video, say."""
-    if "split" not in call.name or call.name == "tensor_split":
-        return [] if type(parts) is int and parts == 1 else None
-    listed = isinstance(parts, (tuple, list))
-    if _count(call) != 1 or (listed and len(parts) != 1):
-        return None
-    size = parts[0] if listed else parts
-    if not isinstance(size, (int, Node)) or not call.size_of(size).same(dim.size):
-        return None
-    return [(*base, 0) if listed else base]
 
 
 def _count(call: Call) -> int:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from earlytom_compile.passes.attention_spellings import Attention, attention_of, heads_of
+from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 
 
@@ -30,8 +31,27 @@ def canonicalize_attention(graph: Graph) -> int:
             if found is not None and _is_read_for_its_values_only(node, found):
                 rewritten += _rewrite(graph, node, found)
     if rewritten:
-        graph.eliminate_dead_code()
+        _erase_masks(graph)
     return rewritten
+
+
+def _erase_masks(graph: Graph) -> None:
+    """Erase what made the block masks of ``flex_attention``, which nobody reads any more: functorch's ``vmap`` writes
+    them in place, and writing is what no elimination of dead code dares to touch."""
+    alive = set[Node]()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in alive:
+            alive |= {node, *node.all_input_nodes}
+    for node in reversed(graph.nodes):
+        target = node.args[0] if op_name(node) == "setitem" else None
+        if isinstance(target, Node) and _is_batched(target) and alive.isdisjoint(target.users):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _is_batched(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _is_read_for_its_values_only(node: Node, found: Attention) -> bool:

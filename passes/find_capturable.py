@@ -21,8 +21,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from earlytom_compile.passes.graph_order import writes
-from earlytom_compile.passes.patterns import ACTIVATIONS, MOVES, NORMS, op_name, value_of
-from earlytom_compile.passes.split_stages import Piece, extract, memory_of
+from earlytom_compile.passes.patterns import ACTIVATIONS, MOVES, NORMS, memory_of, op_name, value_of
+from earlytom_compile.passes.split_stages import Piece, extract
 
 _ELEMENTWISE = frozenset(("add", "sub", "mul", "truediv", "div", "neg", "pow", "rsqrt", "iadd", "isub", "imul"))
 # Computing across frames would take the number of frames as an argument, or have it on another axis than the first.

@@ -95,6 +95,13 @@ def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
     else:
         flat, features, frame_axes = _flatten(view, encoder, videos, batch)
     used = next(n for n in range(len(encoder.blocks), 0, -1) if view.flow.is_from(flat, encoder.blocks[n - 1].output))
+    hidden = encoder.blocks[used - 1].output
+    if mixing := view.first_mixing(hidden, (0,), features):
+        raise NotApplicable(
+            f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, or no axis rule "
+            "covers it; it was taken for a part of the projector, which sees each frame alone",
+            "Frames can merge only where nothing but the prompt brings them together; leave this model to another backend",
+        )
     tokens = math.prod(int(size) for size in shape_of(features)[frame_axes:-1])  # type: ignore[index]
     flat = _last_of_its_shape(flat)
     separator, end = _separator_after(flat)
@@ -202,16 +209,12 @@ def _has(view: GraphView, node: Node, batch: Dim) -> bool:
 
 
 def _exits(view: GraphView, source: Node, batch: Dim) -> list[Node]:
-    """The first nodes behind ``source`` that do not have the frames as an axis of their own any more."""
-    framed, exits = {source}, []
-    for node in view.flow.behind(source):
-        if node.op == "output" or framed.isdisjoint(node.all_input_nodes) or not _is_data(node):
-            continue
-        if _has(view, node, batch):
-            framed.add(node)
-        else:
-            exits.append(node)
-    return exits
+    """The first nodes behind ``source`` that do not have the frames as an axis of their own, and behind which nothing
+    has: a linear over the rows [T * S, D] is none."""
+    behind = [node for node in view.flow.behind(source) if node.op != "output" and _is_data(node)]
+    framed = {source, *(node for node in behind if _has(view, node, batch))}
+    ends = [node for node in behind if node not in framed and not framed.isdisjoint(node.all_input_nodes)]
+    return [node for node in ends if framed.isdisjoint(view.flow.behind(node))]
 
 
 def _is_data(node: Node) -> bool:
@@ -264,11 +267,17 @@ def _flat_of_single_frames(view: GraphView, encoder: Encoder, videos: int) -> No
 
 def _last_of_its_shape(flat: Node) -> Node:
     """The last in a run of moves that leave the shape of ``flat`` alone."""
-    while len(following := readers(flat)) == 1 and op_name(following[0]) in MOVES:
+    while len(following := readers(flat)) == 1 and (op_name(following[0]) in MOVES or _joins_one(following[0])):
         if list(map(str, shape_of(following[0]) or ())) != list(map(str, shape_of(flat) or ())):
             break
         flat = following[0]
     return flat
+
+
+def _joins_one(node: Node) -> bool:
+    """``cat([video])``, which is what joins the videos of a call where there is one."""
+    parts = argument(node, 0, "tensors")
+    return op_name(node) in ("cat", "concat") and isinstance(parts, (tuple, list)) and len(parts) == 1
 
 
 def _separator_after(flat: Node) -> tuple[Node | None, Node]:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-import torch
 from torch.fx import GraphModule, Node
 
 from earlytom_compile.passes.axes import AxisMap, op_name
@@ -23,9 +22,7 @@ from earlytom_compile.passes.axis_algebra import Dim
 from earlytom_compile.passes.axis_call import TensorAxes
 from earlytom_compile.passes.dataflow import Dataflow
 from earlytom_compile.passes.patterns import CASTS, argument, module_path, other_operand, peel, shape_of
-from earlytom_compile.passes.positions import Positions
-
-_MOST_WAYS = 8  # residual streams that are tried for one attention; the first is nearly always right
+from earlytom_compile.passes.positions import first_mixing
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,10 @@ class GraphView:
         value = self.axes.values.get(node) if isinstance(node, Node) else None
         return tuple(dim.root for dim in value.dims) if isinstance(value, TensorAxes) else ()
 
+    def first_mixing(self, source: Node, kept: Sequence[int], *targets: Node) -> Node | None:
+        """See :func:`positions.first_mixing`."""
+        return first_mixing(self.graph_module, self.flow, source, kept, *targets)
+
 
 @dataclass
 class FoundEncoders:
@@ -136,34 +137,28 @@ def _match_block(view: GraphView, attention: Node) -> Block | Miss:
     if not is_bidirectional(attention):
         return Miss(attention, attention, "attention without a mask, as that of a vision encoder")
     operands = [operand for operand in attention.args[:3] if isinstance(operand, Node)]
-    positions = _positions(view, operands)
-    if positions is None:
+    if not _share_frames_and_tokens(view, operands):
         return Miss(attention, attention, "attention of the tokens [T, H, S, d] of each frame among themselves")
-    after, stream = _residual_after(view, attention, operands, positions)
+    after, stream = _residual_after(view, attention, operands)
     if after is None or stream is None:
         return Miss(attention, attention, "attention whose result is added to the stream it was computed from")
-    for source, targets, taken_for in (
-        (stream, operands, "a part of the query, key and value projections"),
-        (attention, [after], "a part of the output projection"),
+    branch = _branch(after, stream)
+    for source, kept, targets, taken_for in (
+        (stream, (0, 1), operands, "a part of the query, key and value projections"),
+        (attention, (0, 2), [branch], "a part of the output projection"),
     ):
-        # The residual add itself reads the stream beside the branch.
-        targets = targets if targets is operands else [_branch(after, stream)]
-        if mixing := positions.first_mixing(view.flow, source, *targets):
+        if mixing := view.first_mixing(source, kept, *targets):
             return Miss(attention, mixing, taken_for)
-    return _with_mlp(view, attention, stream, after, positions)
+    return _with_mlp(view, attention, stream, after)
 
 
-def _positions(view: GraphView, operands: Sequence[Node]) -> Positions | None:
-    """The frames and tokens that query, key and value [T, H, S, d] share."""
+def _share_frames_and_tokens(view: GraphView, operands: Sequence[Node]) -> bool:
+    """Whether query, key and value are [T, H, S, d] of the same frames and tokens."""
     shapes = [view.dims(operand) for operand in operands]
     if len(shapes) != 3 or any(len(dims) != 4 for dims in shapes):
-        return None
+        return False
     frames, _, tokens, _ = shapes[0]
-    one = frames.size.is_(1)
-    for dims in shapes[1:]:
-        if dims[2] is not tokens or (dims[0] is not frames and not one):
-            return None
-    return Positions(view.axes, None if one else frames, tokens)
+    return all(dims[2] is tokens and (dims[0] is frames or frames.size.is_(1)) for dims in shapes[1:])
 
 
 def _branch(add: Node, stream: Node) -> Node:
@@ -171,13 +166,10 @@ def _branch(add: Node, stream: Node) -> Node:
     return next(arg for arg in add.all_input_nodes if peel(arg, CASTS) is not stream)
 
 
-def _residual_after(
-    view: GraphView, attention: Node, operands: Sequence[Node], positions: Positions
-) -> tuple[Node | None, Node | None]:
+def _residual_after(view: GraphView, attention: Node, operands: Sequence[Node]) -> tuple[Node | None, Node | None]:
     """(h + ·, h): the first sum of what comes out of the attention and of what went into it."""
     behind = view.flow.behind(attention)
     own = {attention, *behind}
-    tried = 0
     for node in behind:
         if op_name(node) != "add" or len(node.all_input_nodes) != 2:
             continue
@@ -187,26 +179,18 @@ def _residual_after(
         stream = peel(streams[0], CASTS)
         if not all(view.flow.is_from(operand, stream) for operand in operands) or stream.op == "placeholder":
             continue
-        tried += 1
-        if positions.are_in(view.axes.values.get(stream)) and len(view.dims(stream)) == 3:
+        if len(view.dims(stream)) == 3:
             return node, stream
-        if tried >= _MOST_WAYS:
-            break
     return None, None
 
 
-def _with_mlp(view: GraphView, attention: Node, stream: Node, after: Node, positions: Positions) -> Block | Miss:
+def _with_mlp(view: GraphView, attention: Node, stream: Node, after: Node) -> Block | Miss:
     """The block that ends at ``after + mlp(after)``."""
     for add in (user for user in after.users if op_name(user) == "add"):
         branch = other_operand(add, after)
         if not isinstance(branch, Node) or not view.flow.is_from(branch, after):
             continue
-        if mixing := positions.first_mixing(view.flow, after, branch):
+        if mixing := view.first_mixing(after, (0, 1), branch):
             return Miss(attention, mixing, "a part of the MLP")
         return Block(stream, add, attention)
     return Miss(attention, after, "the attention's half of a block, whose MLP follows")
-
-
-def is_tensor(node: Node) -> bool:
-    """Whether a tensor was recorded for ``node``."""
-    return isinstance(node.meta.get("example_value"), torch.Tensor)

@@ -123,7 +123,11 @@ def _memory(nodes: Iterable[Node]) -> dict[Node, set[Any]]:
     for node in nodes:
         example = node.meta.get("example_value")
         tensors = example if isinstance(example, (tuple, list)) else [example]
-        own[node] = {t.untyped_storage()._cdata for t in tensors if isinstance(t, torch.Tensor)}
+        own[node] = {
+            t.untyped_storage()._cdata
+            for t in tensors
+            if isinstance(t, torch.Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        }
         if "example_value" not in node.meta:
             own[node] = set().union(*(own[source] for source in node.all_input_nodes))
     return {node: own[node].union(*(own[source] for source in node.all_input_nodes)) for node in own}

@@ -23,7 +23,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._logging import trace_structured
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses import FakeTensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
@@ -32,6 +32,7 @@ from earlytom_compile.errors import EarlyTomError
 from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.passes.axis_call import MARK
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
+from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
 from earlytom_compile.passes.find_video_boundary import Boundary, find_video_boundary
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, find_vision_encoder
@@ -39,7 +40,7 @@ from earlytom_compile.passes.graph_order import stable_topological_sort
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
 from earlytom_compile.passes.opaque_operators import mark_position_wise, weights_of
-from earlytom_compile.passes.patterns import insert, op_name, shape_of, value_of
+from earlytom_compile.passes.patterns import insert, memory_of, op_name, shape_of, value_of
 from earlytom_compile.passes.probe import Probe
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
@@ -101,6 +102,7 @@ class Rewrite:
 
 def _canonicalize(state: Rewrite) -> None:
     canonicalize_attention(state.graph_module.graph)
+    canonicalize_splits(state.graph_module.graph)
     # Dead branches (an unused pooling head, a norm nobody reads) would look like other readers of the features.
     state.graph_module.graph.eliminate_dead_code()
 
@@ -162,17 +164,26 @@ def _find_sequence(state: Rewrite) -> None:
 
 
 def _lay_out_frames(state: Rewrite) -> None:
-    assert state.boundary is not None
-    first = state.boundary.encoder.blocks[0].input
-    layout = value_of(first)
-    if not is_contiguous_or_false(layout):
-        consumers = list(first.users)
-        with state.graph_module.graph.inserting_after(first):
-            copied = insert(state.graph_module.graph, "contiguous", first, like=layout.contiguous())
-        for consumer in consumers:
-            consumer.replace_input_with(first, copied)
+    """Make the copies that the trace made without a word, where sizes known at run time only would have to be compared
+    to find out whether they are needed."""
+    assert state.boundary is not None and state.view is not None
+    graph, first = state.graph_module.graph, state.boundary.encoder.blocks[0].input
+    if not is_contiguous_or_false(value_of(first)):
+        copied = _copy_of(graph, first, first)
+        for consumer in list(first.users):
+            if consumer is not copied:
+                consumer.replace_input_with(first, copied)
         blocks = (replace(state.boundary.encoder.blocks[0], input=copied), *state.boundary.encoder.blocks[1:])
         state.boundary = replace(state.boundary, encoder=replace(state.boundary.encoder, blocks=blocks))
+    for node in state.view.flow.between(first, state.boundary.flat):
+        source = node.args[0] if op_name(node) in ("reshape", "flatten") and node.args else None
+        if isinstance(source, Node) and memory_of(source) != memory_of(node) and memory_of(source) is not None:
+            node.replace_input_with(source, _copy_of(graph, source, node.prev))
+
+
+def _copy_of(graph: Graph, node: Node, behind: Node) -> Node:
+    with graph.inserting_after(behind):
+        return insert(graph, "contiguous", node, like=value_of(node).contiguous())  # type: ignore[union-attr]
 
 
 def _merge_frames(state: Rewrite) -> None:
@@ -214,7 +225,7 @@ def _check(state: Rewrite) -> None:
 
 
 PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
-    ("canonicalize_attention", _canonicalize),  # first: the finders know one spelling of attention
+    ("canonicalize", _canonicalize),  # first: the finders know one spelling of attention
     ("mark_position_wise", _mark_position_wise),  # the last word on axes, which the finders follow
     ("find_vision_encoder", _find_encoder),
     ("find_video_boundary", _find_boundary),

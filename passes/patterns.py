@@ -67,6 +67,14 @@ def shape_of(node: Any) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+def memory_of(node: Any) -> int | None:
+    """Equal for tensors that share memory."""
+    value = value_of(node) if isinstance(node, Node) else None
+    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    return value.untyped_storage()._cdata
+
+
 def peel(node: Any, through: frozenset[str] = MOVES) -> Any:
     """Follow ``node`` up past ops in ``through`` to the op that made the numbers."""
     while op_name(node) in through:

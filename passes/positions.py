@@ -12,61 +12,90 @@ loses one of the two, or is listed here with the dimensions along which it mixes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from earlytom_compile.passes.axes import AxisMap, op_name
 from earlytom_compile.passes.axis_algebra import Dim
-from earlytom_compile.passes.axis_call import Outputs, TensorAxes
+from earlytom_compile.passes.axis_call import Outputs, TensorAxes, Value
 from earlytom_compile.passes.dataflow import Dataflow
 from earlytom_compile.passes.patterns import argument
 
 
-class Positions:
-    """The frames [T] and tokens [S] of one encoder, wherever they are in a graph. ``frames`` is None where there is
-    one frame only, which nothing can mix."""
+def first_mixing(
+    graph_module: GraphModule, flow: Dataflow, source: Node, kept: Sequence[int], *targets: Node
+) -> Node | None:
+    """The first node between ``source`` and ``targets`` that mixes the axes ``kept`` of ``source``, or may do so as far
+    as anybody knows; None if all of it computes every position of these axes from itself alone."""
+    follower = _Follower(graph_module, source, kept)
+    return next((node for node in flow.between(source, *targets) if not follower.keeps(node)), None)
 
-    def __init__(self, axes: AxisMap, frames: Dim | None, tokens: Dim | None) -> None:
-        self._axes = axes
-        self._axes_of_interest = [dim.root for dim in (frames, tokens) if dim is not None]
-        self._parts: dict[Dim, list[tuple[Dim, ...]]] = {}
-        for relation in axes.space.relations:
-            if relation.kind == "product":
-                parts = tuple(part.root for part in relation.parts)
-                self._parts.setdefault(relation.whole.root, []).append(parts)
-        self._watched = self._made_of(self._axes_of_interest)
 
-    def first_mixing(self, flow: Dataflow, source: Node, *targets: Node) -> Node | None:
-        """The first node between ``source`` and ``targets`` that is not position-wise, as far as is known."""
-        return next((node for node in flow.between(source, *targets) if not self.is_position_wise(node)), None)
+class _Follower:
+    """Follows a few axes of one tensor through what is computed from it, and from nothing else that is known.
 
-    def is_position_wise(self, node: Node) -> bool:
-        """Whether a node keeps the axes and does not mix along them; it must read a tensor that has them."""
-        value = self._axes.values.get(node)
+    The axes of the whole graph would not do: a later sum makes the result of a convolution over tokens one axis with
+    the tokens. Here a sum of two results of the tensor must find them to be one axis already.
+    """
+
+    def __init__(self, graph_module: GraphModule, source: Node, kept: Sequence[int]) -> None:
+        self._graph_module = graph_module
+        self._axes = AxisMap.of_values([source], graph_module)
+        self._own = {source}
+        value = self._axes.values[source]
+        # An axis of one position cannot be mixed, nor told from others of size 1.
+        dims = [value.dims[i] for i in kept] if isinstance(value, TensorAxes) else []
+        self._kept = [dim for dim in dims if not dim.size.is_(1)]
+
+    def keeps(self, node: Node) -> bool:
+        """Whether ``node`` has the axes, once each, and does not mix along them; asked in graph order."""
+        self._learn_of_others(node)
+        others = [dim for read in self._own.intersection(node.all_input_nodes) for dim in self._dims(read)]
+        watched = self._made_of(self._kept)
+        strangers = [dim for dim in others if dim.root not in watched]
+        value = self._axes.follow(node, self._graph_module)
+        self._own.add(node)
+        watched = self._made_of(self._kept)
+        if any(dim.root in watched for dim in strangers) or self._mixes(node, watched):
+            return False
+        self._axes.space.align()
         results = value if isinstance(value, Outputs) else (value,)
-        return all(map(self.are_in, results)) and not self._mixes(node)
+        return all(map(self._has_axes, results))
 
-    def are_in(self, value: Any) -> bool:
+    def _learn_of_others(self, node: Node) -> None:
+        """What ``node`` reads beside results of the tensor: weights, positions, sizes."""
+        unknown = [read for read in node.all_input_nodes if read not in self._axes.values]
+        self._axes.values.update(AxisMap.of_values(unknown, self._graph_module).values)
+
+    def _dims(self, node: Node) -> Iterator[Dim]:
+        value = self._axes.values.get(node)
+        for each in value if isinstance(value, Outputs) else (value,):
+            if isinstance(each, TensorAxes):
+                yield from each.dims
+
+    def _has_axes(self, value: Value) -> bool:
         """Whether a tensor has the axes, once each, as dimensions of their own or as part of larger ones."""
         if not isinstance(value, TensorAxes):
             return False
         held = [self._made_of([dim]) for dim in value.dims]
-        present = set().union(*held) if held else set()
-        self._put_together(present)
-        return all(axis in present and sum(axis in each for each in held) <= 1 for axis in self._axes_of_interest)
+        present = set[Dim]().union(*held)
+        return all(self._is_covered(axis.root, present) for axis in self._kept) and all(
+            sum(axis.root in each for each in held) <= 1 for axis in self._kept
+        )
 
-    def _mixes(self, node: Node) -> bool:
+    def _mixes(self, node: Node, watched: set[Dim]) -> bool:
         for operand, along in _mixed_dims(node):
             value = self._axes.values.get(operand)
-            if not isinstance(value, TensorAxes):
-                continue
-            dims = (
-                value.dims
-                if along is None
-                else [value.dims[i] for i in along if -len(value.dims) <= i < len(value.dims)]
-            )
-            if any(not self._made_of([dim]).isdisjoint(self._watched) for dim in dims):
-                return True
+            if operand in self._own and isinstance(value, TensorAxes):
+                rank = len(value.dims)
+                dims = value.dims if along is None else [value.dims[i] for i in along if -rank <= i < rank]
+                if any(not self._made_of([dim]).isdisjoint(watched) for dim in dims):
+                    return True
         return False
+
+    def _parts(self, whole: Dim) -> Iterator[tuple[Dim, ...]]:
+        for relation in self._axes.space.relations:
+            if relation.kind == "product" and relation.whole.root is whole:
+                yield tuple(part.root for part in relation.parts)
 
     def _made_of(self, dims: Iterable[Dim]) -> set[Dim]:
         """``dims`` and all axes that they are products of."""
@@ -75,19 +104,14 @@ class Positions:
             dim = pending.pop()
             if dim not in found:
                 found.add(dim)
-                pending += [part for parts in self._parts.get(dim, ()) for part in parts]
+                pending += [part for parts in self._parts(dim) for part in parts]
         return found
 
-    def _put_together(self, present: set[Dim]) -> None:
-        """Add the axes of interest whose parts are all there: [T, h, w, D] has the tokens too."""
-        for axis in self._axes_of_interest:
-            if axis not in present and self._is_covered(axis, present):
-                present.add(axis)
-
     def _is_covered(self, axis: Dim, present: set[Dim]) -> bool:
+        """Whether an axis is there, or all parts of it: [T, h, w, D] has the tokens too."""
         if axis in present:
             return True
-        return any(all(self._is_covered(part, present) for part in parts) for parts in self._parts.get(axis, ()))
+        return any(all(self._is_covered(part, present) for part in parts) for parts in self._parts(axis))
 
 
 Along = tuple[Any, Sequence[int] | None]
@@ -154,6 +178,12 @@ def _contracted(node: Node) -> Iterator[Along]:
         yield right, (-2,)
 
 
+def _keys_and_values(node: Node) -> Iterator[Along]:
+    """Each query is answered alone, from all keys and values."""
+    for place, name in ((1, "key"), (2, "value")):
+        yield argument(node, place, name), (-2,)
+
+
 def _summed_letters(node: Node) -> Iterator[Along]:
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
@@ -183,7 +213,8 @@ _MIXING: dict[str, Callable[[Node], Iterator[Along]]] = {
     **dict.fromkeys(("matmul", "rmatmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm"), _contracted),
     "einsum": _summed_letters,
     "linear": _last(1),
-    **dict.fromkeys(("scaled_dot_product_attention", "masked_scatter"), _everything),
+    "scaled_dot_product_attention": _keys_and_values,
+    "masked_scatter": _everything,
     **dict.fromkeys(
         ("gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce", "index_select"), _everything
     ),

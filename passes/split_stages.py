@@ -35,7 +35,7 @@ from torch.fx.node import map_arg
 
 from earlytom_compile.passes.find_vision_encoder import Block
 from earlytom_compile.passes.graph_order import writes
-from earlytom_compile.passes.patterns import insert, module_path, op_name, value_of
+from earlytom_compile.passes.patterns import insert, memory_of, module_path, op_name, value_of
 
 _ENTER = frozenset(("_enter_autocast", "_enter_inference_mode"))
 _EXIT = frozenset(("_exit_autocast", "_exit_inference_mode"))
@@ -168,14 +168,6 @@ def _between_written_views(graph: Graph, nodes: list[Node]) -> set[int]:
         counts = Counter(position for begin, end in spans for position in range(begin, end + 1))
         parted |= {position for position, count in counts.items() if count > 1}
     return parted
-
-
-def memory_of(node: Any) -> int | None:
-    """Equal for tensors that share memory."""
-    value = value_of(node) if isinstance(node, Node) else None
-    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return None
-    return value.untyped_storage()._cdata
 
 
 def _own_nodes(block: Block, place: dict[Node, int]) -> set[Node]:

@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from earlytom_compile.passes.attention_spellings import attention_operators
 from earlytom_compile.passes.axes import op_name
-from earlytom_compile.passes.axis_call import RULES
+from earlytom_compile.passes.axis_call import MARK, RULES
 from earlytom_compile.passes.axis_rules_indexing import is_weight
 from earlytom_compile.passes.find_video_boundary import pictures
 from earlytom_compile.passes.find_vision_encoder import FoundEncoders, GraphView, Miss
@@ -22,7 +22,7 @@ def why_no_encoder(view: GraphView, found: FoundEncoders) -> NotApplicable:
     seen = pictures(view)
     misses = [miss for miss in found.misses if any(view.flow.is_from(miss.attention, picture) for picture in seen)]
     if misses:
-        return _of_miss(misses[0])
+        return _of_miss(view, misses[0], seen)
     if seen:
         return _of_unknown(view, seen)
     if _has_foreign_features(view):
@@ -38,29 +38,45 @@ def why_no_encoder(view: GraphView, found: FoundEncoders) -> NotApplicable:
     )
 
 
-def _of_miss(miss: Miss) -> NotApplicable:
-    mixes = "it mixes frames or tokens, or no axis rule covers it" if miss.at is not miss.attention else ""
-    found = f"{describe(miss.at)} was taken for {miss.taken_for}, and is not" + (f": {mixes}" if mixes else "")
-    return NotApplicable(f"no vision encoder was understood: {found}", _cure(miss.at))
+def _of_miss(view: GraphView, miss: Miss, seen: Sequence[Node]) -> NotApplicable:
+    unknown = _first_unknown(view.flow.before(miss.attention), view, seen) if miss.at is miss.attention else None
+    if unknown is not None:
+        return _unknown(unknown, miss.taken_for.replace("attention of", "what makes the queries, keys and values of"))
+    why = ": it mixes frames or tokens, or no axis rule covers it" if miss.at is not miss.attention else ""
+    return NotApplicable(
+        f"no vision encoder was understood: {describe(miss.at)} was taken for {miss.taken_for}, and is not{why}",
+        _cure(miss.at),
+    )
 
 
 def _of_unknown(view: GraphView, seen: Sequence[Node]) -> NotApplicable:
-    for node in view.flow.nodes:
-        if node.op.startswith("call") and any(view.flow.is_from(node, picture) for picture in seen):
-            if op_name(node) not in RULES and value_of(node) is not None and not op_name(node).startswith("earlytom::"):
-                return NotApplicable(
-                    f"no vision encoder was understood: {describe(node)} is an operator that is not known, and was taken "
-                    "for the attention of an encoder block or a part of one",
-                    _cure(node),
-                )
-    last = next(
-        (n for n in reversed(view.flow.nodes) if any(view.flow.is_from(n, p) for p in seen) and n.op != "output"), None
-    )
-    place = f"; the last operator that a picture reaches is {describe(last)}" if last is not None else ""
+    unknown = _first_unknown(view.flow.nodes, view, seen)
+    if unknown is not None:
+        return _unknown(unknown, "the attention of an encoder block or a part of one")
+    reached = [n for n in view.flow.nodes if n.op != "output" and any(view.flow.is_from(n, each) for each in seen)]
     return NotApplicable(
-        f"no vision encoder was understood: the pictures of this graph go through no attention{place}",
-        'A graph break lies before it (TORCH_LOGS="graph_breaks" shows it), or the encoder has no attention blocks, whose '
-        "frames cannot be merged",
+        "no vision encoder was understood: the pictures of this graph go through no attention; the last operator they "
+        f"reach is {describe(reached[-1])}",
+        'A graph break lies before it (TORCH_LOGS="graph_breaks" shows it), or the encoder has no attention blocks, '
+        "whose frames cannot be merged",
+    )
+
+
+def _first_unknown(nodes: Sequence[Node], view: GraphView, seen: Sequence[Node]) -> Node | None:
+    """The first operator that a picture reaches and that nobody has a rule for."""
+    for node in nodes:
+        name = op_name(node)
+        known = name in RULES or MARK in node.meta or value_of(node) is None
+        if node.op.startswith("call") and not known and any(view.flow.is_from(node, each) for each in seen):
+            return node
+    return None
+
+
+def _unknown(node: Node, taken_for: str) -> NotApplicable:
+    return NotApplicable(
+        f"no vision encoder was understood: {describe(node)} is an operator that is not known, or that mixes positions; "
+        f"it was taken for {taken_for}",
+        _cure(node),
     )
 
 

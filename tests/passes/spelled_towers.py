@@ -256,8 +256,8 @@ class Tower(nn.Module):
         if how == "merger":  # a 2 x 2 merger
             h = h.view(-1, 2, 2, 2, 2, h.shape[-1]).transpose(2, 3).reshape(h.shape[0], 4, -1)
         elif how == "pixel shuffle":
-            h = h.view(h.shape[0], 4, 2, 2 * h.shape[-1]).transpose(1, 2)
-            h = h.reshape(h.shape[0], 2, 2, 4 * h.shape[-1] // 2).transpose(1, 2).flatten(1, 2)
+            h = h.reshape(h.shape[0], 4, 2, 2 * h.shape[-1]).transpose(1, 2)
+            h = h.reshape(h.shape[0], 2, 2, 2 * h.shape[-1]).transpose(1, 2).flatten(1, 2)
         elif how == "mean":
             h = h.unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1, 2)
         elif how == "resampler":
@@ -278,7 +278,7 @@ class Tower(nn.Module):
         if self.how.joined == "rows":
             return h.reshape(-1, h.shape[-1])
         if self.how.joined == "flatten":
-            return h.flatten(0, 1).unsqueeze(0)
+            return h.flatten(0, 1).unsqueeze(0).contiguous()
         if self.how.joined == "split into videos":
             return torch.cat([video.flatten(0, 1) for video in torch.split(h, pixels.shape[1], dim=0)])
         return h.view(videos, -1, h.shape[1], h.shape[2]).flatten(1, 2)

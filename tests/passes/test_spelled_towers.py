@@ -87,11 +87,22 @@ def test_through_inductor(how):
     assert check(Tower(**SPELLINGS[how]), lowering="staged").record.reasons == []
 
 
-@pytest.mark.parametrize("mixing", [*MIXERS, "coarse"])
+@pytest.mark.parametrize("mixing", MIXERS)
 def test_what_mixes_positions_is_no_projection(mixing):
     tower, pixels = Tower(mixing=mixing), video(8)
     run, graphs = compiled(tower)
     with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="taken for a part of the query, key and value"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+    assert not isinstance(graphs[0], CompressedGraph)
+
+
+def test_an_operator_that_mixes_positions_is_found_out():
+    tower, pixels = Tower(mixing="coarse"), video(8)
+    run, graphs = compiled(tower)
+    with (
+        torch.no_grad(),
+        pytest.warns(EarlyTomFallbackWarning, match="coarse_linear.* not known, or that mixes.*queries"),
+    ):
         torch.testing.assert_close(run(pixels), tower(pixels))
     assert not isinstance(graphs[0], CompressedGraph)
 
