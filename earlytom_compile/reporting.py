@@ -105,7 +105,7 @@ class Counts:
     """What one call kept, as device tensors: nobody waits for them until somebody asks."""
 
     frames: Sequence[torch.Tensor]  # int64 [V] each: at first, then after each merge layer
-    kept: torch.Tensor  # int64 [V, K, 2], or [M, 2] of all videos: the (merged frame, token) of each that stays
+    kept: torch.Tensor | None  # int64 [V, K, 2], or [M, 2] of all videos: the (merged frame, token) of each that stays
     tokens: torch.Tensor | None  # int64 [V] where it depends on the content, else the record's budget tells
 
 

@@ -63,8 +63,8 @@ def register_attention(
     missing = {"query", "key", "value"} - set(names)
     if missing or "::" not in operator or layout not in ("heads first", "tokens first"):
         raise ValueError(
-            f"register_attention({operator!r}, {arguments!r}, layout={layout!r}): the operator is 'namespace::name', its "
-            "arguments have query, key and value among them, and the layout is 'heads first' or 'tokens first'."
+            f"register_attention({operator!r}, {arguments!r}, layout={layout!r}): the operator is 'namespace::name', "
+            "its arguments have query, key and value among them, and the layout is 'heads first' or 'tokens first'."
         )
 
     def read(node: Node) -> Attention | None:

@@ -10,7 +10,7 @@ there, so they never match and are never touched.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,8 @@ class Placeholders:
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """One video path. V videos of F frames, P tokens a frame as the language model gets them, of C channels."""
+class VideoPath:
+    """Frames on their way through a vision encoder: V videos of F frames, P tokens a frame where they leave it."""
 
     encoder: Encoder
     videos: int
@@ -50,6 +50,12 @@ class Boundary:
     tokens: int
     pixels: Node  # [V, F, ...], or [F, ...] of one video
     pixel_axis: int  # where F is
+
+
+@dataclass(frozen=True)
+class Boundary(VideoPath):
+    """A video path that goes on into rows of a language model, of C channels."""
+
     features: Node  # [V*F, ..., C], or [1, F, ..., C] of one video; P is the product of the axes in the middle
     frame_axes: int  # 1, or 2 with the axis of one video
     flat: Node  # [V, F*P, C] or [V*F*P, C]
@@ -82,13 +88,47 @@ def find_video_boundary(view: GraphView, encoders: Sequence[Encoder], *, any_len
     return found[0]
 
 
-def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
+def find_tower_path(view: GraphView, encoders: Sequence[Encoder], *, any_length: bool = False) -> VideoPath:
+    """The path of the only video [F, ...] of a graph that is a vision tower and nothing else, whose result has a row
+    for each frame; :class:`NotApplicable` if it is something else."""
+    if len(encoders) > 1:
+        raise NotApplicable(
+            f"the tower has {len(encoders)} encoders ({', '.join(each.name for each in encoders)}), whose frames would "
+            "merge in different ways",
+            "Compile the part of it that you need",
+        )
+    (encoder,) = encoders
     pixels, axis, batch = _pixels(view, encoder)
-    # The number of videos and the resolution are what a compiled video path is specialised to: int() guards them.
+    videos, frames = _counts(pixels, axis, any_length)
+    ends = _exits(view, encoder.blocks[0].output, batch) if not statically_known_true(frames == 1) else []
+    if ends:
+        raise NotApplicable(
+            f"the frames of the vision encoder {encoder.name} flow into {describe(ends[0])}, behind which there is no "
+            "row for each of them",
+            "Give a tower that returns [frames, tokens, channels], or compile the whole model with "
+            "earlytom_compile.compile(model)",
+        )
+    (output,) = (node for node in view.graph.nodes if node.op == "output")
+    hidden = encoder.blocks[-1].output
+    if mixing := view.first_mixing(hidden, (0,), *(n for n in output.all_input_nodes if view.flow.is_from(n, hidden))):
+        raise NotApplicable(f"{describe(mixing)} mixes the frames behind the vision encoder {encoder.name}", _LEAVE)
+    return VideoPath(encoder, videos, frames, int(shape_of(hidden)[1]), pixels, axis)  # type: ignore[index]
+
+
+_LEAVE = "Frames can merge only where nothing but the prompt brings them together; leave this model to another backend"
+
+
+def _counts(pixels: Node, axis: int, any_length: bool) -> tuple[int, int | torch.SymInt]:
+    """(V, F). The number of videos and the resolution are what a compiled video path is specialised to: int() guards
+    them."""
     shape = shape_of(pixels)
     assert shape is not None
-    videos = int(shape[0]) if axis else 1
-    frames = shape[axis] if any_length else int(shape[axis])
+    return int(shape[0]) if axis else 1, shape[axis] if any_length else int(shape[axis])
+
+
+def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
+    pixels, axis, batch = _pixels(view, encoder)
+    videos, frames = _counts(pixels, axis, any_length)
     if statically_known_true(frames == 1):
         flat = _flat_of_single_frames(view, encoder, videos)
         features, frame_axes = flat, 1
@@ -100,7 +140,7 @@ def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
         raise NotApplicable(
             f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, or no axis rule "
             "covers it; it was taken for a part of the projector, which sees each frame alone",
-            "Frames can merge only where nothing but the prompt brings them together; leave this model to another backend",
+            _LEAVE,
         )
     tokens = math.prod(int(size) for size in shape_of(features)[frame_axes:-1])  # type: ignore[index]
     flat = _last_of_its_shape(flat)
@@ -133,23 +173,22 @@ def _pixels(view: GraphView, encoder: Encoder) -> tuple[Node, int, Dim]:
     inputs = [node for node in view.flow.before(first) if node.op == "placeholder" and not is_weight(node)]
     pixels = [node for node in inputs if _is_picture(node)]
     products = [r for r in view.axes.space.relations if r.kind == "product" and r.whole.root is batch]
+    halves = [[part.root for part in relation.parts] for relation in products]
     for node in pixels:
         dims = view.dims(node)
         one = batch.size.is_(1) and dims[0].size.is_(1)
+        if len(dims) < 5 and (dims[0] is batch or one):
+            return node, 0, batch
         if len(dims) < 5:
-            if dims[0] is batch or one:
-                return node, 0, batch
-        elif (
-            dims[1] is batch
-            or (one and dims[1].size.is_(1))
-            or (dims[0] is batch and dims[1].size.is_(1))
-            or any([part.root for part in r.parts] == list(dims[:2]) for r in products)
-        ):
+            continue
+        single = dims[1].size.is_(1) and (one or dims[0] is batch)  # one frame a video
+        if dims[1] is batch or single or list(dims[:2]) in halves:
             return node, 1, batch
     shapes = ", ".join(f"{node.target} {tuple(map(str, shape_of(node) or ()))}" for node in inputs) or "none"
     raise NotApplicable(
         f"the frames of the vision encoder {encoder.name} cannot be followed back to a graph input [videos, frames, "
-        f"channels, height, width] (inputs it is computed from: {shapes}); {_first_unfollowed(view, pixels, first, batch)}",
+        f"channels, height, width] (inputs it is computed from: {shapes}); "
+        f"{_first_unfollowed(view, pixels, first, batch)}",
         "Images are never compressed; for other models see docs/adding-a-model.md",
     )
 
@@ -180,8 +219,8 @@ def _flatten(view: GraphView, encoder: Encoder, videos: int, batch: Dim) -> tupl
     exits = _exits(view, encoder.blocks[0].output, batch)
     if not exits:
         raise NotApplicable(
-            f"the frames of the vision encoder {encoder.name} never meet their tokens in one axis before the graph ends: "
-            "a graph break inside the vision path, or a vision tower compiled alone",
+            f"the frames of the vision encoder {encoder.name} never meet their tokens in one axis before the graph "
+            "ends: a graph break inside the vision path, or a vision tower compiled alone",
             'Look for graph breaks with TORCH_LOGS="graph_breaks", or use earlytom_compile.compile(model), which also '
             "takes a vision tower alone",
         )
@@ -233,9 +272,9 @@ def _joined(view: GraphView, node: Node, videos: int, batch: Dim) -> tuple[Node,
     rows = combine("product", [dim.size for dim in dims[:-1]])
     while op_name(node) in _IN_ORDER:
         shape, own = shape_of(node) or (), view.dims(node)
-        if own and own[-1] is dims[-1] and combine("product", [dim.size for dim in own[:-1]]).same(rows):
-            if len(own) == 2 or (len(own) == 3 and statically_known_true(shape[0] == videos)):
-                return node, features, frame + 1
+        by_video = len(own) == 2 or (len(own) == 3 and statically_known_true(shape[0] == videos))
+        if by_video and own[-1] is dims[-1] and combine("product", [dim.size for dim in own[:-1]]).same(rows):
+            return node, features, frame + 1
         if len(following := readers(node)) != 1:
             return None
         (node,) = following
@@ -335,8 +374,3 @@ def _unknown(node: Node) -> Node:
         f"video features flow into {op_name(node) or node.op} ({describe(node)}), which is not understood",
         "Only newlines and masked_scatter are known behind the place where frames and tokens become one axis",
     )
-
-
-def names(encoders: Iterable[Encoder]) -> str:
-    """For messages."""
-    return ", ".join(encoder.name for encoder in encoders)

@@ -74,8 +74,8 @@ def _first_unknown(nodes: Sequence[Node], view: GraphView, seen: Sequence[Node])
 
 def _unknown(node: Node, taken_for: str) -> NotApplicable:
     return NotApplicable(
-        f"no vision encoder was understood: {describe(node)} is an operator that is not known, or that mixes positions; "
-        f"it was taken for {taken_for}",
+        f"no vision encoder was understood: {describe(node)} is an operator that is not known, or that mixes "
+        f"positions; it was taken for {taken_for}",
         _cure(node),
     )
 

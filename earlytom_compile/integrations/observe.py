@@ -172,7 +172,7 @@ class Observer:
 
     def backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """For ``torch.compile``; errors are raised at the call, since Dynamo would wrap them in one of its own."""
-        state = Rewrite(graph_module, self._config, True, example_inputs)
+        state = Rewrite(graph_module, self._config, features_only=True, example_inputs=example_inputs)
         try:
             run_passes(state)
         except NotApplicable as found:
