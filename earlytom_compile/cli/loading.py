@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from transformers.utils.hub import cached_file
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
-from ..integrations.generate import _layers_that_count
+from ..families.llava_onevision import LlavaOnevision
 from ..integrations.preprocess import (
     FRAMES,
     PixelSettings,
@@ -193,7 +192,7 @@ def require_question(question: str) -> None:
 
 def require_layers(config: Any, options: Mapping[str, Any]) -> None:
     """Raise :class:`EarlyTomConfigError` where ``options`` name encoder layers that ``config`` does not have."""
-    layers = _layers_that_count(SimpleNamespace(config=config))
+    layers = LlavaOnevision().encoder_layers(config)
     if layers is not None:
         EarlyTomConfig.from_options(options).resolve_merge_layers(layers)
 
