@@ -70,7 +70,7 @@ class OracleResult:
 # --- One video through the vision encoder ---------------------------------------------------------
 
 
-class _MergingEncoder:
+class MergingEncoder:
     """Forward hooks that merge frames between vision encoder layers and note what selection needs."""
 
     def __init__(self, layers: Sequence[nn.Module], merge_layers: Sequence[int], frames: int, options: Options):
@@ -148,7 +148,7 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
         merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
     if not merge_layers or not all(0 <= index < len(layers) for index in merge_layers):
         raise ValueError(f"merge_layers={merge_layers}: the encoder uses layers 0 to {len(layers) - 1}")
-    encoder = _MergingEncoder(layers, merge_layers, len(pixels), options)
+    encoder = MergingEncoder(layers, merge_layers, len(pixels), options)
     with encoder.hooked():
         model.model.vision_tower(pixels)
     hidden, importance = encoder.output, encoder.importance

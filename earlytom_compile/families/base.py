@@ -86,7 +86,7 @@ class Family:
 
     # --- The videos of a call -------------------------------------------------------------------------
 
-    def frame_shape(self, config: Any) -> tuple[int, ...] | None:
+    def frame_shape(self, model: Any) -> tuple[int, ...] | None:
         """The shape of one frame of ``pixel_values_videos``, such as (3, 384, 384); None where several will do."""
         return None
 
@@ -94,7 +94,7 @@ class Family:
         """The videos of a call, in the order of their placeholders; here those of a tensor [V, F, ...], or of a list of
         [F, ...]. Raises :class:`EarlyTomConfigError` for what the model cannot take."""
         videos = call["pixel_values_videos"]
-        expected = self.frame_shape(model.config) if hasattr(model, "config") else None
+        expected = self.frame_shape(model)
         for video in videos:
             wrong = expected is not None and tuple(video.shape[1:]) != expected
             if wrong or video.dim() < 2 or len(video) == 0:

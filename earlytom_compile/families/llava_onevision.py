@@ -40,9 +40,9 @@ class LlavaOnevision(Family):
             return None
         return taken if taken >= 0 else total + 1 + taken
 
-    def frame_shape(self, config: Any) -> tuple[int, int, int]:
+    def frame_shape(self, model: Any) -> tuple[int, int, int]:
         """One size for all videos."""
-        tower = config.vision_config
+        tower = model.config.vision_config
         return tower.num_channels, tower.image_size, tower.image_size
 
     def videos(self, model: Any, call: Call) -> list[Video]:
