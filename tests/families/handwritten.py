@@ -1,8 +1,8 @@
 """A Video-LLM of a page that shares no code with transformers, and its family, as an outside package would have them.
 
-    model = VideoModel().eval()
-    model(tokens, video=video)                    # logits [R, S, vocab]
-    model.generate(tokens, video=video, new=8)    # tokens, then 8 more
+model = VideoModel().eval()
+model(tokens, video=video)                    # logits [R, S, vocab]
+model.generate(tokens, video=video, new=8)    # tokens, then 8 more
 """
 
 import torch
