@@ -1,4 +1,4 @@
-"""What a compressed LLaVA-OneVision or LLaVA-NeXT-Video must compute, in eager PyTorch, by another road than the package takes.
+"""What a compressed LLaVA-OneVision or LLaVA-NeXT-Video must compute, in eager PyTorch, by a road of its own.
 
 Module hooks on the model's own vision layers and the functions of ``reference.py``; one video at a time; no
 kernels, no passes, no backend, no cache, nothing fast.
@@ -44,7 +44,8 @@ class Options:
 
 @dataclass(frozen=True)
 class CompressedVideo:
-    """features: ``[kept (+ 1), D]``, separator included, if the model has one. kept: int64 ``[kept, 2]`` of (merged frame, token)."""
+    """features: ``[kept (+ 1), D]``, with the separator of a model that has one. kept: int64 ``[kept, 2]`` of (merged
+    frame, token)."""
 
     features: Tensor
     kept: Tensor

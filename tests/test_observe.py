@@ -8,7 +8,7 @@ from effort import examples
 from generating import trace_of_video_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import Options, _compress_video, _layers_in_use, MergingEncoder, _pool_importance
+from oracle import MergingEncoder, Options, _compress_video, _layers_in_use, _pool_importance
 from tiny_models import tiny_llava_onevision, video, video_inputs
 from torch.testing import assert_close
 

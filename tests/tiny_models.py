@@ -100,7 +100,8 @@ def tiny_llava_next_video(
     vision = CLIPVisionConfig(
         num_hidden_layers=vision_layers, image_size=image_size, patch_size=patch_size, projection_dim=32, **sizes
     )
-    text = LlamaConfig(vocab_size=vocab, num_hidden_layers=text_layers, num_key_value_heads=2, **sizes)
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    text = LlamaConfig(vocab_size=vocab, num_hidden_layers=text_layers, num_key_value_heads=2, **sizes, **ends)
     config = LlavaNextVideoConfig(
         vision_config=vision,
         text_config=text,

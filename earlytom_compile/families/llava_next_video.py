@@ -24,5 +24,5 @@ class LlavaNextVideo(LlavaOnevision):
 
     def rows(self, model: Any, pixels: Tensor, **choices: Any) -> Tensor:
         """[1, F*P, C]."""
-        rows = model.model.get_video_features(pixels, return_dict=True, **choices).pooler_output[0]
-        return rows.flatten(0, -2)  # transformers 5.17 leaves them [F, P, C]
+        rows = model.model.get_video_features(pixels, return_dict=True, **choices).pooler_output
+        return rows if isinstance(rows, Tensor) else rows[0].flatten(0, 1)  # transformers 5.17: a list of [F, P, C]

@@ -43,7 +43,7 @@ def test_its_family(model):
 def test_the_rows_are_those_of_the_model_itself(pooled, frames):
     inputs = video_inputs(pooled, frames)
     with torch.no_grad():
-        rows = family_of(pooled).rows(pooled, inputs["pixel_values_videos"])
+        rows = family_of(pooled).rows(pooled, inputs["pixel_values_videos"]).flatten(0, -2)
         ids = inputs["input_ids"]
         embeds = pooled.get_input_embeddings()(ids)
         embeds = embeds.masked_scatter((ids == pooled.config.video_token_id).unsqueeze(-1), rows)
