@@ -10,6 +10,7 @@
 The defaults are what most models of transformers do. ``docs/adding-a-model.md`` goes through it with an example.
 """
 
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +61,9 @@ class Family:
     consumed: frozenset[str] = frozenset()
     """Arguments that a call has no use for once its videos are rows, besides pixels and ids."""
     model_type: str | None = None
-    """``model_type`` in the config.json of a checkpoint, where the command line can load it."""
+    """``model_type`` in the config.json of its checkpoints, if the command line can load them."""
+    checkpoint: str = ""
+    """One of them on the Hub, as an example for people."""
 
     # --- The model ------------------------------------------------------------------------------------
 
@@ -171,6 +174,19 @@ class Family:
         """(reason, cure) for a call with videos that must run uncompressed; None where none is known."""
         return None
 
+    # --- Its checkpoints, for the command line --------------------------------------------------------
+
+    def model_class(self) -> Any:
+        """The class that loads a checkpoint: the first of :attr:`classes`, imported now."""
+        module, _, name = self.classes[0].rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def processor(self, checkpoint: str) -> Any:
+        """What stands in for transformers' own processor where torchvision is missing."""
+        raise EarlyTomConfigError(f"the processor of {self.name} needs torchvision: pip install torchvision.")
+
+    # --- Versions -------------------------------------------------------------------------------------
+
     def require_versions(self) -> None:
         """Raise :class:`EarlyTomConfigError` where a package is older than :attr:`requires` says."""
         for package, oldest in self.requires.items():
@@ -184,8 +200,8 @@ class Family:
 
 def _version_of(package: str) -> str | None:
     """Of what is imported, or else of what would be."""
-    if package in sys.modules and hasattr(sys.modules[package], "__version__"):
-        return sys.modules[package].__version__
+    if package in sys.modules:
+        return getattr(sys.modules[package], "__version__", None)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

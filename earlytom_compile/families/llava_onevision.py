@@ -24,6 +24,7 @@ class LlavaOnevision(Family):
     requires = {"transformers": "5.17"}
     consumed = frozenset((*_IMAGES, "image_sizes_videos", "mm_encoder_outputs"))
     model_type: str | None = "llava_onevision"
+    checkpoint = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 
     def prepare(self) -> None:
         """Its checks of placeholders and its hooks would break the graph."""
@@ -71,6 +72,12 @@ class LlavaOnevision(Family):
             like_embeddings = rows.new_empty(*ids.shape, rows.shape[1])
             model.model.get_placeholder_mask(ids, inputs_embeds=like_embeddings, image_features=rows)  # checks them
             yield model.config.image_token_id, rows
+
+    def processor(self, checkpoint: str) -> Any:
+        """Text, videos and images."""
+        from ..integrations.preprocess import VideoTextProcessor
+
+        return VideoTextProcessor.from_pretrained(checkpoint)
 
     def encoded_before(self, call: Call) -> bool:
         """As ``mm_encoder_outputs``."""

@@ -49,6 +49,19 @@ def all_families() -> list[Family]:
     return [*BUILT_IN, *_of_other_packages()]
 
 
+def family_of_checkpoint(checkpoint: str, model_type: Any) -> Family:
+    """The family whose models are saved as ``model_type``; raises :class:`EarlyTomConfigError` where there is none.
+    ``checkpoint`` is what the user called it."""
+    known = {family.model_type: family for family in reversed(all_families()) if family.model_type is not None}
+    if model_type not in known:
+        names = " or ".join(f"{name!r}" for name in known)
+        raise EarlyTomConfigError(
+            f"{checkpoint!r} is a checkpoint of the family {model_type!r}: only {names} is supported, such as "
+            f"{next(iter(known.values())).checkpoint}."
+        )
+    return known[model_type]
+
+
 def make_traceable() -> None:
     """Prepare what we know of for Dynamo, which must come before it first traces a model: what is installed, and new
     enough. Families of other packages are prepared by ``compile()``."""
