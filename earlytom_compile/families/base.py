@@ -52,7 +52,8 @@ class Family:
     """For people: ``"LLaVA-OneVision"``."""
     classes: tuple[str, ...]
     """The model classes it serves, by qualified name (``"package.module.Class"``), subclasses included. Nothing is
-    imported for them."""
+    imported for them. A ``*`` stands for what differs between installations, such as the commit in the modules of
+    ``trust_remote_code``: ``"transformers_modules.*.modeling_mine.Mine"``."""
     requires: Mapping[str, str] = {}
     """The oldest version of each package that works: ``{"transformers": "5.17"}``."""
     names: Mapping[str, str] = {}

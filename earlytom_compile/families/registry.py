@@ -13,6 +13,7 @@ import difflib
 import importlib.metadata
 import warnings
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -74,10 +75,11 @@ def make_traceable() -> None:
 
 
 def _of_class(kind: type, families: Iterable[Family], *, own_class: bool = False) -> Family | None:
-    by_class = {name: family for family in reversed(list(families)) for name in family.classes}
     for each in kind.__mro__[:1] if own_class else kind.__mro__:
-        if (family := by_class.get(f"{each.__module__}.{each.__qualname__}")) is not None:
-            return family
+        name = f"{each.__module__}.{each.__qualname__}"
+        for family in families:
+            if any(fnmatchcase(name, known) for known in family.classes):
+                return family
     return None
 
 

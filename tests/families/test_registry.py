@@ -1,7 +1,9 @@
 """Which family a model belongs to is found out without importing anything, and versions belong to families."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,18 @@ def test_a_subclass_belongs_to_the_family_of_its_class(model):
 
     assert family_of(model).name == "LLaVA-OneVision"
     assert family_of(Mine(model.config)) is family_of(model)
+
+
+def test_a_class_of_remote_code_has_a_commit_in_its_name(monkeypatch):
+    class Mine(torch.nn.Module):
+        pass
+
+    class Remote(Family):
+        name, classes = "remote", ("transformers_modules.*.modeling_mine.Mine",)
+
+    Mine.__module__, Mine.__qualname__ = "transformers_modules.me.model.0f3c9d.modeling_mine", "Mine"
+    monkeypatch.setattr(registry, "_of_other_packages", lambda: [Remote()])
+    assert family_of(Mine()).name == "remote"
 
 
 def test_an_outside_family_serves_the_subclass_it_names(model, monkeypatch):
@@ -117,3 +131,20 @@ def test_the_core_imports_without_transformers():
     assert finished.returncode == 0, finished.stderr
     assert "got Linear" in finished.stdout
     assert "transformers" not in finished.stderr
+
+
+def test_the_page_about_adding_a_model_says_what_is_there():
+    """Its first example is a family, all that it names exists, and its links lead somewhere."""
+    page = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
+    text = page.read_text(encoding="utf-8")
+    named: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), named)
+    family = named["MyVideoModel"]()
+    assert isinstance(family, Family) and family.frame_shape(None) == (3, 336, 336)
+    steps = text[text.index("1. **`classes`**") : text.index("## Registering it")]
+    assert all(hasattr(family, name) for name in re.findall(r"\*\*`(\w+)`\*\*", steps))
+    public = {name for name in vars(Family) if not name.startswith("_")} - {"spelled", "require_versions"}
+    told_elsewhere = {"by_our_names", "by_its_own_names", "model_type", "checkpoint", "model_class", "processor"}
+    assert public - told_elsewhere <= set(re.findall(r"\*\*`(\w+)`\*\*", steps))
+    for link in re.findall(r"\]\((\.\./[^)#]+)\)", text):
+        assert (page.parent / link).is_file(), link
