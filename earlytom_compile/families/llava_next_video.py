@@ -16,6 +16,7 @@ class LlavaNextVideo(LlavaOnevision):
 
     name = "LLaVA-NeXT-Video"
     classes = ("transformers.models.llava_next_video.modeling_llava_next_video.LlavaNextVideoForConditionalGeneration",)
+    requires = {"transformers": "5.21"}  # before, it splits a batch by a number of frames, which ties the graph to it
     model_type = None
 
     def prepare(self) -> None:
@@ -24,5 +25,4 @@ class LlavaNextVideo(LlavaOnevision):
 
     def rows(self, model: Any, pixels: Tensor, **choices: Any) -> Tensor:
         """[1, F*P, C]."""
-        rows = model.model.get_video_features(pixels, return_dict=True, **choices).pooler_output
-        return rows if isinstance(rows, Tensor) else rows[0].flatten(0, 1)  # transformers 5.17: a list of [F, P, C]
+        return model.model.get_video_features(pixels, return_dict=True, **choices).pooler_output

@@ -12,7 +12,7 @@ import earlytom_compile
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError, EarlyTomFallbackWarning, report
 from earlytom_compile.families.registry import all_families, family_of
 from earlytom_compile.integrations.observe import observe
-from earlytom_compile.reference import select_tokens
+from earlytom_compile.reference import select_representatives, select_tokens
 
 OPTIONS = {"retain_ratio": 0.2, "variant": "paper", "merge_layers": (0, 2), "tau_seg": 0.3}
 TOKENS = 9  # of a frame
@@ -47,15 +47,20 @@ def prompt(*frames, before=2, after=3):
 
 
 @torch.no_grad()
-def oracle_rows(model, clip):
+def oracle_rows(model, clip, variant="paper"):
     """[K, C] of one video [F, 3, H, W], by hooks on the model's own layers."""
-    encoder = MergingEncoder(model.layers, OPTIONS["merge_layers"], len(clip), Options(**OPTIONS))
+    options = Options(**{**OPTIONS, "variant": variant})
+    encoder = MergingEncoder(model.layers, OPTIONS["merge_layers"], len(clip), options)
     with encoder.hooked():
         model.encode(clip)
     side = int(encoder.importance.shape[1] ** 0.5)
     importance = torch.nn.functional.avg_pool2d(encoder.importance.view(-1, 1, side, side), 2).flatten(1)
-    kept = select_tokens(importance, encoder.segments, frames_in=len(clip), retain_ratio=0.2, variant="paper")
-    return model.pool(encoder.output)[kept[:, 0], kept[:, 1]]
+    features = model.pool(encoder.output)
+    if variant == "plus":
+        kept = select_representatives(features, frames_in=len(clip), retain_ratio=0.2)
+    else:
+        kept = select_tokens(importance, encoder.segments, frames_in=len(clip), retain_ratio=0.2, variant=variant)
+    return features[kept[:, 0], kept[:, 1]]
 
 
 @torch.no_grad()
@@ -87,10 +92,7 @@ def test_generate_and_forward_equal_the_oracle(model):
     assert (model.forward, model.generate) == own
 
 
-NO_SEPARATOR = pytest.mark.xfail(strict=True, reason="released needs a separator behind the tokens of a video")
-
-
-@pytest.mark.parametrize("variant", ["paper", pytest.param("released", marks=NO_SEPARATOR), "plus"])
+@pytest.mark.parametrize("variant", ["paper", "plus"])
 def test_with_all_tokens_it_answers_as_ever(model, variant):
     (clip,), tokens = clips(12), prompt(12)
     own = model.generate(tokens, clip[None], new=6)
@@ -110,6 +112,17 @@ def test_videos_of_different_lengths_in_rows_of_their_own_and_in_one(model):
     earlytom_compile.compile(model, lowering="eager", **OPTIONS)
     new = model.generate(tokens, video=[first, third, second], mask=mask, new=5)[:, width:]
     assert torch.equal(new, torch.cat(plain))
+
+
+NO_SEPARATOR = pytest.mark.xfail(strict=True, reason="released needs a separator behind the tokens of a video")
+
+
+@pytest.mark.parametrize("variant", ["paper", pytest.param("released", marks=NO_SEPARATOR), "plus"])
+def test_every_variant_gives_the_rows_of_the_oracle(model, variant):
+    (clip,) = clips(12)
+    earlytom_compile.compile(model, lowering="eager", **{**OPTIONS, "variant": variant})
+    (rows,) = earlytom_compile.encode_videos(model, clip[None])
+    torch.testing.assert_close(rows, oracle_rows(model, clip, variant), atol=1e-5, rtol=1e-5)
 
 
 def test_a_call_without_a_video_runs_its_own_code(model):
