@@ -22,6 +22,10 @@ from .errors import EarlyTomConfigError
 class UncuttablePrompt(Exception):
     """The prompt matches its videos but its placeholders cannot be cut; the message is the reason."""
 
+    def __init__(self, reason: str, cure: str = "Write each video as one <video> in the prompt") -> None:
+        super().__init__(reason)
+        self.cure = cure
+
 
 Places = list[list[list[range]]]
 """Of each row of a prompt, of each of its videos, the runs of placeholders. One run a video is what can be cut."""

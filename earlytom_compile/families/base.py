@@ -4,7 +4,7 @@
  -> videos(model, call)                   # a Video each: pixels [F, ...] and what else its encoder takes
  -> rows(model, pixels [1, F, ...])       # [N, C] by the model's own code, which is traced and compressed: [K, C]
  -> places(model, ids, sizes)             # the placeholders of each video in the prompt, N before the cut, K after
- -> embedding(model)(ids), other_rows()   # embeddings [R, S', C] of the cut prompt; images as they were
+ -> inputs(model, cut ids, rows)          # embeddings [R, S', C] of the cut prompt; images as they were (other_rows)
  -> the model's own generate(cut ids, inputs_embeds=..., position_ids=..., ...)
 
 The defaults are what most models of transformers do. ``docs/adding-a-model.md`` goes through it with an example.
@@ -154,6 +154,16 @@ class Family:
         :class:`~earlytom_compile.prompt.UncuttablePrompt` for one that does and cannot be cut.
         """
         return locate_runs(ids, self.video_token(model), sizes)
+
+    def inputs(self, model: Any, ids: Tensor, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Any]:
+        """The arguments that bring ``rows``, (placeholder token, [N, C]) each, to the language model in the places of
+        the cut prompt ``ids`` [R, S']; here embeddings [R, S', C]. ``generate()`` gets the ids in any case, and
+        ``forward()`` if they are among these."""
+        embeds = self.embedding(model)(ids)
+        for token, each in rows:
+            each = each.to(embeds.device, embeds.dtype)
+            embeds = embeds.masked_scatter((ids == token).unsqueeze(-1), each)
+        return {"inputs_embeds": embeds}
 
     def position_ids(self, model: Any, call: Call, cut: PromptCut) -> Tensor | None:
         """Position ids of the cut prompt; None leaves it to the model to count. Here the caller's, gaps closed."""

@@ -125,6 +125,7 @@ class CompiledModel:
         length = cut.input_ids.shape[1]
         shorten_limits(self.model, cut.arguments, dropped=ids.shape[1] - length)
         show_own_prompt(cut.arguments, ids, length)
+        cut.arguments.pop("input_ids", None)  # they come by place
         with _generating(left_a_video=False), self._compiled_prefill(cut):
             output = self._own("generate", cut.input_ids, **cut.arguments)
         mark_cache(cache_of(output), given_cache(call))
@@ -234,9 +235,12 @@ class CompiledModel:
                 wanted = functools.reduce(torch.logical_or, (host_ids == token for token, _ in others), wanted)
             plan = PromptCut.plan(host_ids, places, [len(rows) for rows in encoded], wanted)
             if plan.padded and not takes(self.own["forward" if forward else "generate"], self.family.spelled(_MASK)):
-                raise UncuttablePrompt("rows keep different numbers of tokens, and the model takes no attention mask")
+                raise UncuttablePrompt(
+                    "the rows keep different numbers of tokens, and the model takes no attention mask",
+                    "Give each row in a call of its own",
+                )
         except UncuttablePrompt as reason:
-            fall_back(str(reason), "Write each video as one <video> in the prompt", self.config, self.record)
+            fall_back(str(reason), reason.cure, self.config, self.record)
             self._note("uncompressed")
             return None
         if mask is None and plan.padded:
@@ -248,7 +252,7 @@ class CompiledModel:
         else:
             self._note("compressed" if counts else "uncompressed", counts, (ids.shape[1], new_ids.shape[1]))
         rows = self.family.video_token(self.model), torch.cat(encoded)
-        changed: dict[str, Any] = {"inputs_embeds": self._embed(new_ids, [*others, rows])}
+        changed = self.family.inputs(self.model, new_ids, [*others, rows])
         if cut_mask is not None and not (given is None and bool(cut_mask.all())):
             # Of a batch without a mask where none can be inferred, transformers says what it thinks itself.
             changed[_MASK] = without_waiting(cut_mask, ids.device)
@@ -304,14 +308,6 @@ class CompiledModel:
                 self.record,
             )
         return rows, len(rows)
-
-    def _embed(self, ids: torch.Tensor, rows_of: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """Embeddings [R, S', C] of the cut prompt, with the rows [N, C] of each placeholder token in place."""
-        embeds = self.family.embedding(self.model)(ids)
-        for token, rows in rows_of:
-            rows = rows.to(embeds.device, embeds.dtype)
-            embeds = embeds.masked_scatter((ids == token).unsqueeze(-1), rows)
-        return embeds
 
     def _padding_id(self) -> int:
         padding = option(self.model, {}, "pad_token_id")
