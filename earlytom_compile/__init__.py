@@ -16,7 +16,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .integrations.generate import compile, encode_videos, restore
+    from .integrations.in_place import compile, encode_videos, restore
     from .integrations.observe import Observation, observe
     from .reporting import Report, report
 
@@ -40,9 +40,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; options, errors and `earlytom --help` need neither.
     if name in ("compile", "encode_videos", "restore"):
-        from .integrations import generate
+        from .integrations import in_place
 
-        return getattr(generate, name)
+        return getattr(in_place, name)
     if name in ("Observation", "observe"):
         from .integrations import observe as observing
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from .config import EarlyTomConfig
 from .errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
-from .integrations.tracing import make_traceable
+from .families.registry import make_traceable
 from .passes.manager import Rewrite, run_passes
 from .passes.reasons import NotApplicable
 from .reporting import GraphRecord, add_record, discard_record, progress

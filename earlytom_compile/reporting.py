@@ -22,6 +22,7 @@ import torch
 
 from .config import NOT_YET, EarlyTomConfig
 from .errors import EarlyTomConfigError
+from .families.registry import has_family
 
 log = logging.getLogger(__name__)
 
@@ -358,9 +359,7 @@ def report(model: torch.nn.Module) -> Report:
         return _report_of_backend(records, options)
     if any(module in _RESTORED for module in inside):
         return Report((), state=RESTORED)
-    from .integrations.generate import is_supported  # which imports this file
-
-    if any(map(is_supported, inside)):
+    if has_family(inside):
         return Report((), state=NEVER_COMPILED)
     raise EarlyTomConfigError(
         f"report() got {_name_of(model)}, of which nothing is known: it has not been given to "

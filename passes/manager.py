@@ -159,8 +159,8 @@ def _find_token_map(state: Rewrite) -> None:
         patches = shape_of(hidden)[1]  # type: ignore[index]
         raise NotApplicable(
             f"variant={state.config.variant!r} keeps the tokens that receive most attention in the vision encoder, and "
-            f"the {boundary.tokens} tokens of a frame behind {boundary.encoder.name} are no shrunken grid of its {patches} "
-            "patches, as behind a resampler",
+            f"the {boundary.tokens} tokens of a frame behind {boundary.encoder.name} are no shrunken grid of its "
+            f"{patches} patches, as behind a resampler",
             'Use variant="plus", which looks at the tokens themselves',
         )
 

@@ -22,11 +22,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError
+from ..families.base import Family, Video
+from ..families.registry import family_of
 from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
-from .generate import _require_supported, _video_rows
-from .tracing import make_traceable, with_its_own_code
+from .tracing import with_its_own_code
+from .vision_path import kind_of, traced_arguments, video_rows
 
 Source = tuple[tuple[int, float], ...]
 """What a frame is made of: (frame, weight) of each part, a weight of 0 left out."""
@@ -123,30 +125,21 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
     """
     config = EarlyTomConfig.from_options(options)
     inner: Any = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
-    _require_supported(inner)
-    _require_shape(pixel_values_videos, inner.config.vision_config)
-    make_traceable()
+    family = family_of(inner)
+    family.require_versions()
+    family.prepare()
     observers: dict[Any, tuple[Observer, Callable[..., Any]]] = {}
     observed = []
-    for video in pixel_values_videos:
-        if video.shape not in observers:
+    for video in family.videos(inner, {"pixel_values_videos": pixel_values_videos}):
+        kind = kind_of(video, any_length=False)
+        if kind not in observers:
             observer = Observer(config)
             # A function for each shape: Dynamo compiles only so many shapes of one.
-            compiled = torch.compile(with_its_own_code(_video_rows), backend=observer.backend)
-            observers[video.shape] = observer, compiled
-        observer, rows = observers[video.shape]
-        observed.append(observer.watch(rows, inner, video))
+            compiled = torch.compile(with_its_own_code(video_rows), backend=observer.backend)
+            observers[kind] = observer, compiled
+        observer, rows = observers[kind]
+        observed.append(observer.watch(rows, family, inner, video))
     return observed
-
-
-def _require_shape(videos: Any, tower: Any) -> None:
-    picture = (tower.num_channels, tower.image_size, tower.image_size)
-    for video in videos:
-        if video.dim() != 4 or len(video) == 0 or tuple(video.shape[1:]) != picture:
-            raise EarlyTomConfigError(
-                f"a video of shape {tuple(video.shape)}: must be [frames, {', '.join(map(str, picture))}], one frame "
-                "or more, which is what the model's processor makes."
-            )
 
 
 class Observer:
@@ -157,12 +150,10 @@ class Observer:
         self._last: Observation | None = None
 
     @torch.no_grad()
-    def watch(self, compiled: Callable[..., Any], model: Any, video: torch.Tensor) -> Observation:
-        """Call ``compiled``, whose backend this is, with one video [F, 3, H, W]."""
+    def watch(self, compiled: Callable[..., Any], family: Family, model: Any, video: Video) -> Observation:
+        """Call ``compiled``, which is :func:`video_rows` compiled by this backend."""
         self._last = None
-        videos = video.unsqueeze(0)
-        torch._dynamo.mark_static(videos)
-        compiled(model, videos, {})
+        compiled(family, model, *traced_arguments(video, any_length=False))
         if self._last is None:
             raise EarlyTomCompileError(
                 "nothing to observe: Dynamo did not trace the vision path. It is switched off, or a mode that it skips "

@@ -1,0 +1,97 @@
+"""Videos of one kind through the compiled code of their family.
+
+path = VisionPath(family, config, any_length=True, kinds={}, cause="...")
+rows, graph = path(model, video)          # [K, C], and the graph that compressed them; [N, C] and None if none did
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ..backend import compile_graph
+from ..config import EarlyTomConfig
+from ..families.base import Family, Video
+from ..stages import CompressedGraph, Kinds
+from ..words import counted
+from .tracing import FirstCallAlone, mark_static, with_its_own_code
+
+
+class VisionPath:
+    """The compiled vision path for one resolution and, unless ``any_length``, one number of frames."""
+
+    def __init__(self, family: Family, config: EarlyTomConfig, any_length: bool, kinds: Kinds, cause: str) -> None:
+        self._family = family
+        self._config = config
+        self._cause = cause
+        self._kinds = kinds
+        self._any_length = any_length
+        self._graphs: list[CompressedGraph] = []
+        self._traced = False
+        self._compiled = FirstCallAlone(torch.compile(with_its_own_code(video_rows), backend=self._backend))
+
+    @property
+    def told(self) -> bool:
+        """Whether compiling gave reasons, in warnings, why calls run uncompressed."""
+        return self._traced and not self._graphs
+
+    def __call__(self, model: Any, video: Video) -> tuple[torch.Tensor, CompressedGraph | None]:
+        """Rows [K, C], and the graph that compressed them in this call, None if none did."""
+        start = time.monotonic()
+        rows = self._compiled(self._family, model, *traced_arguments(video, self._any_length))
+        rows = rows[0] if rows.dim() == 3 else rows
+        return rows, next((graph for graph in self._graphs if graph.record.last_call >= start), None)
+
+    def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._traced = True
+        compiled = compile_graph(
+            graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds, cause=self._cause
+        )
+        if isinstance(compiled, CompressedGraph):
+            self._graphs.append(compiled)
+        return compiled
+
+
+def video_rows(family: Family, model: Any, pixels: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """What Dynamo traces: rows [N, C] or [1, N, C] of one video [1, F, ...]."""
+    return family.rows(model, pixels, **arguments)
+
+
+def traced_arguments(video: Video, any_length: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Pixels [1, F, ...] and arguments for :func:`video_rows`, of which Dynamo knows whether F may change."""
+    return _of_one(video.pixels, any_length), {
+        name: _of_one(value, any_length) if isinstance(value, torch.Tensor) else value
+        for name, value in video.arguments.items()
+    }
+
+
+def _of_one(tensor: torch.Tensor, any_length: bool) -> torch.Tensor:
+    batch = tensor.unsqueeze(0)
+    # Not dynamic=False: that changes Dynamo's configuration in every call, which torch 2.11 has one of for all
+    # threads. Two that meet there leave the whole process without automatic dynamic shapes.
+    if any_length:
+        mark_static(batch, 0, *range(2, batch.dim()))
+        torch._dynamo.maybe_mark_dynamic(batch, 1)
+    else:
+        mark_static(batch, *range(batch.dim()))
+    return batch
+
+
+def kind_of(video: Video, any_length: bool) -> tuple[Any, ...]:
+    """Videos of one kind go one path: all that is the same about them, but for the number of frames."""
+    arguments = tuple((name, _kind_of_value(value)) for name, value in video.arguments.items())
+    return None if any_length else len(video.pixels), *_kind_of_value(video.pixels), arguments
+
+
+def _kind_of_value(value: Any) -> Any:
+    return (*value.shape[1:], value.dtype, value.device) if isinstance(value, torch.Tensor) else repr(value)
+
+
+def describe(video: Video, any_length: bool) -> str:
+    """What a vision path is for, for the report."""
+    pixels = video.pixels
+    length = "2 and more frames" if any_length else counted(len(pixels), "frame")
+    size = "x".join(map(str, pixels.shape[1:][-2:]))
+    return f"videos of {length}, {size}, {str(pixels.dtype).removeprefix('torch.')} on {pixels.device}"
