@@ -374,9 +374,9 @@ def _name_of(given: Any) -> str:
 def _report_in_place(handle: Any, records: tuple[GraphRecord, ...]) -> Report:
     called = COMPRESSING if handle.compressed else NOTHING_YET
     state = NOT_CALLED if handle.last_call is None else called
-    return Report(
-        records, tuple(handle.videos), handle.prompt, tuple(handle.notes), state, handle.config, handle.last_call
-    )
+    left_alone = handle.prefill.left_alone if handle.prefill is not None else None
+    notes = (*handle.notes, left_alone) if left_alone else tuple(handle.notes)
+    return Report(records, tuple(handle.videos), handle.prompt, notes, state, handle.config, handle.last_call)
 
 
 def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report:

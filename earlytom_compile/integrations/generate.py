@@ -33,6 +33,7 @@ from ..prompt import PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiti
 from ..reporting import Counts, GraphRecord, forget, note_restored
 from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from ..words import counted
+from .attention_choice import prepare as prepare_attention
 from .caches import cache_of, given_cache
 from .generation import (
     inferred_mask,
@@ -43,6 +44,7 @@ from .generation import (
     warn_of_right_padding,
     with_own_prompt,
 )
+from .own_trace import changed_in_trace, tracing_video
 from .prefill import CompiledPrefill
 from .tracing import FirstCallAlone, make_traceable, mark_static, with_its_own_code
 
@@ -69,6 +71,7 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
         return model
     restore(model)
     make_traceable()
+    prepare_attention()
     handle = CompiledModel(model, config)
     model.__dict__[_HANDLE] = handle
     note_restored(model, False)
@@ -417,13 +420,15 @@ class _VisionPath:
             torch._dynamo.maybe_mark_dynamic(videos, 1)
         else:
             mark_static(videos, 0, 1, 2, 3, 4)
-        rows = self._compiled(model, videos, choices)[0]
+        with tracing_video():
+            rows = self._compiled(model, videos, choices)[0]
         return rows, next((graph for graph in self._graphs if graph.record.last_call >= start), None)
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self._traced = True
+        cause = self._cause + changed_in_trace()
         compiled = compile_graph(
-            graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds, cause=self._cause
+            graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds, cause=cause
         )
         if isinstance(compiled, CompressedGraph):
             self._graphs.append(compiled)
