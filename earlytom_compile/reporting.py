@@ -376,6 +376,8 @@ def _report_in_place(handle: Any, records: tuple[GraphRecord, ...]) -> Report:
     state = NOT_CALLED if handle.last_call is None else called
     left_alone = handle.prefill.left_alone if handle.prefill is not None else None
     notes = (*handle.notes, left_alone) if left_alone else tuple(handle.notes)
+    # Weights that are loaded for each call (accelerate) are other ones every time, and own no records.
+    records += tuple(record for record in handle.records() if all(record is not known for known in records))
     return Report(records, tuple(handle.videos), handle.prompt, notes, state, handle.config, handle.last_call)
 
 

@@ -33,7 +33,6 @@ from ..prompt import PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiti
 from ..reporting import Counts, GraphRecord, forget, note_restored
 from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from ..words import counted
-from .attention_choice import prepare as prepare_attention
 from .caches import cache_of, given_cache
 from .generation import (
     inferred_mask,
@@ -44,7 +43,8 @@ from .generation import (
     warn_of_right_padding,
     with_own_prompt,
 )
-from .own_trace import changed_in_trace, tracing_video
+from .own_trace import changed_in_trace
+from .placement import MOST_SETS_OF_HOOKS, Placement, hint_for_wrapper, video_path
 from .prefill import CompiledPrefill
 from .tracing import FirstCallAlone, make_traceable, mark_static, with_its_own_code
 
@@ -63,6 +63,8 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     """
     config = EarlyTomConfig.from_options(options)
     _require_supported(model)
+    if reason := Placement.of(model, asks_for_cuda_graphs(config.mode)).reason_against:
+        raise EarlyTomConfigError(f"{reason[0]}. {reason[1]}.")
     layers = _layers_that_count(model)
     if layers is not None:
         config.resolve_merge_layers(layers)
@@ -71,7 +73,6 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
         return model
     restore(model)
     make_traceable()
-    prepare_attention()
     handle = CompiledModel(model, config)
     model.__dict__[_HANDLE] = handle
     note_restored(model, False)
@@ -126,6 +127,8 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any) -> list[torc
     if _encoded(pixel_values_videos):
         raise EarlyTomConfigError("these videos are encoded already: give them to generate() as pixel_values_videos.")
     _check_videos(pixel_values_videos, handle.model.config.vision_config)
+    if reason := handle.reason_against_placement():
+        raise EarlyTomConfigError(f"the videos cannot be encoded: {reason[0]}. {reason[1]}.")
     return handle.encode_videos(pixel_values_videos)
 
 
@@ -173,6 +176,10 @@ class CompiledModel:
             "a model compiled by earlytom_compile.compile() cannot be pickled, since compiled code cannot: call "
             "earlytom_compile.restore(model), save it, and compile it again where it is loaded."
         )
+
+    def records(self) -> list[GraphRecord]:
+        """Those of all graphs that compress videos."""
+        return [graph.record for path in self._paths.values() for graph in path.graphs]
 
     @property
     def notes(self) -> list[str]:
@@ -242,7 +249,7 @@ class CompiledModel:
         if not self.compressed:
             log.info("the first call with a video: tracing the model, which compiles before it answers ...")
         self._note("failed")  # unless nothing else is noted
-        reason = _reason_against(ids, kwargs)
+        reason = _reason_against(ids, kwargs) or self.reason_against_placement()
         if reason is None:
             reason = self._reason_against_forward(kwargs) if forward else reason_against(self.model, kwargs)
         if reason is None:
@@ -255,6 +262,19 @@ class CompiledModel:
         fall_back(*reason, self.config, self.record)
         self._note("uncompressed")
         return reason[0]
+
+    def reason_against_placement(self) -> tuple[str, str] | None:
+        """(reason, cure) where the model is placed by now so that its videos cannot be compiled."""
+        placed, known = self._placement(), {key[-1] for key in self._paths}
+        if placed.hooks not in known and len(known) >= MOST_SETS_OF_HOOKS:
+            return (
+                f"hooks of the video path have changed {MOST_SETS_OF_HOOKS} times, and each set of them is compiled",
+                "Register the same hooks for all calls, and look at observe(model, ...) for what happens inside",
+            )
+        return placed.reason_against
+
+    def _placement(self) -> Placement:
+        return Placement.of(self.model, asks_for_cuda_graphs(self.config.mode))
 
     def _note(
         self, last_call: str, videos: Sequence[tuple[GraphRecord, Counts]] = (), prompt: tuple[int, int] | None = None
@@ -334,13 +354,20 @@ class CompiledModel:
         self, video: torch.Tensor, choices: dict[str, Any], counts: list[tuple[GraphRecord, Counts]]
     ) -> tuple[torch.Tensor, int]:
         """(rows [K, C], rows it would have had uncompressed) of one video [F, 3, H, W]; adds to ``counts``."""
+        placed = self._placement()
+        video = placed.on_device(video)
         frames, *picture = video.shape
         any_length = self.any_length and frames > 1  # PyTorch tells sizes of 1 from all others
-        key = (None if any_length else frames, *picture, video.dtype, video.device, repr(choices))
+        key = (None if any_length else frames, *picture, video.dtype, video.device, repr(choices), placed.hooks)
         path = self._paths.get(key) or self._paths.setdefault(
             key, _VisionPath(self.config, any_length, self._kinds, _for_videos(video, any_length))
         )
         rows, graph = path(self.model, video, choices)
+        if path.broken and (names := placed.names_of_hooked(self.model)):
+            self._blame_hooks(names)
+            with video_path(self.model):
+                rows = _video_rows(self.model, video.unsqueeze(0), choices)[0]
+            return rows, len(rows)
         if graph is not None:
             self.any_length &= graph.any_length or frames == 1  # some models cannot be traced so
             assert graph.record.last_counts is not None
@@ -354,6 +381,12 @@ class CompiledModel:
                 self.record,
             )
         return rows, len(rows)
+
+    def _blame_hooks(self, names: str) -> None:
+        """Once. Such a call runs as it is: Dynamo loses what a hook returns if it breaks the graph."""
+        reason = f"hooks in the video path (on {names}) break its graph"
+        if reason not in self.notes:
+            fall_back(reason, "Take them off, or keep .item() and the like out of them", self.config, self.record)
 
     def _embed(self, ids: torch.Tensor, videos: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
         """Embeddings [R, S', C] of the cut prompt, with the rows [N, C] of its videos and images in place."""
@@ -398,14 +431,19 @@ class _VisionPath:
         self._cause = cause
         self._kinds = kinds
         self._any_length = any_length
-        self._graphs: list[CompressedGraph] = []
-        self._traced = False
+        self.graphs: list[CompressedGraph] = []
+        self._traced: set[Any] = set()  # Dynamo's functions: several where a graph break cut ours
         self._compiled = FirstCallAlone(torch.compile(with_its_own_code(_video_rows), backend=self._backend))
 
     @property
     def told(self) -> bool:
         """Whether compiling gave reasons, in warnings, why calls run uncompressed."""
-        return self._traced and not self._graphs
+        return bool(self._traced) and not self.graphs
+
+    @property
+    def broken(self) -> bool:
+        """Whether Dynamo could not trace everything to one graph."""
+        return len(self._traced) > 1
 
     def __call__(
         self, model: Any, video: torch.Tensor, choices: dict[str, Any]
@@ -420,18 +458,19 @@ class _VisionPath:
             torch._dynamo.maybe_mark_dynamic(videos, 1)
         else:
             mark_static(videos, 0, 1, 2, 3, 4)
-        with tracing_video():
+        with video_path(model):
             rows = self._compiled(model, videos, choices)[0]
-        return rows, next((graph for graph in self._graphs if graph.record.last_call >= start), None)
+        return rows, next((graph for graph in self.graphs if graph.record.last_call >= start), None)
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self._traced = True
+        compile_id = torch._guards.CompileContext.current_compile_id()
+        self._traced.add(getattr(compile_id, "frame_id", None))
         cause = self._cause + changed_in_trace()
         compiled = compile_graph(
             graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds, cause=cause
         )
         if isinstance(compiled, CompressedGraph):
-            self._graphs.append(compiled)
+            self.graphs.append(compiled)
         return compiled
 
 
@@ -462,7 +501,10 @@ class _Method:
         self._name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._handle, self._name)(*args, **kwargs)
+        handle = self._handle
+        if handle.model.__dict__.get(_HANDLE) is not handle:  # restored, and somebody has wrapped this method before
+            return handle.own[self._name](*args, **kwargs)
+        return getattr(handle, self._name)(*args, **kwargs)
 
 
 _FEATURE_CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -528,8 +570,11 @@ def _require_supported(model: Any) -> None:
     if not is_supported(model):
         raise EarlyTomConfigError(
             f"earlytom_compile.compile() knows LlavaOnevisionForConditionalGeneration of transformers; got "
-            f'{type(model).__name__}. For other models try torch.compile(model, backend="earlytom").'
+            f"{type(model).__name__}. {hint_for_wrapper(model, is_supported) or _OTHER_MODELS}"
         )
+
+
+_OTHER_MODELS = 'For other models try torch.compile(model, backend="earlytom").'
 
 
 def _layers_that_count(model: Any) -> int | None:
@@ -619,8 +664,6 @@ def _for_own_code(kwargs: dict[str, Any], reason: str) -> dict[str, Any]:
             "that, or give videos of different lengths in calls of their own."
         )
     return {**kwargs, "pixel_values_videos": torch.stack(list(videos))}
-
-
 
 
 _CACHE_MARK = "_earlytom_compressed"

@@ -26,6 +26,7 @@ from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
 from .generate import _require_supported, _video_rows
+from .placement import video_path
 from .tracing import make_traceable, with_its_own_code
 
 Source = tuple[tuple[int, float], ...]
@@ -135,7 +136,8 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
             compiled = torch.compile(with_its_own_code(_video_rows), backend=observer.backend)
             observers[video.shape] = observer, compiled
         observer, rows = observers[video.shape]
-        observed.append(observer.watch(rows, inner, video))
+        with video_path(inner):
+            observed.append(observer.watch(rows, inner, video))
     return observed
 
 

@@ -26,6 +26,7 @@ from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .attention_choice import COMPILES, attention_of
 from .caches import given_cache
+from .placement import own_code_because
 from .tracing import FirstCallAlone, with_its_own_code
 
 FEWEST_POSITIONS_ON_CPU = 128
@@ -87,9 +88,9 @@ class CompiledPrefill:
     def left_alone(self) -> str | None:
         """Why prompts run as they are, whatever their length; None if they are compiled."""
         attention = attention_of(self._module)
-        if attention is None or attention in COMPILES:
-            return None
-        return f"the language model's pass over the prompt is not compiled: its attention is {attention}"
+        fine = attention is None or attention in COMPILES
+        reason = own_code_because(self._module) if fine else f"its attention is {attention}"
+        return f"the language model's pass over the prompt is not compiled: {reason}" if reason else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
