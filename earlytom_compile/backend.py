@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from .config import EarlyTomConfig
 from .errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
+from .integrations.spellings import warn_of_generate
 from .integrations.tracing import make_traceable
 from .passes.manager import Rewrite, run_passes
 from .passes.reasons import NotApplicable
@@ -131,3 +132,4 @@ def _computes(graph_module: GraphModule) -> bool:
 
 
 make_traceable()
+warn_of_generate()

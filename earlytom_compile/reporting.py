@@ -352,7 +352,7 @@ def report(model: torch.nn.Module) -> Report:
     records = tuple(records_of(model))
     if handle is not None:
         return _report_in_place(handle, records)
-    options = _backend_options(model)
+    options = backend_options(model)
     if records or options is not None:
         return _report_of_backend(records, options)
     if any(module in _RESTORED for module in inside):
@@ -399,7 +399,7 @@ def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report
     return Report(records, state=COMPRESSING, config=config, last_call="compressed")
 
 
-def _backend_options(model: torch.nn.Module) -> dict[str, Any] | None:
+def backend_options(model: torch.nn.Module) -> dict[str, Any] | None:
     """The options of ``torch.compile(model, backend="earlytom")`` or ``model.compile(backend="earlytom")``, which
     Dynamo keeps where nobody looks; None for a model that was compiled otherwise, or not."""
     context, function = model.__dict__.get("dynamo_ctx"), model.__dict__.get("_compiled_call_impl")

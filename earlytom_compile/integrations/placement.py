@@ -165,7 +165,7 @@ def own_code_because(language_model: nn.Module) -> str | None:
 
     Those of accelerate break graphs, others may, and Dynamo loses what a hook returns if it breaks a graph."""
     modules = _with_all_below([language_model])
-    devices = set()
+    devices: set[torch.device] = set()
     for module in modules:
         if "_hf_hook" in module.__dict__ or _is_sharded(module):
             return "it is placed by accelerate or FSDP"
