@@ -44,7 +44,7 @@ from .generation import (
     with_own_prompt,
 )
 from .own_trace import changed_in_trace
-from .placement import MOST_SETS_OF_HOOKS, Placement, hint_for_wrapper, video_path
+from .placement import MOST_SETS_OF_HOOKS, Placement, hint_for_wrapper, video_path, weights_in_place
 from .prefill import CompiledPrefill
 from .tracing import FirstCallAlone, make_traceable, mark_static, with_its_own_code
 
@@ -365,7 +365,7 @@ class CompiledModel:
         rows, graph = path(self.model, video, choices)
         if path.broken and (names := placed.names_of_hooked(self.model)):
             self._blame_hooks(names)
-            with video_path(self.model):
+            with weights_in_place(self.model):
                 rows = _video_rows(self.model, video.unsqueeze(0), choices)[0]
             return rows, len(rows)
         if graph is not None:
@@ -395,7 +395,7 @@ class CompiledModel:
         for token, rows in ((config.image_token_id, images), (config.video_token_id, videos)):
             if rows is not None:
                 rows = rows.to(embeds.device, embeds.dtype)
-                embeds = embeds.masked_scatter((ids == token).unsqueeze(-1), rows)
+                embeds = embeds.masked_scatter((ids == token).unsqueeze(-1).to(embeds.device), rows)
         return embeds
 
     def _image_rows(self, ids: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -406,7 +406,8 @@ class CompiledModel:
         if encoded is None and kwargs.get("pixel_values") is not None:
             names = ("pixel_values", "image_sizes", "vision_aspect_ratio", "batch_num_images", *_FEATURE_CHOICES)
             given = {k: kwargs[k] for k in names if kwargs.get(k) is not None}
-            encoded = model.get_image_features(**given, return_dict=True)
+            with weights_in_place(self.model):
+                encoded = model.get_image_features(**given, return_dict=True)
         if encoded is None:
             return None
         rows = torch.cat(list(encoded.pooler_output), dim=0)

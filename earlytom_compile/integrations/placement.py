@@ -60,7 +60,7 @@ class Placement:
         devices: dict[torch.device, nn.Module] = {}
         problems: list[tuple[tuple[str, str], nn.Module, str]] = []
         moves, latest = False, None
-        for module in modules:
+        for module in (model, *modules):
             state, brought_to = module.__dict__, None
             for hook in _accelerate_hooks(module) if "_hf_hook" in state else ():
                 if not _aligns_devices(hook):
@@ -105,7 +105,7 @@ class Placement:
 
 _UNKNOWN_HOOK = (
     "{name} has a hook of accelerate that moves or changes it in its own way ({what})",
-    "Take it off the vision tower and the projector with accelerate.hooks.remove_hook_from_module()",
+    "Take it off with accelerate.hooks.remove_hook_from_module(), and place the model yourself",
 )
 _SHARDED = (
     "the weights of {name} are sharded (FSDP or a device mesh)",
@@ -123,7 +123,7 @@ _CAPTURED = (
 
 
 def _name(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, each in model.named_modules() if each is module)
+    return next(name for name, each in model.named_modules() if each is module) or "the model"
 
 
 class _Same:
@@ -186,17 +186,23 @@ def hint_for_wrapper(given: Any, is_supported: Callable[[Any], bool]) -> str | N
 
 
 @contextmanager
-def video_path(model: Any) -> Iterator[None]:
-    """Around every call of the compiled video path of ``model``: what Dynamo shall see, and weights where they work."""
-    attention_choice.prepare()
-    _prepare_accelerate()
+def weights_in_place(model: Any) -> Iterator[None]:
+    """Around code that reads weights of the video path outside of the calls in which accelerate would load them."""
     with ExitStack() as stack:
         for module in video_modules(model):
             for hook in _accelerate_hooks(module):
                 if _aligns_devices(hook) and hook.offload:
                     hook.pre_forward(module)
                     stack.callback(hook.post_forward, module, None)
-        stack.enter_context(tracing_video())
+        yield
+
+
+@contextmanager
+def video_path(model: Any) -> Iterator[None]:
+    """Around every call of the compiled video path of ``model``: what Dynamo shall see, and weights in place."""
+    attention_choice.prepare()
+    _prepare_accelerate()
+    with weights_in_place(model), tracing_video():
         yield
 
 

@@ -127,6 +127,13 @@ def test_an_attention_changed_later_is_seen(wanted):
     assert CALLS["flash"] == 4, "the image"
 
 
+def test_observing_a_tower_in_flash_attention(wanted):
+    pixels = wanted[0]["pixel_values_videos"]
+    (sdpa,), (other,) = (earlytom_compile.observe(tiny(name), pixels) for name in ("sdpa", "flash_attention_2"))
+    assert (sdpa.kept, sdpa.frame_counts) == (other.kept, other.frame_counts)
+    assert not CALLS
+
+
 @torch.no_grad()
 def test_a_language_model_whose_attention_breaks_graphs_runs_as_it_is(wanted, monkeypatch):
     leave_pieces_as_they_are(monkeypatch)

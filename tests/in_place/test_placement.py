@@ -5,14 +5,14 @@ from itertools import product
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module
 from effort import cases
 from generating import OPTIONS, compiled, graphs_compiled, new_tokens, oracle_tokens
 from oracle import compressed_forward
 from tiny_models import tiny_llava_onevision, video_inputs
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 from without_inductor import leave_pieces_as_they_are
 
@@ -98,6 +98,32 @@ def test_models_that_accelerate_has_placed_compress(placed, when, inputs, wanted
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1], "the model's own"
 
 
+@torch.no_grad()
+def test_images_and_observations_of_an_offloaded_model(inputs):
+    with_image = video_inputs(tiny(), 12, images_per_row=(1,))
+    wanted = new_tokens(compiled(tiny()), with_image)
+    model = tiny()
+    cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(new_tokens(compiled(model), with_image), wanted)
+    pixels = inputs["pixel_values_videos"]
+    observed = [earlytom_compile.observe(each, pixels, **OPTIONS)[0] for each in (tiny(), model)]
+    assert observed[0].kept == observed[1].kept
+    assert observed[0].frame_counts == observed[1].frame_counts
+
+
+def test_embeddings_elsewhere():
+    """As where the language model is on another device than the tower and the prompt."""
+
+    class Elsewhere(nn.Module):
+        def forward(self, ids):
+            return torch.empty(*ids.shape, 48, device="meta")
+
+    model = compiled(tiny())
+    model.model.set_input_embeddings(Elsewhere())
+    ids = torch.full((1, 3), model.config.video_token_id)
+    assert model.__dict__["_earlytom"]._embed(ids, torch.rand(3, 48), None).is_meta
+
+
 def test_cuda_graphs_and_offloaded_weights_exclude_each_other(inputs):
     model = tiny()
     cpu_offload(model, torch.device("cpu"))
@@ -110,6 +136,10 @@ def test_hooks_of_accelerate_that_do_something_else_are_named(inputs):
     model = tiny()
     add_hook_to_module(mlp(model), SequentialHook(ModelHook()))
     with pytest.raises(EarlyTomConfigError, match=r"layers\.1\.mlp has a hook of accelerate .* \(ModelHook\)"):
+        compiled(model)
+    model = tiny()
+    cpu_offload_with_hook(model, torch.device("cpu"))
+    with pytest.raises(EarlyTomConfigError, match=r"the model has a hook of accelerate .* \(CpuOffload\)"):
         compiled(model)
 
 
@@ -160,10 +190,19 @@ def test_sharded_weights(one_process, inputs, wanted):
     assert torch.equal(new_tokens(model, inputs), wanted[0]), "of the language model alone"
     model = compiled(tiny())
     torch.distributed.fsdp.fully_shard(model, mesh=one_process)
-    with pytest.warns(EarlyTomFallbackWarning, match=r"weights of model\S* are sharded"):
+    with pytest.warns(EarlyTomFallbackWarning, match="weights of the model are sharded"):
         model(**inputs)
     earlytom_compile.restore(model)
-    with pytest.raises(EarlyTomConfigError, match=r"weights of model\S* are sharded"):
+    with pytest.raises(EarlyTomConfigError, match="weights of the model are sharded"):
+        compiled(model)
+
+
+def test_models_inside_fsdp_are_refused(one_process):
+    model = tiny()
+    wrapper = torch.distributed.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    with pytest.raises(EarlyTomConfigError, match="got FullyShardedDataParallel"):
+        compiled(wrapper)
+    with pytest.raises(EarlyTomConfigError, match="weights of the model are sharded"):
         compiled(model)
 
 
@@ -179,6 +218,7 @@ def test_parametrized_weights(when, inputs, wanted):
     if when != "before":
         new_tokens(compiled(model), inputs)
     weight_norm(mlp(model, 0).fc1)
+    prune.l1_unstructured(mlp(model, 2).fc1, "weight", amount=0.5)  # by a hook
     parametrize.register_parametrization(mlp(model).fc1, "weight", Scaled())
     got = compiled(model)(**inputs).logits
     assert report(model).last_call == "compressed"

@@ -48,7 +48,7 @@ says_something_else = pytest.mark.xfail(reason="the reason given for videos that
     [
         pytest.param(compiled_forward, marks=says_something_else),
         pytest.param(compiled_call, marks=says_something_else),
-        compiled_generate,
+        pytest.param(compiled_generate, marks=says_something_else),
     ],
 )
 def test_what_cannot_compress_names_the_spelling_that_can(spelling, model, inputs):
