@@ -8,6 +8,7 @@ forth: images, the language model, other threads and other users of ``torch.comp
 so do Dynamo's guards.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -24,10 +25,13 @@ def attention_of(module: Any) -> str | None:
 
 
 def prepare() -> None:
-    """Make transformers' configurations ask which attention to trace; does nothing the second time."""
-    from transformers.configuration_utils import PretrainedConfig
-
-    chosen = PretrainedConfig.__dict__.get("_attn_implementation")
+    """Make transformers' configurations ask which attention to trace; does nothing the second time, nor where there is
+    no transformers."""
+    configurations = sys.modules.get("transformers.configuration_utils")
+    if configurations is None:
+        return
+    kind = configurations.PretrainedConfig
+    chosen = kind.__dict__.get("_attn_implementation")
     if not isinstance(chosen, property) or chosen.fget is None or hasattr(chosen.fget, "earlytom_original"):
         return
     original = chosen.fget
@@ -39,4 +43,4 @@ def prepare() -> None:
         return "sdpa" if is_video_path(f"with sdpa in place of {name}") else name
 
     _attn_implementation.earlytom_original = original  # type: ignore[attr-defined]
-    PretrainedConfig._attn_implementation = property(_attn_implementation, chosen.fset, chosen.fdel, chosen.__doc__)
+    kind._attn_implementation = property(_attn_implementation, chosen.fset, chosen.fdel, chosen.__doc__)

@@ -56,10 +56,11 @@ _REPLACED = ("forward", "generate")
 def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa: A001
     """Make ``model`` compress its videos in ``generate()`` and ``forward()``; returns the same model.
 
-    ``options`` are those of :class:`EarlyTomConfig`; bad ones raise :class:`EarlyTomConfigError` now. Calling it
-    again replaces the options; what was compiled stays where it does not depend on them: all of it with the same
-    options, the layers with another ``retain_ratio``. Promises: ``generate`` returns the caller's own prompt ids
-    followed by the new tokens; :func:`restore` undoes it exactly; a call without a video runs the model's own code.
+    ``options`` are those of :class:`EarlyTomConfig`; bad ones raise :class:`EarlyTomConfigError` now, and so does a
+    vision tower that is sharded or on several devices. Calling it again replaces the options; what was compiled stays
+    where it does not depend on them: all of it with the same options, the layers with another ``retain_ratio``.
+    Promises: ``generate`` returns the caller's own prompt ids followed by the new tokens; :func:`restore` undoes it
+    exactly; a call without a video runs the model's own code.
     """
     config = EarlyTomConfig.from_options(options)
     _require_supported(model)

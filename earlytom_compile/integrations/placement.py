@@ -29,8 +29,8 @@ MOST_SETS_OF_HOOKS = 8
 
 def video_modules(model: Any) -> list[nn.Module]:
     """The modules of the video path: all of the model but its language model."""
-    inner = model.model
-    return _with_all_below([inner], without=inner.language_model)
+    inner = getattr(model, "model", model)
+    return _with_all_below([inner], without=getattr(inner, "language_model", None))
 
 
 def _with_all_below(found: list[nn.Module], without: nn.Module | None = None) -> list[nn.Module]:

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook, disk_offload, dispatch_model
-from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from effort import cases
 from generating import OPTIONS, compiled, graphs_compiled, new_tokens, oracle_tokens
 from oracle import compressed_forward
@@ -96,6 +96,16 @@ def test_models_that_accelerate_has_placed_compress(placed, when, inputs, wanted
     assert [parameter.device for parameter in model.parameters()] == weights, "offloaded as before"
     earlytom_compile.restore(model)
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1], "the model's own"
+
+
+@torch.no_grad()
+def test_hooks_of_accelerate_that_go_again(inputs, wanted):
+    model = compiled(tiny())
+    cpu_offload(model, torch.device("cpu"))
+    remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(model(**inputs).logits, wanted[1])
+    earlytom_compile.restore(model)
+    assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
 @torch.no_grad()
