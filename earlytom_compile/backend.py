@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from .config import EarlyTomConfig
 from .errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
 from .families.registry import make_traceable
+from .integrations.spellings import warn_of_generate
 from .passes.manager import Rewrite, run_passes
 from .passes.reasons import NotApplicable
 from .reporting import GraphRecord, add_record, discard_record, progress
@@ -133,3 +134,4 @@ def _computes(graph_module: GraphModule) -> bool:
 
 
 make_traceable()
+warn_of_generate()

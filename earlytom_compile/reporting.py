@@ -354,7 +354,7 @@ def report(model: torch.nn.Module) -> Report:
     records = tuple(records_of(model))
     if handle is not None:
         return _report_in_place(handle, records)
-    options = _backend_options(model)
+    options = backend_options(model)
     if records or options is not None:
         return _report_of_backend(records, options)
     if any(module in _RESTORED for module in inside):
@@ -374,9 +374,11 @@ def _name_of(given: Any) -> str:
 def _report_in_place(handle: Any, records: tuple[GraphRecord, ...]) -> Report:
     called = COMPRESSING if handle.compressed else NOTHING_YET
     state = NOT_CALLED if handle.last_call is None else called
-    return Report(
-        records, tuple(handle.videos), handle.prompt, tuple(handle.notes), state, handle.config, handle.last_call
-    )
+    left_alone = handle.prefill.left_alone if handle.prefill is not None else None
+    notes = (*handle.notes, left_alone) if left_alone else tuple(handle.notes)
+    # Weights that are loaded for each call (accelerate) are other ones every time, and own no records.
+    records += tuple(record for record in handle.records() if all(record is not known for known in records))
+    return Report(records, tuple(handle.videos), handle.prompt, notes, state, handle.config, handle.last_call)
 
 
 def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report:
@@ -397,7 +399,7 @@ def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report
     return Report(records, state=COMPRESSING, config=config, last_call="compressed")
 
 
-def _backend_options(model: torch.nn.Module) -> dict[str, Any] | None:
+def backend_options(model: torch.nn.Module) -> dict[str, Any] | None:
     """The options of ``torch.compile(model, backend="earlytom")`` or ``model.compile(backend="earlytom")``, which
     Dynamo keeps where nobody looks; None for a model that was compiled otherwise, or not."""
     context, function = model.__dict__.get("dynamo_ctx"), model.__dict__.get("_compiled_call_impl")

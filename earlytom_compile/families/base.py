@@ -162,7 +162,7 @@ class Family:
         embeds = self.embedding(model)(ids)
         for token, each in rows:
             each = each.to(embeds.device, embeds.dtype)
-            embeds = embeds.masked_scatter((ids == token).unsqueeze(-1), each)
+            embeds = embeds.masked_scatter((ids == token).unsqueeze(-1).to(embeds.device), each)
         return {"inputs_embeds": embeds}
 
     def position_ids(self, model: Any, call: Call, cut: PromptCut) -> Tensor | None:

@@ -35,7 +35,7 @@ def family_of(model: Any) -> Family:
         families = all_families()
         found = _of_class(type(model), families)
         if found is None:
-            raise EarlyTomConfigError(_unknown(type(model), families))
+            raise EarlyTomConfigError(_unknown(type(model), families) + _hint_for_wrapper(model, families))
     return found
 
 
@@ -102,6 +102,14 @@ def _of_other_packages() -> Iterator[Family]:
             )
         else:
             yield family
+
+
+def _hint_for_wrapper(given: Any, families: Iterable[Family]) -> str:
+    """What to do where a model comes inside another module; nothing where it does not."""
+    for name in ("module", "_orig_mod"):  # DataParallel and its like; torch.compile
+        if _of_class(type(getattr(given, name, None)), families):
+            return f" Give it the model inside (.{name}), and where there are several devices a model for each."
+    return ""
 
 
 def _unknown(kind: type, families: Iterable[Family]) -> str:

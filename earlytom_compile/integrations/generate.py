@@ -52,6 +52,7 @@ from .generation import (
     warn_of_right_padding,
     with_own_prompt,
 )
+from .placement import MOST_SETS_OF_HOOKS, Placement, weights_in_place
 from .prefill import CompiledPrefill
 from .vision_path import VisionPath, describe, kind_of
 
@@ -106,6 +107,10 @@ class CompiledModel:
             "a model compiled by earlytom_compile.compile() cannot be pickled, since compiled code cannot: call "
             "earlytom_compile.restore(model), save it, and compile it again where it is loaded."
         )
+
+    def records(self) -> list[GraphRecord]:
+        """Those of all graphs that compress videos."""
+        return [graph.record for path in self._paths.values() for graph in path.graphs]
 
     @property
     def notes(self) -> list[str]:
@@ -184,7 +189,7 @@ class CompiledModel:
         if not self.compressed:
             log.info("the first call with a video: tracing the model, which compiles before it answers ...")
         self._note("failed")  # unless nothing else is noted
-        reason = reason_against_prompt(family, ids, call)
+        reason = reason_against_prompt(family, ids, call) or self.reason_against_placement()
         if reason is None:
             reason = reason_against_forward(self.model, call) if forward else reason_against(self.model, call)
         if reason is None:
@@ -196,6 +201,19 @@ class CompiledModel:
         fall_back(*reason, self.config, self.record)
         self._note("uncompressed")
         return reason[0]
+
+    def reason_against_placement(self) -> tuple[str, str] | None:
+        """(reason, cure) where the model is placed by now so that its videos cannot be compiled."""
+        placed, known = self._placement(), {key[-1] for key in self._paths}
+        if placed.hooks not in known and len(known) >= MOST_SETS_OF_HOOKS:
+            return (
+                f"hooks of the video path have changed {MOST_SETS_OF_HOOKS} times, and each set of them is compiled",
+                "Register the same hooks for all calls, and look at observe(model, ...) for what happens inside",
+            )
+        return placed.reason_against
+
+    def _placement(self) -> Placement:
+        return Placement.of(self.model, self.family, asks_for_cuda_graphs(self.config.mode))
 
     def _checked_videos(self, ids: torch.Tensor, call: Call) -> list[Video] | list[torch.Tensor]:
         """Those of the call: pixels, or rows [K, C] that were encoded before. Raises where something cannot fit."""
@@ -224,7 +242,8 @@ class CompiledModel:
         if not forward:
             warn_of_right_padding(self.model, host_ids, mask, call)
             mask = inferred_mask(self.model, host_ids, call) if mask is None else mask
-        others = list(self.family.other_rows(self.model, ids, call))
+        with weights_in_place(self.model, self.family):
+            others = list(self.family.other_rows(self.model, ids, call))
         counts: list[tuple[GraphRecord, Counts]] = []
         encoded, sizes = self._rows_and_sizes(videos, host_ids, counts)
         try:
@@ -288,13 +307,19 @@ class CompiledModel:
 
     def _encode(self, video: Video, counts: list[tuple[GraphRecord, Counts]]) -> tuple[torch.Tensor, int]:
         """(rows [K, C], rows it would have had uncompressed) of one video; adds to ``counts``."""
+        placed = self._placement()
+        video = placed.on_device(video)
         frames = len(video.pixels)
         any_length = self.any_length and frames > 1  # PyTorch tells sizes of 1 from all others
-        key = kind_of(video, any_length)
+        key = (*kind_of(video, any_length), placed.hooks)
         path = self._paths.get(key) or self._paths.setdefault(
             key, VisionPath(self.family, self.config, any_length, self._kinds, describe(video, any_length))
         )
         rows, graph = path(self.model, video)
+        if path.broken and (names := placed.names_of_hooked):
+            self._blame_hooks(names)
+            rows = path.uncompiled(self.model, video)
+            return rows, len(rows)
         if graph is not None:
             self.any_length &= graph.any_length or frames == 1  # some models cannot be traced so
             assert graph.record.last_counts is not None
@@ -308,6 +333,12 @@ class CompiledModel:
                 self.record,
             )
         return rows, len(rows)
+
+    def _blame_hooks(self, names: str) -> None:
+        """Once. Such a call runs as it is: Dynamo loses what a hook returns if it breaks the graph."""
+        reason = f"hooks in the video path (on {names}) break its graph"
+        if reason not in self.notes:
+            fall_back(reason, "Take them off, or keep .item() and the like out of them", self.config, self.record)
 
     def _padding_id(self) -> int:
         padding = option(self.model, {}, "pad_token_id")
@@ -332,7 +363,10 @@ class Method:
         self._name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._handle, self._name)(*args, **kwargs)
+        handle = self._handle
+        if handle.model.__dict__.get("_earlytom") is not handle:  # restored, and somebody had wrapped this method
+            return handle.own[self._name](*args, **kwargs)
+        return getattr(handle, self._name)(*args, **kwargs)
 
 
 def _methods_to_replace(model: torch.nn.Module, family: Family) -> list[str]:

@@ -12,8 +12,10 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..families.registry import family_of
 from ..reporting import forget, note_restored
+from ..stages import asks_for_cuda_graphs
 from .checks import is_encoded, require_tensors
 from .generate import CompiledModel, Method
+from .placement import Placement
 from .prefill import CompiledPrefill
 
 _HANDLE = "_earlytom"
@@ -22,14 +24,17 @@ _HANDLE = "_earlytom"
 def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa: A001
     """Make ``model`` compress its videos in ``generate()`` and ``forward()``; returns the same model.
 
-    ``options`` are those of :class:`EarlyTomConfig`; bad ones raise :class:`EarlyTomConfigError` now. Calling it
-    again replaces the options; what was compiled stays where it does not depend on them: all of it with the same
-    options, the layers with another ``retain_ratio``. Promises: ``generate`` returns the caller's own prompt ids
-    followed by the new tokens; :func:`restore` undoes it exactly; a call without a video runs the model's own code.
+    ``options`` are those of :class:`EarlyTomConfig`; bad ones raise :class:`EarlyTomConfigError` now, and so does a
+    vision tower that is sharded or on several devices. Calling it again replaces the options; what was compiled stays
+    where it does not depend on them: all of it with the same options, the layers with another ``retain_ratio``.
+    Promises: ``generate`` returns the caller's own prompt ids followed by the new tokens; :func:`restore` undoes it
+    exactly; a call without a video runs the model's own code.
     """
     config = EarlyTomConfig.from_options(options)
     family = family_of(model)
     family.require_versions()
+    if reason := Placement.of(model, family, asks_for_cuda_graphs(config.mode)).reason_against:
+        raise EarlyTomConfigError(f"{reason[0]}. {reason[1]}.")
     layers = family.encoder_layers(getattr(model, "config", None))
     if layers is not None:
         config.resolve_merge_layers(layers)
@@ -94,5 +99,7 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any, **arguments:
     require_tensors(handle.family, pixel_values_videos)
     if is_encoded(pixel_values_videos):
         raise EarlyTomConfigError(f"these videos are encoded already: give them to generate() as {name}.")
+    if reason := handle.reason_against_placement():
+        raise EarlyTomConfigError(f"the videos cannot be encoded: {reason[0]}. {reason[1]}.")
     call = handle.family.by_our_names({**arguments, name: pixel_values_videos})
     return handle.encode_videos(handle.family.videos(model, call))

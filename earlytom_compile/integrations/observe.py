@@ -27,6 +27,7 @@ from ..families.registry import family_of
 from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
+from .placement import video_path
 from .tracing import with_its_own_code
 from .vision_path import kind_of, traced_arguments, video_rows
 
@@ -138,7 +139,8 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
             compiled = torch.compile(with_its_own_code(video_rows), backend=observer.backend)
             observers[kind] = observer, compiled
         observer, rows = observers[kind]
-        observed.append(observer.watch(rows, family, inner, video))
+        with video_path(inner, family):
+            observed.append(observer.watch(rows, family, inner, video))
     return observed
 
 

@@ -16,6 +16,8 @@ from ..config import EarlyTomConfig
 from ..families.base import Family, Video
 from ..stages import CompressedGraph, Kinds
 from ..words import counted
+from .own_trace import changed_in_trace
+from .placement import video_path, weights_in_place
 from .tracing import FirstCallAlone, mark_static, with_its_own_code
 
 
@@ -28,30 +30,46 @@ class VisionPath:
         self._cause = cause
         self._kinds = kinds
         self._any_length = any_length
-        self._graphs: list[CompressedGraph] = []
-        self._traced = False
+        self.graphs: list[CompressedGraph] = []
+        self._traced: set[Any] = set()  # Dynamo's functions: several where a graph break cut ours
         self._compiled = FirstCallAlone(torch.compile(with_its_own_code(video_rows), backend=self._backend))
 
     @property
     def told(self) -> bool:
         """Whether compiling gave reasons, in warnings, why calls run uncompressed."""
-        return self._traced and not self._graphs
+        return bool(self._traced) and not self.graphs
+
+    @property
+    def broken(self) -> bool:
+        """Whether Dynamo could not trace everything to one graph."""
+        return len(self._traced) > 1
 
     def __call__(self, model: Any, video: Video) -> tuple[torch.Tensor, CompressedGraph | None]:
         """Rows [K, C], and the graph that compressed them in this call, None if none did."""
         start = time.monotonic()
-        rows = self._compiled(self._family, model, *traced_arguments(video, self._any_length))
-        rows = rows[0] if rows.dim() == 3 else rows
-        return rows, next((graph for graph in self._graphs if graph.record.last_call >= start), None)
+        with video_path(model, self._family):
+            rows = self._compiled(self._family, model, *traced_arguments(video, self._any_length))
+        return _without_batch(rows), next((graph for graph in self.graphs if graph.record.last_call >= start), None)
+
+    def uncompiled(self, model: Any, video: Video) -> torch.Tensor:
+        """Rows [N, C] by the model's own code."""
+        with weights_in_place(model, self._family):
+            return _without_batch(video_rows(self._family, model, *traced_arguments(video, any_length=False)))
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self._traced = True
+        compile_id = torch._guards.CompileContext.current_compile_id()
+        self._traced.add(getattr(compile_id, "frame_id", None))
+        cause = self._cause + changed_in_trace()
         compiled = compile_graph(
-            graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds, cause=self._cause
+            graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds, cause=cause
         )
         if isinstance(compiled, CompressedGraph):
-            self._graphs.append(compiled)
+            self.graphs.append(compiled)
         return compiled
+
+
+def _without_batch(rows: torch.Tensor) -> torch.Tensor:
+    return rows[0] if rows.dim() == 3 else rows
 
 
 def video_rows(family: Family, model: Any, pixels: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
