@@ -18,7 +18,7 @@ from .errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
 from .families.registry import make_traceable
 from .integrations.spellings import warn_of_generate
 from .passes.manager import Rewrite, run_passes
-from .passes.reasons import NotApplicable
+from .passes.reasons import NotApplicable, NothingToCompress
 from .reporting import GraphRecord, add_record, discard_record, progress
 from .stages import Kinds, fall_back, inductor_options, lower, lower_compressed
 
@@ -66,7 +66,9 @@ def compile_graph(
         _describe(state, record)
         return lower_compressed(state, original, example_inputs, record, kinds)
     except NotApplicable as found:
-        if _computes(original):
+        if isinstance(found, NothingToCompress):
+            record.note(found.reason)
+        elif _computes(original):
             try:
                 fall_back(found.reason, found.cure, config, record)
             except EarlyTomError as error:

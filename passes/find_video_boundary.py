@@ -207,8 +207,31 @@ def _is_picture(node: Node) -> bool:
 
 
 def pictures(view: GraphView) -> list[Node]:
-    """The graph inputs that could be videos or images."""
+    """The graph inputs that could be videos or images; keys and values of a cache have as many axes."""
+    return [node for node in _pictures_and_caches(view) if not _is_cache(node)]
+
+
+def caches(view: GraphView) -> list[Node]:
+    """The graph inputs that are keys and values of earlier positions."""
+    return [node for node in _pictures_and_caches(view) if _is_cache(node)]
+
+
+def _pictures_and_caches(view: GraphView) -> list[Node]:
     return [node for node in view.graph.nodes if node.op == "placeholder" and not is_weight(node) and _is_picture(node)]
+
+
+def _is_cache(node: Node) -> bool:
+    """Whether an attention takes it as keys or values, with nothing computed in between."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        for user in set(current.users) - seen:
+            if op_name(user) == "scaled_dot_product_attention":
+                return current in (argument(user, 1, "key"), argument(user, 2, "value"))
+            if op_name(user) in MOVES | {"cat", "getitem", "index_copy", "index_select"}:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 # Frames: from the encoder to where they meet their tokens

@@ -76,7 +76,6 @@ def test_a_call_without_a_video_runs_its_own_code(model):
     assert report(model).to_dict()["last_call"] == "no video"
 
 
-@pytest.mark.xfail(strict=True, reason="needs a finder that follows the frames")
 class TestCompressed:
     """Pooling is in front of the projector, and a class token is cut off."""
 

@@ -114,10 +114,7 @@ def test_videos_of_different_lengths_in_rows_of_their_own_and_in_one(model):
     assert torch.equal(new, torch.cat(plain))
 
 
-NO_SEPARATOR = pytest.mark.xfail(strict=True, reason="released needs a separator behind the tokens of a video")
-
-
-@pytest.mark.parametrize("variant", ["paper", pytest.param("released", marks=NO_SEPARATOR), "plus"])
+@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
 def test_every_variant_gives_the_rows_of_the_oracle(model, variant):
     (clip,) = clips(12)
     earlytom_compile.compile(model, lowering="eager", **{**OPTIONS, "variant": variant})

@@ -38,19 +38,8 @@ def compiled_generate(model):
     model.generate = torch.compile(model.generate, backend="earlytom", options=OPTIONS)
 
 
-# passes/manager.py has to tell a graph that gets encoded videos from one without any.
-says_something_else = pytest.mark.xfail(reason="the reason given for videos that are encoded outside of forward()")
-
-
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        pytest.param(compiled_forward, marks=says_something_else),
-        pytest.param(compiled_call, marks=says_something_else),
-        pytest.param(compiled_generate, marks=says_something_else),
-    ],
-)
+@pytest.mark.parametrize("spelling", [compiled_forward, compiled_call, compiled_generate])
 def test_what_cannot_compress_names_the_spelling_that_can(spelling, model, inputs):
     wanted = new_tokens(model, inputs, max_new_tokens=1)
     spelling(model)
