@@ -244,8 +244,8 @@ def _flatten(view: GraphView, encoder: Encoder, videos: int, batch: Dim) -> tupl
         raise NotApplicable(
             f"the frames of the vision encoder {encoder.name} never meet their tokens in one axis before the graph "
             "ends: a graph break inside the vision path, or a vision tower compiled alone",
-            'Look for graph breaks with TORCH_LOGS="graph_breaks", or use earlytom_compile.compile(model), which also '
-            "takes a vision tower alone",
+            'Look for graph breaks with TORCH_LOGS="graph_breaks", or use earlytom_compile.compile(model); a vision '
+            "tower alone is for earlytom_compile.compile_tower(tower)",
         )
     joined = [found for node in exits if (found := _joined(view, node, videos, batch)) is not None]
     if len(joined) != 1 or len(exits) != 1:
@@ -253,8 +253,8 @@ def _flatten(view: GraphView, encoder: Encoder, videos: int, batch: Dim) -> tupl
         raise NotApplicable(
             f"no video passes through the vision encoder {encoder.name} in a way that is understood: its frames flow "
             f"into {describe(strange)}, which was taken for the place where frames and their tokens become one axis",
-            "Images, whose patches are taken apart there, are never compressed; for other models see "
-            "docs/adding-a-model.md",
+            "Images, whose patches are taken apart there, are never compressed; a vision tower alone is for "
+            "earlytom_compile.compile_tower(tower); for other models see docs/adding-a-model.md",
         )
     return joined[0]
 

@@ -12,7 +12,7 @@ the moving average, their own code tells once more for the same similarities. Th
 stay as they are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,13 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError
 from ..families.base import Family, Video
 from ..families.registry import family_of
+from ..frame_sources import Source, blend, parts, untouched
 from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
 from .placement import video_path
 from .tracing import with_its_own_code
 from .vision_path import kind_of, traced_arguments, video_rows
-
-Source = tuple[tuple[int, float], ...]
-"""What a frame is made of: (frame, weight) of each part, a weight of 0 left out."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +100,10 @@ class Observation:
 
     def origins(self, merges: int | None = None) -> tuple[Source, ...]:
         """Of each frame left after the first ``merges`` merge layers (None: all), the sampled frames it is made of."""
-        made: tuple[Source, ...] = tuple(((frame, 1.0),) for frame in range(self.frames))
+        made = untouched(self.frames)
         for step in self.merges[:merges]:
-            made = tuple(_blend(made, source) for source in step.sources)
+            made = tuple(blend(made, source) for source in step.sources)
         return made
-
-
-def _blend(made: Sequence[Source], source: Source) -> Source:
-    weights: dict[int, float] = {}
-    for part, share in source:
-        for frame, weight in made[part]:
-            weights[frame] = weights.get(frame, 0.0) + share * weight
-    return tuple(sorted(weights.items()))
 
 
 def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) -> list[Observation]:
@@ -280,11 +270,5 @@ def _merge_step(layer: int, given: dict[str, Any], plan: tuple[torch.Tensor, ...
         smoothed=explained.smoothed,
         segments=explained.segments,
         thresholds=explained.thresholds,
-        sources=tuple(tuple(_parts(*row)) for row in list(zip(source, weight, strict=True))[: sum(counts)]),
+        sources=tuple(tuple(parts(*row)) for row in list(zip(source, weight, strict=True))[: sum(counts)]),
     )
-
-
-def _parts(source: list[int], weight: list[float]) -> Iterator[tuple[int, float]]:
-    for frame, share in zip(source, weight, strict=True):
-        if share:
-            yield frame, share

@@ -22,14 +22,25 @@ from .tracing import FirstCallAlone, mark_static, with_its_own_code
 
 
 class VisionPath:
-    """The compiled vision path for one resolution and, unless ``any_length``, one number of frames."""
+    """The compiled vision path for one resolution and, unless ``any_length``, one number of frames. With
+    ``frames_only`` it is that of a tower alone, and the rows are its frames [N, S, D]."""
 
-    def __init__(self, family: Family, config: EarlyTomConfig, any_length: bool, kinds: Kinds, cause: str) -> None:
+    def __init__(
+        self,
+        family: Family,
+        config: EarlyTomConfig,
+        any_length: bool,
+        kinds: Kinds,
+        cause: str,
+        *,
+        frames_only: bool = False,
+    ) -> None:
         self._family = family
         self._config = config
         self._cause = cause
         self._kinds = kinds
         self._any_length = any_length
+        self._frames_only = frames_only
         self.graphs: list[CompressedGraph] = []
         self._traced: set[Any] = set()  # Dynamo's functions: several where a graph break cut ours
         self._compiled = FirstCallAlone(torch.compile(with_its_own_code(video_rows), backend=self._backend))
@@ -49,7 +60,8 @@ class VisionPath:
         start = time.monotonic()
         with video_path(model, self._family):
             rows = self._compiled(self._family, model, *traced_arguments(video, self._any_length))
-        return _without_batch(rows), next((graph for graph in self.graphs if graph.record.last_call >= start), None)
+        rows = rows if self._frames_only else _without_batch(rows)
+        return rows, next((graph for graph in self.graphs if graph.record.last_call >= start), None)
 
     def uncompiled(self, model: Any, video: Video) -> torch.Tensor:
         """Rows [N, C] by the model's own code."""
@@ -61,7 +73,13 @@ class VisionPath:
         self._traced.add(getattr(compile_id, "frame_id", None))
         cause = self._cause + changed_in_trace()
         compiled = compile_graph(
-            graph_module, example_inputs, self._config, features_only=True, kinds=self._kinds, cause=cause
+            graph_module,
+            example_inputs,
+            self._config,
+            features_only=not self._frames_only,
+            frames_only=self._frames_only,
+            kinds=self._kinds,
+            cause=cause,
         )
         if isinstance(compiled, CompressedGraph):
             self.graphs.append(compiled)
