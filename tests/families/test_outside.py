@@ -172,6 +172,32 @@ def test_a_model_whose_loop_calls_forward_compresses_there(model):
     assert torch.equal(looping.generate(tokens, clip[None], new=3), plain)
 
 
+def test_rows_may_come_beside_the_ids(model, monkeypatch):
+    """As several layers of features would, which are no embeddings."""
+
+    class Beside(VideoModel):
+        def forward(self, tokens=None, video=None, embeddings=None, mask=None, rows=None):
+            return super().forward(tokens, video, self.placed(tokens, embeddings, rows), mask)
+
+        def generate(self, tokens, video=None, embeddings=None, mask=None, new=8, rows=None):
+            return super().generate(tokens, video, self.placed(tokens, embeddings, rows), mask, new)
+
+        def placed(self, tokens, embeddings, rows):
+            if rows is None:
+                return embeddings
+            return self.words(tokens).masked_scatter((tokens == VIDEO).unsqueeze(-1), rows)
+
+    monkeypatch.setattr(HandWritten, "inputs", lambda family, model, ids, rows: {"input_ids": ids, "rows": rows[0][1]})
+    (clip,), tokens = clips(12), prompt(12)
+    embeddings = oracle_embeddings(model, tokens, clip)
+    beside = Beside().eval()
+    beside.load_state_dict(model.state_dict())
+    earlytom_compile.compile(beside, lowering="eager", **OPTIONS)
+    assert torch.equal(beside.generate(tokens, clip[None], new=6), model.generate(tokens, embeddings=embeddings, new=6))
+    with torch.no_grad():
+        torch.testing.assert_close(beside(tokens, clip[None]), model(embeddings=embeddings), atol=1e-5, rtol=1e-5)
+
+
 def test_a_model_that_takes_no_embeddings_is_refused(model):
     class Closed(VideoModel):
         def forward(self, tokens, video=None):
