@@ -142,7 +142,9 @@ def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
             "covers it; it was taken for a part of the projector, which sees each frame alone",
             _LEAVE,
         )
-    tokens = math.prod(int(size) for size in shape_of(features)[frame_axes:-1])  # type: ignore[index]
+    shape = shape_of(features)
+    assert shape is not None
+    tokens = math.prod([int(size) for size in shape[frame_axes:-1]])
     flat = _last_of_its_shape(flat)
     separator, end = _separator_after(flat)
     rows = end if len(shape_of(end) or ()) == 2 else _rows_after(end)
