@@ -24,7 +24,6 @@ from earlytom_compile.passes.dataflow import Dataflow
 from earlytom_compile.passes.patterns import CASTS, argument, module_path, other_operand, peel, shape_of
 from earlytom_compile.passes.positions import first_mixing
 
-
 _AMONG_TOKENS = "attention of the tokens [T, H, S, d] of each frame among themselves"
 
 

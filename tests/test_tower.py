@@ -59,13 +59,15 @@ def test_frames_of_every_length(name):
 def test_sources_tell_what_a_frame_is_made_of():
     """With a merge behind the embedding's first layer alone, its frames are the mixture that the sources name."""
     tower = made("SigLIP with a pooling head")
-    encode = earlytom_compile.compile_tower(
-        tower, hidden=lambda tower, x: tower(x, output_hidden_states=True).hidden_states[1], **{**OPTIONS, "merge_layers": (0,)}
-    )  # fmt: skip
+
+    def first_layer(tower, x):
+        return tower(x, output_hidden_states=True).hidden_states[1]
+
+    encode = earlytom_compile.compile_tower(tower, hidden=first_layer, **{**OPTIONS, "merge_layers": (0,)})
     pixels = pictures(12)
     got = encode(pixels)
     with torch.no_grad():
-        plain = tower(pixels, output_hidden_states=True).hidden_states[1]
+        plain = first_layer(tower, pixels)
     mixed = torch.stack([sum(share * plain[frame] for frame, share in source) for source in got.sources])
     torch.testing.assert_close(got.hidden, mixed, atol=1e-5, rtol=1e-4)
     assert any(len(source) > 1 for source in got.sources)
