@@ -106,7 +106,7 @@ def _lower(
     frames = state.path.frames
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
-        cut_language_model, videos = state.config.keeps_exactly(), state.path.videos
+        cut_language_model, videos = state.config.keeps_exactly() and state.even_rows, state.path.videos
         return lower_stages(
             state.graph_module,
             example_inputs,
@@ -373,6 +373,6 @@ def _expected(state: Rewrite) -> tuple[int, ExpectedPlaceholders] | None:
         boundary.placeholders.token,
         boundary.videos,
         boundary.rows_of(int(boundary.frames)),
-        even_rows=state.config.keeps_exactly(),
+        even_rows=state.config.keeps_exactly() and state.even_rows,
     )
     return inputs.index(boundary.placeholders.input_ids), expected

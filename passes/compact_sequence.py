@@ -66,14 +66,15 @@ def find_sequence_inputs(axes: AxisMap, input_ids: Node) -> SequenceInputs:
 
 
 def compact_sequence(
-    graph: Graph, boundary: Boundary, selected: SelectedTokens, inputs: SequenceInputs
+    graph: Graph, boundary: Boundary, selected: SelectedTokens, inputs: SequenceInputs, even_rows: bool
 ) -> tuple[Node, list[ResizedAxis]]:
-    """Insert the cut; returns the positions that stay, [R, S'], and the sequence axes of the graph inputs."""
+    """Insert the cut; returns the positions that stay, [R, S'], and the sequence axes of the graph inputs. Unless
+    ``even_rows``, rows have different numbers of videos, and S' is known at run time only."""
     carriers = (inputs.input_ids, *inputs.masks, *inputs.others, *inputs.positions)
     consumers = {node: list(node.users) for node in carriers}
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
-        if isinstance(selected.budget, int):
+        if isinstance(selected.budget, int) and even_rows:
             keep, length = _keep_exactly(graph, boundary, selected.budget)
         else:
             keep, length = _keep_ragged(graph, boundary, selected, inputs)
@@ -90,11 +91,6 @@ def compact_sequence(
 def _keep_exactly(graph: Graph, boundary: Boundary, budget: int) -> tuple[Node, Node | int]:
     ids = boundary.placeholders.input_ids  # type: ignore[union-attr]
     rows, positions = shape_of(ids)  # type: ignore[misc]
-    if boundary.videos % int(rows):
-        raise NotApplicable(
-            f"{boundary.videos} videos do not spread evenly over {int(rows)} prompts",
-            "Give every row the same number of videos, or use earlytom_compile.compile(model) and generate()",
-        )
     frames = int(boundary.frames)
     before = boundary.rows_of(frames)
     after = before - frames * boundary.tokens + budget
@@ -115,11 +111,14 @@ def _keep_ragged(
     rows = int(shape_of(inputs.input_ids)[0])  # type: ignore[index]
     if rows > 1 and not inputs.masks:
         raise NotApplicable(
-            'variant="released" keeps a different number of tokens in each prompt of a batch, and without an '
-            "attention_mask the shorter ones cannot be padded",
-            'Pass the attention_mask of the processor, or use variant="paper"',
+            "the prompts of this batch keep different numbers of tokens, and without an attention_mask the shorter ones "
+            "cannot be padded",
+            "Pass the attention_mask of the processor",
         )
-    kept: Node = selected.kept_counts  # type: ignore[assignment]
+    kept = selected.kept_counts
+    if kept is None:
+        device = value_of(inputs.input_ids).device  # type: ignore[union-attr]
+        kept = insert(graph, torch.full, (boundary.videos,), selected.budget, dtype=torch.int64, device=device)
     if boundary.separator is not None:
         kept = insert(graph, operator.add, kept, 1)
     token = boundary.placeholders.token  # type: ignore[union-attr]

@@ -34,7 +34,13 @@ from earlytom_compile.passes.axis_call import MARK
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
-from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath, find_tower_path, find_video_boundary
+from earlytom_compile.passes.find_video_boundary import (
+    Boundary,
+    Placeholders,
+    VideoPath,
+    find_tower_path,
+    find_video_boundary,
+)
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, find_vision_encoder
 from earlytom_compile.passes.graph_order import stable_topological_sort
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge
@@ -68,6 +74,8 @@ class Rewrite:
     encoders: list[Encoder] = field(default_factory=list)
     path: VideoPath | None = None
     sequence: SequenceInputs | None = None
+    even_rows: bool = True
+    """Whether every row of the prompt has as many videos as the others, so that all are cut to one length."""
     sizes: VideoSizes | None = None
     video: MergedVideo | None = None
     selected: SelectedTokens | None = None
@@ -178,7 +186,19 @@ def _find_sequence(state: Rewrite) -> None:
     # Before anything is inserted: our own operators say nothing about which axes are the same.
     if (boundary := state.boundary) and boundary.placeholders:
         assert state.view is not None
+        state.even_rows = _have_rows_as_many_videos(state, boundary.placeholders)
         state.sequence = find_sequence_inputs(state.view.axes, boundary.placeholders.input_ids)
+
+
+def _have_rows_as_many_videos(state: Rewrite, placeholders: Placeholders) -> bool:
+    """As the prompt shows for which the graph was traced; every later one is looked at before it runs."""
+    assert state.boundary is not None
+    inputs = [node for node in state.graph_module.graph.nodes if node.op == "placeholder"]
+    ids = dict(zip(inputs, state.example_inputs, strict=False)).get(placeholders.input_ids)
+    rows = int(shape_of(placeholders.input_ids)[0])  # type: ignore[index]
+    if not isinstance(ids, torch.Tensor) or isinstance(ids, FakeTensor):
+        return state.boundary.videos % rows == 0
+    return len(set((ids == placeholders.token).sum(1).tolist())) == 1
 
 
 def _lay_out_frames(state: Rewrite) -> None:
@@ -228,7 +248,7 @@ def _compact(state: Rewrite) -> None:
     if state.sequence is not None:
         assert state.boundary is not None and state.selected is not None
         graph = state.graph_module.graph
-        state.keep, axes = compact_sequence(graph, state.boundary, state.selected, state.sequence)
+        state.keep, axes = compact_sequence(graph, state.boundary, state.selected, state.sequence, state.even_rows)
         state.axes += axes
 
 

@@ -397,17 +397,28 @@ def test_grad_mode(model, compressed):
     falls_back(model, compressed(), video_inputs(model, 16), "gradients are enabled")
 
 
-@pytest.mark.parametrize("videos", cases(((3, 1),), among=[((3, 1),), ((2, 1, 0),)]))
-def test_rows_with_different_numbers_of_videos(model, compressed, videos):
+@pytest.mark.parametrize(
+    "videos, variant",
+    cases(((3, 1), "paper"), among=list(product([(3, 1), (2, 1), (2, 1, 0)], ["paper", "plus", "released"]))),
+)
+def test_rows_with_different_numbers_of_videos(model, compressed, videos, variant):
     inputs = video_inputs(model, 8, videos_per_row=videos)
     with torch.no_grad():
-        falls_back(model, compressed(), inputs, re.escape(f"different numbers of videos {videos}"))
+        logits = compressed(variant=variant)(**inputs).logits
+    expected = compressed_forward(model, inputs, retain_ratio=0.2, variant=variant, **MERGE)
+    seen = expected.cut_attention_mask.bool()
+    torch.testing.assert_close(logits[seen], expected.logits[seen], atol=1e-4, rtol=1e-4)
 
 
-def test_videos_that_no_rows_of_equal_length_can_share(model, compressed):
-    inputs = video_inputs(model, 8, videos_per_row=(2, 1))
+def test_a_graph_for_equal_rows_meets_others(model, compressed):
+    """Of one shape, so that Dynamo does not compile again, and one that no other test has traced with uneven rows."""
+    run = compressed()
+    even, uneven = (video_inputs(model, 6, videos_per_row=videos) for videos in ((2, 2), (3, 1)))
+    missing = uneven["input_ids"].shape[1] - even["input_ids"].shape[1]
+    even = video_inputs(model, 6, videos_per_row=(2, 2), left_padding=missing)
     with torch.no_grad():
-        falls_back(model, compressed(), inputs, "do not spread evenly")
+        run(**even)
+        falls_back(model, run, uneven, re.escape("different numbers of videos (3, 1)"))
 
 
 def test_text_inside_a_video(model, compressed):
