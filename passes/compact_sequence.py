@@ -111,8 +111,8 @@ def _keep_ragged(
     rows = int(shape_of(inputs.input_ids)[0])  # type: ignore[index]
     if rows > 1 and not inputs.masks:
         raise NotApplicable(
-            "the prompts of this batch keep different numbers of tokens, and without an attention_mask the shorter ones "
-            "cannot be padded",
+            "the prompts of this batch keep different numbers of tokens, and without an attention_mask the shorter "
+            "ones cannot be padded",
             "Pass the attention_mask of the processor",
         )
     kept = selected.kept_counts
