@@ -397,6 +397,7 @@ class _VisionPath:
         self._any_length = any_length
         self._graphs: list[CompressedGraph] = []
         self._traced = False
+        make_traceable()  # libraries that were imported since compile()
         self._compiled = FirstCallAlone(torch.compile(with_its_own_code(_video_rows), backend=self._backend))
 
     @property
@@ -521,6 +522,11 @@ def is_supported(model: Any) -> bool:
 
 def _require_supported(model: Any) -> None:
     if not is_supported(model):
+        if hasattr(model, "get_base_model") and is_supported(model.get_base_model()):  # PEFT's
+            raise EarlyTomConfigError(
+                f"earlytom_compile.compile() got a {type(model).__name__} around the model: call "
+                "earlytom_compile.compile(model.get_base_model()), and go on with model.generate()."
+            )
         raise EarlyTomConfigError(
             f"earlytom_compile.compile() knows LlavaOnevisionForConditionalGeneration of transformers; got "
             f'{type(model).__name__}. For other models try torch.compile(model, backend="earlytom").'
