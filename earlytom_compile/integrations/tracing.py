@@ -121,9 +121,9 @@ def _install_while_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _plain_weight_while_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
     def dequantize_module_weight(module: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() and not hasattr(module, "W_q"):  # HQQ's
-            if type(module.weight) is torch.nn.Parameter:
-                return module.weight
+        packed = hasattr(module, "W_q")  # HQQ's
+        if torch.compiler.is_dynamo_compiling() and not packed and type(module.weight) is torch.nn.Parameter:
+            return module.weight
         return original(module)
 
     return dequantize_module_weight
