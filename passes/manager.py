@@ -38,7 +38,7 @@ from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_seq
 from earlytom_compile.passes.find_video_boundary import Boundary, find_video_boundary
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, find_vision_encoder
 from earlytom_compile.passes.graph_order import eliminate_dead_code, stable_topological_sort
-from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge
+from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge, require_merged_features
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
 from earlytom_compile.passes.opaque_operators import mark_position_wise, weights_of
 from earlytom_compile.passes.patterns import insert, memory_of, op_name, shape_of, value_of
@@ -133,6 +133,7 @@ def _find_boundary(state: Rewrite) -> None:
             "and the language model)",
             'Remove the graph break (TORCH_LOGS="graph_breaks" shows it), or use earlytom_compile.compile(model)',
         )
+    require_merged_features(state.view, state.boundary, state.config)
 
 
 def _find_token_map(state: Rewrite) -> None:
