@@ -177,8 +177,7 @@ def lower_stages(
         if key not in known:
             try:
                 with progress(f"compiling piece {len(used) + 1} of {total} ({piece.where})"):
-                    run_piece = lower(piece.graph_module, _examples(piece, given), "whole", options)
-                known[key] = _Compiled(run_piece, piece)
+                    known[key] = _compile_piece(piece, given, options)
             except _CANNOT_LOWER as error:
                 known[key] = None
                 record.note(_not_compiled(f"a part of the model ({piece.where})", error))
@@ -191,6 +190,23 @@ def lower_stages(
     if cuda_graphs:
         replay_runs(stages, pieces, compiled, frames, record)
     return cast(Runnable, stages.forward)
+
+
+def _compile_piece(piece: Piece, given: Mapping[int, Any], options: Mapping[str, Any]) -> "_Compiled":
+    """Compile a piece for all sizes; if that fails since it asks whether one of them is 1, as torchao's dynamic
+    quantisation does, for all above 1."""
+    try:
+        return _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options), piece)
+    except GuardOnDataDependentSymNode:
+        if not _is_free(piece, given):
+            raise
+        sizes = _UnknownSizes(least=2)
+        examples = [sizes.put_into(x) if _is_symbolic(x) else x for x in _examples(piece, given)]
+        places = {size.node.expr: (i, axis) for i, x in enumerate(examples) for axis, size in _symbolic_sizes(x)}
+        if not sizes.symbols <= places.keys():
+            raise  # nobody could tell from an input of the piece whether the size is 1
+        run = lower(piece.graph_module, examples, "whole", options)
+        return _Compiled(run, piece, [places[symbol] for symbol in sizes.symbols])
 
 
 def _not_compiled(what: str, error: Exception) -> str:
@@ -221,37 +237,66 @@ def _examples(piece: Piece, given: Mapping[int, Any]) -> list[Any]:
 def _forget_sizes(pieces: Sequence[Piece], given: Mapping[int, Any]) -> set[str]:
     """Put sizes of which nothing is known in the place of Dynamo's symbols, in what the pieces are compiled for. Those
     that read the graph's own inputs keep theirs. Returns the names of the others."""
-    fake_mode = torch._guards.TracingContext.get().fake_mode
-    assert fake_mode is not None and fake_mode.shape_env is not None
-    shape_env, unknown = fake_mode.shape_env, dict[Any, Any]()
-
-    def forgotten(size: Any) -> Any:
-        if not isinstance(size, torch.SymInt):
-            return size
-        expression = size.node.expr
-        for symbol in expression.free_symbols - unknown.keys():
-            unknown[symbol] = symbol
-            if not symbol_is_type(symbol, SymT.UNBACKED_INT):
-                unbacked = shape_env.create_unbacked_symint()
-                torch._check(unbacked >= 1)
-                unknown[symbol] = unbacked.node.expr
-                shape_env.var_to_hint_override[unbacked.node.expr] = int(shape_env.backed_var_to_val[symbol])
-        return shape_env.create_symintnode(expression.xreplace(unknown), hint=None)
-
-    names = set()
+    sizes, names = _UnknownSizes(least=1, keep_unbacked=True), set()
     for piece in pieces:
-        inputs = {node: value_of(node) for node in piece.graph_module.graph.nodes if node.op == "placeholder"}
-        symbolic = {node: value for node, value in inputs.items() if _is_symbolic(value)}
-        if any(id(value) in given for value in symbolic.values() if isinstance(value, torch.Tensor)):
+        if not _is_free(piece, given):
             continue  # such as a convolution, whose layout PyTorch does not know for a size of which nothing is known
         names.add(piece.name)
-        with fake_mode, shape_env.ignore_fresh_unbacked_symbols():
-            for node, value in symbolic.items():
-                if isinstance(value, torch.Tensor):
-                    layout = [[forgotten(size) for size in sizes] for sizes in (value.shape, value.stride())]
-                    made = torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
-                node.meta["example_value"] = made if isinstance(value, torch.Tensor) else forgotten(value)
+        for node in piece.graph_module.graph.nodes:
+            if node.op == "placeholder" and _is_symbolic(value_of(node)):
+                node.meta["example_value"] = sizes.put_into(value_of(node))
     return names
+
+
+def _is_free(piece: Piece, given: Mapping[int, Any]) -> bool:
+    """Whether no input of the graph that has a symbol for a size is an input of the piece."""
+    return not any(isinstance(x, torch.Tensor) and _is_symbolic(x) and id(x) in given for x in piece.inputs)
+
+
+class _UnknownSizes:
+    """Sizes of which nothing is known but that they are not below ``least``, in the place of a graph's symbols."""
+
+    def __init__(self, least: int, keep_unbacked: bool = False) -> None:
+        fake_mode = torch._guards.TracingContext.get().fake_mode
+        assert fake_mode is not None and fake_mode.shape_env is not None
+        self._fake_mode, self._shape_env = fake_mode, fake_mode.shape_env
+        self._least, self._keep_unbacked = least, keep_unbacked
+        self._unknown: dict[Any, Any] = {}
+
+    @property
+    def symbols(self) -> set[Any]:
+        """Those that were put into something."""
+        return set(self._unknown.values())
+
+    def put_into(self, value: Any) -> Any:
+        """A fake tensor like ``value``, or a size."""
+        with self._fake_mode, self._shape_env.ignore_fresh_unbacked_symbols():
+            if not isinstance(value, torch.Tensor):
+                return self._of(value)
+            layout = [[self._of(size) for size in sizes] for sizes in (value.shape, value.stride())]
+            return torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
+
+    def _of(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        shape_env, expression = self._shape_env, size.node.expr
+        for symbol in expression.free_symbols - self._unknown.keys():
+            unbacked = symbol_is_type(symbol, SymT.UNBACKED_INT)
+            self._unknown[symbol] = symbol
+            if not (unbacked and self._keep_unbacked):
+                fresh = shape_env.create_unbacked_symint()
+                torch._check(fresh >= self._least)
+                self._unknown[symbol] = fresh.node.expr
+                hint = shape_env.var_to_hint_override.get(symbol) if unbacked else shape_env.backed_var_to_val[symbol]
+                if hint is not None:
+                    shape_env.var_to_hint_override[fresh.node.expr] = int(hint)
+        return shape_env.create_symintnode(expression.xreplace(self._unknown), hint=None)
+
+
+def _symbolic_sizes(value: Any) -> list[tuple[int | None, torch.SymInt]]:
+    """The axes of a tensor whose sizes are known at run time only, and these; of a size itself, None and the size."""
+    sizes = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
+    return [(axis, size) for axis, size in sizes if isinstance(size, torch.SymInt)]
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -272,14 +317,18 @@ def _settings(options: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 class _Compiled(torch.nn.Module):
-    """Compiled code in the place of a submodule."""
+    """Compiled code in the place of a submodule. ``above_one`` are the inputs, and their axes, whose sizes it takes for
+    larger than 1; where one is not, the piece runs as it is."""
 
-    def __init__(self, run: Runnable, piece: Piece) -> None:
+    def __init__(self, run: Runnable, piece: Piece, above_one: Sequence[tuple[int, int | None]] = ()) -> None:
         super().__init__()
         self._run = run
         self._piece = piece  # keeps its functions alive: their ids, which are in its key, must not become another's
+        self._above_one = above_one
 
     def forward(self, *args: Any) -> Sequence[Any]:
+        if any((args[i] if axis is None else args[i].shape[axis]) <= 1 for i, axis in self._above_one):
+            return self._piece.graph_module(*args)
         return self._run(*args)
 
 

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from earlytom_compile.passes.axis_algebra import Dim
 from earlytom_compile.passes.axis_call import ONE, Call, Dims, NoRule, Outputs, Path, TensorAxes, rule, wrap
+from earlytom_compile.passes.patterns import einsum_letters
 
 POINTWISE = (
     # Arithmetic
@@ -183,12 +184,13 @@ def outer(call: Call, input: Any, vec2: Any) -> Dims:
 def einsum(call: Call, equation: str, *operands: Any) -> Dims:
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
-    terms, arrow, result = equation.replace(" ", "").partition("->")
-    if not arrow or "." in equation:
-        raise NoRule("only einsum equations with -> and without ellipsis are known")
+    if "->" not in equation:
+        raise NoRule("only einsum equations with -> are known")
+    shapes = [call.dims(operand) for operand in operands]
+    terms, result = einsum_letters(equation, [len(shape) for shape in shapes])
     axes: dict[str, Dim] = {}
-    for term, operand in zip(terms.split(","), operands, strict=True):
-        for letter, dim in zip(term, call.dims(operand), strict=True):
+    for term, shape in zip(terms, shapes, strict=True):
+        for letter, dim in zip(term, shape, strict=True):
             known = axes.setdefault(letter, dim)
             if not dim.size.is_(1) and not known.size.is_(1):
                 call.unify(known, dim)

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from earlytom_compile.passes.attention_spellings import Attention, attention_of, heads_of
 from earlytom_compile.passes.axes import op_name
+from earlytom_compile.passes.graph_order import eliminate_dead_code
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 
 
@@ -46,7 +47,7 @@ def _erase_masks(graph: Graph) -> None:
         target = node.args[0] if op_name(node) == "setitem" else None
         if isinstance(target, Node) and _is_batched(target) and alive.isdisjoint(target.users):
             graph.erase_node(node)
-    graph.eliminate_dead_code()
+    eliminate_dead_code(graph)
 
 
 def _is_batched(node: Node) -> bool:

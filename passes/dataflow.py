@@ -4,13 +4,15 @@
     flow.is_from(add, hidden)            # whether the numbers of `add` depend on those of `hidden`
     flow.between(hidden, query)          # [norm, linear, view, transpose]: what makes `query` of `hidden`
 
-Only numbers count: who reads nothing but the size of a tensor is not computed from it.
+Only numbers count: who reads nothing but the size or the dtype of a tensor is not computed from it.
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch.fx import Graph, Node
+
+from earlytom_compile.passes.patterns import op_name
 
 
 class Dataflow:
@@ -24,7 +26,8 @@ class Dataflow:
         for i, node in enumerate(self.nodes):
             sources = 1 << i
             if _has_numbers(node):
-                for read in node.all_input_nodes:
+                # weight.to(x) is not computed from x.
+                for read in node.all_input_nodes[:1] if op_name(node) in ("to", "type_as") else node.all_input_nodes:
                     sources |= self._sources[self._place[read]]
             self._sources.append(sources)
 

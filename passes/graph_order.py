@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -98,6 +98,11 @@ def writes(node: Node) -> bool:
         return bool(node.target._schema.is_mutable)
     named = {key for key in ("out", "inplace") if node.kwargs.get(key) not in (None, False)}
     return node.op == "call_function" and (bool(named) or getattr(node.target, "__name__", "") in _IN_PLACE)
+
+
+def eliminate_dead_code(graph: Graph, keep: Container[Node] = ()) -> None:
+    """Erase what nobody reads and what changes nothing; torch.fx takes ``x.add_(y)`` for such a thing."""
+    graph.eliminate_dead_code(lambda node: node in keep or writes(node) or node.is_impure())
 
 
 def _fixed_pairs(graph: Graph) -> Iterable[tuple[Node, Node]]:

@@ -23,8 +23,8 @@ from torch.fx import Graph, Node
 
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
-from earlytom_compile.passes.find_video_boundary import VideoPath
-from earlytom_compile.passes.find_vision_encoder import Block
+from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath
+from earlytom_compile.passes.find_vision_encoder import Block, GraphView
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis
@@ -43,6 +43,22 @@ class MergedVideo:
     counts: tuple[Node, ...]  # int64 [V], frames of each video: at first, then after each merge layer
     plans: tuple[tuple[Node, Node], ...]  # (source, weight) of each merge layer, see kernels/plan_merge.py
     axes: tuple[ResizedAxis, ...]  # the frame axes that changed
+
+
+def require_merged_features(view: GraphView, boundary: Boundary, config: EarlyTomConfig) -> None:
+    """Raise where the projector takes what leaves a layer before the last one that merges, as with several
+    ``vision_feature_layer``: of one video it would have two numbers of frames."""
+    blocks = boundary.encoder.blocks
+    last = max(config.resolve_merge_layers(len(blocks)), default=0)
+    for layer, block in enumerate(blocks[:last]):
+        inside = view.flow.between(block.output, blocks[layer + 1].output)
+        if any(view.flow.is_from(boundary.flat, user) for user in block.output.users if user not in inside):
+            layers = tuple(each for each in config.resolve_merge_layers(len(blocks)) if each <= layer) or (layer,)
+            raise NotApplicable(
+                f"the projector also takes what leaves layer {layer} of the vision encoder {boundary.encoder.name}, "
+                f"and layer {last} merges frames after it",
+                f"Let no later layer merge: merge_layers={layers}",
+            )
 
 
 def insert_frame_merge(graph: Graph, path: VideoPath, sizes: VideoSizes, config: EarlyTomConfig) -> MergedVideo:

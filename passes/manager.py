@@ -33,6 +33,7 @@ from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.passes.axis_call import MARK
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
+from earlytom_compile.passes.canonicalize_writes import canonicalize_writes
 from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
 from earlytom_compile.passes.find_video_boundary import (
     Boundary,
@@ -42,8 +43,8 @@ from earlytom_compile.passes.find_video_boundary import (
     find_video_boundary,
 )
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, find_vision_encoder
-from earlytom_compile.passes.graph_order import stable_topological_sort
-from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge
+from earlytom_compile.passes.graph_order import eliminate_dead_code, stable_topological_sort
+from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge, require_merged_features
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
 from earlytom_compile.passes.opaque_operators import mark_position_wise, weights_of
 from earlytom_compile.passes.patterns import insert, memory_of, op_name, shape_of, value_of
@@ -121,10 +122,12 @@ class Rewrite:
 
 
 def _canonicalize(state: Rewrite) -> None:
-    canonicalize_attention(state.graph_module.graph)
-    canonicalize_splits(state.graph_module.graph)
+    graph = state.graph_module.graph
+    canonicalize_writes(graph)
+    canonicalize_attention(graph)
+    canonicalize_splits(graph)
     # Dead branches (an unused pooling head, a norm nobody reads) would look like other readers of the features.
-    state.graph_module.graph.eliminate_dead_code()
+    eliminate_dead_code(graph)
 
 
 def _mark_position_wise(state: Rewrite) -> None:
@@ -154,6 +157,7 @@ def _find_boundary(state: Rewrite) -> None:
             "and the language model)",
             'Remove the graph break (TORCH_LOGS="graph_breaks" shows it), or use earlytom_compile.compile(model)',
         )
+    require_merged_features(state.view, state.boundary, state.config)
 
 
 def _find_token_map(state: Rewrite) -> None:
@@ -259,8 +263,7 @@ def _retarget(state: Rewrite) -> None:
 
 
 def _check(state: Rewrite) -> None:
-    counted = set(state.counted)
-    state.graph_module.graph.eliminate_dead_code(lambda node: node in counted or node.is_impure())
+    eliminate_dead_code(state.graph_module.graph, keep=set(state.counted))
     state.graph_module.graph.lint()
     state.graph_module.recompile()
     _run_on_fake_tensors(state.graph_module)

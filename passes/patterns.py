@@ -4,7 +4,7 @@ q = linear.view(8, 36, -1, 8).transpose(1, 2)      # peel(q) is `linear`
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,17 @@ def peel(node: Any, through: frozenset[str] = MOVES) -> Any:
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def einsum_letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The letters of each operand's axes and of the result's. Those that ``...`` stands for are digits, the last of
+    them 0, since they are broadcast."""
+    given, _, result = equation.replace(" ", "").partition("->")
+    terms = given.split(",")
+    hidden = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    digits = ["9876543210"[10 - count :] if "..." in term else "" for term, count in zip(terms, hidden, strict=True)]
+    spelled = [term.replace("...", those) for term, those in zip(terms, digits, strict=True)]
+    return spelled, result.replace("...", max(digits, key=len))
 
 
 def other_operand(node: Node, operand: Node) -> Any:

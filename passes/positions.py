@@ -19,7 +19,7 @@ from earlytom_compile.passes.axes import AxisMap, op_name
 from earlytom_compile.passes.axis_algebra import Dim
 from earlytom_compile.passes.axis_call import Outputs, TensorAxes, Value
 from earlytom_compile.passes.dataflow import Dataflow
-from earlytom_compile.passes.patterns import argument, value_of
+from earlytom_compile.passes.patterns import argument, einsum_letters, shape_of, value_of
 
 
 def first_mixing(
@@ -138,9 +138,9 @@ def _along(position: int, name: str = "dim", default: Any = None) -> Callable[[N
     def mixed(node: Node) -> Iterator[Along]:
         given = argument(node, position, name, default)
         if isinstance(given, int):
-            yield node.args[0] if node.args else node.kwargs.get("input"), (given,)
+            yield argument(node, 0, "input"), (given,)
         elif isinstance(given, (tuple, list)) and all(isinstance(dim, int) for dim in given):
-            yield node.args[0], tuple(given)
+            yield argument(node, 0, "input"), tuple(given)
         else:
             yield from _everything(node)
 
@@ -154,7 +154,7 @@ def _everything(node: Node) -> Iterator[Along]:
 
 def _last(count: int) -> Callable[[Node], Iterator[Along]]:
     def mixed(node: Node) -> Iterator[Along]:
-        yield node.args[0], range(-count, 0)
+        yield argument(node, 0, "input"), range(-count, 0)
 
     return mixed
 
@@ -195,11 +195,12 @@ def _summed_letters(node: Node) -> Iterator[Along]:
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
-    if not isinstance(equation, str):
+    shapes = [shape_of(operand) for operand in operands]
+    if not isinstance(equation, str) or None in shapes:
         yield from _everything(node)
         return
-    terms, _, result = equation.replace(" ", "").partition("->")
-    for term, operand in zip(terms.split(","), operands, strict=False):
+    terms, result = einsum_letters(equation, [len(shape or ()) for shape in shapes])
+    for term, operand in zip(terms, operands, strict=False):
         yield operand, [i for i, letter in enumerate(term) if letter not in result]
 
 

@@ -32,6 +32,7 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from earlytom_compile.passes.find_vision_encoder import Block
 from earlytom_compile.passes.graph_order import writes
@@ -263,8 +264,16 @@ def _layout(value: Any, symbols: dict[str, str]) -> str:
     """What compiled code depends on in an input: kind, sizes and strides, with sizes known at run time renamed."""
     if isinstance(value, torch.Tensor):
         sizes = [_size(size, symbols) for size in (*value.shape, *value.stride())]
-        return f"{value.dtype} {value.device} {value.requires_grad} {sizes}"
+        return f"{value.dtype} {value.device} {value.requires_grad} {sizes}{_packed(value, symbols)}"
     return f"{type(value).__name__} {_size(value, symbols)}"
+
+
+def _packed(value: torch.Tensor, symbols: dict[str, str]) -> str:
+    """What a tensor that holds others, such as a quantised weight, is made of; nothing for any other."""
+    if not is_traceable_wrapper_subclass(value):
+        return ""
+    names, context = value.__tensor_flatten__()
+    return f" {type(value)} {context} {[_layout(getattr(value, name), symbols) for name in names]}"
 
 
 def _size(size: Any, symbols: dict[str, str]) -> str:

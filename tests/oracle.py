@@ -78,7 +78,8 @@ class MergingEncoder:
         self.layers, self.merge_layers, self.options = layers, tuple(sorted(merge_layers)), options
         self.min_frames = math.ceil(options.retain_ratio * frames)
         self.frames_after: list[int] = []
-        self.query = self.key = self.importance = self.segments = self.output = None
+        self.outputs: dict[int, Tensor] = {}  # of each layer, merged
+        self.query = self.key = self.importance = self.segments = None
 
     def hooked(self) -> ExitStack:
         stack = ExitStack()
@@ -86,12 +87,13 @@ class MergingEncoder:
         def on(module: nn.Module, hook) -> None:
             stack.callback(module.register_forward_hook(hook).remove)
 
-        attention = self.layers[self.merge_layers[-1]].self_attn
+        attention = _attention(self.layers[self.merge_layers[-1]])
         on(attention.q_proj, lambda module, args, output: setattr(self, "query", output.detach()))
         on(attention.k_proj, lambda module, args, output: setattr(self, "key", output.detach()))
         for index in self.merge_layers:
             on(self.layers[index], lambda module, args, output, index=index: self._merge(index, output))
-        on(self.layers[-1], lambda module, args, output: setattr(self, "output", _tensor(output)))
+        for index, layer in enumerate(self.layers):
+            on(layer, lambda module, args, output, index=index: self.outputs.update({index: _tensor(output)}))
         return stack
 
     def _merge(self, index: int, output):
@@ -103,7 +105,7 @@ class MergingEncoder:
         merged = plan.apply(hidden)
         self.frames_after.append(len(merged))
         if index == self.merge_layers[-1]:
-            received = _attention_received(self.query, self.key, self.layers[index].self_attn)
+            received = _attention_received(self.query, self.key, _attention(self.layers[index]))
             self.importance = plan.apply(received)
             self.segments = segment_frames(merged, **options.segmentation())
         return (merged, *output[1:]) if isinstance(output, tuple) else merged
@@ -113,24 +115,30 @@ def _tensor(output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _attention(layer: nn.Module) -> nn.Module:
+    return layer.attention if hasattr(layer, "attention") else layer.self_attn  # DINOv2 and ViT; SigLIP and CLIP
+
+
 def _attention_received(query: Tensor, key: Tensor, attention: nn.Module) -> Tensor:
     """``[T, S, D], [T, S, D] -> float32 [T, S]``: attention a token receives, mean over heads and queries."""
-    heads, width = attention.num_heads, attention.head_dim
+    heads, width, scale = len(query[0, 0]) // attention.head_dim, attention.head_dim, attention.head_dim**-0.5
     query, key = (x.float().unflatten(-1, (heads, width)).transpose(1, 2) for x in (query, key))
-    frames = [
-        (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean((0, 1)) for q, k in zip(query, key, strict=True)
-    ]
+    frames = [(q @ k.transpose(-1, -2) * scale).softmax(-1).mean((0, 1)) for q, k in zip(query, key, strict=True)]
     return torch.stack(frames)
 
 
-def _layers_in_use(model) -> nn.ModuleList:
-    """The encoder layers that feed the hidden state the model selects; hidden state k leaves layer k - 1."""
+def _layers(model) -> nn.ModuleList:
+    """The layers of the vision tower, which are called ``layer`` in DINOv2."""
     tower = model.model.vision_tower.modules()
-    layers = next(m.layers for m in tower if isinstance(getattr(m, "layers", None), nn.ModuleList))
-    selected = model.config.vision_feature_layer
-    if not isinstance(selected, int):
-        raise ValueError(f"vision_feature_layer={selected}: the oracle knows a single layer only")
-    return layers[: selected if selected >= 0 else len(layers) + 1 + selected]
+    lists = (getattr(module, name, None) for module in tower for name in ("layers", "layer"))
+    return next(layers for layers in lists if isinstance(layers, nn.ModuleList))
+
+
+def _layers_behind(model) -> list[int]:
+    """How many layers each of the hidden states that the model selects has gone through."""
+    selected, total = model.config.vision_feature_layer, len(_layers(model))
+    chosen = [selected] if isinstance(selected, int) else list(selected)
+    return [count if count >= 0 else total + 1 + count for count in chosen]
 
 
 def _tokens(model, hidden: Tensor) -> Tensor:
@@ -155,7 +163,8 @@ def _pool_importance(model, importance: Tensor) -> Tensor:
 
 def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     """``pixels [F, C, H, W]``: encode with merging, project, pool, select, append the separator."""
-    layers = _layers_in_use(model)
+    behind = _layers_behind(model)
+    layers = _layers(model)[: max(behind)]
     merge_layers = options.merge_layers
     if merge_layers is None:
         merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
@@ -164,7 +173,8 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     encoder = MergingEncoder(layers, merge_layers, len(pixels), options)
     with encoder.hooked():
         model.model.vision_tower(pixels)
-    hidden, importance = encoder.output, encoder.importance
+    hidden = torch.cat([encoder.outputs[count - 1] for count in behind], dim=-1)
+    importance = encoder.importance
     if model.config.vision_feature_select_strategy == "default":
         hidden, importance = hidden[:, 1:], importance[:, 1:]
     features = _tokens(model, hidden)

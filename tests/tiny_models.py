@@ -18,6 +18,7 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PreTrainedConfig,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -39,13 +40,16 @@ def tiny_llava_onevision(
     vocab: int = 120,
     seed: int = 0,
     attn_implementation: str = "sdpa",
-    vision_feature_layer: int = -1,
+    vision_feature_layer: int | list[int] = -1,
     vision_intermediate: int | None = None,
     text_intermediate: int | None = None,
     dtype: torch.dtype = torch.float32,
+    tower: PreTrainedConfig | None = None,
 ) -> LlavaOnevisionForConditionalGeneration:
-    """A fresh model in eval mode; the same seed gives the same weights. Global generators stay put."""
-    vision = SiglipVisionConfig(
+    """A fresh model in eval mode; the same seed gives the same weights. Global generators stay put.
+
+    ``tower``: of a vision tower with a class token, which goes no further, in the place of SigLIP."""
+    vision = tower or SiglipVisionConfig(
         hidden_size=vision_hidden,
         intermediate_size=vision_intermediate or 2 * vision_hidden,
         num_hidden_layers=vision_layers,
@@ -69,7 +73,7 @@ def tiny_llava_onevision(
         image_token_index=vocab - 2,
         video_token_index=vocab - 1,
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy="full",
+        vision_feature_select_strategy="default" if tower else "full",
         image_grid_pinpoints=[
             [image_size, image_size],
             [image_size, 2 * image_size],

@@ -109,6 +109,9 @@ def _hint_for_wrapper(given: Any, families: Iterable[Family]) -> str:
     for name in ("module", "_orig_mod"):  # DataParallel and its like; torch.compile
         if _of_class(type(getattr(given, name, None)), families):
             return f" Give it the model inside (.{name}), and where there are several devices a model for each."
+    inside = given.get_base_model() if hasattr(given, "get_base_model") else None  # PEFT's
+    if _of_class(type(inside), families):
+        return " Call earlytom_compile.compile(model.get_base_model()), and go on with model.generate()."
     return ""
 
 

@@ -6,9 +6,14 @@ Three places in transformers break the graph, for reasons that have nothing to d
     torch_compilable_check(n_tokens == ...)   # reads a tensor's value on the host
     signature.bind(self, *args, **kwargs)     # reads a mappingproxy, which Dynamo refuses (transformers 5.23)
 
+and one in PEFT:
+
+    type(weight).__module__.startswith("torchao.")   # asked by each layer with DoRA
+
 Each is replaced by one that behaves as before in eager mode. While Dynamo traces, the first installs the hooks as
 a constant-folded side effect; the second does nothing, since the backend compares placeholders with features
-itself, on every call, before any compressed graph runs; the third reads a plain dict.
+itself, on every call, before any compressed graph runs; the third reads a plain dict; the fourth asks only of
+weights that are more than a parameter.
 """
 
 import ctypes
@@ -29,6 +34,7 @@ log = logging.getLogger(__name__)
 _CHECK = "torch_compilable_check"
 _INSTALL = "maybe_install_capturing_hooks"
 _CAPTURING = "transformers.utils.output_capturing"
+_DORA = "peft.tuners.lora.dora"
 _copies = itertools.count()
 
 
@@ -81,6 +87,8 @@ def prepare_transformers(modeling: str, *classes: str) -> None:
                 cell.cell_contents = _PlainSignature(cell.cell_contents)
     if _CAPTURING in sys.modules:
         _replace(sys.modules[_CAPTURING], _INSTALL, _install_while_tracing)
+    if _DORA in sys.modules:
+        _replace(sys.modules[_DORA], "dequantize_module_weight", _plain_weight_while_tracing)
 
 
 def _replace(module: ModuleType, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -108,6 +116,16 @@ def _install_while_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
         original(model)
 
     return maybe_install_capturing_hooks
+
+
+def _plain_weight_while_tracing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def dequantize_module_weight(module: Any) -> Any:
+        packed = hasattr(module, "W_q")  # HQQ's
+        if torch.compiler.is_dynamo_compiling() and not packed and type(module.weight) is torch.nn.Parameter:
+            return module.weight
+        return original(module)
+
+    return dequantize_module_weight
 
 
 class _PlainSignature(inspect.Signature):

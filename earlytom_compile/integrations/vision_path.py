@@ -43,6 +43,7 @@ class VisionPath:
         self._frames_only = frames_only
         self.graphs: list[CompressedGraph] = []
         self._traced: set[Any] = set()  # Dynamo's functions: several where a graph break cut ours
+        family.prepare()  # libraries may have been imported since compile(), such as PEFT
         self._compiled = FirstCallAlone(torch.compile(with_its_own_code(video_rows), backend=self._backend))
 
     @property

@@ -1,0 +1,201 @@
+"""Quantised weights of torchao, and opaque linear operators like those of other libraries, in all of a model's layers.
+
+The oracle runs the quantised model's own modules.
+"""
+
+import pytest
+import torch
+from generating import new_tokens
+from oracle import compressed_generate, compressed_videos
+from tiny_models import tiny_llava_onevision, video_inputs
+from torch import Tensor, nn
+
+import earlytom_compile
+
+OPTIONS = {"merge_layers": (0, 1), "tau_seg": 0.3, "retain_ratio": 0.3}
+NOTHING_MERGES = {"merge_layers": (0, 1), "retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
+
+
+def tiny():
+    return tiny_llava_onevision(vision_layers=3, text_layers=1, text_hidden=64)
+
+
+def compiled(model, **options):
+    return earlytom_compile.compile(model, **{"lowering": "eager", **OPTIONS, **options})
+
+
+def rows(model, inputs):
+    (encoded,) = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])
+    return encoded
+
+
+def check(model, inputs, *, atol=2e-5, **options):
+    """Videos of the quantised model are those of the oracle, and not those of the model before."""
+    got = rows(compiled(model, **options), inputs)
+    frames = earlytom_compile.report(model).to_dict()["videos"][0]["frames"]
+    earlytom_compile.restore(model)
+    (expected,) = compressed_videos(model, inputs, variant="paper", **OPTIONS)
+    assert frames[1:] == expected.frames_after and frames[-1] < 8
+    torch.testing.assert_close(got, expected.features, atol=atol, rtol=1e-4)
+    (plain,) = compressed_videos(tiny(), inputs, variant="paper", **OPTIONS)
+    assert plain.features.shape != got.shape or (plain.features - got).abs().max() > 1e-3
+
+
+# --- torchao ------------------------------------------------------------------------------------------------------
+
+
+def torchao(name, **options):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install torchao")
+    if "granularity" in options:
+        options = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(32)}
+    return getattr(quantization, name)(**options)
+
+
+def quantised(config, model=None, where=""):
+    from torchao.quantization import quantize_
+
+    model = tiny() if model is None else model
+    quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and where in name)
+    return model
+
+
+WEIGHTS = {
+    "int8 weights": {"name": "Int8WeightOnlyConfig"},
+    "int4 weights": {"name": "IntxWeightOnlyConfig", "granularity": "groups"},
+    "float8 weights": {"name": "Float8WeightOnlyConfig"},
+}
+W8A8 = {"name": "Int8DynamicActivationInt8WeightConfig"}
+ROUNDED = 0.05
+"""Rounding activations to 8 bits makes a difference of 1e-7 before it one of 1e-2 behind it, compiled or not."""
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_alone(kind):
+    model = quantised(torchao(**WEIGHTS[kind]))
+    check(model, video_inputs(model, 8))
+
+
+def test_weights_and_activations():
+    model = quantised(torchao(**W8A8))
+    inputs = video_inputs(model, 8)
+    check(model, inputs, atol=ROUNDED)
+    with torch.no_grad():
+        (own,) = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
+    compiled(model, **NOTHING_MERGES)
+    assert torch.equal(rows(model, inputs), own)  # bit for bit, so rounding is the model's own
+
+
+def test_quantised_after_compile():
+    model = compiled(tiny())
+    inputs = video_inputs(model, 8)
+    before = rows(model, inputs)
+    quantised(torchao(**WEIGHTS["int8 weights"]), model)
+    assert not torch.equal(rows(model, inputs), before)
+    check(model, inputs)
+    tokens = new_tokens(compiled(model), inputs)
+    earlytom_compile.restore(model)
+    assert torch.equal(tokens, compressed_generate(model, inputs, tokens.shape[1], variant="paper", **OPTIONS))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*WEIGHTS, "int8 weights and activations"])
+def test_through_inductor(kind):
+    """Every piece is compiled, with no warning of one that is not."""
+    model = quantised(torchao(**WEIGHTS.get(kind, W8A8)))
+    check(model, video_inputs(model, 8), lowering="staged", atol=2e-5 if kind in WEIGHTS else ROUNDED)
+
+
+@pytest.mark.long
+def test_layers_that_differ_in_their_weights_alone_are_compiled_apart():
+    model = quantised(torchao(**WEIGHTS["int8 weights"]), where=".encoder.layers.1.")
+    quantised(torchao(**WEIGHTS["float8 weights"]), model, where=".encoder.layers.2.")
+    check(model, video_inputs(model, 8), lowering="staged")
+
+
+# --- Others ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("quantised::dequantise", mutates_args=())
+def dequantise(packed: Tensor, scale: Tensor) -> Tensor:
+    """[N, D / 2] of two 4-bit numbers each, [N] -> float32 [N, D]."""
+    return (torch.stack((packed & 15, packed >> 4), -1).flatten(1).float() - 8) * scale[:, None]
+
+
+@dequantise.register_fake
+def _(packed: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(packed.shape[0], 2 * packed.shape[1])
+
+
+@torch.library.custom_op("quantised::matmul_4bit", mutates_args=())
+def matmul_4bit(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, dequantise(packed, scale), bias)
+
+
+@matmul_4bit.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+@torch.library.custom_op("quantised::centred_matmul", mutates_args=())
+def centred_matmul(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """No linear: it knows all tokens of a frame."""
+    return nn.functional.linear(x - x.mean(-2, keepdim=True), dequantise(packed, scale), bias)
+
+
+@centred_matmul.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+class Linear4bit(nn.Module):
+    """Weights in two buffers; ``how`` they are multiplied with."""
+
+    def __init__(self, linear: nn.Linear, how: str) -> None:
+        super().__init__()
+        self.how, self.bias = how, linear.bias
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1) / 7
+        levels = (weight / scale[:, None]).round().to(torch.int8) + 8
+        self.register_buffer("packed", (levels[:, ::2] | levels[:, 1::2] << 4).to(torch.uint8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "dequantised":
+            return nn.functional.linear(x, torch.ops.quantised.dequantise(self.packed, self.scale), self.bias)
+        return getattr(torch.ops.quantised, self.how)(x, self.packed, self.scale, self.bias)
+
+
+def packed(how):
+    model = tiny()
+    for part in (model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model):
+        for name, module in list(part.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, own = name.rpartition(".")
+                setattr(part.get_submodule(parent), own, Linear4bit(module, how))
+    return model
+
+
+@pytest.mark.parametrize("how", ["matmul_4bit", "dequantised"])
+def test_opaque_linears(how):
+    model = packed(how)
+    inputs = video_inputs(model, 8)
+    check(model, inputs)
+    tokens = compressed_generate(model, inputs, 3, variant="paper", **OPTIONS)
+    assert torch.equal(new_tokens(compiled(model), inputs, max_new_tokens=3), tokens)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["matmul_4bit", "dequantised"])
+def test_opaque_linears_through_inductor(how):
+    model = packed(how)
+    check(model, video_inputs(model, 8), lowering="staged")
+
+
+def test_an_opaque_operator_that_knows_other_tokens():
+    model = packed("centred_matmul")
+    inputs = video_inputs(model, 8)
+    with torch.no_grad():
+        (own,) = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
+        compiled(model)
+        with pytest.warns(earlytom_compile.EarlyTomFallbackWarning, match="quantised::centred_matmul.*mixes"):
+            torch.testing.assert_close(rows(model, inputs), own)

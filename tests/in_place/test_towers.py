@@ -1,0 +1,97 @@
+"""LLaVA-OneVision with another vision tower than SigLIP, and with features of several layers.
+
+With a class token, a merged frame's class token is merged with it, and only its patches go on.
+"""
+
+import pytest
+import torch
+from generating import new_tokens
+from oracle import compressed_generate, compressed_videos
+from tiny_models import tiny_llava_onevision, video_inputs
+from transformers import CLIPVisionConfig, Dinov2Config, Dinov2WithRegistersConfig, ViTConfig
+
+import earlytom_compile
+
+OPTIONS = {"tau_seg": 0.3, "retain_ratio": 0.3}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 24, "patch_size": 4}
+CLIP = CLIPVisionConfig(**SIZES, intermediate_size=64)
+TOWERS = {
+    "CLIP": CLIP,
+    "DINOv2": Dinov2Config(**SIZES, layerscale_value=0.7, use_swiglu_ffn=True),
+    "ViT": ViTConfig(**SIZES, intermediate_size=64),
+}
+
+
+def tiny(tower=None, **options):
+    return tiny_llava_onevision(vision_layers=4, text_layers=1, tower=tower, **options)
+
+
+def compiled(model, **options):
+    return earlytom_compile.compile(model, **{"lowering": "eager", **OPTIONS, **options})
+
+
+def rows(model, inputs):
+    (encoded,) = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])
+    return encoded
+
+
+def check(model, *, tokens=False, **options):
+    options = {"variant": "paper", **OPTIONS, **options}
+    inputs = video_inputs(model, 8)
+    got = rows(compiled(model, **options), inputs)
+    answer = new_tokens(model, inputs) if tokens else None
+    frames = earlytom_compile.report(model).to_dict()["videos"][0]["frames"]
+    earlytom_compile.restore(model)
+    (expected,) = compressed_videos(model, inputs, **options)
+    assert frames[1:] == expected.frames_after and frames[-1] < 8
+    torch.testing.assert_close(got, expected.features, atol=2e-5, rtol=1e-4)
+    if tokens:
+        assert torch.equal(answer, compressed_generate(model, inputs, answer.shape[1], **options))
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers(name):
+    check(tiny(TOWERS[name]), tokens=True)
+
+
+def test_without_importance():
+    check(tiny(TOWERS["DINOv2"]), variant="plus")
+
+
+@pytest.mark.long
+def test_through_inductor():
+    check(tiny(TOWERS["DINOv2"]), lowering="staged")
+
+
+@pytest.mark.parametrize(
+    "tower", [pytest.param(None, marks=pytest.mark.long, id="SigLIP"), pytest.param(CLIP, id="CLIP")]
+)
+def test_an_earlier_layer(tower):
+    check(tiny(tower, vision_feature_layer=-2))
+
+
+def test_several_layers_behind_the_last_merge():
+    model = tiny(CLIP, vision_feature_layer=[-2, -1])
+    check(model)  # merges after the layers 0 and 2, whose output is the one before the last
+    check(model, merge_layers=(0, 1))
+
+
+def test_layers_between_which_frames_merge():
+    model = tiny(CLIP, vision_feature_layer=[1, 3, -1])
+    inputs = video_inputs(model, 8)
+    with torch.no_grad():
+        (own,) = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
+    reason = r"takes what leaves layer 0 .* layer 2 merges frames.*merge_layers=\(0,\)"
+    with pytest.warns(earlytom_compile.EarlyTomFallbackWarning, match=reason):
+        torch.testing.assert_close(rows(compiled(model), inputs), own)
+    earlytom_compile.restore(model)
+    check(model, merge_layers=(0,))
+
+
+@pytest.mark.long
+def test_what_transformers_cannot_run_is_its_own_error():
+    registers = tiny(Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3))
+    inputs = video_inputs(registers, 8)
+    for model in (registers, compiled(registers)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"shape '\[.*\]' is invalid"):
+            model.generate(**inputs, max_new_tokens=1)
