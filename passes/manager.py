@@ -157,7 +157,7 @@ def _find_boundary(state: Rewrite) -> None:
             "and the language model)",
             'Remove the graph break (TORCH_LOGS="graph_breaks" shows it), or use earlytom_compile.compile(model)',
         )
-    require_merged_features(state.view, state.boundary, state.config)
+    require_merged_features(state.view, found, state.config)
 
 
 def _find_token_map(state: Rewrite) -> None:
