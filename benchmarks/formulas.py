@@ -18,6 +18,7 @@ from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops
 
 ops = torch.ops.earlytom
 
+
 def plain_similarity(hidden: Tensor, band: int) -> Tensor:
     frames, tokens, _ = hidden.shape
     unit = F.normalize(hidden.float(), dim=-1).flatten(1)

@@ -1,8 +1,8 @@
 """Every operator on inputs of a real size, and other ways to the same result.
 
-    for case in cases(32, Shape(), torch.bfloat16, "cuda", inductor=True):
-        case.arms["earlytom"](*case.inputs)     # the operator; others are of formulas.py
-        case.expected                           # what its native body gives on the CPU
+for case in cases(32, Shape(), torch.bfloat16, "cuda", inductor=True):
+    case.arms["earlytom"](*case.inputs)     # the operator; others are of formulas.py
+    case.expected                           # what its native body gives on the CPU
 """
 
 import dataclasses

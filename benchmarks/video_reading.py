@@ -48,7 +48,7 @@ _MOST_MEMORY = """
 with open("/proc/self/status") as status:
     print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 """
-_NO_VIDEO = "import earlytom_compile.integrations.preprocess"  # torch and transformers, which the last way needs
+_NO_VIDEO = "import earlytom_compile.integrations.preprocess"  # torch, which the last way needs
 
 
 class Cost(NamedTuple):

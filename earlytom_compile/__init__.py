@@ -4,6 +4,7 @@
 >>> fast = torch.compile(model, backend="earlytom", options={"retain_ratio": 0.1})    # for forward()
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .config import EarlyTomConfig
@@ -16,8 +17,11 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .integrations.generate import compile, encode_videos, restore
+    from .integrations.in_place import compile, encode_videos, restore
     from .integrations.observe import Observation, observe
+    from .integrations.tower import MergedFrames, compile_tower
+    from .passes.attention_spellings import register_attention
+    from .passes.opaque_operators import register_position_wise
     from .reporting import Report, report
 
 __all__ = [
@@ -27,28 +31,37 @@ __all__ = [
     "EarlyTomError",
     "EarlyTomFallbackWarning",
     "EarlyTomVideoWarning",
+    "MergedFrames",
     "Observation",
     "Report",
     "compile",
+    "compile_tower",
     "encode_videos",
     "observe",
+    "register_attention",
+    "register_position_wise",
     "report",
     "restore",
 ]
 
 
+_PLACES = {
+    "MergedFrames": ".integrations.tower",
+    "Observation": ".integrations.observe",
+    "Report": ".reporting",
+    "compile": ".integrations.in_place",
+    "compile_tower": ".integrations.tower",
+    "encode_videos": ".integrations.in_place",
+    "observe": ".integrations.observe",
+    "register_attention": ".passes.attention_spellings",
+    "register_position_wise": ".passes.opaque_operators",
+    "report": ".reporting",
+    "restore": ".integrations.in_place",
+}
+
+
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; options, errors and `earlytom --help` need neither.
-    if name in ("compile", "encode_videos", "restore"):
-        from .integrations import generate
-
-        return getattr(generate, name)
-    if name in ("Observation", "observe"):
-        from .integrations import observe as observing
-
-        return getattr(observing, name)
-    if name in ("Report", "report"):
-        from . import reporting
-
-        return getattr(reporting, name)
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

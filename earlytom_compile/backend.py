@@ -15,9 +15,10 @@ from torch.fx import GraphModule
 
 from .config import EarlyTomConfig
 from .errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning
-from .integrations.tracing import make_traceable
+from .families.registry import make_traceable
+from .integrations.spellings import warn_of_generate
 from .passes.manager import Rewrite, run_passes
-from .passes.reasons import NotApplicable
+from .passes.reasons import NotApplicable, NothingToCompress
 from .reporting import GraphRecord, add_record, discard_record, progress
 from .stages import Kinds, fall_back, inductor_options, lower, lower_compressed
 
@@ -46,24 +47,28 @@ def compile_graph(
     config: EarlyTomConfig,
     *,
     features_only: bool = False,
+    frames_only: bool = False,
     kinds: Kinds | None = None,
     cause: str = "",
 ) -> Compiled:
     """Compress and lower one Dynamo graph.
 
-    With ``features_only`` the caller knows that it gets compressed video features and places them itself; ``kinds``
+    With ``features_only`` the caller knows that it gets compressed video features and places them itself, with
+    ``frames_only`` that the graph is a vision tower whose frames merge; ``kinds``
     holds what the same caller has compiled before, and ``cause`` says for the report what this graph is for.
     """
     record = add_record(_new_record(config, cause), example_inputs)
     original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    state = Rewrite(graph_module, config, features_only, example_inputs)
+    state = Rewrite(graph_module, config, features_only, frames_only, example_inputs)
     try:
         with progress(f"finding the video in a graph of {len(graph_module.graph.nodes)} operations"):
             run_passes(state)
         _describe(state, record)
         return lower_compressed(state, original, example_inputs, record, kinds)
     except NotApplicable as found:
-        if _computes(original):
+        if isinstance(found, NothingToCompress):
+            record.note(found.reason)
+        elif _computes(original):
             try:
                 fall_back(found.reason, found.cure, config, record)
             except EarlyTomError as error:
@@ -113,13 +118,13 @@ def _new_record(config: EarlyTomConfig, cause: str) -> GraphRecord:
 
 
 def _describe(state: Rewrite, record: GraphRecord) -> None:
-    boundary = state.boundary
-    assert boundary is not None and state.selected is not None
-    record.encoder = boundary.encoder.name
-    record.layers = len(boundary.encoder.blocks)
+    path = state.path
+    assert path is not None
+    record.encoder = path.encoder.name
+    record.layers = len(path.encoder.blocks)
     record.merge_layers = state.config.resolve_merge_layers(record.layers)
-    record.tokens_per_frame = boundary.tokens
-    record.budget = state.config.token_budget if state.config.keeps_exactly() else None
+    record.tokens_per_frame = path.tokens
+    record.budget = state.config.token_budget if state.config.keeps_exactly() and not state.frames_only else None
     record.inserted, record.providers = state.inserted, state.providers
     record.seconds.update(state.seconds)
 
@@ -131,3 +136,4 @@ def _computes(graph_module: GraphModule) -> bool:
 
 
 make_traceable()
+warn_of_generate()

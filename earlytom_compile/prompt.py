@@ -22,6 +22,22 @@ from .errors import EarlyTomConfigError
 class UncuttablePrompt(Exception):
     """The prompt matches its videos but its placeholders cannot be cut; the message is the reason."""
 
+    def __init__(self, reason: str, cure: str = "Write each video as one <video> in the prompt") -> None:
+        super().__init__(reason)
+        self.cure = cure
+
+
+Places = list[list[list[range]]]
+"""Of each row of a prompt, of each of its videos, the runs of placeholders. One run a video is what can be cut."""
+
+
+def locate_runs(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> Places:
+    """What :func:`locate_videos` finds, as places."""
+    remaining = iter(sizes)
+    return [
+        [[range(start, start + next(remaining))] for start in row] for row in locate_videos(input_ids, token, sizes)
+    ]
+
 
 def locate_videos(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> list[list[int]]:
     """Where each video's placeholders begin, row by row.
@@ -107,23 +123,22 @@ class PromptCut:
     def plan(
         cls,
         input_ids: torch.Tensor,
-        token: int,
-        before: Sequence[int],
+        places: Places,
         after: Sequence[int],
         mask: torch.Tensor | None = None,
     ) -> "PromptCut":
-        """``after[v]`` placeholders in the place of the ``before[v]`` of each video v in reading order: the first of
-        them, and the last as often as it takes. Rows that were padded on the left (``mask`` [R, S], 0 or False there,
-        on the host) beside one with a longer video lose what no row needs any more."""
-        starts = locate_videos(input_ids, token, before)
-        padding = _padding_on_the_left(input_ids, mask, starts)
-        rows, video = [], 0
-        for row_starts in starts:
+        """``after[v]`` placeholders in the places of each video v in reading order: the first of them, and the last as
+        often as it takes. Rows that were padded on the left (``mask`` [R, S], 0 or False there, on the host) beside one
+        with a longer video lose what no row needs any more. Raises :class:`UncuttablePrompt` where a video has several
+        runs of placeholders."""
+        runs = [[_only_run(video) for video in row] for row in places]
+        padding = _padding_on_the_left(input_ids, mask, runs)
+        rows, sizes = [], iter(after)
+        for row_runs in runs:
             kept, end = [], 0
-            for start in row_starts:
-                kept += [torch.arange(end, start), start + torch.arange(after[video]).clamp_max(before[video] - 1)]
-                end = start + before[video]
-                video += 1
+            for run in row_runs:
+                kept += [torch.arange(end, run.start), run.start + torch.arange(next(sizes)).clamp_max(len(run) - 1)]
+                end = run.stop
             rows.append(torch.cat([*kept, torch.arange(end, input_ids.shape[1])]))
         # What all rows had in common stays: whoever pads to a length of his own meant it.
         width = max(len(row) - own for row, own in zip(rows, padding, strict=True)) + min(padding)
@@ -156,14 +171,20 @@ class PromptCut:
         return moved.masked_fill(without_waiting(self.positions < 0, taken.device), 0)
 
 
+def _only_run(video: Sequence[range]) -> range:
+    if len(video) != 1:
+        raise UncuttablePrompt(f"the placeholders of a video lie in {len(video)} places of the prompt")
+    return video[0]
+
+
 def _padding_on_the_left(
-    input_ids: torch.Tensor, mask: torch.Tensor | None, starts: Sequence[Sequence[int]]
+    input_ids: torch.Tensor, mask: torch.Tensor | None, runs: Sequence[Sequence[range]]
 ) -> list[int]:
     """How many positions each row has before the first that is attended to, or belongs to a video."""
     if mask is None:
-        return [0] * len(starts)
-    attended = mask.ne(0).long().cumsum(1).eq(0).sum(1).tolist()
-    return [min(own, *row_starts[:1], input_ids.shape[1] - 1) for own, row_starts in zip(attended, starts, strict=True)]
+        return [0] * len(runs)
+    attended, last = mask.ne(0).long().cumsum(1).eq(0).sum(1).tolist(), input_ids.shape[1] - 1
+    return [min(own, last, *(run.start for run in row[:1])) for own, row in zip(attended, runs, strict=True)]
 
 
 def without_waiting(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -22,6 +22,7 @@ import torch
 
 from .config import NOT_YET, EarlyTomConfig
 from .errors import EarlyTomConfigError
+from .families.registry import has_family
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Counts:
     """What one call kept, as device tensors: nobody waits for them until somebody asks."""
 
     frames: Sequence[torch.Tensor]  # int64 [V] each: at first, then after each merge layer
-    kept: torch.Tensor  # int64 [V, K, 2], or [M, 2] of all videos: the (merged frame, token) of each that stays
+    kept: torch.Tensor | None  # int64 [V, K, 2], or [M, 2] of all videos: the (merged frame, token) of each that stays
     tokens: torch.Tensor | None  # int64 [V] where it depends on the content, else the record's budget tells
 
 
@@ -353,14 +354,12 @@ def report(model: torch.nn.Module) -> Report:
     records = tuple(records_of(model))
     if handle is not None:
         return _report_in_place(handle, records)
-    options = _backend_options(model)
+    options = backend_options(model)
     if records or options is not None:
         return _report_of_backend(records, options)
     if any(module in _RESTORED for module in inside):
         return Report((), state=RESTORED)
-    from .integrations.generate import is_supported  # which imports this file
-
-    if any(map(is_supported, inside)):
+    if has_family(inside):
         return Report((), state=NEVER_COMPILED)
     raise EarlyTomConfigError(
         f"report() got {_name_of(model)}, of which nothing is known: it has not been given to "
@@ -375,9 +374,11 @@ def _name_of(given: Any) -> str:
 def _report_in_place(handle: Any, records: tuple[GraphRecord, ...]) -> Report:
     called = COMPRESSING if handle.compressed else NOTHING_YET
     state = NOT_CALLED if handle.last_call is None else called
-    return Report(
-        records, tuple(handle.videos), handle.prompt, tuple(handle.notes), state, handle.config, handle.last_call
-    )
+    left_alone = handle.prefill.left_alone if handle.prefill is not None else None
+    notes = (*handle.notes, left_alone) if left_alone else tuple(handle.notes)
+    # Weights that are loaded for each call (accelerate) are other ones every time, and own no records.
+    records += tuple(record for record in handle.records() if all(record is not known for known in records))
+    return Report(records, tuple(handle.videos), handle.prompt, notes, state, handle.config, handle.last_call)
 
 
 def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report:
@@ -398,7 +399,7 @@ def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report
     return Report(records, state=COMPRESSING, config=config, last_call="compressed")
 
 
-def _backend_options(model: torch.nn.Module) -> dict[str, Any] | None:
+def backend_options(model: torch.nn.Module) -> dict[str, Any] | None:
     """The options of ``torch.compile(model, backend="earlytom")`` or ``model.compile(backend="earlytom")``, which
     Dynamo keeps where nobody looks; None for a model that was compiled otherwise, or not."""
     context, function = model.__dict__.get("dynamo_ctx"), model.__dict__.get("_compiled_call_impl")

@@ -11,6 +11,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from .config import EarlyTomConfig
 from .cuda_graphs import replay_runs
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
+from .passes.find_video_boundary import Boundary
 from .passes.find_vision_encoder import Block
 from .passes.manager import Rewrite, data_dependent_sizes
 from .passes.patterns import value_of
@@ -49,6 +51,9 @@ Kinds = dict[Any, "_Compiled | None"]
 
 
 _CUDA_GRAPHS = "triton.cudagraphs"
+LAST_MERGES: ContextVar[tuple[Sequence[Any], Sequence[Any]] | None] = ContextVar("earlytom_last_merges", default=None)
+"""Of the tower that ran last in this thread: frames of the video at first and after each merge, and then the source and
+weight of each merge, and the importance if there is one."""
 
 
 def inductor_options(mode: str | None) -> dict[str, Any]:
@@ -97,17 +102,17 @@ def _lower(
     record: GraphRecord,
     kinds: "Kinds | None",
 ) -> Runnable:
-    assert state.boundary is not None
-    frames = state.boundary.frames
+    assert state.path is not None
+    frames = state.path.frames
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
-        cut_language_model, videos = state.config.keeps_exactly(), state.boundary.videos
+        cut_language_model, videos = state.config.keeps_exactly(), state.path.videos
         return lower_stages(
             state.graph_module,
             example_inputs,
             record,
             options,
-            state.boundary.encoder.blocks,
+            state.path.encoder.blocks,
             by_module=cut_language_model,
             frames=range(videos, videos * frames + 1) if isinstance(frames, int) else range(0),
             any_size=not isinstance(frames, int),
@@ -346,17 +351,18 @@ class CompressedGraph:
         self._config = state.config
         self._num_counts = len(state.video.counts) if state.video else 0
         self.record = record
-        self._boundary = state.boundary
+        self._path = state.path
+        self._frames_only = state.frames_only
 
     @property
     def any_length(self) -> bool:
         """Whether it serves videos of any number of frames above 1."""
-        return self._boundary is not None and not isinstance(self._boundary.frames, int)
+        return self._path is not None and not isinstance(self._path.frames, int)
 
     def rows_of(self, frames: int) -> int:
         """Rows of a video of so many frames that is not compressed."""
-        assert self._boundary is not None
-        return self._boundary.rows_of(frames)
+        assert isinstance(self._path, Boundary)
+        return self._path.rows_of(frames)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         if self._expected is not None:
@@ -378,10 +384,15 @@ class CompressedGraph:
     def _note(self, counts: Sequence[Any], args: tuple[Any, ...]) -> None:
         record = self.record
         frames, rest = counts[: self._num_counts], list(counts[self._num_counts :])
+        record.last_call = time.monotonic()
+        if self._frames_only:
+            assert self._path is not None
+            record.last_counts = Counts(frames, None, frames[-1] * self._path.tokens)
+            LAST_MERGES.set((frames, rest))
+            return
         if self._expected is not None:
             record.prompt = (args[self._expected[0]].shape[1], rest.pop(0).shape[1])
         record.last_counts = Counts(frames, rest.pop(0), rest.pop(0) if rest else None)
-        record.last_call = time.monotonic()
 
 
 def fall_back(reason: str, cure: str, config: EarlyTomConfig, record: GraphRecord) -> None:

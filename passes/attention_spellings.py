@@ -63,8 +63,8 @@ def register_attention(
     missing = {"query", "key", "value"} - set(names)
     if missing or "::" not in operator or layout not in ("heads first", "tokens first"):
         raise ValueError(
-            f"register_attention({operator!r}, {arguments!r}, layout={layout!r}): the operator is 'namespace::name', its "
-            "arguments have query, key and value among them, and the layout is 'heads first' or 'tokens first'."
+            f"register_attention({operator!r}, {arguments!r}, layout={layout!r}): the operator is 'namespace::name', "
+            "its arguments have query, key and value among them, and the layout is 'heads first' or 'tokens first'."
         )
 
     def read(node: Node) -> Attention | None:
@@ -83,20 +83,13 @@ def register_attention(
                 rest.append(value)
         if any(not _means_nothing(value) for value in (*rest, given.get("dropout"))):
             return None
-        operands = [given.get(name) for name in ("query", "key", "value")]
-        if not all(isinstance(operand, Node) for operand in operands):
+        query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "mask"))
+        if not (isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)):
             return None
-        query, key, value = operands
-        return Attention(
-            query,
-            key,
-            value,
-            given.get("scale"),
-            given.get("mask"),
-            bool(given.get("causal")),
-            layout,
-            result=result,  # type: ignore[arg-type]
-        )
+        if mask is not None and not isinstance(mask, Node):
+            return None
+        causal = bool(given.get("causal"))
+        return Attention(query, key, value, given.get("scale"), mask, causal, layout, result=result)
 
     _SPELLINGS[operator] = read
 
@@ -200,7 +193,8 @@ def _flex(node: Node) -> Attention | None:
 
 def _body(node: Any) -> tuple[list[Node], Any]:
     """(arguments, result) of the function that a higher-order operator gets."""
-    module = node.graph.owning_module.get_submodule(str(node.target)) if isinstance(node, Node) else None
+    owner = node.graph.owning_module if isinstance(node, Node) else None
+    module = owner.get_submodule(str(node.target)) if owner is not None else None
     graph = getattr(module, "graph", None)
     if graph is None:
         return [], None

@@ -152,6 +152,17 @@ class Call:
             self.size_of(value)
         return found
 
+    def sizes_of_another(self, position: int, *keywords: str) -> Dims | None:
+        """The axes of y in ``x.reshape(y.shape)``: one argument that holds all sizes, and follows y by itself."""
+        args, kwargs = self.node.args, self.node.kwargs
+        given = next((kwargs[key] for key in keywords if key in kwargs), None)
+        given = args[position] if given is None and len(args) == position + 1 else given
+        sizes = self.values.get(given) if isinstance(given, Node) else None
+        if not isinstance(sizes, Outputs):
+            return None
+        dims = [size.depends for size in sizes if isinstance(size, ScalarValue)]
+        return tuple(each[0] for each in dims) if dims and all(len(each) == 1 for each in dims) else None
+
     # What the rule states
 
     def unify(self, a: Dim, b: Dim) -> None:

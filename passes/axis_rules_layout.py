@@ -82,8 +82,11 @@ def view(call: Call, input: Any, *shape: Any, **named: Any) -> TensorAxes:
         if len(dims) != len(call.out) or not all(d.size.same(n) for d, n in zip(dims, call.out, strict=True)):
             raise NoRule("a view as another type changes a size")
         return TensorAxes(dims)
-    spelled = call.literals(1, "shape" if "shape" in named else "size")
     result = reshaped(call, dims, call.out)
+    if (others := call.sizes_of_another(1, "shape", "size")) is not None:
+        _unify_wide(call, result, others)
+        return call.moved(input, result)
+    spelled = call.literals(1, "shape" if "shape" in named else "size")
     for (literal, path), dim in zip(spelled, result, strict=True):
         if isinstance(literal, Node) or literal != -1:
             call.site(path, dim)
@@ -93,10 +96,14 @@ def view(call: Call, input: Any, *shape: Any, **named: Any) -> TensorAxes:
 @rule("view_as", "reshape_as")
 def view_as(call: Call, input: Any, other: Any) -> TensorAxes:
     result = reshaped(call, call.dims(input), call.out)
-    for dim, partner in zip(result, call.dims(other), strict=True):
+    _unify_wide(call, result, call.dims(other))
+    return call.moved(input, result)
+
+
+def _unify_wide(call: Call, dims: Dims, others: Dims) -> None:
+    for dim, partner in zip(dims, others, strict=True):
         if not dim.size.is_(1):
             call.unify(dim, partner)
-    return call.moved(input, result)
 
 
 @rule("flatten", "ravel")

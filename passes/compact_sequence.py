@@ -33,9 +33,8 @@ class SequenceInputs:
     others: tuple[Node, ...]  # [R, S, ...], such as embeddings
 
 
-def find_sequence_inputs(graph_module: torch.fx.GraphModule, input_ids: Node) -> SequenceInputs:
+def find_sequence_inputs(axes: AxisMap, input_ids: Node) -> SequenceInputs:
     """All graph inputs on the sequence axis of ``input_ids``; raises NotApplicable where one cannot be cut."""
-    axes = AxisMap.infer(graph_module)
     masks, positions, others = [], [], []
     for node, dim in axes.members(input_ids, 1):
         if node.op != "placeholder" or node is input_ids:

@@ -10,7 +10,7 @@ there, so they never match and are never touched.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,8 @@ class Placeholders:
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """One video path. V videos of F frames, P tokens a frame as the language model gets them, of C channels."""
+class VideoPath:
+    """Frames on their way through a vision encoder: V videos of F frames, P tokens a frame where they leave it."""
 
     encoder: Encoder
     videos: int
@@ -50,6 +50,12 @@ class Boundary:
     tokens: int
     pixels: Node  # [V, F, ...], or [F, ...] of one video
     pixel_axis: int  # where F is
+
+
+@dataclass(frozen=True)
+class Boundary(VideoPath):
+    """A video path that goes on into rows of a language model, of C channels."""
+
     features: Node  # [V*F, ..., C], or [1, F, ..., C] of one video; P is the product of the axes in the middle
     frame_axes: int  # 1, or 2 with the axis of one video
     flat: Node  # [V, F*P, C] or [V*F*P, C]
@@ -82,13 +88,47 @@ def find_video_boundary(view: GraphView, encoders: Sequence[Encoder], *, any_len
     return found[0]
 
 
-def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
+def find_tower_path(view: GraphView, encoders: Sequence[Encoder], *, any_length: bool = False) -> VideoPath:
+    """The path of the only video [F, ...] of a graph that is a vision tower and nothing else, whose result has a row
+    for each frame; :class:`NotApplicable` if it is something else."""
+    if len(encoders) > 1:
+        raise NotApplicable(
+            f"the tower has {len(encoders)} encoders ({', '.join(each.name for each in encoders)}), whose frames would "
+            "merge in different ways",
+            "Compile the part of it that you need",
+        )
+    (encoder,) = encoders
     pixels, axis, batch = _pixels(view, encoder)
-    # The number of videos and the resolution are what a compiled video path is specialised to: int() guards them.
+    videos, frames = _counts(pixels, axis, any_length)
+    ends = _exits(view, encoder.blocks[0].output, batch) if not statically_known_true(frames == 1) else []
+    if ends:
+        raise NotApplicable(
+            f"the frames of the vision encoder {encoder.name} flow into {describe(ends[0])}, behind which there is no "
+            "row for each of them",
+            "Give a tower that returns [frames, tokens, channels], or compile the whole model with "
+            "earlytom_compile.compile(model)",
+        )
+    (output,) = (node for node in view.graph.nodes if node.op == "output")
+    hidden = encoder.blocks[-1].output
+    if mixing := view.first_mixing(hidden, (0,), *(n for n in output.all_input_nodes if view.flow.is_from(n, hidden))):
+        raise NotApplicable(f"{describe(mixing)} mixes the frames behind the vision encoder {encoder.name}", _LEAVE)
+    return VideoPath(encoder, videos, frames, int(shape_of(hidden)[1]), pixels, axis)  # type: ignore[index]
+
+
+_LEAVE = "Frames can merge only where nothing but the prompt brings them together; leave this model to another backend"
+
+
+def _counts(pixels: Node, axis: int, any_length: bool) -> tuple[int, int | torch.SymInt]:
+    """(V, F). The number of videos and the resolution are what a compiled video path is specialised to: int() guards
+    them."""
     shape = shape_of(pixels)
     assert shape is not None
-    videos = int(shape[0]) if axis else 1
-    frames = shape[axis] if any_length else int(shape[axis])
+    return int(shape[0]) if axis else 1, shape[axis] if any_length else int(shape[axis])
+
+
+def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
+    pixels, axis, batch = _pixels(view, encoder)
+    videos, frames = _counts(pixels, axis, any_length)
     if statically_known_true(frames == 1):
         flat = _flat_of_single_frames(view, encoder, videos)
         features, frame_axes = flat, 1
@@ -100,9 +140,11 @@ def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
         raise NotApplicable(
             f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, or no axis rule "
             "covers it; it was taken for a part of the projector, which sees each frame alone",
-            "Frames can merge only where nothing but the prompt brings them together; leave this model to another backend",
+            _LEAVE,
         )
-    tokens = math.prod(int(size) for size in shape_of(features)[frame_axes:-1])  # type: ignore[index]
+    shape = shape_of(features)
+    assert shape is not None
+    tokens = math.prod([int(size) for size in shape[frame_axes:-1]])
     flat = _last_of_its_shape(flat)
     separator, end = _separator_after(flat)
     rows = end if len(shape_of(end) or ()) == 2 else _rows_after(end)
@@ -133,23 +175,22 @@ def _pixels(view: GraphView, encoder: Encoder) -> tuple[Node, int, Dim]:
     inputs = [node for node in view.flow.before(first) if node.op == "placeholder" and not is_weight(node)]
     pixels = [node for node in inputs if _is_picture(node)]
     products = [r for r in view.axes.space.relations if r.kind == "product" and r.whole.root is batch]
+    halves = [[part.root for part in relation.parts] for relation in products]
     for node in pixels:
         dims = view.dims(node)
         one = batch.size.is_(1) and dims[0].size.is_(1)
+        if len(dims) < 5 and (dims[0] is batch or one):
+            return node, 0, batch
         if len(dims) < 5:
-            if dims[0] is batch or one:
-                return node, 0, batch
-        elif (
-            dims[1] is batch
-            or (one and dims[1].size.is_(1))
-            or (dims[0] is batch and dims[1].size.is_(1))
-            or any([part.root for part in r.parts] == list(dims[:2]) for r in products)
-        ):
+            continue
+        single = dims[1].size.is_(1) and (one or dims[0] is batch)  # one frame a video
+        if dims[1] is batch or single or list(dims[:2]) in halves:
             return node, 1, batch
     shapes = ", ".join(f"{node.target} {tuple(map(str, shape_of(node) or ()))}" for node in inputs) or "none"
     raise NotApplicable(
         f"the frames of the vision encoder {encoder.name} cannot be followed back to a graph input [videos, frames, "
-        f"channels, height, width] (inputs it is computed from: {shapes}); {_first_unfollowed(view, pixels, first, batch)}",
+        f"channels, height, width] (inputs it is computed from: {shapes}); "
+        f"{_first_unfollowed(view, pixels, first, batch)}",
         "Images are never compressed; for other models see docs/adding-a-model.md",
     )
 
@@ -168,8 +209,31 @@ def _is_picture(node: Node) -> bool:
 
 
 def pictures(view: GraphView) -> list[Node]:
-    """The graph inputs that could be videos or images."""
+    """The graph inputs that could be videos or images; keys and values of a cache have as many axes."""
+    return [node for node in _pictures_and_caches(view) if not _is_cache(node)]
+
+
+def caches(view: GraphView) -> list[Node]:
+    """The graph inputs that are keys and values of earlier positions."""
+    return [node for node in _pictures_and_caches(view) if _is_cache(node)]
+
+
+def _pictures_and_caches(view: GraphView) -> list[Node]:
     return [node for node in view.graph.nodes if node.op == "placeholder" and not is_weight(node) and _is_picture(node)]
+
+
+def _is_cache(node: Node) -> bool:
+    """Whether an attention takes it as keys or values, with nothing computed in between."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        for user in set(current.users) - seen:
+            if op_name(user) == "scaled_dot_product_attention":
+                return current in (argument(user, 1, "key"), argument(user, 2, "value"))
+            if op_name(user) in MOVES | {"cat", "getitem", "index_copy", "index_select"}:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 # Frames: from the encoder to where they meet their tokens
@@ -180,10 +244,10 @@ def _flatten(view: GraphView, encoder: Encoder, videos: int, batch: Dim) -> tupl
     exits = _exits(view, encoder.blocks[0].output, batch)
     if not exits:
         raise NotApplicable(
-            f"the frames of the vision encoder {encoder.name} never meet their tokens in one axis before the graph ends: "
-            "a graph break inside the vision path, or a vision tower compiled alone",
-            'Look for graph breaks with TORCH_LOGS="graph_breaks", or use earlytom_compile.compile(model), which also '
-            "takes a vision tower alone",
+            f"the frames of the vision encoder {encoder.name} never meet their tokens in one axis before the graph "
+            "ends: a graph break inside the vision path, or a vision tower compiled alone",
+            'Look for graph breaks with TORCH_LOGS="graph_breaks", or use earlytom_compile.compile(model); a vision '
+            "tower alone is for earlytom_compile.compile_tower(tower)",
         )
     joined = [found for node in exits if (found := _joined(view, node, videos, batch)) is not None]
     if len(joined) != 1 or len(exits) != 1:
@@ -191,8 +255,8 @@ def _flatten(view: GraphView, encoder: Encoder, videos: int, batch: Dim) -> tupl
         raise NotApplicable(
             f"no video passes through the vision encoder {encoder.name} in a way that is understood: its frames flow "
             f"into {describe(strange)}, which was taken for the place where frames and their tokens become one axis",
-            "Images, whose patches are taken apart there, are never compressed; for other models see "
-            "docs/adding-a-model.md",
+            "Images, whose patches are taken apart there, are never compressed; a vision tower alone is for "
+            "earlytom_compile.compile_tower(tower); for other models see docs/adding-a-model.md",
         )
     return joined[0]
 
@@ -233,9 +297,9 @@ def _joined(view: GraphView, node: Node, videos: int, batch: Dim) -> tuple[Node,
     rows = combine("product", [dim.size for dim in dims[:-1]])
     while op_name(node) in _IN_ORDER:
         shape, own = shape_of(node) or (), view.dims(node)
-        if own and own[-1] is dims[-1] and combine("product", [dim.size for dim in own[:-1]]).same(rows):
-            if len(own) == 2 or (len(own) == 3 and statically_known_true(shape[0] == videos)):
-                return node, features, frame + 1
+        by_video = len(own) == 2 or (len(own) == 3 and statically_known_true(shape[0] == videos))
+        if by_video and own[-1] is dims[-1] and combine("product", [dim.size for dim in own[:-1]]).same(rows):
+            return node, features, frame + 1
         if len(following := readers(node)) != 1:
             return None
         (node,) = following
@@ -335,8 +399,3 @@ def _unknown(node: Node) -> Node:
         f"video features flow into {op_name(node) or node.op} ({describe(node)}), which is not understood",
         "Only newlines and masked_scatter are known behind the place where frames and tokens become one axis",
     )
-
-
-def names(encoders: Iterable[Encoder]) -> str:
-    """For messages."""
-    return ", ".join(encoder.name for encoder in encoders)

@@ -24,6 +24,8 @@ from earlytom_compile.passes.dataflow import Dataflow
 from earlytom_compile.passes.patterns import CASTS, argument, module_path, other_operand, peel, shape_of
 from earlytom_compile.passes.positions import first_mixing
 
+_AMONG_TOKENS = "attention of the tokens [T, H, S, d] of each frame among themselves"
+
 
 @dataclass(frozen=True)
 class Block:
@@ -138,10 +140,13 @@ def _match_block(view: GraphView, attention: Node) -> Block | Miss:
         return Miss(attention, attention, "attention without a mask, as that of a vision encoder")
     operands = [operand for operand in attention.args[:3] if isinstance(operand, Node)]
     if not _share_frames_and_tokens(view, operands):
-        return Miss(attention, attention, "attention of the tokens [T, H, S, d] of each frame among themselves")
+        return Miss(attention, attention, _AMONG_TOKENS)
     after, stream = _residual_after(view, attention, operands)
     if after is None or stream is None:
         return Miss(attention, attention, "attention whose result is added to the stream it was computed from")
+    frames, _, tokens, _ = view.dims(operands[0])
+    if not all(mine is its or its.size.is_(1) for mine, its in zip(view.dims(stream), (frames, tokens), strict=False)):
+        return Miss(attention, attention, _AMONG_TOKENS)
     branch = _branch(after, stream)
     for source, kept, targets, taken_for in (
         (stream, (0, 1), operands, "a part of the query, key and value projections"),

@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
-from earlytom_compile.passes.find_video_boundary import Boundary
+from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath
 from earlytom_compile.passes.find_vision_encoder import Block, GraphView
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
@@ -41,28 +41,29 @@ class MergedVideo:
     importance: Node | None  # float32 [N, S]; None where selection does not need it
     dynamic: Node | None  # bool [N]; likewise
     counts: tuple[Node, ...]  # int64 [V], frames of each video: at first, then after each merge layer
+    plans: tuple[tuple[Node, Node], ...]  # (source, weight) of each merge layer, see kernels/plan_merge.py
     axes: tuple[ResizedAxis, ...]  # the frame axes that changed
 
 
-def require_merged_features(view: GraphView, boundary: Boundary, config: EarlyTomConfig) -> None:
+def require_merged_features(view: GraphView, path: Boundary, config: EarlyTomConfig) -> None:
     """Raise where the projector takes what leaves a layer before the last one that merges, as with several
     ``vision_feature_layer``: of one video it would have two numbers of frames."""
-    blocks = boundary.encoder.blocks
+    blocks = path.encoder.blocks
     last = max(config.resolve_merge_layers(len(blocks)), default=0)
     for layer, block in enumerate(blocks[:last]):
         inside = view.flow.between(block.output, blocks[layer + 1].output)
-        if any(view.flow.is_from(boundary.flat, user) for user in block.output.users if user not in inside):
+        if any(view.flow.is_from(path.flat, user) for user in block.output.users if user not in inside):
             layers = tuple(each for each in config.resolve_merge_layers(len(blocks)) if each <= layer) or (layer,)
             raise NotApplicable(
-                f"the projector also takes what leaves layer {layer} of the vision encoder {boundary.encoder.name}, "
+                f"the projector also takes what leaves layer {layer} of the vision encoder {path.encoder.name}, "
                 f"and layer {last} merges frames after it",
                 f"Let no later layer merge: merge_layers={layers}",
             )
 
 
-def insert_frame_merge(graph: Graph, boundary: Boundary, sizes: VideoSizes, config: EarlyTomConfig) -> MergedVideo:
+def insert_frame_merge(graph: Graph, path: VideoPath, sizes: VideoSizes, config: EarlyTomConfig) -> MergedVideo:
     """Insert the merge ops of every merge layer; literals that mean the frame axis still have their old size."""
-    blocks = boundary.encoder.blocks
+    blocks = path.encoder.blocks
     layers = config.resolve_merge_layers(len(blocks))
     scored = blocks[layers[-1]] if layers else blocks[-1]
     importance, dynamic = None, None
@@ -70,15 +71,16 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, sizes: VideoSizes, conf
         with graph.inserting_before(scored.attention):
             importance = _attention_received(graph, scored)
     with graph.inserting_before(blocks[0].input.next):
-        counts = [_frame_counts(graph, boundary, sizes)]
-    features, axes = scored.output, []
+        counts = [_frame_counts(graph, path, sizes)]
+    features, axes, plans = scored.output, [], []
     for layer in layers:
-        if isinstance(boundary.frames, int) and boundary.frames < _FEWEST_MERGEABLE:
+        if isinstance(path.frames, int) and path.frames < _FEWEST_MERGEABLE:
             counts.append(counts[-1])
             continue
         riders = [importance] if importance is not None and blocks[layer] is scored else []
-        merge = _merge_behind(graph, blocks[layer], riders, counts[-1], boundary, sizes, config)
+        merge = _merge_behind(graph, blocks[layer], riders, counts[-1], path, sizes, config)
         counts.append(merge.counts)
+        plans.append(merge.plan)
         axes.append(ResizedAxis(merge.hidden, 0, f"frames after layer {layer}", merge.size))
         if riders:
             features, (importance,) = merge.hidden, merge.riders
@@ -89,7 +91,7 @@ def insert_frame_merge(graph: Graph, boundary: Boundary, sizes: VideoSizes, conf
             dynamic = insert(
                 graph, torch.ops.earlytom.dynamic_frames.default, similarity, counts[-1], **_segmentation(config)
             )
-    return MergedVideo(importance, dynamic, tuple(counts), tuple(axes))
+    return MergedVideo(importance, dynamic, tuple(counts), tuple(plans), tuple(axes))
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class _Merge:
     riders: list[Node]  # [n, ...], what was merged with the frames
     counts: Node  # int64 [V]
     size: Node  # n, their sum
+    plan: tuple[Node, Node]  # source and weight
 
 
 def _merge_behind(
@@ -107,7 +110,7 @@ def _merge_behind(
     block: Block,
     riders: Sequence[Node],
     counts: Node,
-    boundary: Boundary,
+    path: VideoPath,
     sizes: VideoSizes,
     config: EarlyTomConfig,
 ) -> _Merge:
@@ -124,25 +127,25 @@ def _merge_behind(
         plan = insert(graph, ops.plan_merge.default, similarity, counts, **options)
         source, weight, counts = (insert(graph, operator.getitem, plan, i) for i in range(3))
         size = insert(graph, "item", insert(graph, torch.sum, counts))
-        size.meta[HINT] = boundary.videos * likely_size(boundary.frames)
+        size.meta[HINT] = path.videos * likely_size(path.frames)
         # The range of the unbacked size: at least a frame a video, at most what there was.
-        insert(graph, torch._check, insert(graph, operator.ge, size, boundary.videos))
-        insert(graph, torch._check, insert(graph, operator.le, size, _times(graph, boundary.videos, sizes.frames)))
+        insert(graph, torch._check, insert(graph, operator.ge, size, path.videos))
+        insert(graph, torch._check, insert(graph, operator.le, size, _times(graph, path.videos, sizes.frames)))
         merged = insert(graph, ops.merge_frames.default, [before, *riders], source, weight, size)
         hidden = insert(graph, operator.getitem, merged, 0, like=value_of(before))
         riders = [insert(graph, operator.getitem, merged, i) for i in range(1, len(riders) + 1)]
     for consumer in consumers:
         consumer.replace_input_with(before, hidden)
-    return _Merge(hidden, riders, counts, size)
+    return _Merge(hidden, riders, counts, size, (source, weight))
 
 
 def _times(graph: Graph, videos: int, frames: int | Node) -> int | Node:
     return videos * frames if isinstance(frames, int) else insert(graph, operator.mul, videos, frames)
 
 
-def _frame_counts(graph: Graph, boundary: Boundary, sizes: VideoSizes) -> Node:
-    device = value_of(boundary.pixels).device  # type: ignore[union-attr]
-    return insert(graph, torch.full, (boundary.videos,), sizes.frames, dtype=torch.int64, device=device)
+def _frame_counts(graph: Graph, path: VideoPath, sizes: VideoSizes) -> Node:
+    device = value_of(path.pixels).device  # type: ignore[union-attr]
+    return insert(graph, torch.full, (path.videos,), sizes.frames, dtype=torch.int64, device=device)
 
 
 def _attention_received(graph: Graph, block: Block) -> Node:

@@ -35,7 +35,7 @@ from earlytom_compile.passes.canonicalize_attention import canonicalize_attentio
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.canonicalize_writes import canonicalize_writes
 from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
-from earlytom_compile.passes.find_video_boundary import Boundary, find_video_boundary
+from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath, find_tower_path, find_video_boundary
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, find_vision_encoder
 from earlytom_compile.passes.graph_order import eliminate_dead_code, stable_topological_sort
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge, require_merged_features
@@ -60,12 +60,14 @@ class Rewrite:
     config: EarlyTomConfig
     features_only: bool
     """The caller takes the video features themselves, so a graph that ends at them is complete."""
+    frames_only: bool = False
+    """The caller takes the frames of a vision tower and what they are made of: nothing is selected."""
     example_inputs: Sequence[Any] = ()
     """What Dynamo gave beside the graph: the weights among them tell what unknown operators do."""
     view: GraphView | None = None  # until the first edit
     token_map: TokenMap | None = None
     encoders: list[Encoder] = field(default_factory=list)
-    boundary: Boundary | None = None
+    path: VideoPath | None = None
     sequence: SequenceInputs | None = None
     sizes: VideoSizes | None = None
     video: MergedVideo | None = None
@@ -75,10 +77,20 @@ class Rewrite:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
+    def boundary(self) -> Boundary | None:
+        """Where the video path becomes rows of a language model, if it does."""
+        return self.path if isinstance(self.path, Boundary) else None
+
+    @property
     def counted(self) -> tuple[Node, ...]:
-        """What a call tells beside the graph's own outputs: frames of each video, positions of the prompt that stay, which
-        tokens were kept, and how many where that depends on the content."""
-        assert self.video is not None and self.selected is not None
+        """What a call tells beside the graph's own outputs: frames of each video, positions of the prompt that stay,
+        which tokens were kept, and how many where that depends on the content; of a tower, what its frames are made of
+        and their importance."""
+        assert self.video is not None
+        if self.frames_only:
+            importance = () if self.video.importance is None else (self.video.importance,)
+            return (*self.video.counts, *(node for plan in self.video.plans for node in plan), *importance)
+        assert self.selected is not None
         some = (self.keep, self.selected.kept, self.selected.kept_counts)
         return (*self.video.counts, *(node for node in some if node is not None))
 
@@ -125,29 +137,34 @@ def _find_encoder(state: Rewrite) -> None:
 
 def _find_boundary(state: Rewrite) -> None:
     assert state.view is not None
+    if state.frames_only:
+        state.path = find_tower_path(state.view, state.encoders, any_length=True)
+        return
     # A prompt has placeholders for one number of frames; without one, a graph can serve them all.
-    state.boundary = find_video_boundary(state.view, state.encoders, any_length=state.features_only)
-    if state.boundary.placeholders is None and not state.features_only:
+    found = find_video_boundary(state.view, state.encoders, any_length=state.features_only)
+    state.path = found
+    if found.placeholders is None and not state.features_only:
         raise NotApplicable(
             "the graph ends before the video reaches the prompt (a graph break lies between the vision encoder "
             "and the language model)",
             'Remove the graph break (TORCH_LOGS="graph_breaks" shows it), or use earlytom_compile.compile(model)',
         )
-    require_merged_features(state.view, state.boundary, state.config)
+    require_merged_features(state.view, found, state.config)
 
 
 def _find_token_map(state: Rewrite) -> None:
     boundary, view = state.boundary, state.view
-    assert boundary is not None and view is not None
+    if boundary is None or view is None:
+        return
     hidden = boundary.encoder.blocks[-1].output
     probe = Probe(state.graph_module, state.example_inputs, weights_of(state.graph_module))
     state.token_map = find_token_map(view, hidden, boundary.features, boundary.frame_axes, probe)
     if state.token_map is None and state.config.selects_by_attention():
         patches = shape_of(hidden)[1]  # type: ignore[index]
         raise NotApplicable(
-            f"variant={state.config.variant!r} keeps the tokens that receive most attention in the vision encoder, and the "
-            f"{boundary.tokens} tokens of a frame behind {boundary.encoder.name} are no shrunken grid of its {patches} "
-            "patches, as behind a resampler",
+            f"variant={state.config.variant!r} keeps the tokens that receive most attention in the vision encoder, and "
+            f"the {boundary.tokens} tokens of a frame behind {boundary.encoder.name} are no shrunken grid of its "
+            f"{patches} patches, as behind a resampler",
             'Use variant="plus", which looks at the tokens themselves',
         )
 
@@ -164,22 +181,25 @@ def _require_inference(state: Rewrite) -> None:
 def _find_sequence(state: Rewrite) -> None:
     # Before anything is inserted: our own operators say nothing about which axes are the same.
     if (boundary := state.boundary) and boundary.placeholders:
-        state.sequence = find_sequence_inputs(state.graph_module, boundary.placeholders.input_ids)
+        assert state.view is not None
+        state.sequence = find_sequence_inputs(state.view.axes, boundary.placeholders.input_ids)
 
 
 def _lay_out_frames(state: Rewrite) -> None:
     """Make the copies that the trace made without a word, where sizes known at run time only would have to be compared
     to find out whether they are needed."""
-    assert state.boundary is not None and state.view is not None
-    graph, first = state.graph_module.graph, state.boundary.encoder.blocks[0].input
+    path, view = state.path, state.view
+    assert path is not None and view is not None
+    graph, first = state.graph_module.graph, path.encoder.blocks[0].input
     if not is_contiguous_or_false(value_of(first)):
         copied = _copy_of(graph, first, first)
         for consumer in list(first.users):
             if consumer is not copied:
                 consumer.replace_input_with(first, copied)
-        blocks = (replace(state.boundary.encoder.blocks[0], input=copied), *state.boundary.encoder.blocks[1:])
-        state.boundary = replace(state.boundary, encoder=replace(state.boundary.encoder, blocks=blocks))
-    for node in state.view.flow.between(first, state.boundary.flat):
+        blocks = (replace(path.encoder.blocks[0], input=copied), *path.encoder.blocks[1:])
+        state.path = path = replace(path, encoder=replace(path.encoder, blocks=blocks))
+    last = path.flat if isinstance(path, Boundary) else path.encoder.blocks[-1].output
+    for node in view.flow.between(first, last):
         source = node.args[0] if op_name(node) in ("reshape", "flatten") and node.args else None
         if isinstance(source, Node) and memory_of(source) != memory_of(node) and memory_of(source) is not None:
             node.replace_input_with(source, _copy_of(graph, source, node.prev))
@@ -191,15 +211,17 @@ def _copy_of(graph: Graph, node: Node, behind: Node) -> Node:
 
 
 def _merge_frames(state: Rewrite) -> None:
-    assert state.boundary is not None
+    assert state.path is not None
     graph = state.graph_module.graph
-    state.sizes = video_sizes(graph, state.boundary, state.config)
-    state.video = insert_frame_merge(graph, state.boundary, state.sizes, state.config)
+    state.sizes = video_sizes(graph, state.path, state.config)
+    state.video = insert_frame_merge(graph, state.path, state.sizes, state.config)
     state.axes += state.video.axes
 
 
 def _select_tokens(state: Rewrite) -> None:
-    assert state.boundary is not None and state.sizes is not None and state.video is not None
+    if state.boundary is None:
+        return
+    assert state.sizes is not None and state.video is not None
     graph = state.graph_module.graph
     video, sizes, token_map = state.video, state.sizes, state.token_map
     state.selected = insert_token_selection(graph, state.boundary, sizes, video, state.config, token_map)

@@ -23,8 +23,8 @@ _DECLARED: set[str] = set()
 
 
 def register_position_wise(operator: str) -> None:
-    """Declare that ``operator`` (``"namespace::name"``) computes [..., N] of its one activation [..., D] and of weights,
-    each position from itself alone. Raises :class:`ValueError` for what is no such name."""
+    """Declare that ``operator`` (``"namespace::name"``) computes [..., N] of its one activation [..., D] and of
+    weights, each position from itself alone. Raises :class:`ValueError` for what is no such name."""
     if operator.count("::") != 1 or not all(operator.split("::")):
         raise ValueError(f"register_position_wise({operator!r}): must be 'namespace::name', as torch.ops has it.")
     _DECLARED.add(operator)

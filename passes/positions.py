@@ -12,13 +12,14 @@ loses one of the two, or is listed here with the dimensions along which it mixes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from earlytom_compile.passes.axes import AxisMap, op_name
 from earlytom_compile.passes.axis_algebra import Dim
 from earlytom_compile.passes.axis_call import Outputs, TensorAxes, Value
 from earlytom_compile.passes.dataflow import Dataflow
-from earlytom_compile.passes.patterns import argument, einsum_letters, shape_of
+from earlytom_compile.passes.patterns import argument, einsum_letters, shape_of, value_of
 
 
 def first_mixing(
@@ -63,8 +64,14 @@ class _Follower:
 
     def _learn_of_others(self, node: Node) -> None:
         """What ``node`` reads beside results of the tensor: weights, positions, sizes."""
-        unknown = [read for read in node.all_input_nodes if read not in self._axes.values]
-        self._axes.values.update(AxisMap.of_values(unknown, self._graph_module).values)
+        for read in node.all_input_nodes:
+            if read in self._axes.values:
+                continue
+            if isinstance(value_of(read), (int, torch.SymInt, torch.Size)) and read.all_input_nodes:
+                self._learn_of_others(read)  # a size, perhaps of one of the results
+                self._axes.follow(read, self._graph_module)
+            else:
+                self._axes.values.update(AxisMap.of_values([read], self._graph_module).values)
 
     def _dims(self, node: Node) -> Iterator[Dim]:
         value = self._axes.values.get(node)

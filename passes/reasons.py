@@ -29,6 +29,10 @@ class NotApplicable(Exception):
         super().__init__(f"{self.reason}. {self.cure}.")
 
 
+class NothingToCompress(NotApplicable):
+    """A graph without anything that could be a video, such as a step of decoding: no loss, and no news."""
+
+
 def describe(node: Node) -> str:
     """Names a node for a reader: ``torch.nn.functional.softmax (weights_3) in model.layers.3.self_attn``."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]

@@ -98,7 +98,7 @@ def _patches(view: GraphView, region: list[Node], tokens: Dim) -> tuple[Dim, int
         if op_name(node) != "getitem" or not isinstance(node.args[1], (tuple, slice)):
             continue
         dims, out = view.dims(node.args[0]), view.dims(node)
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        index: tuple[Any, ...] = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         if tokens not in dims or len(dims) != len(out) or not all(isinstance(part, slice) for part in index):
             continue
         at = dims.index(tokens)

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
-from earlytom_compile.passes.find_video_boundary import Boundary
+from earlytom_compile.passes.find_video_boundary import VideoPath
 from earlytom_compile.passes.patterns import insert
 
 HINT = "earlytom_hint"
@@ -32,26 +32,26 @@ class VideoSizes:
     similarity_band: int | Node  # how many frames back similarities are needed
 
 
-def video_sizes(graph: Graph, boundary: Boundary, config: EarlyTomConfig) -> VideoSizes:
-    """The numbers for ``boundary``; nodes that compute them are inserted in front of all others."""
-    if isinstance(boundary.frames, int):
-        frames = boundary.frames
-        budget, fewest = config.token_budget(frames, boundary.tokens), config.min_frames(frames)
+def video_sizes(graph: Graph, path: VideoPath, config: EarlyTomConfig) -> VideoSizes:
+    """The numbers for ``path``; nodes that compute them are inserted in front of all others."""
+    if isinstance(path.frames, int):
+        frames = path.frames
+        budget, fewest = config.token_budget(frames, path.tokens), config.min_frames(frames)
         return VideoSizes(frames, budget, fewest, config.similarity_band(frames))
     with graph.inserting_before(next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))):
-        return _computed(graph, boundary, boundary.frames, config)
+        return _computed(graph, path, path.frames, config)
 
 
-def _computed(graph: Graph, boundary: Boundary, symbol: torch.SymInt, config: EarlyTomConfig) -> VideoSizes:
-    frames = insert(graph, torch.ops.aten.sym_size.int, boundary.pixels, boundary.pixel_axis, like=symbol)
+def _computed(graph: Graph, path: VideoPath, symbol: torch.SymInt, config: EarlyTomConfig) -> VideoSizes:
+    frames = insert(graph, torch.ops.aten.sym_size.int, path.pixels, path.pixel_axis, like=symbol)
     # A window's band may be wider than the video: what lies before it is zero.
     band: int | Node = config.window() - 1 if config.window() else insert(graph, operator.sub, frames, 1)
     if not config.keeps_exactly():
         return VideoSizes(frames, 0, config.min_frames(1), band)
-    table = insert(graph, torch.ops.earlytom.video_budget.default, frames, boundary.tokens, config.retain_ratio)
+    table = insert(graph, torch.ops.earlytom.video_budget.default, frames, path.tokens, config.retain_ratio)
     likely = likely_size(symbol)
-    budget = _read(graph, table, 0, config.token_budget(likely, boundary.tokens))
-    most = insert(graph, operator.mul, frames, boundary.tokens)
+    budget = _read(graph, table, 0, config.token_budget(likely, path.tokens))
+    most = insert(graph, operator.mul, frames, path.tokens)
     insert(graph, torch._check, insert(graph, operator.le, budget, most))
     return VideoSizes(frames, budget, _read(graph, table, 1, config.min_frames(likely)), band)
 

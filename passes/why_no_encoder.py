@@ -9,10 +9,10 @@ from earlytom_compile.passes.attention_spellings import attention_operators
 from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_call import MARK, RULES
 from earlytom_compile.passes.axis_rules_indexing import is_weight
-from earlytom_compile.passes.find_video_boundary import pictures
+from earlytom_compile.passes.find_video_boundary import caches, pictures
 from earlytom_compile.passes.find_vision_encoder import FoundEncoders, GraphView, Miss
 from earlytom_compile.passes.patterns import argument, value_of
-from earlytom_compile.passes.reasons import NotApplicable, describe
+from earlytom_compile.passes.reasons import NotApplicable, NothingToCompress, describe
 
 _IN_PLACE = "use earlytom_compile.compile(model), whose generate() and forward() encode the video themselves"
 
@@ -31,9 +31,10 @@ def why_no_encoder(view: GraphView, found: FoundEncoders) -> NotApplicable:
             "its features come as an input",
             f"Instead of compiling forward() or generate(), {_IN_PLACE}",
         )
+    if caches(view):
+        return NothingToCompress("this graph goes on behind a prompt: a step of decoding", "There is nothing to do")
     return NotApplicable(
-        "this graph has no vision encoder and no picture among its inputs: a text-only call, a step of decoding, or a "
-        "model without one",
+        "this graph has no vision encoder and no picture among its inputs: a text-only call, or a model without one",
         f"A call without a video needs no compression; if there was one, {_IN_PLACE}",
     )
 
@@ -74,8 +75,8 @@ def _first_unknown(nodes: Sequence[Node], view: GraphView, seen: Sequence[Node])
 
 def _unknown(node: Node, taken_for: str) -> NotApplicable:
     return NotApplicable(
-        f"no vision encoder was understood: {describe(node)} is an operator that is not known, or that mixes positions; "
-        f"it was taken for {taken_for}",
+        f"no vision encoder was understood: {describe(node)} is an operator that is not known, or that mixes "
+        f"positions; it was taken for {taken_for}",
         _cure(node),
     )
 

@@ -7,7 +7,7 @@ from one_trace import OneTrace
 from oracle import compressed_generate
 
 import earlytom_compile
-from earlytom_compile.integrations import generate as in_place
+from earlytom_compile.integrations import generate, vision_path
 from earlytom_compile.integrations.caches import cache_name
 
 OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
@@ -28,18 +28,18 @@ def compiled(model, **options):
 
 def trace_of_video_rows():
     """For :func:`share_vision_paths`, in tests that want one trace of a model for each shape of its videos."""
-    return OneTrace(in_place._video_rows)
+    return OneTrace(vision_path.video_rows)
 
 
 def share_vision_paths(one_trace, monkeypatch, **options):
     """Models compiled in place trace their vision through ``one_trace``, each with its own options but for these."""
 
-    class SharedPath(in_place._VisionPath):
-        def __init__(self, config, any_length, kinds, cause):
-            super().__init__(replace(config, **options), any_length, kinds, cause)
+    class SharedPath(vision_path.VisionPath):
+        def __init__(self, family, config, any_length, kinds, cause):
+            super().__init__(family, replace(config, **options), any_length, kinds, cause)
             self._compiled = one_trace.through(self._backend)
 
-    monkeypatch.setattr(in_place, "_VisionPath", SharedPath)
+    monkeypatch.setattr(generate, "VisionPath", SharedPath)
 
 
 def new_tokens(model, inputs, **kwargs):

@@ -1,4 +1,4 @@
-"""What a compressed LLaVA-OneVision must compute, in eager PyTorch, by another road than the package takes.
+"""What a compressed LLaVA-OneVision or LLaVA-NeXT-Video must compute, in eager PyTorch, by a road of its own.
 
 Module hooks on the model's own vision layers and the functions of ``reference.py``; one video at a time; no
 kernels, no passes, no backend, no cache, nothing fast.
@@ -44,7 +44,8 @@ class Options:
 
 @dataclass(frozen=True)
 class CompressedVideo:
-    """features: ``[kept + 1, D]``, separator included. kept: int64 ``[kept, 2]`` of (merged frame, token)."""
+    """features: ``[kept (+ 1), D]``, with the separator of a model that has one. kept: int64 ``[kept, 2]`` of (merged
+    frame, token)."""
 
     features: Tensor
     kept: Tensor
@@ -70,7 +71,7 @@ class OracleResult:
 # --- One video through the vision encoder ---------------------------------------------------------
 
 
-class _MergingEncoder:
+class MergingEncoder:
     """Forward hooks that merge frames between vision encoder layers and note what selection needs."""
 
     def __init__(self, layers: Sequence[nn.Module], merge_layers: Sequence[int], frames: int, options: Options):
@@ -140,11 +141,23 @@ def _layers_behind(model) -> list[int]:
     return [count if count >= 0 else total + 1 + count for count in chosen]
 
 
+def _tokens(model, hidden: Tensor) -> Tensor:
+    """``[N, S, D] -> [N, P, C]``: projector and pooling, in the order of the model."""
+    inner = model.model
+    if hasattr(inner, "vision_resampler"):
+        return inner.multi_modal_projector(inner.vision_resampler(hidden))
+    return inner.apply_pooling(inner.multi_modal_projector(hidden))
+
+
 def _pool_importance(model, importance: Tensor) -> Tensor:
-    """``[N, S] -> [N, P]``, bilinear to half the side (rounded up), as the model pools its features."""
+    """``[N, S] -> [N, P]``, as the model pools its features: LLaVA-OneVision's are bilinear to half the side (rounded
+    up); where a convolution pools, importance is the mean of what makes a token."""
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     half = math.ceil(side / 2)
     grid = importance.view(len(importance), 1, side, side)
+    if hasattr(model.model, "vision_resampler"):
+        pool = F.max_pool2d if model.config.spatial_pool_mode == "max" else F.avg_pool2d
+        return pool(grid, model.config.spatial_pool_stride).flatten(1)
     return F.interpolate(grid, size=(half, half), mode="bilinear").flatten(1)
 
 
@@ -157,14 +170,14 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
         merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
     if not merge_layers or not all(0 <= index < len(layers) for index in merge_layers):
         raise ValueError(f"merge_layers={merge_layers}: the encoder uses layers 0 to {len(layers) - 1}")
-    encoder = _MergingEncoder(layers, merge_layers, len(pixels), options)
+    encoder = MergingEncoder(layers, merge_layers, len(pixels), options)
     with encoder.hooked():
         model.model.vision_tower(pixels)
     hidden = torch.cat([encoder.outputs[count - 1] for count in behind], dim=-1)
     importance = encoder.importance
     if model.config.vision_feature_select_strategy == "default":
         hidden, importance = hidden[:, 1:], importance[:, 1:]
-    features = model.model.apply_pooling(model.model.multi_modal_projector(hidden))
+    features = _tokens(model, hidden)
     if options.variant == "plus":
         kept = select_representatives(features, frames_in=len(pixels), retain_ratio=options.retain_ratio)
     else:
@@ -175,12 +188,13 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
             retain_ratio=options.retain_ratio,
             variant=options.variant,
         )
+    separators = 0 if hasattr(model.model, "vision_resampler") else 1
     separator = model.model.image_newline.to(features)[None]
     return CompressedVideo(
-        features=torch.cat([features[kept[:, 0], kept[:, 1]], separator]),
+        features=torch.cat([features[kept[:, 0], kept[:, 1]], separator[:separators]]),
         kept=kept,
         frames_after=encoder.frames_after,
-        placeholders=len(pixels) * features.shape[1] + 1,
+        placeholders=len(pixels) * features.shape[1] + separators,
     )
 
 

@@ -8,12 +8,14 @@ from effort import examples
 from generating import trace_of_video_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import Options, _compress_video, _layers_in_use, _MergingEncoder, _pool_importance
+from oracle import MergingEncoder, Options, _compress_video, _layers_in_use, _pool_importance
 from tiny_models import tiny_llava_onevision, video, video_inputs
 from torch.testing import assert_close
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfig, EarlyTomConfigError, reference
+from earlytom_compile.families.base import Video
+from earlytom_compile.families.registry import family_of
 from earlytom_compile.integrations import observe as observing
 from earlytom_compile.integrations.observe import Observer, observe
 
@@ -31,7 +33,7 @@ def one_trace():
     return trace_of_video_rows()
 
 
-class _Watched(_MergingEncoder):
+class _Watched(MergingEncoder):
     """The oracle's encoder, which also keeps what it merges."""
 
     def __init__(self, *args):
@@ -66,7 +68,7 @@ def options(draw):
 
 def seen(one_trace, model, pixels, given):
     observer = Observer(EarlyTomConfig(**given))
-    return observer.watch(one_trace.through(observer.backend), model, pixels)
+    return observer.watch(one_trace.through(observer.backend), family_of(model), model, Video(pixels))
 
 
 @torch.no_grad()
@@ -186,7 +188,7 @@ def test_what_cannot_be_observed_is_said(model):
         observe(torch.nn.Linear(1, 1), clip)
     with pytest.raises(EarlyTomConfigError, match="must be"):
         observe(model, clip[0])
-    with pytest.raises(EarlyTomConfigError, match=r"must be \[frames, 3, 24, 24\]"):
+    with pytest.raises(EarlyTomConfigError, match=r"frames, .* takes \(3, 24, 24\)"):
         observe(model, clip[..., 1:])
     with torch.compiler.set_stance("force_eager"), pytest.raises(EarlyTomCompileError, match="set_stance"):
         observe(model, clip)

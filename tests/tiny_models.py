@@ -1,4 +1,4 @@
-"""A LLaVA-OneVision small enough to run in milliseconds, and videos it can tell apart.
+"""A LLaVA-OneVision and a LLaVA-NeXT-Video small enough to run in milliseconds, and videos they can tell apart.
 
 The weights are random but scaled so that what is in the video reaches the logits: with transformers' own tiny
 initialisation every video gives nearly the same ones, and a test comparing logits would compare nothing.
@@ -12,6 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     PreTrainedConfig,
@@ -85,6 +89,39 @@ def tiny_llava_onevision(
     return model.to(dtype)
 
 
+def tiny_llava_next_video(
+    vision_layers: int = 5,
+    image_size: int = 24,
+    patch_size: int = 4,
+    pooling: str = "average",
+    stride: int = 2,
+    text_layers: int = 1,
+    vocab: int = 120,
+    seed: int = 0,
+) -> LlavaNextVideoForConditionalGeneration:
+    """The same for LLaVA-NeXT-Video: a CLIP tower, of which the last layer and the class token are not used."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(
+        num_hidden_layers=vision_layers, image_size=image_size, patch_size=patch_size, projection_dim=32, **sizes
+    )
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    text = LlamaConfig(vocab_size=vocab, num_hidden_layers=text_layers, num_key_value_heads=2, **sizes, **ends)
+    config = LlavaNextVideoConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=vocab - 2,
+        video_token_index=vocab - 1,
+        spatial_pool_mode=pooling,
+        spatial_pool_stride=stride,
+        image_grid_pinpoints=[[image_size, image_size], [image_size, 2 * image_size], [2 * image_size, image_size]],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaNextVideoForConditionalGeneration(config).eval()
+        _spread(model)
+    return model
+
+
 @torch.no_grad()
 def _spread(model: nn.Module) -> None:
     """Variance-preserving weights, small biases, and positions that weigh little beside what is in them."""
@@ -101,11 +138,17 @@ def _spread(model: nn.Module) -> None:
     model.lm_head.weight.mul_(3.0)
 
 
-def tokens_per_frame(model: LlavaOnevisionForConditionalGeneration) -> int:
+def tokens_per_frame(model: LlavaOnevisionForConditionalGeneration | LlavaNextVideoForConditionalGeneration) -> int:
     """Tokens of one frame after the model's 2-D pooling."""
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
-    return (-(-side // 2)) ** 2
+    stride = getattr(model.config, "spatial_pool_stride", None)
+    return (-(-side // 2) if stride is None else side // stride) ** 2
+
+
+def rows_of(model: LlavaOnevisionForConditionalGeneration | LlavaNextVideoForConditionalGeneration, frames: int) -> int:
+    """Placeholders of one video: LLaVA-OneVision has a newline behind it."""
+    return frames * tokens_per_frame(model) + isinstance(model, LlavaOnevisionForConditionalGeneration)
 
 
 def video(
@@ -165,7 +208,7 @@ def video_inputs(
     before, after, left_padding = (_per_row(n, rows) for n in (before, after, left_padding))
     images = _images(model, images_per_row or [0] * rows, generator)
     image_lengths = iter(images.pop("lengths", []))
-    placeholders = [config.video_token_id] * (frames * tokens_per_frame(model) + 1)
+    placeholders = [config.video_token_id] * rows_of(model, frames)
 
     def text(count: int) -> list[int]:
         high = config.text_config.vocab_size - 2

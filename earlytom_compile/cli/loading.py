@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from transformers.utils.hub import cached_file
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
-from ..integrations.generate import _layers_that_count
+from ..families.registry import family_of_checkpoint
 from ..integrations.preprocess import (
     FRAMES,
     PixelSettings,
@@ -43,7 +42,6 @@ from .progress import progress_bars
 Inputs = dict[str, torch.Tensor]
 """``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]."""
 
-FAMILY = "llava_onevision"
 _WEIGHTS = "model.safetensors"
 _LFS = b"version https://git-lfs"
 
@@ -82,7 +80,7 @@ class Checkpoint:
         """Read the weights; raises :class:`EarlyTomConfigError` where that fails."""
         with progress_bars(progress_on) as progress:
             progress.add_task("loading the weights", total=None)
-            return Loaded(_read_weights(self.name, self.device, self.dtype), self.processor, self.frames)
+            return Loaded(_read_weights(self.name, self.config, self.device, self.dtype), self.processor, self.frames)
 
 
 def open_checkpoint(
@@ -120,7 +118,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto") -> Any:
     place, (name, config) = resolve_device(device), checked_config(name)
     require_weights(name)
     known = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    return _read_weights(name, place, resolve_dtype(dtype, place, known))
+    return _read_weights(name, config, place, resolve_dtype(dtype, place, known))
 
 
 def prepare_inputs(
@@ -193,13 +191,13 @@ def require_question(question: str) -> None:
 
 def require_layers(config: Any, options: Mapping[str, Any]) -> None:
     """Raise :class:`EarlyTomConfigError` where ``options`` name encoder layers that ``config`` does not have."""
-    layers = _layers_that_count(SimpleNamespace(config=config))
+    layers = family_of_checkpoint(config.name_or_path, config.model_type).encoder_layers(config)
     if layers is not None:
         EarlyTomConfig.from_options(options).resolve_merge_layers(layers)
 
 
 def checked_config(name: str) -> tuple[str, Any]:
-    """The name without ~, and the ``LlavaOnevisionConfig`` in config.json, before anything large is read."""
+    """The name without ~, and the configuration in config.json, before anything large is read."""
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     local = Path(name)
     beside = len(local.parts) == 2 and local.parent.is_dir()  # a folder called like an owner: it is a path
@@ -210,23 +208,20 @@ def checked_config(name: str) -> tuple[str, Any]:
     try:
         file = cached_file(name, "config.json")
         content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-        family = content.get("model_type")
+        model_type = content.get("model_type")
     except OSError as error:
         raise EarlyTomConfigError(
             f"{name!r} is neither a folder here nor a checkpoint the Hugging Face Hub gives out: {_first_line(error)}"
         ) from error
     except (ValueError, AttributeError) as error:
         raise EarlyTomConfigError(f"config.json of {name!r} is not valid JSON: {error}.") from error
-    if family != FAMILY:
-        raise EarlyTomConfigError(
-            f"{name!r} is a checkpoint of the family {family!r}: only {FAMILY!r} is supported, such as "
-            "llava-hf/llava-onevision-qwen2-0.5b-ov-hf."
-        )
+    family = family_of_checkpoint(name, model_type)
+    family.require_versions()
     torchvision_works()
-    from transformers import LlavaOnevisionConfig
+    from transformers import CONFIG_MAPPING
 
     try:
-        return name, LlavaOnevisionConfig.from_dict(content)
+        return name, CONFIG_MAPPING[model_type].from_dict(content)
     except Exception as error:  # whatever transformers meets in values that it did not expect
         raise EarlyTomConfigError(f"config.json of {name!r} cannot be read: {_first_line(error)}") from error
 
@@ -274,13 +269,12 @@ def _require_whole(file: Path) -> None:
         ) from error
 
 
-def _read_weights(name: str, place: torch.device, dtype: torch.dtype) -> Any:
+def _read_weights(name: str, config: Any, place: torch.device, dtype: torch.dtype) -> Any:
     torchvision_works()
-    from transformers import LlavaOnevisionForConditionalGeneration
-
+    kind = family_of_checkpoint(name, config.model_type).model_class()
     logging.disable_progress_bar()  # there is one of ours
     try:
-        model, found = LlavaOnevisionForConditionalGeneration.from_pretrained(name, output_loading_info=True)
+        model, found = kind.from_pretrained(name, output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an index of parts, say, without a key that transformers takes for granted

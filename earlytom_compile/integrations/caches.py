@@ -9,6 +9,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
+from ..errors import EarlyTomConfigError
+
 _NEW, _OLD = "cache", "past_key_values"
 
 
@@ -25,3 +29,23 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 def cache_of(output: Any) -> Any:
     """The cache that a model or ``generate`` returns with its output; None if it returns none."""
     return getattr(output, _NEW if hasattr(output, _NEW) else _OLD, None)
+
+
+_CUT = "_earlytom_compressed"
+
+
+def mark_cache(*caches: Any) -> None:
+    """Remember that these caches hold a cut prompt, which the caller's ids no longer describe."""
+    for cache in caches:
+        if cache is not None and hasattr(cache, "__dict__"):
+            setattr(cache, _CUT, True)
+
+
+def refuse_compressed_cache(cache: Any, ids: Any, video_token: int) -> None:
+    """Raise where ``ids`` [R, S] have the placeholders of videos that were cut from the prompt in ``cache``."""
+    if getattr(cache, _CUT, False) and isinstance(ids, torch.Tensor) and bool((ids == video_token).any()):
+        raise EarlyTomConfigError(
+            "the cache holds a prompt whose video tokens were cut, and input_ids still have all of them. Start the "
+            "next turn without a cache, with the whole conversation and its video; earlytom_compile.encode_videos() "
+            "saves encoding it again."
+        )

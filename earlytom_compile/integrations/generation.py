@@ -35,7 +35,7 @@ def named_arguments(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def option(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
     """An option of ``generate``, which comes by name, in a config, or with the model; None if nobody says."""
-    for place in (kwargs.get("generation_config"), model.generation_config):
+    for place in (kwargs.get("generation_config"), getattr(model, "generation_config", None)):
         if kwargs.get(name) is None and getattr(place, name, None) is not None:
             return getattr(place, name)
     return kwargs.get(name)

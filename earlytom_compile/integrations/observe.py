@@ -12,7 +12,7 @@ the moving average, their own code tells once more for the same similarities. Th
 stay as they are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,15 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError
+from ..families.base import Family, Video
+from ..families.registry import family_of
+from ..frame_sources import Source, blend, parts, untouched
 from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
-from .generate import _require_supported, _video_rows
-from .tracing import make_traceable, with_its_own_code
-
-Source = tuple[tuple[int, float], ...]
-"""What a frame is made of: (frame, weight) of each part, a weight of 0 left out."""
+from .placement import video_path
+from .tracing import with_its_own_code
+from .vision_path import kind_of, traced_arguments, video_rows
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,10 @@ class Observation:
 
     def origins(self, merges: int | None = None) -> tuple[Source, ...]:
         """Of each frame left after the first ``merges`` merge layers (None: all), the sampled frames it is made of."""
-        made: tuple[Source, ...] = tuple(((frame, 1.0),) for frame in range(self.frames))
+        made = untouched(self.frames)
         for step in self.merges[:merges]:
-            made = tuple(_blend(made, source) for source in step.sources)
+            made = tuple(blend(made, source) for source in step.sources)
         return made
-
-
-def _blend(made: Sequence[Source], source: Source) -> Source:
-    weights: dict[int, float] = {}
-    for part, share in source:
-        for frame, weight in made[part]:
-            weights[frame] = weights.get(frame, 0.0) + share * weight
-    return tuple(sorted(weights.items()))
 
 
 def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) -> list[Observation]:
@@ -123,30 +116,22 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
     """
     config = EarlyTomConfig.from_options(options)
     inner: Any = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
-    _require_supported(inner)
-    _require_shape(pixel_values_videos, inner.config.vision_config)
-    make_traceable()
+    family = family_of(inner)
+    family.require_versions()
+    family.prepare()
     observers: dict[Any, tuple[Observer, Callable[..., Any]]] = {}
     observed = []
-    for video in pixel_values_videos:
-        if video.shape not in observers:
+    for video in family.videos(inner, {"pixel_values_videos": pixel_values_videos}):
+        kind = kind_of(video, any_length=False)
+        if kind not in observers:
             observer = Observer(config)
             # A function for each shape: Dynamo compiles only so many shapes of one.
-            compiled = torch.compile(with_its_own_code(_video_rows), backend=observer.backend)
-            observers[video.shape] = observer, compiled
-        observer, rows = observers[video.shape]
-        observed.append(observer.watch(rows, inner, video))
+            compiled = torch.compile(with_its_own_code(video_rows), backend=observer.backend)
+            observers[kind] = observer, compiled
+        observer, rows = observers[kind]
+        with video_path(inner, family):
+            observed.append(observer.watch(rows, family, inner, video))
     return observed
-
-
-def _require_shape(videos: Any, tower: Any) -> None:
-    picture = (tower.num_channels, tower.image_size, tower.image_size)
-    for video in videos:
-        if video.dim() != 4 or len(video) == 0 or tuple(video.shape[1:]) != picture:
-            raise EarlyTomConfigError(
-                f"a video of shape {tuple(video.shape)}: must be [frames, {', '.join(map(str, picture))}], one frame "
-                "or more, which is what the model's processor makes."
-            )
 
 
 class Observer:
@@ -157,12 +142,10 @@ class Observer:
         self._last: Observation | None = None
 
     @torch.no_grad()
-    def watch(self, compiled: Callable[..., Any], model: Any, video: torch.Tensor) -> Observation:
-        """Call ``compiled``, whose backend this is, with one video [F, 3, H, W]."""
+    def watch(self, compiled: Callable[..., Any], family: Family, model: Any, video: Video) -> Observation:
+        """Call ``compiled``, which is :func:`video_rows` compiled by this backend."""
         self._last = None
-        videos = video.unsqueeze(0)
-        torch._dynamo.mark_static(videos)
-        compiled(model, videos, {})
+        compiled(family, model, *traced_arguments(video, any_length=False))
         if self._last is None:
             raise EarlyTomCompileError(
                 "nothing to observe: Dynamo did not trace the vision path. It is switched off, or a mode that it skips "
@@ -172,7 +155,7 @@ class Observer:
 
     def backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """For ``torch.compile``; errors are raised at the call, since Dynamo would wrap them in one of its own."""
-        state = Rewrite(graph_module, self._config, True, example_inputs)
+        state = Rewrite(graph_module, self._config, features_only=True, example_inputs=example_inputs)
         try:
             run_passes(state)
         except NotApplicable as found:
@@ -287,11 +270,5 @@ def _merge_step(layer: int, given: dict[str, Any], plan: tuple[torch.Tensor, ...
         smoothed=explained.smoothed,
         segments=explained.segments,
         thresholds=explained.thresholds,
-        sources=tuple(tuple(_parts(*row)) for row in list(zip(source, weight, strict=True))[: sum(counts)]),
+        sources=tuple(tuple(parts(*row)) for row in list(zip(source, weight, strict=True))[: sum(counts)]),
     )
-
-
-def _parts(source: list[int], weight: list[float]) -> Iterator[tuple[int, float]]:
-    for frame, share in zip(source, weight, strict=True):
-        if share:
-            yield frame, share

@@ -24,7 +24,9 @@ from torch.fx import GraphModule
 
 from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
+from .attention_choice import COMPILES, attention_of
 from .caches import given_cache
+from .placement import own_code_because
 from .tracing import FirstCallAlone, with_its_own_code
 
 FEWEST_POSITIONS_ON_CPU = 128
@@ -82,11 +84,19 @@ class CompiledPrefill:
         finally:
             self._padded.reset(token)
 
+    @property
+    def left_alone(self) -> str | None:
+        """Why prompts run as they are, whatever their length; None if they are compiled."""
+        attention = attention_of(self._module)
+        fine = attention is None or attention in COMPILES
+        reason = own_code_because(self._module) if fine else f"its attention is {attention}"
+        return f"the language model's pass over the prompt is not compiled: {reason}" if reason else None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
             return self._own(*args, **kwargs)
         padded, embeds = self._padded.get(), kwargs.get("inputs_embeds")
-        if padded is None or embeds is None or embeds.shape[1] < _fewest_positions(embeds.device):
+        if padded is None or embeds is None or embeds.shape[1] < _fewest_positions(embeds.device) or self.left_alone:
             return self._own(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         if not padded and isinstance(mask, torch.Tensor) and mask.dim() == 2:

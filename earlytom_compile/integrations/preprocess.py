@@ -24,31 +24,52 @@ Where each rule comes from, in transformers: ``processing_llava_onevision.py`` (
 ``processing_utils.py`` (where the chat template is).
 """
 
-import contextlib
 import importlib.util
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BatchFeature
-from transformers.utils.hub import cached_file
 
 from ..errors import EarlyTomConfigError
+from ..families.llava_onevision_images import ImageProcessing
+from ..families.registry import family_of_checkpoint
 from .call_options import names_of_a_call, options_by_kind, without_theirs
+from .checkpoint_files import (
+    FRAMES,
+    chat_template_of,
+    frames_in,
+    frames_of,
+    in_one_line,
+    missing_files_named,
+    patches_per_frame,
+    read_json,
+    settings_in,
+    video_settings,
+)
+from .pixels import PixelSettings, Video, channels_last, videos_of
 
-Video = np.ndarray | torch.Tensor
-"""uint8 frames, [F, H, W, 3] or [F, 3, H, W]."""
+if TYPE_CHECKING:
+    from transformers import BatchFeature
 
-FRAMES = 32
-"""Frames of a file where neither the caller nor the checkpoint says how many: the paper's, and LLaVA-OneVision's."""
-
-# PIL's numbers for the filters, as checkpoints store them. The rest have no counterpart in torch.
-_FILTERS = {2: "bilinear", 3: "bicubic"}
+__all__ = [
+    "FRAMES",
+    "ImageProcessing",
+    "PixelSettings",
+    "Processor",
+    "Video",
+    "VideoTextProcessor",
+    "conversation",
+    "frame_resizer",
+    "frames_of",
+    "in_one_line",
+    "load_processor",
+    "torchvision_works",
+    "video_settings",
+]
 
 
 class Processor(Protocol):
@@ -70,27 +91,14 @@ def load_processor(model: str) -> Processor:
     Raises :class:`EarlyTomConfigError` if torchvision is there but broken, or the checkpoint lacks a part.
     """
     if not torchvision_works():
-        return VideoTextProcessor.from_pretrained(model)
+        return family_of_checkpoint(model, read_json(model, "config.json").get("model_type")).processor(model)
     from transformers import AutoProcessor
 
-    with _missing_files_named(model):
+    with missing_files_named(model):
         processor = AutoProcessor.from_pretrained(model)
     if getattr(processor, "num_image_tokens", 0) is None:  # no processor_config.json, and it cannot count without
-        processor.num_image_tokens = _patches_per_frame(model, {})
+        processor.num_image_tokens = patches_per_frame(model, {})
     return processor
-
-
-def video_settings(checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint says about videos, from the file in which transformers looks for it; empty if there is none."""
-    return _video_settings(checkpoint, _read_json(checkpoint, "processor_config.json"))
-
-
-def frames_of(checkpoint: str) -> int:
-    """How many frames of a video a checkpoint folder or Hub id was made for: its ``num_frames``, else 32.
-
-    >>> read_video("talk.mp4", default=frames_of("path/to/checkpoint"))
-    """
-    return _frames_in(video_settings(checkpoint))
 
 
 def torchvision_works() -> bool:
@@ -120,104 +128,7 @@ def frame_resizer(processor: Any) -> Callable[[np.ndarray], np.ndarray]:
     resize = getattr(processor, "video_processor", processor)
     # A crop would be taken again from what it left.
     only = {"do_rescale": False, "do_normalize": False, "do_center_crop": False, "return_tensors": "pt"}
-    return lambda frame: _channels_last(resize(videos=[frame[None]], **only)["pixel_values_videos"][0, 0])
-
-
-def _channels_last(frame: torch.Tensor) -> np.ndarray:
-    return frame.permute(1, 2, 0).contiguous().numpy()
-
-
-@dataclass(frozen=True)
-class PixelSettings:
-    """The part of a checkpoint's video settings that decides the pixels, with transformers' defaults."""
-
-    size: Mapping[str, int]
-    resample: int = 3
-    image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
-    rescale_factor: float = 1 / 255
-    do_resize: bool = True
-    do_rescale: bool = True
-    do_normalize: bool = True
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> "PixelSettings":
-        """Read a checkpoint's settings; raises :class:`EarlyTomConfigError` where it takes torchvision."""
-        known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in settings.items() if key in known and value is not None}
-        made = cls(**{"size": {"height": 384, "width": 384}, **given})
-        crop = settings.get("do_center_crop")
-        sides = set(made.size) if isinstance(made.size, Mapping) else set()
-        if {"height", "width"} - sides or made.resample not in _FILTERS or crop:
-            raise EarlyTomConfigError(
-                f"video settings size={made.size}, resample={made.resample}, do_center_crop={crop} "
-                "need torchvision: without it there must be a height and a width, resample 2 or 3, and no "
-                "center crop. Install torchvision."
-            )
-        return made
-
-    def apply(self, frames: Video) -> torch.Tensor:
-        """uint8 [F, H, W, 3] or [F, 3, H, W] -> float32 [F, 3, height, width], bit for bit as torchvision."""
-        return self._normalized(self.resized(frames).float())
-
-    def resized(self, frames: Video) -> torch.Tensor:
-        """The first half of :meth:`apply`: uint8 [F, 3, height, width]. Frames of that size stay as they are."""
-        pixels = torch.as_tensor(frames)
-        if pixels.ndim != 4 or pixels.dtype != torch.uint8 or 3 not in (pixels.shape[1], pixels.shape[3]):
-            raise EarlyTomConfigError(
-                f"a video of shape {tuple(pixels.shape)} and dtype {pixels.dtype}: "
-                "must be uint8 frames, [F, H, W, 3] or [F, 3, H, W]."
-            )
-        if pixels.shape[1] != 3:
-            pixels = pixels.permute(0, 3, 1, 2).contiguous()
-        size = (self.size["height"], self.size["width"])
-        if self.do_resize and pixels.shape[-2:] != size:
-            pixels = torch.nn.functional.interpolate(
-                pixels, size, mode=_FILTERS[self.resample], align_corners=False, antialias=True
-            )
-        return pixels
-
-    def resized_frame(self, frame: np.ndarray) -> np.ndarray:
-        """The same for one frame, for ``read_video(..., resize=)``: uint8 [H, W, 3] -> uint8 [height, width, 3]."""
-        return _channels_last(self.resized(frame[None])[0])
-
-    def _normalized(self, pixels: torch.Tensor) -> torch.Tensor:
-        if not self.do_normalize:
-            return pixels * self.rescale_factor if self.do_rescale else pixels
-        # Rescaling is folded into mean and std, not done first: the last bit depends on it.
-        scale = 1.0 / self.rescale_factor if self.do_rescale else 1.0
-        mean, std = (torch.tensor(values) * scale for values in (self.image_mean, self.image_std))
-        return pixels.sub(mean.view(-1, 1, 1)).div(std.view(-1, 1, 1))
-
-
-@dataclass(frozen=True)
-class ImageProcessing:
-    """Images to pixels and placeholders: transformers' own code, which needs Pillow and no torchvision."""
-
-    checkpoint: str
-    patches: int
-    """Of the encoder's grid, as in ``num_image_tokens``."""
-    token: str = "<image>"
-    feature_strategy: str = "full"
-    aspect_ratio: str = "anyres_max_9"
-
-    def __call__(self, images: Any, **options: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """``images``: one, a list, or a list for each prompt; pictures of Pillow, arrays, paths or addresses.
-
-        Returns the model's inputs, and for each image in reading order its placeholders."""
-        try:
-            from transformers.models.llava_onevision import image_processing_pil_llava_onevision as pillow
-            from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
-
-            processor: Any = pillow.LlavaOnevisionImageProcessorPil.from_pretrained(self.checkpoint)
-        except ImportError as error:
-            raise EarlyTomConfigError(f"images need Pillow: pip install pillow ({error}).") from error
-        inputs = processor(processor.fetch_images(_without_paths(images)), return_tensors="pt", **options)
-        # Its own constructor wants a video processor, which is what needs torchvision.
-        counter: Any = LlavaOnevisionProcessor.__new__(LlavaOnevisionProcessor)
-        counter.image_processor, counter.image_token, counter.num_image_tokens = processor, self.token, self.patches
-        counter.vision_feature_select_strategy, counter.vision_aspect_ratio = self.feature_strategy, self.aspect_ratio
-        return inputs, [counter.replace_image_token(inputs, i) for i in range(len(inputs["image_sizes"]))]
+    return lambda frame: channels_last(resize(videos=[frame[None]], **only)["pixel_values_videos"][0, 0])
 
 
 @dataclass(frozen=True)
@@ -237,22 +148,24 @@ class VideoTextProcessor:
     @classmethod
     def from_pretrained(cls, model: str) -> "VideoTextProcessor":
         """Read tokenizer, chat template and video settings of a checkpoint folder or Hub id."""
-        with _missing_files_named(model):
+        from transformers import AutoTokenizer
+
+        with missing_files_named(model):
             tokenizer = AutoTokenizer.from_pretrained(model)
-        processor = _read_json(model, "processor_config.json")
-        settings = _video_settings(model, processor)
+        processor = read_json(model, "processor_config.json")
+        settings = settings_in(model, processor)
         if not settings:
             raise EarlyTomConfigError(
                 f"{model!r} has no video settings: processor_config.json, video_preprocessor_config.json or "
                 "preprocessor_config.json must be there."
             )
-        patches = _patches_per_frame(model, processor)
+        patches = patches_per_frame(model, processor)
         return cls(
             tokenizer=tokenizer,
             pixels=PixelSettings.from_settings(settings),
             tokens_per_frame=math.ceil(math.isqrt(patches) / 2) ** 2,
             video_token=getattr(tokenizer, "video_token", None) or processor.get("video_token", "<video>"),
-            chat_template=_chat_template(model, processor) or tokenizer.chat_template,
+            chat_template=chat_template_of(model, processor) or tokenizer.chat_template,
             images=ImageProcessing(
                 model,
                 patches,
@@ -260,7 +173,7 @@ class VideoTextProcessor:
                 processor.get("vision_feature_select_strategy") or "full",
                 processor.get("vision_aspect_ratio") or "anyres_max_9",
             ),
-            frames=_frames_in(settings),
+            frames=frames_in(settings),
         )
 
     def __call__(
@@ -270,7 +183,7 @@ class VideoTextProcessor:
         videos: Any = None,
         return_tensors: str = "pt",
         **options: Any,
-    ) -> BatchFeature:
+    ) -> "BatchFeature":
         """``text`` with one ``<video>`` for each of ``videos`` and one ``<image>`` for each of ``images``, in order.
 
         A video is frames uint8 [F, H, W, 3] or [F, 3, H, W], a list of pictures, or the path or address of a file, of
@@ -283,6 +196,8 @@ class VideoTextProcessor:
         ``image_sizes`` and ``batch_num_images`` as transformers makes them. Raises :class:`EarlyTomConfigError` where
         text, videos and images do not match, and for options that nobody knows or that take torchvision.
         """
+        from transformers import BatchFeature
+
         if text is None:
             raise EarlyTomConfigError(f"no text came: give a prompt, with a {self.video_token} for each video.")
         by_kind = options_by_kind(options, self.tokenizer)
@@ -323,7 +238,7 @@ class VideoTextProcessor:
         def read(path: str | Path) -> Video:
             return read_video(path, wanted, default=self.frames, resize=settings.resized_frame).pixels
 
-        return settings, _videos_of(videos, wanted, read)
+        return settings, videos_of(videos, wanted, read)
 
     def apply_chat_template(
         self,
@@ -413,126 +328,3 @@ def _sources(conversation: Any, kind: str, keys: Sequence[str]) -> list[Any]:
             if part.get("type") == kind:
                 found += [part[key] for key in keys if key in part]
     return found
-
-
-def _is_array(thing: Any) -> bool:
-    return isinstance(thing, np.ndarray | torch.Tensor)
-
-
-def _is_picture(thing: Any) -> bool:
-    """A frame: an array, or a picture of Pillow, which need not be installed for this question."""
-    return (_is_array(thing) and thing.ndim == 3) or hasattr(thing, "getbands")
-
-
-def _videos_of(videos: Any, wanted: int | None, read: Callable[[str | Path], Video]) -> list[Video]:
-    """Frames [F, H, W, 3] or [F, 3, H, W] of each video, in whatever way they came."""
-    from .video import sample_indices
-
-    if isinstance(videos, str | Path):
-        return [read(videos)]
-    if _is_array(videos) and videos.ndim == 4:
-        return [videos if wanted is None else videos[list(sample_indices(len(videos), wanted))]]
-    if isinstance(videos, list | tuple) and videos and all(map(_is_picture, videos)):
-        return _videos_of(_stacked(videos), wanted, read)
-    if not isinstance(videos, list | tuple) and not (_is_array(videos) and videos.ndim == 5):
-        shape = f"an array of shape {tuple(videos.shape)}" if _is_array(videos) else f"a {type(videos).__name__}"
-        raise EarlyTomConfigError(
-            f"videos: {shape}; must be uint8 frames [F, H, W, 3] or [F, 3, H, W], a list of pictures, the path or "
-            "address of a file, or a list of such videos."
-        )
-    return [clip for video in videos for clip in _videos_of(_frames_from_files(video), wanted, read)]
-
-
-def _frames_from_files(video: Any) -> Any:
-    """A list of pictures in files is a video, frame by frame."""
-    if isinstance(video, list | tuple) and video and all(isinstance(frame, str | Path) for frame in video):
-        from transformers.image_utils import load_image
-
-        return [load_image(str(frame)).convert("RGB") for frame in video]
-    return video
-
-
-def _without_paths(images: Any) -> Any:
-    """The same with strings, which is all that transformers takes."""
-    if isinstance(images, list | tuple):
-        return [_without_paths(image) for image in images]
-    return str(images) if isinstance(images, Path) else images
-
-
-def _stacked(pictures: Sequence[Any]) -> Video:
-    arrays = [picture if _is_array(picture) else np.asarray(picture.convert("RGB")) for picture in pictures]
-    shapes = sorted({tuple(array.shape) for array in arrays})
-    if len(shapes) > 1:
-        raise EarlyTomConfigError(f"frames of shapes {shapes}: all frames of a video must have one size.")
-    return np.stack([np.asarray(array) for array in arrays])
-
-
-def _video_settings(model: str, processor: Mapping[str, Any]) -> dict[str, Any]:
-    return (
-        processor.get("video_processor")
-        or _read_json(model, "video_preprocessor_config.json")
-        or _read_json(model, "preprocessor_config.json")
-    )
-
-
-def _frames_in(settings: Mapping[str, Any]) -> int:
-    frames = settings.get("num_frames")
-    return frames if isinstance(frames, int) and frames > 0 else FRAMES
-
-
-def _patches_per_frame(model: str, processor: Mapping[str, Any]) -> int:
-    patches = processor.get("num_image_tokens")
-    if patches is None:
-        vision = _read_json(model, "config.json")["vision_config"]
-        patches = (vision["image_size"] // vision["patch_size"]) ** 2
-    return patches
-
-
-def _chat_template(model: str, processor: Mapping[str, Any]) -> str | None:
-    """The processor's template from wherever the checkpoint's age has put it, in transformers' order."""
-    template = processor.get("chat_template") or _read_json(model, "chat_template.json").get("chat_template")
-    return template or _read_text(model, "chat_template.jinja")
-
-
-@contextlib.contextmanager
-def _missing_files_named(model: str) -> Iterator[None]:
-    """Where a folder cannot be loaded, say which of its files are missing; transformers speaks in riddles then."""
-    try:
-        yield
-    except Exception as error:
-        missing = _missing_files(model) if Path(model).is_dir() else []
-        if not missing:
-            raise
-        raise EarlyTomConfigError(
-            f"the processor of {model!r} cannot be loaded: {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing there. Copy all files of the checkpoint."
-        ) from error
-
-
-def _missing_files(folder: str) -> list[str]:
-    missing = []
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        missing.append("tokenizer.json")
-    nested = "image_processor" in _read_json(folder, "processor_config.json")
-    if not nested and not (Path(folder) / "preprocessor_config.json").is_file():
-        missing.append("preprocessor_config.json")
-    return missing
-
-
-def in_one_line(error: Exception) -> str:
-    """All that an error says."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _read_json(model: str, name: str) -> dict[str, Any]:
-    """A JSON object of the checkpoint, empty if there is none."""
-    try:
-        content = json.loads(_read_text(model, name) or "{}")
-    except (OSError, ValueError) as error:
-        raise EarlyTomConfigError(f"{name} of {model!r} cannot be read: {in_one_line(error)}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _read_text(model: str, name: str) -> str | None:
-    file = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-    return None if file is None else Path(file).read_text(encoding="utf-8")

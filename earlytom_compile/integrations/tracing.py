@@ -1,6 +1,6 @@
-"""Make transformers' LLaVA-OneVision trace to one graph in a fresh process.
+"""Make models of transformers trace to one graph in a fresh process, and compile what is traced in peace.
 
-Three places in it break the graph, for reasons that have nothing to do with the model:
+Three places in transformers break the graph, for reasons that have nothing to do with a model:
 
     maybe_install_capturing_hooks(model)      # installs forward hooks under a lock, once
     torch_compilable_check(n_tokens == ...)   # reads a tensor's value on the host
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 _CHECK = "torch_compilable_check"
 _INSTALL = "maybe_install_capturing_hooks"
-_MODELING = "transformers.models.llava_onevision.modeling_llava_onevision"
 _CAPTURING = "transformers.utils.output_capturing"
 _DORA = "peft.tuners.lora.dora"
 _copies = itertools.count()
@@ -71,23 +70,27 @@ class FirstCallAlone:
         return self._compiled(*args, **kwargs)
 
 
-def make_traceable() -> None:
-    """Prepare transformers for tracing; may be called again at any time.
+def prepare_transformers(modeling: str, *classes: str) -> None:
+    """Prepare a modeling module of transformers, and the ``classes`` in it that are traced; may be called again.
 
-    Must run before Dynamo first traces a model, and imports what it prepares: a module imported later would come
-    unprepared.
+    Must run before Dynamo first traces a model, and imports the module: one imported later would come unprepared.
     """
     try:
-        modeling = importlib.import_module(_MODELING)
+        module = importlib.import_module(modeling)
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit its torch
-        log.warning("LLaVA-OneVision of transformers cannot be imported and will not trace: %s", error)
+        log.warning("%s cannot be imported, and its models will not trace: %s", modeling, error)
         return
-    _replace(modeling, _CHECK, _check_unless_tracing)
-    for cell in _signature_cells(modeling.LlavaOnevisionModel):
-        if type(cell.cell_contents) is inspect.Signature:
-            cell.cell_contents = _PlainSignature(cell.cell_contents)
+    _replace(module, _CHECK, _check_unless_tracing)
+    for name in classes:
+        for cell in _signature_cells(getattr(module, name)):
+            if type(cell.cell_contents) is inspect.Signature:
+                cell.cell_contents = _PlainSignature(cell.cell_contents)
     if _CAPTURING in sys.modules:
         _replace(sys.modules[_CAPTURING], _INSTALL, _install_while_tracing)
+
+
+def prepare_peft() -> None:
+    """Prepare PEFT, where somebody has imported it; may be called again."""
     if _DORA in sys.modules:
         _replace(sys.modules[_DORA], "dequantize_module_weight", _plain_weight_while_tracing)
 

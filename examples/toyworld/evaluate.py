@@ -144,9 +144,7 @@ def arms(
     return [(name, ratio) for name, ratio in every if name == ALL_TOKENS or name.startswith(beginnings)]
 
 
-def load_questions(
-    split: str, first: int, videos: int, advance: Callable[[], None] = lambda: None
-) -> Questions:
+def load_questions(split: str, first: int, videos: int, advance: Callable[[], None] = lambda: None) -> Questions:
     """Videos ``first`` to ``first + videos - 1`` of ``split``, and one question of each category about each."""
     frames, asked, held_out = [], [], []
     for seed in range(first, first + videos):

@@ -1,6 +1,6 @@
 """The words of the toy world, their tokenizer, and the prompt around a question.
 
-    <|im_start|> user <video> what color is the ring ? <|im_end|> <|im_start|> assistant  ->  red <|im_end|>
+<|im_start|> user <video> what color is the ring ? <|im_end|> <|im_start|> assistant  ->  red <|im_end|>
 """
 
 from tokenizers import Tokenizer, models, pre_tokenizers

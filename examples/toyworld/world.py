@@ -43,9 +43,7 @@ PAN_SPEED = 3.0
 Pair = tuple[str, str]
 """Colour and shape."""
 PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
-HELD_OUT: frozenset[Pair] = frozenset(
-    [("red", "ring"), ("blue", "triangle"), ("yellow", "cross"), ("white", "circle")]
-)
+HELD_OUT: frozenset[Pair] = frozenset([("red", "ring"), ("blue", "triangle"), ("yellow", "cross"), ("white", "circle")])
 """Pairs that never occur in the split ``train``."""
 SPLITS = ("train", "validation", "test")
 
@@ -272,9 +270,7 @@ def _backdrop(rng: np.random.Generator) -> tuple[tuple[int, int, int], str]:
     return _BACKGROUNDS[rng.integers(len(_BACKGROUNDS))], str(rng.choice(_TEXTURES))
 
 
-def _recolored(
-    rng: np.random.Generator, before: Scene, first: int, last: int, pairs: Sequence[Pair]
-) -> Scene | None:
+def _recolored(rng: np.random.Generator, before: Scene, first: int, last: int, pairs: Sequence[Pair]) -> Scene | None:
     """The things of ``before`` stand where it left them, one in another colour."""
     seen = [(thing, centre) for thing, centre in before.visible(before.last) if thing is not before.flash]
     index = int(rng.integers(len(seen)))

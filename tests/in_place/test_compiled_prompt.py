@@ -39,7 +39,8 @@ from earlytom_compile import (
     report,
     stages,
 )
-from earlytom_compile.integrations import generate as in_place
+from earlytom_compile.integrations import generate, vision_path
+from earlytom_compile.integrations.generate import CompiledModel
 from earlytom_compile.integrations.prefill import CompiledPrefill
 from earlytom_compile.integrations.tracing import with_its_own_code
 
@@ -101,13 +102,13 @@ def test_without_a_video_the_language_model_runs_its_own_code(model):
 def test_threads_do_not_meet(pristine, monkeypatch):
     """One generates about videos, the other about nothing, which must stay bit for bit what it was."""
     model, settings = pristine, []
-    compile_graph = in_place.compile_graph
+    compile_graph = vision_path.compile_graph
 
     def noting_settings(*args, **kwargs):
         settings.append(torch._dynamo.config.get_config_copy())
         return compile_graph(*args, **kwargs)
 
-    monkeypatch.setattr(in_place, "compile_graph", noting_settings)
+    monkeypatch.setattr(vision_path, "compile_graph", noting_settings)
     own = torch._dynamo.config.get_config_copy()
     text = {"input_ids": video_inputs(model, 4, videos_per_row=(0,), after=9)["input_ids"]}
     inputs = video_inputs(model, 12)
@@ -356,7 +357,7 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
     if not with_mask:
         del inputs["attention_mask"]
     reads = HostReads([inputs, dict(model.named_parameters())])
-    encode, tolist, reached = in_place.CompiledModel._encode, torch.Tensor.tolist, []
+    encode, tolist, reached = CompiledModel._encode, torch.Tensor.tolist, []
     entered = []
 
     def stop():
@@ -387,8 +388,8 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
         return moved
 
     leave_pieces_as_they_are(monkeypatch)
-    monkeypatch.setattr(in_place.CompiledModel, "_encode", encode_then_watch)
-    monkeypatch.setattr(in_place, "without_waiting", sent)
+    monkeypatch.setattr(CompiledModel, "_encode", encode_then_watch)
+    monkeypatch.setattr(generate, "without_waiting", sent)
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # else what is on the host is what is on the device
     monkeypatch.setattr(torch.Tensor, "tolist", watched_tolist)
     monkeypatch.setattr(CompiledPrefill, "_compiled_for", language_model)
@@ -403,7 +404,7 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
 def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout):
     model = tiny_llava_onevision(vision_layers=4, text_layers=1).cuda()
     inputs = video_inputs(model, 12, **layout)
-    encode, reached = in_place.CompiledModel._encode, []
+    encode, reached = CompiledModel._encode, []
 
     def encode_then_watch(*args):
         torch.cuda.set_sync_debug_mode("default")
@@ -417,7 +418,7 @@ def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout)
         return lambda own, args, kwargs: own(*args, **kwargs)
 
     leave_pieces_as_they_are(monkeypatch)
-    monkeypatch.setattr(in_place.CompiledModel, "_encode", encode_then_watch)
+    monkeypatch.setattr(CompiledModel, "_encode", encode_then_watch)
     monkeypatch.setattr(CompiledPrefill, "_compiled_for", language_model)
     try:
         with torch.no_grad():

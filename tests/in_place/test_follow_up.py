@@ -16,7 +16,7 @@ from tiny_models import tokens_per_frame, video_inputs
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report
-from earlytom_compile.prompt import PromptCut, sizes_in_prompt
+from earlytom_compile.prompt import PromptCut, locate_runs, sizes_in_prompt
 
 
 def with_one_placeholder(model, inputs):
@@ -134,7 +134,7 @@ def prompts(draw):
 def test_each_video_gets_as_many_placeholders_as_it_has_rows(prompt):
     ids, before, after = prompt
     assert sizes_in_prompt(ids, 9, len(before)) == before
-    plan = PromptCut.plan(ids, 9, before, after)
+    plan = PromptCut.plan(ids, locate_runs(ids, 9, before), after)
     remaining, rows = list(after), []
     for row in ids.tolist():  # written once more, without positions
         new, last = [], None
@@ -160,7 +160,8 @@ def test_rows_lose_padding_that_no_row_needs(prompt, common, right):
     pad = torch.nn.functional.pad
     ids = pad(ids, (common, right))
     mask = torch.tensor([[0] * (common + n) + [1] * (ids.shape[1] - common - n - right) + [0] * right for n in own])
-    untrimmed, plan = PromptCut.plan(ids, 9, before, after), PromptCut.plan(ids, 9, before, after, mask)
+    places = locate_runs(ids, 9, before)
+    untrimmed, plan = PromptCut.plan(ids, places, after), PromptCut.plan(ids, places, after, mask)
     contents = [row[row >= 0][common + n :] for row, n in zip(untrimmed.positions, own, strict=True)]
     width = max(map(len, contents)) + common
     assert plan.positions.shape[1] == width and plan.dropped == ids.shape[1] - width

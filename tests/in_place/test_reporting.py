@@ -60,7 +60,7 @@ def test_steps_behind_a_prompt_keep_its_numbers(model):
     inputs = video_inputs(model, 12)
     output = compiled(model)(**inputs, use_cache=True)
     before = report(model).to_dict()["videos"]
-    cache = earlytom_compile.integrations.generate.cache_of(output)
+    cache = earlytom_compile.integrations.caches.cache_of(output)
     name = earlytom_compile.integrations.caches.cache_name(model.forward)
     model(output.logits[:, -1:].argmax(-1), **{name: cache})
     assert before and report(model).to_dict()["videos"] == before

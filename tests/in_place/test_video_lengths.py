@@ -124,7 +124,7 @@ class TestCompilingAgain:
         own = model.forward
         model.forward = lambda *args, **kwargs: own(*args, **kwargs)
         compiled(model)
-        assert model.__dict__["forward"].__class__.__name__ == "_Method"
+        assert model.__dict__["forward"].__class__.__name__ == "Method"
 
     def test_restored_means_restored(self, model):
         own = model.model.language_model.forward

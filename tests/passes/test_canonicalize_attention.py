@@ -5,7 +5,7 @@ import torch
 from hand_made import VideoModel, capture, count
 from tiny_models import tiny_llava_onevision, video_inputs
 
-from earlytom_compile.integrations.tracing import make_traceable
+from earlytom_compile.families.registry import make_traceable
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 
 

@@ -123,7 +123,7 @@ def test_features_that_go_elsewhere_have_a_reason():
 def capture_llava(model, inputs):
     import torch
 
-    from earlytom_compile.integrations.tracing import make_traceable
+    from earlytom_compile.families.registry import make_traceable
 
     graphs = []
 

@@ -27,10 +27,12 @@ def compiled(tower, **options):
     return torch.compile(tower, backend=backend, fullgraph=True), graphs
 
 
-def check(tower, *, frames=8, videos=1, **options):
+def check(tower, *, frames=8, videos=1, any_length=False, **options):
     """Compress one call and compare it with the oracle; returns what the report would say."""
     run, graphs = compiled(tower, retain_ratio=R, **options)
     pixels = video(frames, videos)
+    if any_length:
+        torch._dynamo.maybe_mark_dynamic(pixels, 1)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", EarlyTomFallbackWarning)
         rows = run(pixels)
@@ -80,6 +82,11 @@ def test_several_videos_and_single_frames(how):
     check(tower, videos=3)
     check(tower, frames=1)
     check(tower, frames=1, videos=2)
+
+
+@pytest.mark.parametrize("how", ["linear: addmm", "tokens: merger", "all of it"])
+def test_one_graph_for_videos_of_every_length(how):
+    assert check(Tower(**SPELLINGS[how]), any_length=True).any_length
 
 
 @pytest.mark.parametrize("how", ["linear: dynamic int8", "linear: packed", "all of it"])

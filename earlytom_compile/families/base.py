@@ -1,0 +1,219 @@
+"""The seam between one model family and everything else, which never names a family.
+
+    generate(input_ids [R, S], pixel_values_videos ..., ...)
+ -> videos(model, call)                   # a Video each: pixels [F, ...] and what else its encoder takes
+ -> rows(model, pixels [1, F, ...])       # [N, C] by the model's own code, which is traced and compressed: [K, C]
+ -> places(model, ids, sizes)             # the placeholders of each video in the prompt, N before the cut, K after
+ -> inputs(model, cut ids, rows)          # embeddings [R, S', C] of the cut prompt; images as they were (other_rows)
+ -> the model's own generate(cut ids, inputs_embeds=..., position_ids=..., ...)
+
+The defaults are what most models of transformers do. ``docs/adding-a-model.md`` goes through it with an example.
+"""
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+
+from ..errors import EarlyTomConfigError
+from ..prompt import Places, PromptCut, locate_runs
+
+Call = Mapping[str, Any]
+"""The arguments of a call of ``forward()`` or ``generate()`` by name; names are ours where :attr:`Family.names` says
+so."""
+Reason = tuple[str, str]
+"""(why a call cannot be compressed, what to do about it), both without a full stop."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video of a call, ready to be traced."""
+
+    pixels: Tensor
+    """[F, ...]: frames come first."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What else :meth:`Family.rows` takes of this call, by name. Code is compiled for each of the values; tensors among
+    them are ``[F, ...]`` as the pixels are, and reach :meth:`Family.rows` as ``[1, F, ...]``."""
+
+
+class Family:
+    """What the rest of the package may know of a model. Has no state: one object serves all models of its classes.
+
+    A family must say ``name``, ``classes``, :meth:`rows`, and :meth:`frame_shape` or :meth:`videos`; the rest where its
+    model does otherwise than the default says.
+    """
+
+    name: str
+    """For people: ``"LLaVA-OneVision"``."""
+    classes: tuple[str, ...]
+    """The model classes it serves, by qualified name (``"package.module.Class"``), subclasses included. Nothing is
+    imported for them. A ``*`` stands for what differs between installations, such as the commit in the modules of
+    ``trust_remote_code``: ``"transformers_modules.*.modeling_mine.Mine"``."""
+    requires: Mapping[str, str] = {}
+    """The oldest version of each package that works: ``{"transformers": "5.17"}``."""
+    names: Mapping[str, str] = {}
+    """Ours -> the model's, for arguments of ``forward()`` and ``generate()`` that it calls otherwise than transformers:
+    ``input_ids``, ``pixel_values_videos``, ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``."""
+    consumed: frozenset[str] = frozenset()
+    """Arguments that a call has no use for once its videos are rows, besides pixels and ids."""
+    model_type: str | None = None
+    """``model_type`` in the config.json of its checkpoints, if the command line can load them."""
+    checkpoint: str = ""
+    """One of them on the Hub, as an example for people."""
+
+    # --- The model ------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """What Dynamo needs to trace :meth:`rows` in one graph, done before it first does; may be called again."""
+
+    def vision_tower(self, model: Any) -> nn.Module:
+        """The module whose layers encode the frames."""
+        return model.model.vision_tower
+
+    def language_model(self, model: Any) -> nn.Module | None:
+        """The decoder, called with ``inputs_embeds``: its pass over a prompt is compiled too. None leaves it alone."""
+        return None
+
+    def embedding(self, model: Any) -> nn.Module:
+        """The token embedding, int64 [R, S] -> [R, S, C]."""
+        return model.get_input_embeddings()
+
+    def encoder_layers(self, config: Any) -> int | None:
+        """Layers of the vision encoder whose output counts, as ``model.config`` tells, so that ``merge_layers`` can be
+        checked at once; None where it does not."""
+        return None
+
+    # --- The videos of a call -------------------------------------------------------------------------
+
+    def frame_shape(self, model: Any) -> tuple[int, ...] | None:
+        """The shape of one frame of ``pixel_values_videos``, such as (3, 384, 384); None where several will do."""
+        return None
+
+    def videos(self, model: Any, call: Call) -> list[Video]:
+        """The videos of a call, in the order of their placeholders; here those of a tensor [V, F, ...], or of a list of
+        [F, ...]. Raises :class:`EarlyTomConfigError` for what the model cannot take."""
+        videos = call["pixel_values_videos"]
+        expected = self.frame_shape(model)
+        for video in videos:
+            wrong = expected is not None and tuple(video.shape[1:]) != expected
+            if wrong or video.dim() < 2 or len(video) == 0:
+                raise EarlyTomConfigError(self._wrong_shape(videos, expected))
+        return [Video(video) for video in videos]
+
+    def spelled(self, name: str) -> str:
+        """What the model calls an argument, by our name for it."""
+        return self.names.get(name, name)
+
+    def by_our_names(self, arguments: Call) -> dict[str, Any]:
+        """Arguments as the model takes them -> a call as the methods here take it."""
+        ours = {theirs: name for name, theirs in self.names.items()}
+        return {ours.get(name, name): value for name, value in arguments.items()}
+
+    def by_its_own_names(self, call: Call) -> dict[str, Any]:
+        """The way back."""
+        return {self.spelled(name): value for name, value in call.items()}
+
+    def _wrong_shape(self, videos: Any, expected: tuple[int, ...] | None) -> str:
+        name = self.spelled("pixel_values_videos")
+        shape = tuple(videos.shape) if isinstance(videos, Tensor) else [tuple(video.shape) for video in videos]
+        takes = "" if expected is None else f", and this model's vision tower takes {expected} for each frame"
+        return (
+            f"{name} have shape {shape}; they must be [videos, frames, channels, height, width], or a list of "
+            f"[frames, channels, height, width], with at least one frame each{takes}. Prepare videos with the model's "
+            "processor."
+        )
+
+    def rows(self, model: Any, pixels: Tensor, **arguments: Any) -> Tensor:
+        """Rows [N, C] or [1, N, C] of one video, [1, F, ...], as the language model gets them, separators included.
+
+        Traced: the model's own code, with nothing in it that asks for a value of a tensor. The frames must be one axis
+        of their own through the whole encoder, up to the place where they and their tokens become one axis.
+        """
+        raise NotImplementedError
+
+    def other_rows(self, model: Any, ids: Tensor, call: Call) -> Iterable[tuple[int, Tensor]]:
+        """(placeholder token, rows [N, C]) of what else is put into the prompt, such as images. Never compressed."""
+        return ()
+
+    # --- The prompt -----------------------------------------------------------------------------------
+
+    def video_token(self, model: Any) -> int:
+        """The id in ``input_ids`` that holds the place of a video's row."""
+        return model.config.video_token_id
+
+    def places(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> Places:
+        """Where the videos are in ``ids``, int64 [R, S] on the host; ``sizes[v]`` is how many rows video v has
+        uncompressed. Here as many placeholders, next to each other.
+
+        Raises :class:`EarlyTomConfigError` for a prompt that does not match, and
+        :class:`~earlytom_compile.prompt.UncuttablePrompt` for one that does and cannot be cut.
+        """
+        return locate_runs(ids, self.video_token(model), sizes)
+
+    def inputs(self, model: Any, ids: Tensor, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Any]:
+        """The arguments that bring ``rows``, (placeholder token, [N, C]) each, to the language model in the places of
+        the cut prompt ``ids`` [R, S']; here embeddings [R, S', C]. ``generate()`` gets the ids in any case, and
+        ``forward()`` if they are among these."""
+        embeds = self.embedding(model)(ids)
+        for token, each in rows:
+            each = each.to(embeds.device, embeds.dtype)
+            embeds = embeds.masked_scatter((ids == token).unsqueeze(-1).to(embeds.device), each)
+        return {"inputs_embeds": embeds}
+
+    def position_ids(self, model: Any, call: Call, cut: PromptCut) -> Tensor | None:
+        """Position ids of the cut prompt; None leaves it to the model to count. Here the caller's, gaps closed."""
+        given = call.get("position_ids")
+        return None if given is None else cut.renumber(given)
+
+    # --- What does not work ---------------------------------------------------------------------------
+
+    def encoded_before(self, call: Call) -> bool:
+        """Whether the call brings features of its videos in place of pixels, which reach the language model as they
+        are."""
+        return False
+
+    def refused_by_model(self, call: Call, *, forward: bool) -> bool:
+        """Whether the model's own code raises an error of its own for this call, which it is left to do."""
+        return False
+
+    def reason_against(self, model: Any, call: Call) -> Reason | None:
+        """(reason, cure) for a call with videos that must run uncompressed; None where none is known."""
+        return None
+
+    # --- Its checkpoints, for the command line --------------------------------------------------------
+
+    def model_class(self) -> Any:
+        """The class that loads a checkpoint: the first of :attr:`classes`, imported now."""
+        module, _, name = self.classes[0].rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    def processor(self, checkpoint: str) -> Any:
+        """What stands in for transformers' own processor where torchvision is missing."""
+        raise EarlyTomConfigError(f"the processor of {self.name} needs torchvision: pip install torchvision.")
+
+    # --- Versions -------------------------------------------------------------------------------------
+
+    def require_versions(self) -> None:
+        """Raise :class:`EarlyTomConfigError` where a package is older than :attr:`requires` says."""
+        for package, oldest in self.requires.items():
+            installed = _version_of(package)
+            if installed is None or TorchVersion(installed) < oldest:
+                raise EarlyTomConfigError(
+                    f"{self.name} needs {package} {oldest} or newer, but {installed or 'none'} is installed: "
+                    f"pip install '{package}>={oldest}'."
+                )
+
+
+def _version_of(package: str) -> str | None:
+    """Of what is imported, or else of what would be."""
+    if package in sys.modules:
+        return getattr(sys.modules[package], "__version__", None)
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

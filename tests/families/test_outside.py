@@ -1,0 +1,254 @@
+"""A family of another package, for a model that has nothing to do with transformers."""
+
+import importlib.metadata
+
+import pytest
+import torch
+from handwritten import SIDE, VIDEO, HandWritten, VideoModel
+from oracle import MergingEncoder, Options
+from tiny_models import video
+
+import earlytom_compile
+from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report
+from earlytom_compile.families.registry import all_families, family_of
+from earlytom_compile.integrations.observe import observe
+from earlytom_compile.reference import select_representatives, select_tokens
+
+OPTIONS = {"retain_ratio": 0.2, "variant": "paper", "merge_layers": (0, 2), "tau_seg": 0.3}
+TOKENS = 9  # of a frame
+
+
+def install(folder, monkeypatch, family="handwritten:HandWritten"):
+    """What pip leaves of a package whose pyproject.toml has an entry point of ours."""
+    info = folder / "video_models_of_mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: video-models-of-mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[earlytom_compile.families]\nmine = {family}\n")
+    monkeypatch.syspath_prepend(folder)
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch)
+    return VideoModel().eval()
+
+
+def clips(*frames, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [video(count, SIDE, scenes=2, generator=generator) for count in frames]
+
+
+def prompt(*frames, before=2, after=3):
+    words = torch.arange(before + after) + 3
+    videos = [torch.full((count * TOKENS,), VIDEO) for count in frames]
+    between = [part for each in videos for part in (each, words[:1])][:-1]
+    return torch.cat([words[:before], *between, words[before:]])[None]
+
+
+@torch.no_grad()
+def oracle_rows(model, clip, variant="paper"):
+    """[K, C] of one video [F, 3, H, W], by hooks on the model's own layers."""
+    options = Options(**{**OPTIONS, "variant": variant})
+    encoder = MergingEncoder(model.layers, OPTIONS["merge_layers"], len(clip), options)
+    with encoder.hooked():
+        model.encode(clip)
+    side = int(encoder.importance.shape[1] ** 0.5)
+    importance = torch.nn.functional.avg_pool2d(encoder.importance.view(-1, 1, side, side), 2).flatten(1)
+    features = model.pool(encoder.output)
+    if variant == "plus":
+        kept = select_representatives(features, frames_in=len(clip), retain_ratio=0.2)
+    else:
+        kept = select_tokens(importance, encoder.segments, frames_in=len(clip), retain_ratio=0.2, variant=variant)
+    return features[kept[:, 0], kept[:, 1]]
+
+
+@torch.no_grad()
+def oracle_embeddings(model, tokens, *videos):
+    """[1, S', C] of a row."""
+    remaining, parts, last = list(videos), [], None
+    for token in tokens[0].tolist():
+        if token != VIDEO:
+            parts.append(model.words.weight[token][None])
+        elif last != VIDEO:
+            parts.append(oracle_rows(model, remaining.pop(0)))
+        last = token
+    return torch.cat(parts)[None]
+
+
+def test_generate_and_forward_equal_the_oracle(model):
+    (clip,), tokens = clips(12), prompt(12)
+    embeddings = oracle_embeddings(model, tokens, clip)
+    plain = model.generate(tokens, embeddings=embeddings, new=6)
+    logits = model(embeddings=embeddings)
+    own = model.forward, model.generate
+    earlytom_compile.compile(model, lowering="eager", **OPTIONS)
+    assert torch.equal(model.generate(tokens, clip[None], new=6), plain)
+    assert torch.equal(model.generate(tokens=tokens, video=clip[None], new=6), plain)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, video=clip[None]), logits, atol=1e-5, rtol=1e-5)
+    assert report(model).to_dict()["videos"][0]["tokens"] == [108, 22]
+    earlytom_compile.restore(model)
+    assert (model.forward, model.generate) == own
+
+
+@pytest.mark.parametrize("variant", ["paper", "plus"])
+def test_with_all_tokens_it_answers_as_ever(model, variant):
+    (clip,), tokens = clips(12), prompt(12)
+    own = model.generate(tokens, clip[None], new=6)
+    earlytom_compile.compile(model, lowering="eager", retain_ratio=1.0, variant=variant, strict=True)
+    assert torch.equal(model.generate(tokens, clip[None], new=6), own)
+    assert report(model).state == "compressing"
+
+
+def test_videos_of_different_lengths_in_rows_of_their_own_and_in_one(model):
+    first, second, third = clips(12, 7, 9)
+    rows = [prompt(12, 9, before=4), prompt(7)]
+    alone = [oracle_embeddings(model, rows[0], first, third), oracle_embeddings(model, rows[1], second)]
+    plain = [model.generate(row, embeddings=e, new=5)[:, row.shape[1] :] for row, e in zip(rows, alone, strict=True)]
+    width = max(row.shape[1] for row in rows)
+    tokens = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(r), (width - r.shape[1], 0)) for r in rows])
+    earlytom_compile.compile(model, lowering="eager", **OPTIONS)
+    new = model.generate(tokens, video=[first, third, second], mask=mask, new=5)[:, width:]
+    assert torch.equal(new, torch.cat(plain))
+
+
+@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
+def test_every_variant_gives_the_rows_of_the_oracle(model, variant):
+    (clip,) = clips(12)
+    earlytom_compile.compile(model, lowering="eager", **{**OPTIONS, "variant": variant})
+    (rows,) = earlytom_compile.encode_videos(model, clip[None])
+    torch.testing.assert_close(rows, oracle_rows(model, clip, variant), atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_without_a_video_runs_its_own_code(model):
+    tokens = torch.arange(5)[None]
+    with torch.no_grad():
+        logits = model(tokens)
+        earlytom_compile.compile(model, **OPTIONS)
+        assert torch.equal(model(tokens), logits)
+    assert report(model).to_dict()["last_call"] == "no video"
+
+
+def test_what_is_asked_before_encoding_has_the_names_of_the_model(model):
+    earlytom_compile.compile(model, **OPTIONS)
+    with pytest.raises(EarlyTomConfigError, match=r"video have shape \(1, 4, 3, 24, 20\).*takes \(3, 24, 24\)"):
+        model.generate(prompt(4), video=torch.zeros(1, 4, 3, SIDE, 20))
+    with pytest.raises(EarlyTomConfigError, match="video: a str"):
+        model.generate(prompt(4), video="talk.mp4")
+    with pytest.raises(EarlyTomConfigError, match="mask has shape"):
+        model.generate(prompt(4), video=torch.zeros(1, 4, 3, SIDE, SIDE), mask=torch.ones(1, 3))
+    with pytest.warns(EarlyTomFallbackWarning, match="the prompt is not given as tokens"), torch.no_grad():
+        model(video=torch.zeros(1, 4, 3, SIDE, SIDE), embeddings=torch.zeros(1, 3, 32))
+
+
+def test_encode_and_observe(model):
+    (clip,), tokens = clips(12), prompt(12)
+    (observation,) = observe(model, clip[None], **OPTIONS)
+    earlytom_compile.compile(model, lowering="eager", **OPTIONS)
+    (rows,) = earlytom_compile.encode_videos(model, clip[None])
+    torch.testing.assert_close(rows, oracle_rows(model, clip), atol=1e-5, rtol=1e-5)
+    assert observation.tokens == (108, len(rows))
+    answer = model.generate(tokens, video=clip[None], new=4)
+    assert torch.equal(model.generate(tokens, video=[rows], new=4), answer)
+
+
+def test_a_model_whose_loop_calls_forward_compresses_there(model):
+    """``generate`` is left alone where it takes no embeddings."""
+
+    class Loop(VideoModel):
+        @torch.no_grad()
+        def generate(self, tokens, video, new=8):
+            for _ in range(new):
+                tokens = torch.cat((tokens, self(tokens, video=video)[:, -1:].argmax(-1)), 1)
+            return tokens
+
+    (clip,), tokens = clips(12), prompt(12)
+    plain = model.generate(tokens, embeddings=oracle_embeddings(model, tokens, clip), new=3)
+    looping = Loop().eval()
+    looping.load_state_dict(model.state_dict())
+    earlytom_compile.compile(looping, lowering="eager", **OPTIONS)
+    assert torch.equal(looping.generate(tokens, clip[None], new=3), plain)
+
+
+def test_rows_may_come_beside_the_ids(model, monkeypatch):
+    """As several layers of features would, which are no embeddings."""
+
+    class Beside(VideoModel):
+        def forward(self, tokens=None, video=None, embeddings=None, mask=None, rows=None):
+            return super().forward(tokens, video, self.placed(tokens, embeddings, rows), mask)
+
+        def generate(self, tokens, video=None, embeddings=None, mask=None, new=8, rows=None):
+            return super().generate(tokens, video, self.placed(tokens, embeddings, rows), mask, new)
+
+        def placed(self, tokens, embeddings, rows):
+            if rows is None:
+                return embeddings
+            return self.words(tokens).masked_scatter((tokens == VIDEO).unsqueeze(-1), rows)
+
+    monkeypatch.setattr(HandWritten, "inputs", lambda family, model, ids, rows: {"input_ids": ids, "rows": rows[0][1]})
+    (clip,), tokens = clips(12), prompt(12)
+    embeddings = oracle_embeddings(model, tokens, clip)
+    beside = Beside().eval()
+    beside.load_state_dict(model.state_dict())
+    earlytom_compile.compile(beside, lowering="eager", **OPTIONS)
+    assert torch.equal(beside.generate(tokens, clip[None], new=6), model.generate(tokens, embeddings=embeddings, new=6))
+    with torch.no_grad():
+        torch.testing.assert_close(beside(tokens, clip[None]), model(embeddings=embeddings), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_takes_no_embeddings_is_refused(model):
+    class Closed(VideoModel):
+        def forward(self, tokens, video=None):
+            return super().forward(tokens, video)
+
+    with pytest.raises(EarlyTomConfigError, match=r"Closed.forward\(\) takes no embeddings"):
+        earlytom_compile.compile(Closed())
+
+
+def test_rows_that_would_need_padding_need_a_mask(model):
+    class Maskless(VideoModel):
+        def forward(self, tokens=None, video=None, embeddings=None):
+            return super().forward(tokens, video, embeddings)
+
+    maskless = earlytom_compile.compile(Maskless().eval(), lowering="eager", **OPTIONS)
+    (clip,) = clips(12)
+    tokens = torch.cat((prompt(12), torch.full_like(prompt(12), 5)))
+    with torch.no_grad():
+        with pytest.warns(EarlyTomFallbackWarning, match="takes no attention mask. Give each row in a call of its own"):
+            assert maskless(tokens, video=clip[None]).shape[:2] == tokens.shape
+        assert maskless(prompt(12), video=clip[None]).shape[1] == prompt(12).shape[1] - 108 + 22
+
+
+def test_layers_that_are_not_there_are_named_at_the_first_call_where_no_config_tells(model):
+    earlytom_compile.compile(model, lowering="eager", merge_layers=(9,))
+    with pytest.raises(EarlyTomConfigError, match="layer 9 does not exist"):
+        model.generate(prompt(4), video=clips(4)[0][None])
+
+
+def test_a_family_is_found_by_its_entry_point(model):
+    assert isinstance(family_of(model), HandWritten)
+    assert [family.name for family in all_families()] == [
+        "LLaVA-OneVision",
+        "LLaVA-NeXT-Video",
+        "the hand-written model",
+    ]
+    assert report(model).state == "never compiled"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("no_such_module_at_all:Mine", "ModuleNotFoundError"),
+        ("handwritten:NoSuchFamily", "AttributeError"),
+        ("handwritten:VideoModel", "no subclass of"),
+        ("earlytom_compile.families.base:Family", "does not say its name and classes"),
+    ],
+)
+def test_a_broken_family_is_named_with_its_package_and_stands_in_nobodys_way(tmp_path, monkeypatch, value, reason):
+    install(tmp_path, monkeypatch, value)
+    with pytest.warns(EarlyTomFallbackWarning, match=f"'mine' of the package 'video-models-of-mine'.*{reason}"):
+        assert [family.name for family in all_families()] == ["LLaVA-OneVision", "LLaVA-NeXT-Video"]
+    with pytest.warns(EarlyTomFallbackWarning), pytest.raises(EarlyTomConfigError, match="got VideoModel"):
+        earlytom_compile.compile(VideoModel())
