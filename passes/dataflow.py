@@ -28,7 +28,7 @@ class Dataflow:
             if _has_numbers(node):
                 # weight.to(x) is not computed from x.
                 for read in node.all_input_nodes[:1] if op_name(node) in ("to", "type_as") else node.all_input_nodes:
-                    sources |= self._sources[self._place[read]]
+                    sources |= self._sources[self._place[read]] if _has_numbers(read) else 0
             self._sources.append(sources)
 
     def is_from(self, node: Node, source: Node) -> bool:
@@ -77,8 +77,11 @@ class Dataflow:
 
 
 def _has_numbers(node: Node) -> bool:
-    """Whether what a node makes is computed from the numbers it reads: a tensor is, a size is not."""
+    """Whether what a node makes is computed from the numbers it reads: a tensor is, and what is read out of one, but a
+    size is not."""
     value = node.meta.get("example_value")
+    if node.target == "item" or isinstance(value, torch.SymFloat):
+        return True
     return value is None or _holds_tensor(value)
 
 

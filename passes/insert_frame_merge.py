@@ -45,17 +45,17 @@ class MergedVideo:
     axes: tuple[ResizedAxis, ...]  # the frame axes that changed
 
 
-def require_merged_features(view: GraphView, boundary: Boundary, config: EarlyTomConfig) -> None:
+def require_merged_features(view: GraphView, path: Boundary, config: EarlyTomConfig) -> None:
     """Raise where the projector takes what leaves a layer before the last one that merges, as with several
     ``vision_feature_layer``: of one video it would have two numbers of frames."""
-    blocks = boundary.encoder.blocks
+    blocks = path.encoder.blocks
     last = max(config.resolve_merge_layers(len(blocks)), default=0)
     for layer, block in enumerate(blocks[:last]):
         inside = view.flow.between(block.output, blocks[layer + 1].output)
-        if any(view.flow.is_from(boundary.flat, user) for user in block.output.users if user not in inside):
+        if any(view.flow.is_from(path.flat, user) for user in block.output.users if user not in inside):
             layers = tuple(each for each in config.resolve_merge_layers(len(blocks)) if each <= layer) or (layer,)
             raise NotApplicable(
-                f"the projector also takes what leaves layer {layer} of the vision encoder {boundary.encoder.name}, "
+                f"the projector also takes what leaves layer {layer} of the vision encoder {path.encoder.name}, "
                 f"and layer {last} merges frames after it",
                 f"Let no later layer merge: merge_layers={layers}",
             )

@@ -81,6 +81,10 @@ class MergingEncoder:
         self.outputs: dict[int, Tensor] = {}  # of each layer, merged
         self.query = self.key = self.importance = self.segments = None
 
+    @property
+    def output(self) -> Tensor:
+        return self.outputs[len(self.layers) - 1]
+
     def hooked(self) -> ExitStack:
         stack = ExitStack()
 
@@ -149,6 +153,11 @@ def _tokens(model, hidden: Tensor) -> Tensor:
     return inner.apply_pooling(inner.multi_modal_projector(hidden))
 
 
+def _layers_in_use(model) -> nn.ModuleList:
+    """The encoder layers that feed the hidden states the model selects; hidden state k leaves layer k - 1."""
+    return _layers(model)[: max(_layers_behind(model))]
+
+
 def _pool_importance(model, importance: Tensor) -> Tensor:
     """``[N, S] -> [N, P]``, as the model pools its features: LLaVA-OneVision's are bilinear to half the side (rounded
     up); where a convolution pools, importance is the mean of what makes a token."""
@@ -163,8 +172,7 @@ def _pool_importance(model, importance: Tensor) -> Tensor:
 
 def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     """``pixels [F, C, H, W]``: encode with merging, project, pool, select, append the separator."""
-    behind = _layers_behind(model)
-    layers = _layers(model)[: max(behind)]
+    layers = _layers_in_use(model)
     merge_layers = options.merge_layers
     if merge_layers is None:
         merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
@@ -173,7 +181,7 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     encoder = MergingEncoder(layers, merge_layers, len(pixels), options)
     with encoder.hooked():
         model.model.vision_tower(pixels)
-    hidden = torch.cat([encoder.outputs[count - 1] for count in behind], dim=-1)
+    hidden = torch.cat([encoder.outputs[count - 1] for count in _layers_behind(model)], dim=-1)
     importance = encoder.importance
     if model.config.vision_feature_select_strategy == "default":
         hidden, importance = hidden[:, 1:], importance[:, 1:]

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import EarlyTomConfigError, EarlyTomFallbackWarning
+from ..integrations.tracing import prepare_peft
 from .base import Family
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
@@ -72,6 +73,7 @@ def make_traceable() -> None:
         except EarlyTomConfigError:
             continue  # said by compile(), to those who have such a model
         family.prepare()
+    prepare_peft()
 
 
 def _of_class(kind: type, families: Iterable[Family], *, own_class: bool = False) -> Family | None:
@@ -109,9 +111,8 @@ def _hint_for_wrapper(given: Any, families: Iterable[Family]) -> str:
     for name in ("module", "_orig_mod"):  # DataParallel and its like; torch.compile
         if _of_class(type(getattr(given, name, None)), families):
             return f" Give it the model inside (.{name}), and where there are several devices a model for each."
-    inside = given.get_base_model() if hasattr(given, "get_base_model") else None  # PEFT's
-    if _of_class(type(inside), families):
-        return " Call earlytom_compile.compile(model.get_base_model()), and go on with model.generate()."
+    if hasattr(given, "get_base_model") and _of_class(type(given.get_base_model()), families):  # PEFT
+        return " Give it the model inside (.get_base_model()), and go on with the one around it."
     return ""
 
 

@@ -87,6 +87,10 @@ def prepare_transformers(modeling: str, *classes: str) -> None:
                 cell.cell_contents = _PlainSignature(cell.cell_contents)
     if _CAPTURING in sys.modules:
         _replace(sys.modules[_CAPTURING], _INSTALL, _install_while_tracing)
+
+
+def prepare_peft() -> None:
+    """Prepare PEFT, where somebody has imported it; may be called again."""
     if _DORA in sys.modules:
         _replace(sys.modules[_DORA], "dequantize_module_weight", _plain_weight_while_tracing)
 

@@ -131,7 +131,8 @@ def test_embeddings_elsewhere():
     model = compiled(tiny())
     model.model.set_input_embeddings(Elsewhere())
     ids = torch.full((1, 3), model.config.video_token_id)
-    assert model.__dict__["_earlytom"]._embed(ids, [(model.config.video_token_id, torch.rand(3, 48))]).is_meta
+    rows = [(model.config.video_token_id, torch.rand(3, 48))]
+    assert model.__dict__["_earlytom"].family.inputs(model, ids, rows)["inputs_embeds"].is_meta
 
 
 def test_cuda_graphs_and_offloaded_weights_exclude_each_other(inputs):
