@@ -15,7 +15,7 @@ from ..reporting import forget, note_restored
 from ..stages import asks_for_cuda_graphs
 from .checks import is_encoded, require_tensors
 from .generate import CompiledModel, Method
-from .placement import Placement
+from .placement import Placement, prepare_libraries
 from .prefill import CompiledPrefill
 
 _HANDLE = "_earlytom"
@@ -43,6 +43,7 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
         return model
     restore(model)
     family.prepare()
+    prepare_libraries()
     handle = CompiledModel(model, config, family)
     model.__dict__[_HANDLE] = handle
     note_restored(model, False)

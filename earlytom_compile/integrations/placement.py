@@ -23,6 +23,7 @@ from ..errors import EarlyTomConfigError
 from ..families.base import Family, Video
 from . import attention_choice
 from .own_trace import is_video_path, tracing_video
+from .tracing import prepare_peft
 
 MOST_SETS_OF_HOOKS = 8
 """Whoever changes hooks more often would compile more than run."""
@@ -196,11 +197,18 @@ def weights_in_place(model: Any, family: Family) -> Iterator[None]:
         yield
 
 
+def prepare_libraries() -> None:
+    """What Dynamo shall see of libraries that are loaded by now; does nothing the second time. As early as can be: code
+    that Dynamo has traced before is traced again."""
+    attention_choice.prepare()
+    _prepare_accelerate()
+    prepare_peft()
+
+
 @contextmanager
 def video_path(model: Any, family: Family) -> Iterator[None]:
     """Around every call of the compiled video path of ``model``: what Dynamo shall see, and weights in place."""
-    attention_choice.prepare()
-    _prepare_accelerate()
+    prepare_libraries()
     with weights_in_place(model, family), tracing_video():
         yield
 

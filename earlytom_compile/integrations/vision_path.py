@@ -18,7 +18,7 @@ from ..stages import CompressedGraph, Kinds
 from ..words import counted
 from .own_trace import changed_in_trace
 from .placement import video_path, weights_in_place
-from .tracing import FirstCallAlone, mark_static, prepare_peft, with_its_own_code
+from .tracing import FirstCallAlone, mark_static, with_its_own_code
 
 
 class VisionPath:
@@ -43,7 +43,6 @@ class VisionPath:
         self._frames_only = frames_only
         self.graphs: list[CompressedGraph] = []
         self._traced: set[Any] = set()  # Dynamo's functions: several where a graph break cut ours
-        prepare_peft()  # adapters may come at any time
         self._compiled = FirstCallAlone(torch.compile(with_its_own_code(video_rows), backend=self._backend))
 
     @property
