@@ -138,8 +138,8 @@ def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
     hidden = encoder.blocks[used - 1].output
     if mixing := view.first_mixing(hidden, (0,), features):
         raise NotApplicable(
-            f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, or no axis rule "
-            "covers it; it was taken for a part of the projector, which sees each frame alone",
+            f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, tells them apart as "
+            "a time embedding does, or has no axis rule; it was taken for a part of the projector, which sees each frame alone",
             _LEAVE,
         )
     shape = shape_of(features)
@@ -354,7 +354,7 @@ def _separator_after(flat: Node) -> tuple[Node | None, Node]:
     if argument(joined, 1, "dim", 0) not in (along, -2) or len(parts) != 2 or parts[0] is not flat:
         raise NotApplicable(
             f"video tokens are joined with other tokens in an unknown way by {describe(joined)}",
-            "Only separators behind each video are supported",
+            "Only one separator behind each video is supported",
         )
     shape = shape_of(parts[1])
     if shape is None or int(shape[along]) != 1:

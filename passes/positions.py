@@ -19,14 +19,21 @@ from earlytom_compile.passes.axes import AxisMap, op_name
 from earlytom_compile.passes.axis_algebra import Dim
 from earlytom_compile.passes.axis_call import Outputs, TensorAxes, Value
 from earlytom_compile.passes.dataflow import Dataflow
-from earlytom_compile.passes.patterns import argument, einsum_letters, shape_of, value_of
+from earlytom_compile.passes.patterns import CASTS, argument, einsum_letters, peel, shape_of, value_of
+
+_UNIFORM = frozenset(
+    ("expand", "expand_as", "broadcast_to", "repeat", "tile")
+    + ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
+)
+"""Ops that make an axis along which all is the same, of one of size 1 or of nothing."""
 
 
 def first_mixing(
     graph_module: GraphModule, flow: Dataflow, source: Node, kept: Sequence[int], *targets: Node
 ) -> Node | None:
     """The first node between ``source`` and ``targets`` that mixes the axes ``kept`` of ``source``, or may do so as far
-    as anybody knows; None if all of it computes every position of these axes from itself alone."""
+    as anybody knows; None if all of it computes every position of these axes from itself alone. The first of ``kept``
+    are the frames, which must be treated alike."""
     follower = _Follower(graph_module, source, kept)
     return next((node for node in flow.between(source, *targets) if not follower.keeps(node)), None)
 
@@ -46,6 +53,7 @@ class _Follower:
         # An axis of one position cannot be mixed, nor told from others of size 1.
         dims = [value.dims[i] for i in kept] if isinstance(value, TensorAxes) else []
         self._kept = [dim for dim in dims if not dim.size.is_(1)]
+        self._watches_frames = bool(dims) and not dims[0].size.is_(1)
 
     def keeps(self, node: Node) -> bool:
         """Whether ``node`` has the axes, once each, and does not mix along them; asked in graph order."""
@@ -58,9 +66,20 @@ class _Follower:
         watched = self._made_of(self._kept)
         if any(dim.root in watched for dim in strangers) or self._mixes(node, watched):
             return False
+        if any(self._tells_frames_apart(read) for read in node.all_input_nodes if read not in self._own):
+            return False
         self._axes.space.align()
         results = value if isinstance(value, Outputs) else (value,)
         return all(map(self._has_axes, results))
+
+    def _tells_frames_apart(self, read: Node) -> bool:
+        """Whether ``read``, which is no result of the tensor, has something else for each frame, as a time embedding
+        has: a merged frame is none of them."""
+        value = self._axes.values.get(read)
+        frames = self._made_of(self._kept[:1] if self._watches_frames else [])
+        if not isinstance(value, TensorAxes) or all(dim.root not in frames for dim in value.dims):
+            return False
+        return op_name(peel(read, CASTS)) not in _UNIFORM
 
     def _learn_of_others(self, node: Node) -> None:
         """What ``node`` reads beside results of the tensor: weights, positions, sizes."""

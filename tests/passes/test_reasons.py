@@ -100,6 +100,14 @@ CASES = {
         lambda: Behind(lambda h: h + F.avg_pool1d(h.transpose(0, 2), 3, 1, 1).transpose(0, 2)),
         "avg_pool1d .* mixes the frames",
     ),
+    "a time embedding behind the encoder": (
+        lambda: Behind(lambda h: h + torch.arange(h.shape[0])[:, None, None] * 0.1),
+        "add .* mixes the frames of a video behind the vision encoder|tells the frames",
+    ),
+    "a time embedding in the layers": (
+        lambda: TimeInLayers(),
+        "was taken for a part of the query, key and value projections",
+    ),
     "frames in pairs": (
         lambda: Behind(lambda h: h.reshape(-1, 2, *h.shape[1:]).transpose(1, 2).flatten(1, 2)),
         "frames flow into",
@@ -113,6 +121,25 @@ CASES = {
         "separator of .* has shape",
     ),
 }
+
+
+class TimeInLayers(Tower):
+    """Queries, keys and values know which frame they are of."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = torch.nn.Parameter(torch.randn(64, 16))
+        for layer in self.layers:
+            layer.first = Timed(self.times)
+
+
+class Timed(torch.nn.Module):
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def forward(self, h):
+        return F.layer_norm(h + self.times[: h.shape[0], None], h.shape[-1:])
 
 
 class PostNorm(Tower):
