@@ -21,7 +21,7 @@ from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_algebra import Dim, combine
 from earlytom_compile.passes.axis_call import Outputs, TensorAxes
 from earlytom_compile.passes.axis_rules_indexing import is_weight
-from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView
+from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, Miss
 from earlytom_compile.passes.patterns import MOVES, argument, peel, readers, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable, describe
 
@@ -69,13 +69,15 @@ class Boundary(VideoPath):
         return frames * self.tokens + (self.separator is not None)
 
 
-def find_video_boundary(view: GraphView, encoders: Sequence[Encoder], *, any_length: bool = False) -> Boundary:
+def find_video_boundary(
+    view: GraphView, encoders: Sequence[Encoder], misses: Sequence[Miss] = (), *, any_length: bool = False
+) -> Boundary:
     """The video path of the graph; :class:`NotApplicable` if there is none that is understood, or more than one.
-    Unless ``any_length``, the graph is specialised to its number of frames."""
+    Unless ``any_length``, the graph is specialised to its number of frames. ``misses`` are attentions of no block."""
     found, reasons = [], []
     for encoder in encoders:
         try:
-            found.append(_match(view, encoder, any_length))
+            found.append(_match(view, encoder, misses, any_length))
         except NotApplicable as reason:
             reasons.append(reason)
     if len(found) > 1:
@@ -88,7 +90,26 @@ def find_video_boundary(view: GraphView, encoders: Sequence[Encoder], *, any_len
     return found[0]
 
 
-def find_tower_path(view: GraphView, encoders: Sequence[Encoder], *, any_length: bool = False) -> VideoPath:
+def _require_whole(view: GraphView, encoder: Encoder, misses: Sequence[Miss], pixels: Node, end: Node) -> None:
+    """Raise where the chain is only a part of a tower, whose layers would be counted wrongly."""
+    size = list(map(str, (shape_of(encoder.blocks[0].attention) or ())[1:]))
+    for miss in misses:
+        if not view.flow.is_from(miss.attention, pixels):
+            continue
+        like_ours = list(map(str, (shape_of(miss.attention) or ())[1:])) == size and view.flow.is_from(
+            end, miss.attention
+        )
+        if view.flow.is_from(encoder.blocks[0].input, miss.attention) or like_ours:
+            raise NotApplicable(
+                f"the vision encoder {encoder.name} was understood only in part: {describe(miss.at)} was taken for "
+                f"{miss.taken_for}, and is not",
+                "docs/adding-a-model.md says what a block must be; other models run uncompressed",
+            )
+
+
+def find_tower_path(
+    view: GraphView, encoders: Sequence[Encoder], misses: Sequence[Miss] = (), *, any_length: bool = False
+) -> VideoPath:
     """The path of the only video [F, ...] of a graph that is a vision tower and nothing else, whose result has a row
     for each frame; :class:`NotApplicable` if it is something else."""
     if len(encoders) > 1:
@@ -109,6 +130,8 @@ def find_tower_path(view: GraphView, encoders: Sequence[Encoder], *, any_length:
             "earlytom_compile.compile(model)",
         )
     (output,) = (node for node in view.graph.nodes if node.op == "output")
+    for end in output.all_input_nodes:
+        _require_whole(view, encoder, misses, pixels, end)
     hidden = encoder.blocks[-1].output
     if mixing := view.first_mixing(hidden, (0,), *(n for n in output.all_input_nodes if view.flow.is_from(n, hidden))):
         raise NotApplicable(f"{describe(mixing)} mixes the frames behind the vision encoder {encoder.name}", _LEAVE)
@@ -126,7 +149,7 @@ def _counts(pixels: Node, axis: int, any_length: bool) -> tuple[int, int | torch
     return int(shape[0]) if axis else 1, shape[axis] if any_length else int(shape[axis])
 
 
-def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
+def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length: bool) -> Boundary:
     pixels, axis, batch = _pixels(view, encoder)
     videos, frames = _counts(pixels, axis, any_length)
     if statically_known_true(frames == 1):
@@ -135,6 +158,7 @@ def _match(view: GraphView, encoder: Encoder, any_length: bool) -> Boundary:
     else:
         flat, features, frame_axes = _flatten(view, encoder, videos, batch)
     used = next(n for n in range(len(encoder.blocks), 0, -1) if view.flow.is_from(flat, encoder.blocks[n - 1].output))
+    _require_whole(view, encoder, misses, pixels, flat)
     hidden = encoder.blocks[used - 1].output
     if mixing := view.first_mixing(hidden, (0,), features):
         raise NotApplicable(
@@ -173,7 +197,7 @@ def _pixels(view: GraphView, encoder: Encoder) -> tuple[Node, int, Dim]:
     first = encoder.blocks[0].input
     batch = view.dims(first)[0]
     inputs = [node for node in view.flow.before(first) if node.op == "placeholder" and not is_weight(node)]
-    pixels = [node for node in inputs if _is_picture(node)]
+    pixels = [node for node in inputs if node in view.pictures]
     products = [r for r in view.axes.space.relations if r.kind == "product" and r.whole.root is batch]
     halves = [[part.root for part in relation.parts] for relation in products]
     for node in pixels:
@@ -203,23 +227,14 @@ def _first_unfollowed(view: GraphView, pixels: list[Node], first: Node, batch: D
     return "no operator on the way has them as an axis"
 
 
-def _is_picture(node: Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 4
-
-
 def pictures(view: GraphView) -> list[Node]:
     """The graph inputs that could be videos or images; keys and values of a cache have as many axes."""
-    return [node for node in _pictures_and_caches(view) if not _is_cache(node)]
+    return [node for node in view.pictures if not _is_cache(node)]
 
 
 def caches(view: GraphView) -> list[Node]:
     """The graph inputs that are keys and values of earlier positions."""
-    return [node for node in _pictures_and_caches(view) if _is_cache(node)]
-
-
-def _pictures_and_caches(view: GraphView) -> list[Node]:
-    return [node for node in view.graph.nodes if node.op == "placeholder" and not is_weight(node) and _is_picture(node)]
+    return [node for node in view.pictures if _is_cache(node)]
 
 
 def _is_cache(node: Node) -> bool:

@@ -13,15 +13,19 @@ causal or masked. Module names appear in reports, never in decisions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
+from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from earlytom_compile.passes.axes import AxisMap, op_name
 from earlytom_compile.passes.axis_algebra import Dim
 from earlytom_compile.passes.axis_call import TensorAxes
+from earlytom_compile.passes.axis_rules_indexing import is_weight
 from earlytom_compile.passes.dataflow import Dataflow
-from earlytom_compile.passes.patterns import CASTS, argument, module_path, other_operand, peel, shape_of
+from earlytom_compile.passes.patterns import CASTS, argument, module_path, other_operand, peel, shape_of, value_of
 from earlytom_compile.passes.positions import first_mixing
 
 _AMONG_TOKENS = "attention of the tokens [T, H, S, d] of each frame among themselves"
@@ -90,9 +94,26 @@ class GraphView:
         value = self.axes.values.get(node) if isinstance(node, Node) else None
         return tuple(dim.root for dim in value.dims) if isinstance(value, TensorAxes) else ()
 
-    def first_mixing(self, source: Node, kept: Sequence[int], *targets: Node) -> Node | None:
+    @cached_property
+    def pictures(self) -> list[Node]:
+        """The graph inputs that could be videos, images, or keys and values of a cache: all that has four axes."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder" and not is_weight(node)]
+        values = [(node, value_of(node)) for node in inputs]
+        return [n for n, x in values if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() >= 4]
+
+    def first_mixing(
+        self, source: Node, kept: Sequence[int], *targets: Node, through: Node | None = None
+    ) -> Node | None:
         """See :func:`positions.first_mixing`."""
-        return first_mixing(self.graph_module, self.flow, source, kept, *targets)
+        frames = self.dims(source)[kept[0]] if self.dims(source) else None
+
+        def foreign(read: Node) -> bool | None:
+            if not any(self.flow.is_from(read, picture) for picture in self.pictures):
+                return None
+            return frames is None or frames.size.is_(1) or frames in self.dims(read)
+
+        how: dict[str, Any] = {"foreign": foreign, "through": through}
+        return first_mixing(self.graph_module, self.flow, source, kept, *targets, **how)
 
 
 @dataclass
@@ -113,15 +134,19 @@ def find_vision_encoder(view: GraphView) -> FoundEncoders:
                 blocks.append(block)
             else:
                 found.misses.append(block)
-    next_of = {block.input: block for block in blocks}
-    continues = {block.output for block in blocks}
+    chains: list[list[Block]] = []
     for block in blocks:
-        if block.input in continues:
-            continue
-        chain = [block]
-        while (following := next_of.get(chain[-1].output)) and _shape(following) == _shape(block):
-            chain.append(following)
-        found.encoders.append(Encoder(tuple(chain)))
+        before = [chain for chain in chains if view.flow.is_from(block.input, chain[-1].output)]
+        leading = next((chain for chain in before if _shape(chain[-1]) == _shape(block)), None)
+        if not before:
+            chains.append([block])
+        elif leading is None:
+            found.misses.append(Miss(block.attention, block.attention, "attention of the size of the blocks before it"))
+        elif mixing := view.first_mixing(leading[-1].output, (0, 1), block.input):
+            found.misses.append(Miss(block.attention, mixing, "something position-wise between two blocks"))
+        else:
+            leading.append(block)
+    found.encoders += [Encoder(tuple(chain)) for chain in chains]
     return found
 
 
@@ -147,14 +172,19 @@ def _match_block(view: GraphView, attention: Node) -> Block | Miss:
     frames, _, tokens, _ = view.dims(operands[0])
     if not all(mine is its or its.size.is_(1) for mine, its in zip(view.dims(stream), (frames, tokens), strict=False)):
         return Miss(attention, attention, _AMONG_TOKENS)
-    branch = _branch(after, stream)
-    for source, kept, targets, taken_for in (
-        (stream, (0, 1), operands, "a part of the query, key and value projections"),
-        (attention, (0, 2), [branch], "a part of the output projection"),
-    ):
-        if mixing := view.first_mixing(source, kept, *targets):
-            return Miss(attention, mixing, taken_for)
-    return _with_mlp(view, attention, stream, after)
+    output = _output_of(view, after)
+    if mixing := view.first_mixing(stream, (0, 1), after if output is None else output, through=attention):
+        return Miss(attention, mixing, _part(view, mixing, operands, after))
+    if output is None:
+        return Miss(attention, after, "the attention's half of a block, whose MLP follows")
+    return Block(stream, output, attention)
+
+
+def _part(view: GraphView, node: Node, operands: Sequence[Node], after: Node) -> str:
+    """What a node inside a block would be, if it did not mix."""
+    if any(view.flow.is_from(operand, node) for operand in operands):
+        return "a part of the query, key and value projections"
+    return "a part of the output projection" if view.flow.is_from(after, node) else "a part of the MLP"
 
 
 def _share_frames_and_tokens(view: GraphView, operands: Sequence[Node]) -> bool:
@@ -164,11 +194,6 @@ def _share_frames_and_tokens(view: GraphView, operands: Sequence[Node]) -> bool:
         return False
     frames, _, tokens, _ = shapes[0]
     return all(dims[2] is tokens and (dims[0] is frames or frames.size.is_(1)) for dims in shapes[1:])
-
-
-def _branch(add: Node, stream: Node) -> Node:
-    """What is added to the stream."""
-    return next(arg for arg in add.all_input_nodes if peel(arg, CASTS) is not stream)
 
 
 def _residual_after(view: GraphView, attention: Node, operands: Sequence[Node]) -> tuple[Node | None, Node | None]:
@@ -189,13 +214,10 @@ def _residual_after(view: GraphView, attention: Node, operands: Sequence[Node]) 
     return None, None
 
 
-def _with_mlp(view: GraphView, attention: Node, stream: Node, after: Node) -> Block | Miss:
-    """The block that ends at ``after + mlp(after)``."""
+def _output_of(view: GraphView, after: Node) -> Node | None:
+    """``after + mlp(after)``."""
     for add in (user for user in after.users if op_name(user) == "add"):
         branch = other_operand(add, after)
-        if not isinstance(branch, Node) or not view.flow.is_from(branch, after):
-            continue
-        if mixing := view.first_mixing(after, (0, 1), branch):
-            return Miss(attention, mixing, "a part of the MLP")
-        return Block(stream, add, attention)
-    return Miss(attention, after, "the attention's half of a block, whose MLP follows")
+        if isinstance(branch, Node) and view.flow.is_from(branch, after):
+            return add
+    return None

@@ -42,7 +42,7 @@ from earlytom_compile.passes.find_video_boundary import (
     find_tower_path,
     find_video_boundary,
 )
-from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, find_vision_encoder
+from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, Miss, find_vision_encoder
 from earlytom_compile.passes.graph_order import eliminate_dead_code, stable_topological_sort
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge, require_merged_features
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
@@ -73,6 +73,7 @@ class Rewrite:
     view: GraphView | None = None  # until the first edit
     token_map: TokenMap | None = None
     encoders: list[Encoder] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
     path: VideoPath | None = None
     sequence: SequenceInputs | None = None
     even_rows: bool = True
@@ -138,7 +139,7 @@ def _mark_position_wise(state: Rewrite) -> None:
 def _find_encoder(state: Rewrite) -> None:
     assert state.view is not None
     found = find_vision_encoder(state.view)
-    state.encoders = found.encoders
+    state.encoders, state.misses = found.encoders, found.misses
     if not state.encoders:
         raise why_no_encoder(state.view, found)
 
@@ -146,10 +147,10 @@ def _find_encoder(state: Rewrite) -> None:
 def _find_boundary(state: Rewrite) -> None:
     assert state.view is not None
     if state.frames_only:
-        state.path = find_tower_path(state.view, state.encoders, any_length=True)
+        state.path = find_tower_path(state.view, state.encoders, state.misses, any_length=True)
         return
     # A prompt has placeholders for one number of frames; without one, a graph can serve them all.
-    found = find_video_boundary(state.view, state.encoders, any_length=state.features_only)
+    found = find_video_boundary(state.view, state.encoders, state.misses, any_length=state.features_only)
     state.path = found
     if found.placeholders is None and not state.features_only:
         raise NotApplicable(

@@ -28,13 +28,24 @@ _UNIFORM = frozenset(
 """Ops that make an axis along which all is the same, of one of size 1 or of nothing."""
 
 
+Foreign = Callable[[Node], bool | None]
+"""Whether a tensor that is no result of the one that is followed has its frames as an axis; None for what is the same
+for all videos, such as a weight."""
+
+
 def first_mixing(
-    graph_module: GraphModule, flow: Dataflow, source: Node, kept: Sequence[int], *targets: Node
+    graph_module: GraphModule,
+    flow: Dataflow,
+    source: Node,
+    kept: Sequence[int],
+    *targets: Node,
+    foreign: Foreign = lambda read: None,
+    through: Node | None = None,
 ) -> Node | None:
     """The first node between ``source`` and ``targets`` that mixes the axes ``kept`` of ``source``, or may do so as far
     as anybody knows; None if all of it computes every position of these axes from itself alone. The first of ``kept``
-    are the frames, which must be treated alike."""
-    follower = _Follower(graph_module, source, kept)
+    are the frames, which must be treated alike. An attention to go ``through`` may mix tokens."""
+    follower = _Follower(graph_module, source, kept, foreign, through)
     return next((node for node in flow.between(source, *targets) if not follower.keeps(node)), None)
 
 
@@ -45,8 +56,16 @@ class _Follower:
     the tokens. Here a sum of two results of the tensor must find them to be one axis already.
     """
 
-    def __init__(self, graph_module: GraphModule, source: Node, kept: Sequence[int]) -> None:
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        source: Node,
+        kept: Sequence[int],
+        foreign: Foreign,
+        through: Node | None,
+    ) -> None:
         self._graph_module = graph_module
+        self._foreign, self._through = foreign, through
         self._axes = AxisMap.of_values([source], graph_module)
         self._own = {source}
         value = self._axes.values[source]
@@ -64,7 +83,9 @@ class _Follower:
         value = self._axes.follow(node, self._graph_module)
         self._own.add(node)
         watched = self._made_of(self._kept)
-        if any(dim.root in watched for dim in strangers) or self._mixes(node, watched):
+        if any(dim.root in watched for dim in strangers):
+            return False
+        if node is not self._through and self._mixes(node, watched):
             return False
         if any(self._tells_frames_apart(read) for read in node.all_input_nodes if read not in self._own):
             return False
@@ -74,7 +95,9 @@ class _Follower:
 
     def _tells_frames_apart(self, read: Node) -> bool:
         """Whether ``read``, which is no result of the tensor, has something else for each frame, as a time embedding
-        has: a merged frame is none of them."""
+        has: a merged frame is none of them. What is computed from the video too must have the same frames."""
+        if (framed := self._foreign(read)) is not None:
+            return not framed
         value = self._axes.values.get(read)
         frames = self._made_of(self._kept[:1] if self._watches_frames else [])
         if not isinstance(value, TensorAxes) or all(dim.root not in frames for dim in value.dims):
@@ -157,7 +180,8 @@ def _along(position: int, name: str = "dim", default: Any = None) -> Callable[[N
     def mixed(node: Node) -> Iterator[Along]:
         given = argument(node, position, name, default)
         if isinstance(given, int):
-            yield argument(node, 0, "input"), (given,)
+            several = [dim for dim in node.args[position:] if isinstance(dim, int)] if name == "dims" else []
+            yield argument(node, 0, "input"), several or (given,)  # flip(x, 1, 2)
         elif isinstance(given, (tuple, list)) and all(isinstance(dim, int) for dim in given):
             yield argument(node, 0, "input"), tuple(given)
         else:
