@@ -30,8 +30,9 @@ from .cuda_graphs import replay_runs
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
 from .passes.find_video_boundary import Boundary
 from .passes.find_vision_encoder import Block
-from .passes.manager import Rewrite, data_dependent_sizes
+from .passes.manager import Rewrite
 from .passes.patterns import value_of
+from .passes.run_on_fakes import data_dependent_sizes
 from .passes.split_stages import Piece, split_stages
 from .prompt import ExpectedPlaceholders
 from .reporting import Counts, GraphRecord, progress

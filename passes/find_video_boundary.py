@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_algebra import Dim, combine
 from earlytom_compile.passes.axis_call import Outputs, TensorAxes
-from earlytom_compile.passes.axis_rules_indexing import is_weight
+from earlytom_compile.passes.find_pixels import find_pixels
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, Miss
 from earlytom_compile.passes.patterns import MOVES, argument, peel, readers, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable, describe
@@ -119,7 +119,7 @@ def find_tower_path(
             "Compile the part of it that you need",
         )
     (encoder,) = encoders
-    pixels, axis, batch = _pixels(view, encoder)
+    pixels, axis, batch = find_pixels(view, encoder)
     videos, frames = _counts(pixels, axis, any_length)
     ends = _exits(view, encoder.blocks[0].output, batch) if not statically_known_true(frames == 1) else []
     if ends:
@@ -150,7 +150,7 @@ def _counts(pixels: Node, axis: int, any_length: bool) -> tuple[int, int | torch
 
 
 def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length: bool) -> Boundary:
-    pixels, axis, batch = _pixels(view, encoder)
+    pixels, axis, batch = find_pixels(view, encoder)
     videos, frames = _counts(pixels, axis, any_length)
     if statically_known_true(frames == 1):
         flat = _flat_of_single_frames(view, encoder, videos)
@@ -162,8 +162,9 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
     hidden = encoder.blocks[used - 1].output
     if mixing := view.first_mixing(hidden, (0,), features):
         raise NotApplicable(
-            f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, tells them apart as "
-            "a time embedding does, or has no axis rule; it was taken for a part of the projector, which sees each frame alone",
+            f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, tells them "
+            "apart as a time embedding does, or has no axis rule; it was taken for a part of the projector, which sees "
+            "each frame alone",
             _LEAVE,
         )
     shape = shape_of(features)
@@ -187,68 +188,6 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
         rows,
         _placeholders(rows if rows is not None else end),
     )
-
-
-# Frames: from the pixels to the encoder
-
-
-def _pixels(view: GraphView, encoder: Encoder) -> tuple[Node, int, Dim]:
-    """(the graph input that the encoder's frames come from, which of its axes they are, the axis T = V * F)."""
-    first = encoder.blocks[0].input
-    batch = view.dims(first)[0]
-    inputs = [node for node in view.flow.before(first) if node.op == "placeholder" and not is_weight(node)]
-    pixels = [node for node in inputs if node in view.pictures]
-    products = [r for r in view.axes.space.relations if r.kind == "product" and r.whole.root is batch]
-    halves = [[part.root for part in relation.parts] for relation in products]
-    for node in pixels:
-        dims = view.dims(node)
-        one = batch.size.is_(1) and dims[0].size.is_(1)
-        if len(dims) < 5 and (dims[0] is batch or one):
-            return node, 0, batch
-        if len(dims) < 5:
-            continue
-        single = dims[1].size.is_(1) and (one or dims[0] is batch)  # one frame a video
-        if dims[1] is batch or single or list(dims[:2]) in halves:
-            return node, 1, batch
-    shapes = ", ".join(f"{node.target} {tuple(map(str, shape_of(node) or ()))}" for node in inputs) or "none"
-    raise NotApplicable(
-        f"the frames of the vision encoder {encoder.name} cannot be followed back to a graph input [videos, frames, "
-        f"channels, height, width] (inputs it is computed from: {shapes}); "
-        f"{_first_unfollowed(view, pixels, first, batch)}",
-        "Images are never compressed; for other models see docs/adding-a-model.md",
-    )
-
-
-def _first_unfollowed(view: GraphView, pixels: list[Node], first: Node, batch: Dim) -> str:
-    for source in pixels:
-        for node in view.flow.between(source, first):
-            if batch in view.dims(node):
-                return f"they begin at {describe(node)}"
-    return "no operator on the way has them as an axis"
-
-
-def pictures(view: GraphView) -> list[Node]:
-    """The graph inputs that could be videos or images; keys and values of a cache have as many axes."""
-    return [node for node in view.pictures if not _is_cache(node)]
-
-
-def caches(view: GraphView) -> list[Node]:
-    """The graph inputs that are keys and values of earlier positions."""
-    return [node for node in view.pictures if _is_cache(node)]
-
-
-def _is_cache(node: Node) -> bool:
-    """Whether an attention takes it as keys or values, with nothing computed in between."""
-    pending, seen = [node], {node}
-    while pending:
-        current = pending.pop()
-        for user in set(current.users) - seen:
-            if op_name(user) == "scaled_dot_product_attention":
-                return current in (argument(user, 1, "key"), argument(user, 2, "value"))
-            if op_name(user) in MOVES | {"cat", "getitem", "index_copy", "index_select"}:
-                seen.add(user)
-                pending.append(user)
-    return False
 
 
 # Frames: from the encoder to where they meet their tokens

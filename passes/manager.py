@@ -9,28 +9,23 @@ caller then throws the half-rewritten copy away.
 """
 
 import logging
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch._logging import trace_structured
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses import FakeTensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.errors import EarlyTomError
 from earlytom_compile.kernels.providers import provider_of
-from earlytom_compile.passes.axis_call import MARK
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.canonicalize_writes import canonicalize_writes
@@ -51,8 +46,9 @@ from earlytom_compile.passes.patterns import insert, memory_of, op_name, shape_o
 from earlytom_compile.passes.probe import Probe
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
+from earlytom_compile.passes.run_on_fakes import run_on_fake_tensors
 from earlytom_compile.passes.token_map import TokenMap, find_token_map
-from earlytom_compile.passes.video_sizes import HINT, VideoSizes, video_sizes
+from earlytom_compile.passes.video_sizes import VideoSizes, video_sizes
 from earlytom_compile.passes.why_no_encoder import why_no_encoder
 
 log = logging.getLogger(__name__)
@@ -166,7 +162,9 @@ def _find_token_map(state: Rewrite) -> None:
     if boundary is None or view is None:
         return
     hidden = boundary.encoder.blocks[-1].output
-    probe = Probe(state.graph_module, state.example_inputs, weights_of(state.graph_module))
+    frames = boundary.frames.node.expr if isinstance(boundary.frames, torch.SymInt) else None
+    symbol = frames if frames is not None and frames.is_Symbol else None
+    probe = Probe(state.graph_module, state.example_inputs, weights_of(state.graph_module), symbol)
     state.token_map = find_token_map(view, hidden, boundary.features, boundary.frame_axes, probe)
     if state.token_map is None and state.config.selects_by_attention():
         patches = shape_of(hidden)[1]  # type: ignore[index]
@@ -267,7 +265,7 @@ def _check(state: Rewrite) -> None:
     eliminate_dead_code(state.graph_module.graph, keep=set(state.counted))
     state.graph_module.graph.lint()
     state.graph_module.recompile()
-    _run_on_fake_tensors(state.graph_module)
+    run_on_fake_tensors(state.graph_module)
 
 
 PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
@@ -306,91 +304,3 @@ def run_passes(state: Rewrite) -> Rewrite:
         metadata = {"name": f"earlytom_{index}_{name}", "encoding": "string"}
         trace_structured("artifact", partial(dict, metadata), payload_fn=partial(str, state.graph_module.graph))
     return state
-
-
-@contextmanager
-def data_dependent_sizes() -> Iterator[None]:
-    """Allow sizes that depend on the data while the current graph is checked and lowered.
-
-    Without it, torch raises inside the backend and Dynamo turns that into a silent graph break.
-    """
-    fake_mode = torch._guards.TracingContext.get().fake_mode
-    assert fake_mode is not None and fake_mode.shape_env is not None
-    shape_env, before = fake_mode.shape_env, fake_mode.shape_env.settings
-    shape_env.settings = replace(before, allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
-    try:
-        yield
-    finally:
-        shape_env.settings = before
-
-
-def _hint(size: torch.SymInt, likely: int) -> None:
-    """What Inductor takes a size known only at run time for; without a hint, for thousands of frames."""
-    shape_env = size.node.shape_env
-    assert shape_env is not None
-    shape_env.var_to_hint_override[size.node.expr] = likely
-
-
-POSITION_WISE = frozenset({"linear", "layer_norm", "gelu", "silu"})
-"""Functions of the last axis, whatever the others are; so is ``layer_norm``, unless it is one of several axes, and so
-are operators marked as such."""
-
-
-class _Recorder(Interpreter):
-    """Records as ``example_value`` what comes out of every node."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        super().__init__(graph_module)
-        self.before = {node: node.meta.get("example_value") for node in graph_module.graph.nodes}
-
-    def run_node(self, n: Node) -> object:
-        result = self._of_each_position(n)
-        if result is None:
-            result = super().run_node(n)
-        if n.op not in ("placeholder", "output"):
-            n.meta["example_value"] = result
-        if isinstance(result, torch.SymInt) and HINT in n.meta:
-            _hint(result, n.meta[HINT])
-        return result
-
-    def _of_each_position(self, n: Node) -> torch.Tensor | None:
-        """What it was, for other positions. PyTorch's symbolic shapes of these functions take half of all the time."""
-        marked = n.meta.get(MARK)
-        if marked is None and op_name(n) not in POSITION_WISE:
-            return None
-        source = marked if marked is not None else n.args[0] if n.args else None
-        if not isinstance(source, Node):
-            return None
-        x, was, out = self.env[source], self.before[source], self.before[n]
-        if not (isinstance(was, torch.Tensor) and isinstance(out, torch.Tensor) and is_contiguous_or_false(x)):
-            return None
-        if op_name(n) == "layer_norm" and (len(n.args) < 2 or len(n.args[1]) != 1):  # type: ignore[arg-type]
-            return None
-        if x.dim() != was.dim() or not statically_known_true(x.shape[-1] == was.shape[-1]):
-            return None
-        sizes = (*x.shape[:-1], out.shape[-1])
-        strides = [math.prod(sizes[axis + 1 :]) for axis in range(x.dim())]
-        return out.new_empty_strided(sizes, strides)
-
-
-def _run_on_fake_tensors(graph_module: GraphModule) -> None:
-    """Run the rewritten graph on fake tensors; records the new shapes, raises NotApplicable if they clash."""
-    inputs = [node.meta["example_value"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-    # Dynamo's own fake mode, not the one it made for the backend: the recorded inputs belong to it.
-    fake_mode = next(x.fake_mode for x in inputs if isinstance(x, FakeTensor))
-    assert fake_mode.shape_env is not None
-    # Some shape functions in C++ cannot take a size that is known only at run time; the Python ones can.
-    python_shapes = enable_python_dispatcher()
-    with (
-        data_dependent_sizes(),
-        fake_mode,
-        python_shapes,
-        fake_mode.shape_env.ignore_fresh_unbacked_symbols(),
-    ):
-        try:
-            _Recorder(graph_module).run(*inputs)
-        except Exception as error:
-            raise NotApplicable(
-                f"the rewritten graph does not fit together: {type(error).__name__}: {error}",
-                "This model does something with frame or token counts that is not understood; please report it",
-            ) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from earlytom_compile.passes.axes import OURS, op_name
 from earlytom_compile.passes.axis_call import MARK, RULES
@@ -45,7 +46,8 @@ def mark_position_wise(graph_module: GraphModule, example_inputs: Sequence[Any])
         lead = [shape[:-1] if (shape := shape_of(x)) else None for x in (node, *sources)]
         if len(sources) != 1 or not lead[0] or list(map(str, lead[0])) != list(map(str, lead[1] or ())):
             continue
-        kind = (node.target, *(str(shape_of(arg)) for arg in node.all_input_nodes))
+        told = map_arg((node.args, node.kwargs), lambda read: str(shape_of(read) or value_of(read)))
+        kind = (node.target, str(told))
         if kind not in found:  # layers differ in their weights, and not in what is done with them
             found[kind] = op_name(node) in _DECLARED or probe.is_position_wise(node, sources[0])
         if found[kind]:

@@ -7,8 +7,9 @@
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_algebra import Dim
 from earlytom_compile.passes.find_vision_encoder import GraphView
 from earlytom_compile.passes.patterns import insert, shape_of
-from earlytom_compile.passes.probe import Probe
+from earlytom_compile.passes.probe import Probe, Unknown
 
 POOLS = frozenset(("interpolate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"))
+
+
+_REARRANGING = frozenset(("flip", "roll", "gather", "index_select", "sort", "topk", "scatter", "take_along_dim"))
+"""Ops that put tokens in another order."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,34 @@ def find_token_map(
 ) -> TokenMap | None:
     """The map from the encoder's output ``hidden`` [T, S, D] to ``features`` [(V, F or T,) ..., C], whose first
     ``frame_axes`` axes are those of the frames; None if there is none, or none that can be told."""
+    for found in _candidates(view, hidden, features, frame_axes):
+        disagrees = None if probe is None else probe.disagrees(hidden, features, frame_axes, partial(_carried, found))
+        if disagrees is False or (disagrees is None and _says_so(view, hidden, features, frame_axes, found)):
+            return found
+    return None
+
+
+def _says_so(view: GraphView, hidden: Node, features: Node, frame_axes: int, found: TokenMap) -> bool:
+    """Whether the operators themselves prove a map that cannot be tried, for want of weights, say."""
+    if found.pool is None:
+        whole = found.factors == (1, 1) and found.first == 0
+        return whole and view.first_mixing(hidden, (0, 1), features) is None
+    image = found.pool.args[0]
+    assert isinstance(image, Node)
+    rearranged = any(op_name(node) in _REARRANGING for node in view.flow.between(hidden, features))
+    return not rearranged and view.first_mixing(found.pool, (0, 2, 3), features) is None
+
+
+def _carried(found: TokenMap, importance: torch.Tensor) -> torch.Tensor:
+    pool = found.pool
+    if pool is None:
+        return found.apply(importance)
+    if any(isinstance(arg, Node) for arg in (*pool.args[1:], *pool.kwargs.values())):
+        raise Unknown("the pooling takes sizes that are computed")
+    return found.apply(importance, pool.args[1:], pool.kwargs)
+
+
+def _candidates(view: GraphView, hidden: Node, features: Node, frame_axes: int) -> Iterator[TokenMap]:
     region = view.flow.between(hidden, features)
     tokens, first = _patches(view, region, view.dims(hidden)[1])
     patches = int(tokens.size.expr)
@@ -80,15 +113,12 @@ def find_token_map(
         height, width = (int(size) for size in shape_of(pools[0].args[0])[2:])  # type: ignore[index]
         shape = tuple(int(size) for size in shape_of(pools[0])[2:])  # type: ignore[index]
         if height * width == patches and math.prod(shape) == count:
-            return TokenMap(first, (height, width), pools[0], shape=shape)  # type: ignore[arg-type]
+            yield TokenMap(first, (height, width), pools[0], shape=shape)  # type: ignore[arg-type]
     grid = _grid(view, hidden, patches)
-    if view.dims(features)[-2] is tokens and len(own) == 1:
-        return TokenMap(first, grid, None, shape=grid)
-    for factors in _factors(grid, count):
-        shape = grid[0] // factors[0], grid[1] // factors[1]
-        if probe is not None and probe.is_local(hidden, features, first, grid, factors, frame_axes):
-            return TokenMap(first, grid, None, factors, shape)
-    return None
+    if count == patches:
+        yield TokenMap(first, grid, None, shape=grid)
+    for factors in _factors(grid, count) if count < patches else ():
+        yield TokenMap(first, grid, None, factors, (grid[0] // factors[0], grid[1] // factors[1]))
 
 
 def _patches(view: GraphView, region: list[Node], tokens: Dim) -> tuple[Dim, int]:
@@ -103,12 +133,14 @@ def _patches(view: GraphView, region: list[Node], tokens: Dim) -> tuple[Dim, int
             continue
         at = dims.index(tokens)
         part = index[at] if at < len(index) else slice(None)
-        if isinstance(part.start, int) and part.start > 0 and part.step in (None, 1):
-            first += part.start
-            tokens = out[at]
-        elif out[at] is not tokens:
+        if out[at] is not tokens:
+            first += part.indices(int(tokens.size.expr))[0] if all(_is_plain(x) for x in (part.start, part.stop)) else 0
             tokens = out[at]
     return tokens, first
+
+
+def _is_plain(bound: Any) -> bool:
+    return bound is None or isinstance(bound, int)
 
 
 def _grid(view: GraphView, hidden: Node, patches: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from earlytom_compile.passes.attention_spellings import attention_operators
 from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_call import MARK, RULES
 from earlytom_compile.passes.axis_rules_indexing import is_weight
-from earlytom_compile.passes.find_video_boundary import caches, pictures
+from earlytom_compile.passes.find_pixels import caches, pictures
 from earlytom_compile.passes.find_vision_encoder import FoundEncoders, GraphView, Miss
 from earlytom_compile.passes.patterns import argument, value_of
 from earlytom_compile.passes.reasons import NotApplicable, NothingToCompress, describe
@@ -55,6 +55,14 @@ def _of_unknown(view: GraphView, seen: Sequence[Node]) -> NotApplicable:
     if unknown is not None:
         return _unknown(unknown, "the attention of an encoder block or a part of one")
     reached = [n for n in view.flow.nodes if n.op != "output" and any(view.flow.is_from(n, each) for each in seen)]
+    weights = next((n for n in reached if op_name(n) in ("softmax", "einsum", "baddbmm")), None)
+    if weights is not None:
+        return NotApplicable(
+            f"no vision encoder was understood: {describe(weights)} was taken for a part of an attention that is "
+            "spelled in an unknown way",
+            "Known are scaled_dot_product_attention, matmul or bmm with softmax and matmul, and flex_attention without "
+            "a score or mask of its own; earlytom_compile.register_attention(name, arguments) declares an operator",
+        )
     return NotApplicable(
         "no vision encoder was understood: the pictures of this graph go through no attention; the last operator they "
         f"reach is {describe(reached[-1])}",

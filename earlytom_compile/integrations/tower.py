@@ -46,7 +46,8 @@ class MergedFrames:
 def compile_tower(tower: nn.Module, *, hidden: Hidden | None = None, **options: Any) -> "CompiledTower":
     """A function that encodes one video with ``tower`` and merges its redundant frames on the way.
 
-    ``tower`` is a SigLIP, SigLIP2, CLIP, DINOv2 or another encoder of pre-norm blocks; it stays as it is. ``hidden``
+    ``tower`` is a SigLIP, CLIP, DINOv2 or another encoder of pre-norm blocks; it stays as it is. One that takes more
+    than pixels gets it by ``hidden``: SigLIP2 wants patches and ``pixel_attention_mask=None``. ``hidden``
     says which output is wanted: by default the tensor that ``tower(pixels)`` returns, or its ``last_hidden_state``;
     another layer is ``lambda tower, pixels: tower(pixels, output_hidden_states=True).hidden_states[-2]``. ``options``
     are those of :class:`EarlyTomConfig`: ``retain_ratio`` is the share of the frames that stay at least, and the
@@ -75,7 +76,7 @@ class CompiledTower:
         if not isinstance(pixels, Tensor) or pixels.dim() != 4 or len(pixels) == 0:
             given = f"of shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else f"a {type(pixels).__name__}"
             raise EarlyTomConfigError(f"a video is a tensor [frames, channels, height, width]; got {given}.")
-        video = Video(pixels)
+        video = Video(self._as_taken(pixels))
         any_length = len(pixels) > 1 and not asks_for_cuda_graphs(self.config.mode)
         placed = placement.Placement.of(self.tower, self._family)
         if placed.reason_against is not None:
@@ -91,6 +92,20 @@ class CompiledTower:
             return _told(hidden, len(pixels), LAST_MERGES.get())
         finally:
             LAST_MERGES.reset(token)
+
+    def _as_taken(self, pixels: Tensor) -> Tensor:
+        """``pixels`` in the tower's dtype; raises for what it cannot take, where it says what it can."""
+        dtype = next((x.dtype for x in self.tower.parameters() if x.is_floating_point()), pixels.dtype)
+        config = getattr(self.tower, "config", None)
+        channels, size = (getattr(config, name, None) for name in ("num_channels", "image_size"))
+        wrong = isinstance(channels, int) and pixels.shape[1] != channels
+        wrong |= isinstance(size, int) and tuple(pixels.shape[2:]) != (size, size)
+        if wrong or not pixels.is_floating_point():
+            raise EarlyTomConfigError(
+                f"a video of shape {tuple(pixels.shape)} and {pixels.dtype}: this tower takes floating-point frames of "
+                f"{channels} channels and {size}x{size} pixels. Prepare it with the tower's own processor."
+            )
+        return pixels.to(dtype)
 
 
 class _Tower(Family):

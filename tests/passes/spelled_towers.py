@@ -75,6 +75,39 @@ def packed_linear(x: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tenso
     return x @ weight.t().to(x.dtype)
 
 
+@torch.library.custom_op("spelled::linear_by_mode", mutates_args=())
+def linear_by_mode(x: Tensor, weight: Tensor, mode: str) -> Tensor:
+    if mode == "frame before":
+        x = x.roll(1, 0)
+    return x @ weight.t()
+
+
+@linear_by_mode.register_fake
+def _(x: Tensor, weight: Tensor, mode: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("spelled::observed_linear", mutates_args=("seen",))
+def observed_linear(x: Tensor, weight: Tensor, seen: Tensor) -> Tensor:
+    seen.copy_(torch.maximum(seen, x.abs().max()))
+    return x @ weight.t()
+
+
+@observed_linear.register_fake
+def _(x: Tensor, weight: Tensor, seen: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("spelled::clamped_linear", mutates_args=())
+def clamped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return (x / x.abs().max().clamp(max=2)) @ weight.t()
+
+
+@clamped_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 @packed_linear.register_fake
 def _(x: Tensor, packed: Tensor, scale: Tensor, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
@@ -104,11 +137,33 @@ class Packed(nn.Module):
         return torch.ops.spelled.packed_linear(x, self.packed, self.scale, self.width)
 
 
+class ByMode(nn.Linear):
+    mode = "itself"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.spelled.linear_by_mode(x, self.weight, self.mode)
+
+
+class Observed(nn.Linear):
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__(inner, outer)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.spelled.observed_linear(x, self.weight, self.seen)
+
+
+class Clamped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.spelled.clamped_linear(x, self.weight)
+
+
 class Coarse(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.spelled.coarse_linear(x, self.weight)
 
 
+STRANGE_LINEARS = {"coarse": Coarse, "by mode": ByMode, "observed": Observed, "clamped": Clamped}
 LINEARS = {
     "linear": nn.Linear,
     "lora": LoRA,
@@ -123,6 +178,7 @@ MIXERS = {
     "softmax over tokens": lambda x: x + x.softmax(1),
     "running sum": lambda x: x + x.cumsum(1),
     "next frame": lambda x: x + x.roll(1, 0),
+    "frames in another order": lambda x: x + x.flip(-1, 0),
     "previous token": lambda x: x + F.pad(x, (0, 0, 1, 0))[:, :-1],
     "scale of everything": lambda x: x / x.abs().amax(),
     "norm over tokens": lambda x: F.layer_norm(x, x.shape[1:]),
@@ -137,7 +193,7 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, heads: int, how: Spelling) -> None:
         super().__init__()
-        linear = Coarse if how.mixing == "coarse" else LINEARS[how.linear]
+        linear = STRANGE_LINEARS.get(how.mixing) or LINEARS[how.linear]
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.out = (linear(width, width) for _ in range(4))
         self.fused = linear(width, 3 * width)

@@ -78,6 +78,10 @@ CASES = {
         lambda: Tower(attention=lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
         "scaled_dot_product_attention .* in layers.0 was taken for attention without a mask",
     ),
+    "an attention in an unknown spelling": (
+        lambda: Tower(attention=lambda q, k, v, s: torch.einsum("thqk,thkd->thqd", (q @ k.mT * s).softmax(-1), v)),
+        "softmax .* in layers.0 was taken for a part of an attention that is spelled in an unknown way",
+    ),
     "post-norm": (
         lambda: PostNorm(),
         "no vision encoder was understood: .* in layers.0.* was taken for the attention's half of a block",

@@ -24,7 +24,7 @@ from earlytom_compile import (
     report,
     stages,
 )
-from earlytom_compile.passes import manager
+from earlytom_compile.passes import manager, run_on_fakes
 from earlytom_compile.passes.manager import PASSES
 from earlytom_compile.passes.patterns import op_name
 from earlytom_compile.passes.reasons import NotApplicable
@@ -259,17 +259,17 @@ def test_shapes_of_position_wise_functions_are_those_that_pytorch_finds(monkeypa
     model = VideoModel(layers=3, newline=True).eval()
     model.reader = torch.nn.Sequential(model.reader, Unusual())
     compile_ = partial(torch.compile, model, fullgraph=True, dynamic=dynamic)
-    of_each_position, fired, found = manager._Recorder._of_each_position, [], []
+    of_each_position, fired, found = run_on_fakes.Recorder._of_each_position, [], []
 
     def watched(recorder, node):
         if (result := of_each_position(recorder, node)) is not None:
             fired.append(op_name(node))
         return result
 
-    monkeypatch.setattr(manager._Recorder, "_of_each_position", watched)
-    for names in (manager.POSITION_WISE, frozenset()):
+    monkeypatch.setattr(run_on_fakes.Recorder, "_of_each_position", watched)
+    for names in (run_on_fakes.POSITION_WISE, frozenset()):
         torch._dynamo.reset()
-        monkeypatch.setattr(manager, "POSITION_WISE", names)
+        monkeypatch.setattr(run_on_fakes, "POSITION_WISE", names)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found.append(recorded(rewrite(model, model.example(videos=2), compile_).graph_module))
     assert found[0] == found[1] and any("n1" in value for value in found[0])

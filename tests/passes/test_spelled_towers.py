@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from spelled_towers import LINEARS, MIXERS, Tower, expected_rows, video
 
 from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
@@ -112,6 +113,125 @@ def test_an_operator_that_mixes_positions_is_found_out():
     ):
         torch.testing.assert_close(run(pixels), tower(pixels))
     assert not isinstance(graphs[0], CompressedGraph)
+
+
+@pytest.mark.parametrize("mixing", ["clamped", "observed"])
+def test_operators_that_are_no_projections(mixing):
+    """One whose scale shows for small numbers only; one that writes to a buffer, which no probe may touch."""
+    tower, pixels = Tower(mixing=mixing), video(8)
+    with torch.no_grad():
+        expected = tower(pixels)
+    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    run, graphs = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match=f"spelled::{mixing}.* not known"):
+        torch.testing.assert_close(run(pixels), expected)
+    assert not isinstance(graphs[0], CompressedGraph)
+    for name, buffer in tower.named_buffers():
+        torch.testing.assert_close(buffer, before[name])
+
+
+def test_what_an_operator_does_depends_on_its_options():
+    tower, pixels = Tower(mixing="by mode"), video(8)
+    check(tower)
+    for module in tower.layers[2].modules():
+        module.mode = "frame before"
+    run, graphs = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="understood only in part"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+
+
+SIDE_BRANCHES = {
+    "a mean of all frames": lambda h, x: x + h.mean(0, keepdim=True),
+    "a gate of all frames": lambda h, x: x * h.mean((0, 1)).sigmoid(),
+    "the frame before": lambda h, x: x + h.roll(1, 0),
+}
+
+
+@pytest.mark.parametrize("half, place", [("out", "output projection"), ("down", "MLP")])
+@pytest.mark.parametrize("how", SIDE_BRANCHES)
+def test_a_branch_beside_the_block(how, half, place):
+    tower, pixels = Tower(), video(8)
+
+    def around(layer, forward):
+        def with_branch(h):
+            layer.stream = h
+            return forward(h)
+
+        return with_branch
+
+    for layer in tower.layers:
+        layer.forward = around(layer, layer.forward)
+        projection = getattr(layer, half)
+        projection.forward = beside(layer, projection.forward, SIDE_BRANCHES[how])
+    run, _ = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match=f"taken for a part of the {place}"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+
+
+def beside(layer, forward, branch):
+    return lambda x: branch(layer.stream, forward(x))
+
+
+class Between(Tower):
+    """Something stands between two blocks."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def embed(self, frames):
+        h = super().embed(frames)
+        second = self.layers[1]
+        if not hasattr(second, "plain"):
+            second.plain = second.forward
+            second.forward = lambda h: self.step(second.plain(h))
+        return h
+
+
+def test_what_is_position_wise_between_blocks_belongs_to_the_chain():
+    assert check(Between(lambda h: h * 1.5)).record.layers == 4
+    tower, pixels = Between(lambda h: h + h.roll(1, 0)), video(8)
+    run, _ = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="understood only in part.*roll"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+
+
+class Behind(Tower):
+    """The patches go another way to their tokens."""
+
+    def __init__(self, step, **how):
+        super().__init__(**how)
+        self.step = step
+
+    def finish(self, h):
+        return self.step(self, h)
+
+
+def pooled(h):
+    return F.avg_pool2d(h.mT.unflatten(2, (4, 4)), 2)
+
+
+OTHER_ORDERS = {
+    "flip": lambda tower, h: tower.project(h.flip(1)),
+    "every second": lambda tower, h: tower.project(h[:, ::2]),
+    "another order": lambda tower, h: tower.project(h[:, torch.arange(15, -1, -1)]),
+    "a grid on its side": lambda tower, h: (
+        pooled(tower.project(h.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2))).flatten(2).mT
+    ),
+    "pooled, then on its side": lambda tower, h: pooled(tower.project(h)).transpose(2, 3).flatten(2).mT,
+}
+
+
+@pytest.mark.parametrize("how", OTHER_ORDERS)
+def test_tokens_of_other_patches_have_no_map(how):
+    tower, pixels = Behind(OTHER_ORDERS[how]), video(8)
+    run, _ = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="no shrunken grid of its 16 patches"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+
+
+def test_a_class_token_cut_off_from_the_end():
+    check(Behind(lambda tower, h: tower.project(h[:, -16:]), specials=1))
 
 
 def test_a_resampler_leaves_importance_without_a_map():
