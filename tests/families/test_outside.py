@@ -10,6 +10,7 @@ from tiny_models import video
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report
+from earlytom_compile.families.base import Family
 from earlytom_compile.families.registry import all_families, family_of
 from earlytom_compile.integrations.observe import observe
 from earlytom_compile.reference import select_representatives, select_tokens
@@ -154,8 +155,9 @@ def test_encode_and_observe(model):
     assert torch.equal(model.generate(tokens, video=[rows], new=4), answer)
 
 
-def test_a_model_whose_loop_calls_forward_compresses_there(model):
-    """``generate`` is left alone where it takes no embeddings."""
+def test_a_model_whose_loop_calls_forward_compresses_there(model, monkeypatch):
+    """``generate`` is left alone where the family says that it only calls ``forward``."""
+    monkeypatch.setattr(HandWritten, "generation", "forward")
 
     class Loop(VideoModel):
         @torch.no_grad()
@@ -205,6 +207,32 @@ def test_a_model_that_takes_no_embeddings_is_refused(model):
 
     with pytest.raises(EarlyTomConfigError, match=r"Closed.forward\(\) takes no embeddings"):
         earlytom_compile.compile(Closed())
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"names": {**HandWritten.names, "pixel_values_videos": "vidoe"}}, r"forward\(\) takes no vidoe.*it takes emb"),
+        ({"names": {**HandWritten.names, "input_ids": "token"}}, r"takes no token\. .* must say in `names`"),
+        ({"names": {**HandWritten.names, "attention_mask": "masks"}}, r"takes no masks"),
+        (
+            {"names": {**HandWritten.names, "input_id": "tokens"}},
+            r"has 'input_id' in `names`; its keys can be input_ids",
+        ),
+        ({"generation": "loop"}, r"generation='loop'; it can be 'transformers', 'embeddings', 'forward' or None"),
+        ({"rows": Family.rows}, r"hand-written model does not define rows\(model, pixels\)"),
+        ({"embedding": Family.embedding}, r"embedding\(\) of the family the hand.* fails for VideoModel: AttributeErr"),
+        ({"video_token": Family.video_token}, r"video_token\(\) of the family .* no attribute 'config'"),
+        ({"video_token": lambda family, model: None}, r"video_token\(\) .* returned a NoneType; must be a number"),
+        ({"embedding": lambda family, model: 3}, r"embedding\(\) .* returned a int; must be a module"),
+    ],
+)
+def test_a_family_that_does_not_fit_its_model_is_refused(model, monkeypatch, said, reason):
+    for name, value in said.items():
+        monkeypatch.setattr(HandWritten, name, value)
+    with pytest.raises(EarlyTomConfigError, match=reason):
+        earlytom_compile.compile(model)
+    assert report(model).state == "never compiled"
 
 
 def test_rows_that_would_need_padding_need_a_mask(model):
