@@ -170,7 +170,7 @@ def reason_against_generate(model: torch.nn.Module, family: Family) -> Reason:
     """(reason, cure) for ``generate()`` that compressed videos cannot reach."""
     return (
         f"{type(model).__name__}.generate() names no argument {family.spelled('inputs_embeds')}, which is how "
-        "compressed videos reach the language model, and a cache, a mask or positions of its own would have the uncut length",
+        "compressed videos reach the language model, and its own cache, mask or positions would have the uncut length",
         f"Let it take them, or say in the family ({family.name}) by `generation` how it generates",
     )
 

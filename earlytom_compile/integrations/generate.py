@@ -27,7 +27,7 @@ import torch
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
 from ..families.base import Call, Family, Video
-from ..prompt import PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
+from ..prompt import Places, PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
 from ..reporting import Counts, GraphRecord
 from ..stages import Kinds, asks_for_cuda_graphs, fall_back
 from .caches import cache_of, given_cache, mark_cache, refuse_compressed_cache
@@ -289,7 +289,7 @@ class CompiledModel:
         counts: list[tuple[GraphRecord, Counts]] = []
         encoded, sizes = self._rows_and_sizes(videos, host_ids, counts)
         try:
-            places = self.family.places(self.model, host_ids, sizes)
+            places = self._places(host_ids, sizes)
             # What forward() returns has a column for each position, the padded ones too. Images have as many rows.
             wanted = None if forward or mask is None else mask.bool()
             if wanted is not None:
@@ -333,6 +333,18 @@ class CompiledModel:
         rows = [self._encode(video, counts)[0] for video in videos]
         self._note("encoded", counts)
         return rows
+
+    def _places(self, ids: torch.Tensor, sizes: Sequence[int]) -> Places:
+        """Those of the family, with whose author a number that does not fit begins."""
+        try:
+            return self.family.places(self.model, ids, sizes)
+        except EarlyTomConfigError as error:
+            if type(self.family).__module__.startswith("earlytom_compile."):
+                raise
+            raise EarlyTomConfigError(
+                f"{error} If it was, rows() or video_token() of the family {self.family.name} is wrong: a placeholder "
+                "belongs to each row."
+            ) from error
 
     def _rows_and_sizes(
         self,

@@ -1,6 +1,8 @@
 """A family of another package, for a model that has nothing to do with transformers."""
 
 import importlib.metadata
+import re
+import warnings
 
 import pytest
 import torch
@@ -235,6 +237,39 @@ def test_a_family_that_does_not_fit_its_model_is_refused(model, monkeypatch, sai
     assert report(model).state == "never compiled"
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "given"),
+    [
+        (lambda family, model, pixels: (model.see(pixels),), "a tuple"),
+        (lambda family, model, pixels: None, "a NoneType"),
+        (lambda family, model, pixels: model.pool(model.encode(pixels[0])), r"\[4, 9, 32\]"),
+    ],
+)
+def test_rows_that_are_none_are_named(model, monkeypatch, rows, given, strict):
+    monkeypatch.setattr(HandWritten, "rows", rows)
+    earlytom_compile.compile(model, lowering="eager", strict=strict, **OPTIONS)
+    with warnings.catch_warnings(), pytest.raises(EarlyTomConfigError) as caught:
+        warnings.simplefilter("ignore", EarlyTomFallbackWarning)
+        model.generate(prompt(4), video=clips(4)[0][None])
+    assert re.search(rf"^rows\(\) of the family the hand-written model returned {given}; must be", str(caught.value))
+
+
+def test_an_error_in_rows_keeps_its_type_and_says_whose_it_is(model, monkeypatch):
+    monkeypatch.setattr(HandWritten, "rows", lambda family, model, pixels: model.nothing_of_this_name)
+    earlytom_compile.compile(model, lowering="eager", **OPTIONS)
+    with pytest.raises(AttributeError, match="nothing_of_this_name") as caught:
+        model.generate(prompt(4), video=clips(4)[0][None])
+    assert caught.value.__notes__ == ["in rows() of the family the hand-written model, compiled by earlytom_compile"]
+
+
+def test_a_count_that_does_not_fit_names_the_family(model, monkeypatch):
+    monkeypatch.setattr(HandWritten, "video_token", lambda family, model: 3)
+    earlytom_compile.compile(model, lowering="eager", **OPTIONS)
+    with pytest.raises(EarlyTomConfigError, match=r"need 36 .*rows\(\) or video_token\(\) of the family the hand-wr"):
+        model.generate(prompt(4), video=clips(4)[0][None])
+
+
 def test_rows_that_would_need_padding_need_a_mask(model):
     class Maskless(VideoModel):
         def forward(self, tokens=None, video=None, embeddings=None):
@@ -272,10 +307,17 @@ def test_a_family_is_found_by_its_entry_point(model):
         ("handwritten:NoSuchFamily", "AttributeError"),
         ("handwritten:VideoModel", "no subclass of"),
         ("earlytom_compile.families.base:Family", "does not say its name and classes"),
+        ("handwritten:HandWritten()", "'handwritten:HandWritten\\(\\)' is no entry point"),
+        ("hand written", "is no entry point: must be 'package.module:Class'"),
+        ("exits_at_import:Mine", "SystemExit: 3"),
+        ("claims_by_text:Mine", "classes='a.B' of claims_by_text:Mine: must be a tuple of str"),
     ],
 )
 def test_a_broken_family_is_named_with_its_package_and_stands_in_nobodys_way(tmp_path, monkeypatch, value, reason):
     install(tmp_path, monkeypatch, value)
+    (tmp_path / "exits_at_import.py").write_text("import sys\nsys.exit(3)\n")
+    by_text = "from handwritten import HandWritten\nclass Mine(HandWritten):\n    classes = 'a.B'\n"
+    (tmp_path / "claims_by_text.py").write_text(by_text)
     with pytest.warns(EarlyTomFallbackWarning, match=f"'mine' of the package 'video-models-of-mine'.*{reason}"):
         assert [family.name for family in all_families()] == ["LLaVA-OneVision", "LLaVA-NeXT-Video"]
     with pytest.warns(EarlyTomFallbackWarning), pytest.raises(EarlyTomConfigError, match="got VideoModel"):
