@@ -67,6 +67,26 @@ def oracle_rows(model, clip, variant="paper"):
 
 
 @torch.no_grad()
+def test_the_oracle_takes_importance_from_a_function_too():
+    """As docs/adding-a-model.md says, for attention of any other make."""
+    model, (clip,) = VideoModel().eval(), clips(6)
+
+    def received(layer, x):
+        attention, h = layer.self_attn, layer.before(x)
+        heads = attention.num_heads, attention.head_dim
+        q, k = (p(h).unflatten(-1, heads).transpose(1, 2) for p in attention.projections()[:2])
+        return (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean((1, 2))
+
+    options = Options(0.2, "paper", tau_seg=0.3)
+    encoders = [MergingEncoder(model.layers, (0, 2), 6, options, function) for function in (None, received)]
+    for encoder in encoders:
+        with encoder.hooked():
+            model.encode(clip)
+    assert torch.equal(encoders[0].output, encoders[1].output)
+    torch.testing.assert_close(encoders[0].importance, encoders[1].importance)
+
+
+@torch.no_grad()
 def oracle_embeddings(model, tokens, *videos):
     """[1, S', C] of a row."""
     remaining, parts, last = list(videos), [], None
