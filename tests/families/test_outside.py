@@ -254,6 +254,8 @@ def test_a_family_that_does_not_fit_its_model_is_refused(model, monkeypatch, sai
         monkeypatch.setattr(HandWritten, name, value)
     with pytest.raises(EarlyTomConfigError, match=reason):
         earlytom_compile.compile(model)
+    with pytest.raises(EarlyTomConfigError, match=reason):
+        observe(model, clips(4)[0][None])
     assert report(model).state == "never compiled"
 
 
