@@ -9,7 +9,7 @@ kernels, no passes, no backend, no cache, nothing fast.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -74,12 +74,23 @@ class OracleResult:
 class MergingEncoder:
     """Forward hooks that merge frames between vision encoder layers and note what selection needs."""
 
-    def __init__(self, layers: Sequence[nn.Module], merge_layers: Sequence[int], frames: int, options: Options):
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        merge_layers: Sequence[int],
+        frames: int,
+        options: Options,
+        received: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    ):
+        """``received(layer, its input [T, S, D])`` -> float32 [T, S], the attention that tokens receive, mean over
+        heads and queries; left out where the layer's ``self_attn`` or ``attention`` has ``q_proj``, ``k_proj`` and
+        ``head_dim``."""
+        self.received = received
         self.layers, self.merge_layers, self.options = layers, tuple(sorted(merge_layers)), options
         self.min_frames = math.ceil(options.retain_ratio * frames)
         self.frames_after: list[int] = []
         self.outputs: dict[int, Tensor] = {}  # of each layer, merged
-        self.query = self.key = self.importance = self.segments = None
+        self.query = self.key = self.input = self.importance = self.segments = None
 
     @property
     def output(self) -> Tensor:
@@ -91,9 +102,12 @@ class MergingEncoder:
         def on(module: nn.Module, hook) -> None:
             stack.callback(module.register_forward_hook(hook).remove)
 
-        attention = _attention(self.layers[self.merge_layers[-1]])
-        on(attention.q_proj, lambda module, args, output: setattr(self, "query", output.detach()))
-        on(attention.k_proj, lambda module, args, output: setattr(self, "key", output.detach()))
+        last = self.layers[self.merge_layers[-1]]
+        if self.received is None:
+            attention = _attention(last)
+            on(attention.q_proj, lambda module, args, output: setattr(self, "query", output.detach()))
+            on(attention.k_proj, lambda module, args, output: setattr(self, "key", output.detach()))
+        on(last, lambda module, args, output: setattr(self, "input", args[0] if args else None))
         for index in self.merge_layers:
             on(self.layers[index], lambda module, args, output, index=index: self._merge(index, output))
         for index, layer in enumerate(self.layers):
@@ -109,7 +123,11 @@ class MergingEncoder:
         merged = plan.apply(hidden)
         self.frames_after.append(len(merged))
         if index == self.merge_layers[-1]:
-            received = _attention_received(self.query, self.key, _attention(self.layers[index]))
+            layer = self.layers[index]
+            if self.received is not None:
+                received = self.received(layer, self.input)
+            else:
+                received = _attention_received(self.query, self.key, _attention(layer))
             self.importance = plan.apply(received)
             self.segments = segment_frames(merged, **options.segmentation())
         return (merged, *output[1:]) if isinstance(output, tuple) else merged

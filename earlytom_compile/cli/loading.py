@@ -86,7 +86,7 @@ class Checkpoint:
 def open_checkpoint(
     name: str, *, device: str = "auto", dtype: str = "auto", options: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """Look at a LLaVA-OneVision checkpoint folder or Hub id, with transformers' own code.
+    """Look at a checkpoint folder or Hub id of a known family, with transformers' own code.
 
     Raises :class:`EarlyTomConfigError` if there is none, if it is of another family, incomplete or damaged, and if
     ``options``, those of :func:`earlytom_compile.compile`, name layers that its encoder does not have or what the

@@ -128,7 +128,7 @@ def build_parser() -> CommandParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="compare full and compressed answers, with what comes along"))
-    _add_run(commands.add_parser("run", help="ask a LLaVA-OneVision checkpoint about a video"))
+    _add_run(commands.add_parser("run", help="ask a checkpoint about a video"))
     _add_explain(commands.add_parser("explain", help="show what you gain on a video, and what the compiler does"))
     _add_compare(commands.add_parser("compare", help="measure what fewer tokens cost, on questions of your own"))
     _add_bench(commands.add_parser("bench", help="time all tokens against fewer, side by side"))
@@ -166,7 +166,7 @@ def _add_demo(parser: CommandParser) -> None:
 
 def _add_run(parser: CommandParser) -> None:
     parser.description = (
-        "Asks a LLaVA-OneVision checkpoint about a video, with compressed video tokens. With several videos, each is "
+        "Asks a checkpoint about a video, with compressed video tokens. With several videos, each is "
         "one of its own; with several questions, each is asked about each video, and none knows of the others."
     )
     _add_model(parser, required=True, fallback="")
@@ -356,7 +356,8 @@ def _add_model(parser: CommandParser, *, required: bool, fallback: str = " (defa
         "--model",
         required=required,
         metavar="PATH_OR_HUB_ID",
-        help=f"a LLaVA-OneVision checkpoint: a folder, or a name on the Hugging Face Hub{fallback}",
+        help="a checkpoint of LLaVA-OneVision, or of a family that an installed package registers: a folder, or a name "
+        f"on the Hugging Face Hub{fallback}",
     )
     _add_device(parser)
     parser.add_rare(

@@ -15,7 +15,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
@@ -28,6 +28,8 @@ Call = Mapping[str, Any]
 so."""
 Reason = tuple[str, str]
 """(why a call cannot be compressed, what to do about it), both without a full stop."""
+Generation = Literal["transformers", "embeddings", "forward"]
+"""How a model generates; see :attr:`Family.generation`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ class Family:
     ``input_ids``, ``pixel_values_videos``, ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``."""
     consumed: frozenset[str] = frozenset()
     """Arguments that a call has no use for once its videos are rows, besides pixels and ids."""
+    generation: Generation | None = None
+    """What ``generate()`` of the model is; None finds it out.
+
+    ``"transformers"``: that of ``GenerationMixin``, which takes embeddings, or one that hands its arguments on to it.
+    ``max_length`` counts the prompt, and streamers, criteria and processors see it. Found where the class has it.
+    ``"embeddings"``: one of its own that takes ``inputs_embeds`` beside the ids; nothing else of its arguments is
+    changed. Found where its signature names them: ``**kwargs`` alone says nothing.
+    ``"forward"``: left alone; each of its calls of ``forward()`` with a video compresses. Right only for a loop that
+    calls with all ids each time and has no cache, mask or positions, which would have the uncut length.
+
+    Calls with videos of any other run uncompressed, with the reason. Of the first two the ids go by the name they have
+    in :attr:`names` where the signature has it, or else as the first argument. What is returned has the caller's ids
+    back in front where it is a tensor [R, S'] (or has one as ``.sequences``) that begins with the cut prompt; anything
+    else is handed through.
+    """
     model_type: str | None = None
     """``model_type`` in the config.json of its checkpoints, if the command line can load them."""
     checkpoint: str = ""

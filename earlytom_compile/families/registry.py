@@ -32,12 +32,13 @@ def family_of(model: Any) -> Family:
     """The family of ``model``; that of its own class goes before that of a class it is derived from, and ours before
     one of another package. Raises :class:`EarlyTomConfigError` for a model of no family."""
     found = _of_class(type(model), BUILT_IN, own_class=True)
-    if found is None:
+    if not found:
         families = all_families()
         found = _of_class(type(model), families)
-        if found is None:
+        if not found:
             raise EarlyTomConfigError(_unknown(type(model), families) + _hint_for_wrapper(model, families))
-    return found
+        _warn_of_several(type(model), found)
+    return found[0]
 
 
 def has_family(modules: Iterable[nn.Module]) -> bool:
@@ -76,25 +77,43 @@ def make_traceable() -> None:
     prepare_peft()
 
 
-def _of_class(kind: type, families: Iterable[Family], *, own_class: bool = False) -> Family | None:
+def _of_class(kind: type, families: Iterable[Family], *, own_class: bool = False) -> list[Family]:
+    """All that name the same class, the first that any names; [] if none does."""
     for each in kind.__mro__[:1] if own_class else kind.__mro__:
         name = f"{each.__module__}.{each.__qualname__}"
-        for family in families:
-            if any(fnmatchcase(name, known) for known in family.classes):
-                return family
-    return None
+        if found := [family for family in families if any(fnmatchcase(name, known) for known in family.classes)]:
+            return found
+    return []
+
+
+def _warn_of_several(kind: type, found: list[Family]) -> None:
+    first, *others = found
+    if others and first not in BUILT_IN:
+        names = " and ".join(f"{family.name} ({type(family).__module__})" for family in found)
+        warnings.warn(
+            f"{kind.__name__} is claimed by several model families, {names}: the first is used. Uninstall the package "
+            "of the others.",
+            EarlyTomFallbackWarning,
+            stacklevel=3,
+        )
 
 
 def _of_other_packages() -> Iterator[Family]:
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
+            if entry.pattern.match(entry.value) is None:
+                raise ValueError(f"{entry.value!r} is no entry point: must be 'package.module:Class'")
             made = entry.load()
             family = made() if isinstance(made, type) else made
             if not isinstance(family, Family):
                 raise TypeError(f"{entry.value} is no subclass of earlytom_compile.families.base.Family")
             if not all(getattr(family, name, None) for name in ("name", "classes")):
                 raise TypeError(f"{entry.value} does not say its name and classes")
-        except Exception as error:  # whatever the import of another package meets
+            if not isinstance(family.classes, tuple) or not all(isinstance(each, str) for each in family.classes):
+                raise TypeError(
+                    f"classes={family.classes!r} of {entry.value}: must be a tuple of str, ('module.Class',)"
+                )
+        except (Exception, SystemExit) as error:  # whatever the import of another package meets
             package = entry.dist.name if entry.dist is not None else "unknown"
             warnings.warn(
                 f"the model family {entry.name!r} of the package {package!r} cannot be loaded, and its models are not "
@@ -117,10 +136,15 @@ def _hint_for_wrapper(given: Any, families: Iterable[Family]) -> str:
 
 
 def _unknown(kind: type, families: Iterable[Family]) -> str:
-    classes = {name.rpartition(".")[2]: family.name for family in families for name in family.classes}
-    known = ", ".join(f"{name} ({family})" for name, family in classes.items())
-    near = difflib.get_close_matches(kind.__name__, classes, n=1, cutoff=0.5)
-    nearest = f", to which {near[0]} is the nearest" if near else ""
+    classes = {name: family.name for family in families for name in family.classes}
+    short = {name: name.rpartition(".")[2] for name in classes}
+    # Where the short names are equal, it is the modules that differ.
+    told = {name: name if last == kind.__name__ else last for name, last in short.items()}
+    known = ", ".join(f"{told[name]} ({family})" for name, family in classes.items())
+    near = difflib.get_close_matches(kind.__name__, short.values(), n=1, cutoff=0.5)
+    nearest = (
+        f", to which {next(told[name] for name in classes if short[name] == near[0])} is the nearest" if near else ""
+    )
     return (
         f"earlytom_compile.compile() knows {known}; got {kind.__name__} (of {kind.__module__}){nearest}. "
         'For other models try torch.compile(model, backend="earlytom"), or add a family as docs/adding-a-model.md says.'

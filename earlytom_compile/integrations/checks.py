@@ -5,14 +5,95 @@ Arguments go by our names (``families/base.py``); messages have the model's.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex, get_args
 
 import torch
 
 from ..errors import EarlyTomConfigError
-from ..families.base import Call, Family, Reason
+from ..families.base import Call, Family, Generation, Reason
 from .caches import given_cache
+
+_NAMES = ("input_ids", "pixel_values_videos", "inputs_embeds", "attention_mask", "position_ids", "labels")
+
+
+def check_family(model: Any, family: Family) -> None:
+    """Raise where what ``family`` says cannot be true of ``model``."""
+    kind, whose = type(model), f"the family {family.name}"
+    if type(family).rows is Family.rows:
+        raise EarlyTomConfigError(f"{whose} does not define rows(model, pixels), which every family must.")
+    if unknown := [name for name in family.names if name not in _NAMES]:
+        raise EarlyTomConfigError(f"{whose} has {unknown[0]!r} in `names`; its keys can be {', '.join(_NAMES)}.")
+    if family.generation not in (None, *get_args(Generation)):
+        known = ", ".join(map(repr, get_args(Generation)))
+        raise EarlyTomConfigError(f"{whose} says generation={family.generation!r}; it can be {known} or None.")
+    taken, generating = named_by(kind, "forward"), named_by(kind, "generate")
+    for name in dict.fromkeys((*_NAMES[2::-1], *family.names)):
+        theirs = family.spelled(name)
+        if taken and theirs not in (taken if name in _NAMES[:3] else taken | generating):
+            what = ", which is how compressed videos reach the language model" if name == "inputs_embeds" else ""
+            raise EarlyTomConfigError(
+                f"{kind.__name__}.forward() takes no {theirs}{what}. Its family ({family.name}) must say in `names` "
+                f"what the model calls {name}; it takes {', '.join(sorted(taken))}."
+            )
+    for method, needed in (("embedding", torch.nn.Module), ("video_token", SupportsIndex)):
+        try:
+            got = getattr(family, method)(model)
+        except Exception as error:  # whatever a method of another package meets
+            raise EarlyTomConfigError(
+                f"{method}() of {whose} fails for {kind.__name__}: {type(error).__name__}: {error}. "
+                f"It must say where this model has its {method.replace('_', ' ')}."
+            ) from error
+        if not isinstance(got, needed):
+            wanted = "a module" if method == "embedding" else "a number"
+            raise EarlyTomConfigError(f"{method}() of {whose} returned a {type(got).__name__}; must be {wanted}.")
+
+
+def generation_of(model: Any, family: Family) -> Generation | None:
+    """How ``model`` generates, as :attr:`Family.generation` has it; None where no compressed video can reach it."""
+    kind, name = type(model), family.spelled("inputs_embeds")
+    if family.generation is not None or not hasattr(kind, "generate"):
+        return family.generation or "forward"
+    mixed_in = any(each.__name__ == "GenerationMixin" for each in kind.__mro__)
+    if mixed_in and takes(kind.generate, name):
+        return "transformers"
+    return "embeddings" if name in first_named_by(kind, "generate") else None
+
+
+def named_by(kind: type, method: str) -> set[str]:
+    """The arguments that a method of a class names, and where it hands on others, those of the classes above it."""
+    names: set[str] = set()
+    for parameters in _signatures(kind, method):
+        names.update(each.name for each in parameters if each.kind not in _REST)
+        if not any(each.kind in _REST for each in parameters):
+            break
+    return names
+
+
+def first_named_by(kind: type, method: str) -> set[str]:
+    """The same of the first class whose method names any: what another would do with ``**kwargs``, nobody knows."""
+    found = ({each.name for each in parameters if each.kind not in _REST} for parameters in _signatures(kind, method))
+    return next(filter(None, found), set())
+
+
+def by_place(kind: type, method: str) -> list[str]:
+    """The arguments of a method by their place, self left out; of the first class that names them."""
+    for parameters in _signatures(kind, method):
+        if names := [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]:
+            return names
+        if not any(each.kind is each.VAR_POSITIONAL for each in parameters):
+            break
+    return []
+
+
+_REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _signatures(kind: type, method: str) -> Iterator[list[inspect.Parameter]]:
+    for each in kind.__mro__:
+        if inspect.isfunction(own := vars(each).get(method)):
+            parameters = list(inspect.signature(own).parameters.values())
+            yield parameters[1:] if parameters and parameters[0].kind not in _REST else parameters
 
 
 def require_tensors(family: Family, videos: Any) -> None:
@@ -33,7 +114,8 @@ def require_tensors(family: Family, videos: Any) -> None:
 
 def is_encoded(videos: Any) -> bool:
     """Whether these are rows [K, C] that ``encode_videos`` made."""
-    return not isinstance(videos, torch.Tensor) and len(videos) > 0 and all(video.dim() == 2 for video in videos)
+    listed = isinstance(videos, list | tuple) and len(videos) > 0
+    return listed and all(isinstance(video, torch.Tensor) and video.dim() == 2 for video in videos)
 
 
 def check_rows(videos: Sequence[torch.Tensor], width: int) -> None:
@@ -82,6 +164,15 @@ def reason_against_forward(model: torch.nn.Module, call: Call) -> Reason | None:
     if isinstance(call.get("logits_to_keep"), torch.Tensor):
         return "logits_to_keep names positions of the uncut prompt", "Give logits_to_keep as a number"
     return None
+
+
+def reason_against_generate(model: torch.nn.Module, family: Family) -> Reason:
+    """(reason, cure) for ``generate()`` that compressed videos cannot reach."""
+    return (
+        f"{type(model).__name__}.generate() names no argument {family.spelled('inputs_embeds')}, which is how "
+        "compressed videos reach the language model, and its own cache, mask or positions would have the uncut length",
+        f"Let it take them, or say in the family ({family.name}) by `generation` how it generates",
+    )
 
 
 def continues(call: Call) -> bool:

@@ -16,8 +16,8 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +27,21 @@ import torch
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
 from ..families.base import Call, Family, Video
-from ..prompt import PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
+from ..prompt import Places, PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
 from ..reporting import Counts, GraphRecord
 from ..stages import Kinds, asks_for_cuda_graphs, fall_back
 from .caches import cache_of, given_cache, mark_cache, refuse_compressed_cache
 from .checks import (
+    by_place,
     check_prompt,
     check_rows,
     continues,
+    first_named_by,
     for_own_code,
+    generation_of,
     is_encoded,
     reason_against_forward,
+    reason_against_generate,
     reason_against_prompt,
     require_tensors,
     takes,
@@ -69,7 +73,9 @@ class CompiledModel:
         self.model: Any = model
         self.config = config
         self.family = family
-        self.own = {name: getattr(model, name) for name in _methods_to_replace(model, family)}
+        self.generation = generation_of(model, family)
+        methods = ("forward",) if self.generation == "forward" else ("forward", "generate")
+        self.own = {name: getattr(model, name) for name in methods}
         self.replaced = {name: model.__dict__[name] for name in self.own if name in model.__dict__}
         self.prompt: tuple[int, int] | None = None
         self.videos: list[tuple[GraphRecord, Counts]] = []
@@ -117,24 +123,46 @@ class CompiledModel:
         """Reasons why a call ran uncompressed."""
         return self.record.reasons
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """``model.generate`` with compressed videos; see ``compile()``."""
         call = self.family.by_our_names(named_arguments(self.model, args, kwargs))
-        ids: Any = inputs if inputs is not None else call.get("input_ids")
+        name = self._name_of_ids()
+        ids: Any = call[name] if call.get(name) is not None else call.get("input_ids")
         reason = self._reason_to_leave_alone(ids, call)
         cut = None if reason else self._compress(ids, call)
         if cut is None:
-            given = () if inputs is None else (inputs,)
-            with _generating(left_a_video=reason != _NO_VIDEO):
-                return self._own("generate", *given, **for_own_code(call, reason or self.notes[-1]))
-        length = cut.input_ids.shape[1]
-        shorten_limits(self.model, cut.arguments, dropped=ids.shape[1] - length)
-        show_own_prompt(cut.arguments, ids, length)
-        cut.arguments.pop("input_ids", None)  # they come by place
-        with _generating(left_a_video=False), self._compiled_prefill(cut):
-            output = self._own("generate", cut.input_ids, **cut.arguments)
+
+            def inside() -> AbstractContextManager[None]:
+                return _generating(left_a_video=reason != _NO_VIDEO)
+
+            with inside():
+                output = self._uncut("generate", args, kwargs, call, reason)
+            return _each_step(output, inside)
+        arguments, length = {**cut.arguments, name: cut.input_ids}, cut.input_ids.shape[1]
+        if name != "input_ids":
+            arguments.pop("input_ids", None)
+        if self.generation == "transformers":
+            shorten_limits(self.model, arguments, dropped=ids.shape[1] - length)
+            show_own_prompt(arguments, ids, length)
+
+        @contextmanager
+        def around() -> Iterator[None]:
+            with _generating(left_a_video=False), self._compiled_prefill(cut):
+                yield
+
+        with around():
+            output = self._own("generate", **arguments)
         mark_cache(cache_of(output), given_cache(call))
-        return with_own_prompt(output, ids, length)
+        return _each_step(with_own_prompt(output, ids, cut.input_ids), around)
+
+    def _name_of_ids(self) -> str:
+        """What ``generate()`` calls the ids, if by our names: that of the family, or else its first, as ``inputs``."""
+        kind, spelled = type(self.model), self.family.spelled
+        if spelled("input_ids") in first_named_by(kind, "generate"):
+            return "input_ids"
+        return next(
+            (name for name in by_place(kind, "generate") if name != spelled("pixel_values_videos")), "input_ids"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """``model.forward`` with compressed videos: logits have the cut length."""
@@ -153,13 +181,22 @@ class CompiledModel:
         reason = self._reason_to_leave_alone(ids, call, forward=True)
         cut = None if reason else self._compress(ids, call, forward=True)
         if cut is None:
-            return self._own("forward", **for_own_code(call, reason or self.notes[-1]))
+            return self._uncut("forward", (), kwargs, call, reason)
         with self._compiled_prefill(cut):
             return self._own("forward", **cut.arguments)
 
-    def _own(self, method: str, *args: Any, **call: Any) -> Any:
+    def _own(self, method: str, **call: Any) -> Any:
         """The model's own method, with arguments as it calls them."""
-        return self.own[method](*args, **self.family.by_its_own_names(call))
+        return self.own[method](**self.family.by_its_own_names(call))
+
+    def _uncut(self, method: str, args: tuple[Any, ...], kwargs: Call, call: Call, reason: str | None) -> Any:
+        """The model's own method for a call that is left alone: as it came, unless the model cannot take that."""
+        changed = call if self._is_closed(method) else for_own_code(call, reason or self.notes[-1])
+        return self.own[method](*args, **kwargs) if changed is call else self._own(method, **changed)
+
+    def _is_closed(self, method: str) -> bool:
+        """Whether this is a call of, or in, a ``generate()`` that compressed videos cannot reach."""
+        return self.generation is None and (method == "generate" or _GENERATING.get() is not None)
 
     def _compiled_prefill(self, cut: "_CutCall") -> AbstractContextManager[None]:
         return nullcontext() if self.prefill is None else self.prefill.active(cut.mask)
@@ -167,8 +204,10 @@ class CompiledModel:
     def _reason_to_leave_alone(self, ids: Any, call: Call, forward: bool = False) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
         family, videos = self.family, call.get("pixel_values_videos")
-        require_tensors(family, videos)
-        if videos is None or len(videos) == 0:
+        closed = self._is_closed("forward" if forward else "generate")
+        if not closed:
+            require_tensors(family, videos)  # else it may take paths, or what it likes
+        if videos is None or (isinstance(videos, Sized) and len(videos) == 0):
             refuse_compressed_cache(given_cache(call), ids, family.video_token(self.model))
             if _GENERATING.get() is not None:
                 return _NO_VIDEO
@@ -189,9 +228,12 @@ class CompiledModel:
         if not self.compressed:
             log.info("the first call with a video: tracing the model, which compiles before it answers ...")
         self._note("failed")  # unless nothing else is noted
-        reason = reason_against_prompt(family, ids, call) or self.reason_against_placement()
-        if reason is None:
-            reason = reason_against_forward(self.model, call) if forward else reason_against(self.model, call)
+        reason = reason_against_generate(self.model, family) if closed else reason_against_prompt(family, ids, call)
+        reason = reason or self.reason_against_placement()
+        if reason is None and forward:
+            reason = reason_against_forward(self.model, call)
+        elif reason is None and self.generation == "transformers":
+            reason = reason_against(self.model, call)
         if reason is None:
             reason = family.reason_against(self.model, call)
         if reason is None:
@@ -239,7 +281,7 @@ class CompiledModel:
         # wait until the encoder is done, and the device for the host to launch what follows.
         given = call.get("attention_mask")
         host_ids, mask = ids.cpu(), None if given is None else given.cpu()
-        if not forward:
+        if not forward and self.generation == "transformers":
             warn_of_right_padding(self.model, host_ids, mask, call)
             mask = inferred_mask(self.model, host_ids, call) if mask is None else mask
         with weights_in_place(self.model, self.family):
@@ -247,7 +289,7 @@ class CompiledModel:
         counts: list[tuple[GraphRecord, Counts]] = []
         encoded, sizes = self._rows_and_sizes(videos, host_ids, counts)
         try:
-            places = self.family.places(self.model, host_ids, sizes)
+            places = self._places(host_ids, sizes)
             # What forward() returns has a column for each position, the padded ones too. Images have as many rows.
             wanted = None if forward or mask is None else mask.bool()
             if wanted is not None:
@@ -291,6 +333,18 @@ class CompiledModel:
         rows = [self._encode(video, counts)[0] for video in videos]
         self._note("encoded", counts)
         return rows
+
+    def _places(self, ids: torch.Tensor, sizes: Sequence[int]) -> Places:
+        """Those of the family, with whose author a number that does not fit begins."""
+        try:
+            return self.family.places(self.model, ids, sizes)
+        except EarlyTomConfigError as error:
+            if type(self.family).__module__.startswith("earlytom_compile."):
+                raise
+            raise EarlyTomConfigError(
+                f"{error} If it was, rows() or video_token() of the family {self.family.name} is wrong: a placeholder "
+                "belongs to each row."
+            ) from error
 
     def _rows_and_sizes(
         self,
@@ -369,21 +423,20 @@ class Method:
         return getattr(handle, self._name)(*args, **kwargs)
 
 
-def _methods_to_replace(model: torch.nn.Module, family: Family) -> list[str]:
-    """Those that take embeddings, which is how a compressed video reaches them; a ``generate()`` that does not may call
-    a ``forward()`` that does."""
-    name = family.spelled("inputs_embeds")
-    found = [method for method in ("forward", "generate") if takes(getattr(type(model), method, _nothing), name)]
-    if "forward" not in found:
-        raise EarlyTomConfigError(
-            f"{type(model).__name__}.forward() takes no {name}, which is how compressed videos reach the language "
-            f"model. Its family ({family.name}) must say in `names` what the model calls them."
-        )
-    return found
+def _each_step(output: Any, context: Callable[[], AbstractContextManager[None]]) -> Any:
+    """``output``; if that is a generator, which has only begun, one whose every step runs in ``context``."""
+    return _stepping(output, context) if inspect.isgenerator(output) else output
 
 
-def _nothing() -> None:
-    """A method that a model does not have."""
+def _stepping(steps: Generator[Any, Any, Any], context: Callable[[], AbstractContextManager[None]]) -> Iterator[Any]:
+    with closing(steps):
+        while True:
+            with context():
+                try:
+                    value = next(steps)
+                except StopIteration:
+                    return
+            yield value
 
 
 @contextmanager

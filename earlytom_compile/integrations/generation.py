@@ -7,26 +7,27 @@ logits processors. A prompt that was cut is shorter than the caller's, and nobod
     reason_against(model, kwargs)                   # (reason, cure) where the ids of the prompt are needed
     shorten_limits(model, kwargs, dropped=1400)
     show_own_prompt(kwargs, ids, cut_length)
-    output = with_own_prompt(generate(cut_ids, **kwargs), ids, cut_length)
+    output = with_own_prompt(generate(cut_ids, **kwargs), ids, cut_ids)
 """
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from .checks import by_place
+
 _BY_IDS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
 _ASSISTED = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 def named_arguments(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``model.generate`` behind ``inputs``, each by its name; raises :class:`TypeError` as Python."""
-    names = list(inspect.signature(type(model).generate).parameters)[2:]  # behind self and inputs
+    """The arguments of ``model.generate``, each by its name; raises :class:`TypeError` as Python."""
+    names = by_place(type(model), "generate")
     if len(args) > len(names):
-        raise TypeError(f"generate() takes at most {len(names) + 1} positional arguments, got {len(args) + 1}")
+        raise TypeError(f"generate() takes at most {len(names)} positional arguments, got {len(args)}")
     named = dict(zip(names, args, strict=False))
     for name in named.keys() & kwargs.keys():
         raise TypeError(f"generate() got multiple values for argument {name!r}")
@@ -107,11 +108,17 @@ def show_own_prompt(kwargs: dict[str, Any], ids: torch.Tensor, cut_length: int) 
         kwargs["prefix_allowed_tokens_fn"] = lambda row, seen: allowed(row, torch.cat((ids[row], seen[cut_length:])))
 
 
-def with_own_prompt(output: Any, ids: torch.Tensor, cut_length: int) -> Any:
-    """Put the caller's prompt ids back in front of the new tokens, for each returned sequence."""
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    prompts = ids.to(sequences.device).repeat_interleave(sequences.shape[0] // ids.shape[0], dim=0)
-    sequences = torch.cat((prompts, sequences[:, cut_length:]), dim=1)
+def with_own_prompt(output: Any, ids: torch.Tensor, cut_ids: torch.Tensor) -> Any:
+    """Put the caller's prompt ids back in front of the new tokens, for each returned sequence; what does not begin with
+    the cut prompt is returned as it is."""
+    sequences = output if isinstance(output, torch.Tensor) else getattr(output, "sequences", None)
+    if not isinstance(sequences, torch.Tensor) or sequences.dim() != 2 or len(sequences) % len(ids):
+        return output
+    copies, length = len(sequences) // len(ids), cut_ids.shape[1]
+    prompts, cut = (each.to(sequences.device).repeat_interleave(copies, dim=0) for each in (ids, cut_ids))
+    if not torch.equal(sequences[:, :length], cut):
+        return output
+    sequences = torch.cat((prompts, sequences[:, length:]), dim=1)
     if isinstance(output, torch.Tensor):
         return sequences
     output.sequences = sequences

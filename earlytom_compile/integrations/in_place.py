@@ -13,7 +13,7 @@ from ..errors import EarlyTomConfigError
 from ..families.registry import family_of
 from ..reporting import forget, note_restored
 from ..stages import asks_for_cuda_graphs
-from .checks import is_encoded, require_tensors
+from .checks import check_family, is_encoded, require_tensors
 from .generate import CompiledModel, Method
 from .placement import Placement, prepare_libraries
 from .prefill import CompiledPrefill
@@ -33,6 +33,7 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     config = EarlyTomConfig.from_options(options)
     family = family_of(model)
     family.require_versions()
+    check_family(model, family)
     if reason := Placement.of(model, family, asks_for_cuda_graphs(config.mode)).reason_against:
         raise EarlyTomConfigError(f"{reason[0]}. {reason[1]}.")
     layers = family.encoder_layers(getattr(model, "config", None))

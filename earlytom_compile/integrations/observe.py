@@ -28,6 +28,7 @@ from ..frame_sources import Source, blend, parts, untouched
 from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
+from .checks import check_family
 from .placement import video_path
 from .tracing import with_its_own_code
 from .vision_path import kind_of, traced_arguments, video_rows
@@ -118,6 +119,7 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
     inner: Any = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
     family = family_of(inner)
     family.require_versions()
+    check_family(inner, family)
     family.prepare()
     observers: dict[Any, tuple[Observer, Callable[..., Any]]] = {}
     observed = []

@@ -5,7 +5,8 @@ rows, graph = path(model, video)          # [K, C], and the graph that compresse
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 
 from ..backend import compile_graph
 from ..config import EarlyTomConfig
+from ..errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError
 from ..families.base import Family, Video
 from ..stages import CompressedGraph, Kinds
 from ..words import counted
@@ -58,15 +60,21 @@ class VisionPath:
     def __call__(self, model: Any, video: Video) -> tuple[torch.Tensor, CompressedGraph | None]:
         """Rows [K, C], and the graph that compressed them in this call, None if none did."""
         start = time.monotonic()
-        with video_path(model, self._family):
-            rows = self._compiled(self._family, model, *traced_arguments(video, self._any_length))
-        rows = rows if self._frames_only else _without_batch(rows)
+        try:
+            with video_path(model, self._family), blamed_on_rows(self._family):
+                rows = self._compiled(self._family, model, *traced_arguments(video, self._any_length))
+        except EarlyTomCompileError:
+            if not self._frames_only:
+                self.uncompiled(model, video)  # rows of a wrong shape are a better reason
+            raise
+        rows = rows if self._frames_only else _without_batch(rows, self._family)
         return rows, next((graph for graph in self.graphs if graph.record.last_call >= start), None)
 
     def uncompiled(self, model: Any, video: Video) -> torch.Tensor:
         """Rows [N, C] by the model's own code."""
         with weights_in_place(model, self._family):
-            return _without_batch(video_rows(self._family, model, *traced_arguments(video, any_length=False)))
+            rows = video_rows(self._family, model, *traced_arguments(video, any_length=False))
+            return _without_batch(rows, self._family)
 
     def _backend(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         compile_id = torch._guards.CompileContext.current_compile_id()
@@ -86,8 +94,26 @@ class VisionPath:
         return compiled
 
 
-def _without_batch(rows: torch.Tensor) -> torch.Tensor:
+def _without_batch(rows: Any, family: Family) -> torch.Tensor:
+    if not isinstance(rows, torch.Tensor) or rows.dim() not in (2, 3) or (rows.dim() == 3 and len(rows) != 1):
+        given = list(rows.shape) if isinstance(rows, torch.Tensor) else f"a {type(rows).__name__}"
+        raise EarlyTomConfigError(
+            f"rows() of the family {family.name} returned {given}; must be one tensor [N, C] or [1, N, C], in which "
+            "the tokens of each frame are behind those of the frame before."
+        )
     return rows[0] if rows.dim() == 3 else rows
+
+
+@contextmanager
+def blamed_on_rows(family: Family) -> Iterator[None]:
+    """An error inside, which keeps its type, says in a note whose code it comes from; ours say what they mean."""
+    try:
+        yield
+    except EarlyTomError:
+        raise
+    except Exception as error:
+        error.add_note(f"in rows() of the family {family.name}, compiled by earlytom_compile")
+        raise
 
 
 def video_rows(family: Family, model: Any, pixels: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:

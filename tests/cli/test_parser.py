@@ -113,6 +113,10 @@ def test_help_is_short_and_help_all_has_everything(command, capsys):
     assert "--help-all shows" in few and "--help-all shows" not in every
 
 
+def test_help_says_that_families_of_other_packages_count(capsys):
+    assert "of a family that an installed package registers" in " ".join(help_of(capsys, "run", "--help").split())
+
+
 @pytest.mark.parametrize("command", ["run", "bench", "flops"])
 def test_one_value_given_twice_is_not_the_last_one_in_silence(command, capsys):
     said = refused(capsys, command, *COMMANDS[command], "--frames", "8", "--frames", "16")

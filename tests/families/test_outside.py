@@ -1,6 +1,8 @@
 """A family of another package, for a model that has nothing to do with transformers."""
 
 import importlib.metadata
+import re
+import warnings
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny_models import video
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report
+from earlytom_compile.families.base import Family
 from earlytom_compile.families.registry import all_families, family_of
 from earlytom_compile.integrations.observe import observe
 from earlytom_compile.reference import select_representatives, select_tokens
@@ -61,6 +64,26 @@ def oracle_rows(model, clip, variant="paper"):
     else:
         kept = select_tokens(importance, encoder.segments, frames_in=len(clip), retain_ratio=0.2, variant=variant)
     return features[kept[:, 0], kept[:, 1]]
+
+
+@torch.no_grad()
+def test_the_oracle_takes_importance_from_a_function_too():
+    """As docs/adding-a-model.md says, for attention of any other make."""
+    model, (clip,) = VideoModel().eval(), clips(6)
+
+    def received(layer, x):
+        attention, h = layer.self_attn, layer.before(x)
+        heads = attention.num_heads, attention.head_dim
+        q, k = (p(h).unflatten(-1, heads).transpose(1, 2) for p in attention.projections()[:2])
+        return (q @ k.transpose(-1, -2) * attention.scale).softmax(-1).mean((1, 2))
+
+    options = Options(0.2, "paper", tau_seg=0.3)
+    encoders = [MergingEncoder(model.layers, (0, 2), 6, options, function) for function in (None, received)]
+    for encoder in encoders:
+        with encoder.hooked():
+            model.encode(clip)
+    assert torch.equal(encoders[0].output, encoders[1].output)
+    torch.testing.assert_close(encoders[0].importance, encoders[1].importance)
 
 
 @torch.no_grad()
@@ -154,8 +177,9 @@ def test_encode_and_observe(model):
     assert torch.equal(model.generate(tokens, video=[rows], new=4), answer)
 
 
-def test_a_model_whose_loop_calls_forward_compresses_there(model):
-    """``generate`` is left alone where it takes no embeddings."""
+def test_a_model_whose_loop_calls_forward_compresses_there(model, monkeypatch):
+    """``generate`` is left alone where the family says that it only calls ``forward``."""
+    monkeypatch.setattr(HandWritten, "generation", "forward")
 
     class Loop(VideoModel):
         @torch.no_grad()
@@ -207,6 +231,67 @@ def test_a_model_that_takes_no_embeddings_is_refused(model):
         earlytom_compile.compile(Closed())
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"names": {**HandWritten.names, "pixel_values_videos": "vidoe"}}, r"forward\(\) takes no vidoe.*it takes emb"),
+        ({"names": {**HandWritten.names, "input_ids": "token"}}, r"takes no token\. .* must say in `names`"),
+        ({"names": {**HandWritten.names, "attention_mask": "masks"}}, r"takes no masks"),
+        (
+            {"names": {**HandWritten.names, "input_id": "tokens"}},
+            r"has 'input_id' in `names`; its keys can be input_ids",
+        ),
+        ({"generation": "loop"}, r"generation='loop'; it can be 'transformers', 'embeddings', 'forward' or None"),
+        ({"rows": Family.rows}, r"hand-written model does not define rows\(model, pixels\)"),
+        ({"embedding": Family.embedding}, r"embedding\(\) of the family the hand.* fails for VideoModel: AttributeErr"),
+        ({"video_token": Family.video_token}, r"video_token\(\) of the family .* no attribute 'config'"),
+        ({"video_token": lambda family, model: None}, r"video_token\(\) .* returned a NoneType; must be a number"),
+        ({"embedding": lambda family, model: 3}, r"embedding\(\) .* returned a int; must be a module"),
+    ],
+)
+def test_a_family_that_does_not_fit_its_model_is_refused(model, monkeypatch, said, reason):
+    for name, value in said.items():
+        monkeypatch.setattr(HandWritten, name, value)
+    with pytest.raises(EarlyTomConfigError, match=reason):
+        earlytom_compile.compile(model)
+    with pytest.raises(EarlyTomConfigError, match=reason):
+        observe(model, clips(4)[0][None])
+    assert report(model).state == "never compiled"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "given"),
+    [
+        (lambda family, model, pixels: (model.see(pixels),), "a tuple"),
+        (lambda family, model, pixels: None, "a NoneType"),
+        (lambda family, model, pixels: model.pool(model.encode(pixels[0])), r"\[4, 9, 32\]"),
+    ],
+)
+def test_rows_that_are_none_are_named(model, monkeypatch, rows, given, strict):
+    monkeypatch.setattr(HandWritten, "rows", rows)
+    earlytom_compile.compile(model, lowering="eager", strict=strict, **OPTIONS)
+    with warnings.catch_warnings(), pytest.raises(EarlyTomConfigError) as caught:
+        warnings.simplefilter("ignore", EarlyTomFallbackWarning)
+        model.generate(prompt(4), video=clips(4)[0][None])
+    assert re.search(rf"^rows\(\) of the family the hand-written model returned {given}; must be", str(caught.value))
+
+
+def test_an_error_in_rows_keeps_its_type_and_says_whose_it_is(model, monkeypatch):
+    monkeypatch.setattr(HandWritten, "rows", lambda family, model, pixels: model.nothing_of_this_name)
+    earlytom_compile.compile(model, lowering="eager", **OPTIONS)
+    with pytest.raises(AttributeError, match="nothing_of_this_name") as caught:
+        model.generate(prompt(4), video=clips(4)[0][None])
+    assert caught.value.__notes__ == ["in rows() of the family the hand-written model, compiled by earlytom_compile"]
+
+
+def test_a_count_that_does_not_fit_names_the_family(model, monkeypatch):
+    monkeypatch.setattr(HandWritten, "video_token", lambda family, model: 3)
+    earlytom_compile.compile(model, lowering="eager", **OPTIONS)
+    with pytest.raises(EarlyTomConfigError, match=r"need 36 .*rows\(\) or video_token\(\) of the family the hand-wr"):
+        model.generate(prompt(4), video=clips(4)[0][None])
+
+
 def test_rows_that_would_need_padding_need_a_mask(model):
     class Maskless(VideoModel):
         def forward(self, tokens=None, video=None, embeddings=None):
@@ -244,10 +329,17 @@ def test_a_family_is_found_by_its_entry_point(model):
         ("handwritten:NoSuchFamily", "AttributeError"),
         ("handwritten:VideoModel", "no subclass of"),
         ("earlytom_compile.families.base:Family", "does not say its name and classes"),
+        ("handwritten:HandWritten()", "'handwritten:HandWritten\\(\\)' is no entry point"),
+        ("hand written", "is no entry point: must be 'package.module:Class'"),
+        ("exits_at_import:Mine", "SystemExit: 3"),
+        ("claims_by_text:Mine", "classes='a.B' of claims_by_text:Mine: must be a tuple of str"),
     ],
 )
 def test_a_broken_family_is_named_with_its_package_and_stands_in_nobodys_way(tmp_path, monkeypatch, value, reason):
     install(tmp_path, monkeypatch, value)
+    (tmp_path / "exits_at_import.py").write_text("import sys\nsys.exit(3)\n")
+    by_text = "from handwritten import HandWritten\nclass Mine(HandWritten):\n    classes = 'a.B'\n"
+    (tmp_path / "claims_by_text.py").write_text(by_text)
     with pytest.warns(EarlyTomFallbackWarning, match=f"'mine' of the package 'video-models-of-mine'.*{reason}"):
         assert [family.name for family in all_families()] == ["LLaVA-OneVision", "LLaVA-NeXT-Video"]
     with pytest.warns(EarlyTomFallbackWarning), pytest.raises(EarlyTomConfigError, match="got VideoModel"):

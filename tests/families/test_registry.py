@@ -11,7 +11,7 @@ from tiny_models import tiny_llava_onevision
 from transformers import LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 
 import earlytom_compile
-from earlytom_compile import EarlyTomConfigError, report
+from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report
 from earlytom_compile.families import base, registry
 from earlytom_compile.families.base import Family
 from earlytom_compile.families.registry import family_of, has_family
@@ -73,6 +73,28 @@ def test_an_unknown_class_is_told_what_there_is_and_what_is_near():
     near = LlavaNextForConditionalGeneration.__new__(LlavaNextForConditionalGeneration)
     with pytest.raises(EarlyTomConfigError, match="to which LlavaNextVideoForConditionalGeneration is the nearest"):
         earlytom_compile.compile(near)
+    same = type("LlavaNextVideoForConditionalGeneration", (torch.nn.Module,), {})
+    with pytest.raises(
+        EarlyTomConfigError, match=r"to which transformers\.models\.llava_next_video\.\S+ is the nearest"
+    ):
+        earlytom_compile.compile(same())
+
+
+def test_two_families_of_one_class_are_told(monkeypatch):
+    class Mine(torch.nn.Module):
+        pass
+
+    class First(Family):
+        name, classes = "first", (f"{__name__}.{Mine.__qualname__}",)
+
+    class Second(First):
+        name, classes = "second", ("*.Mine",)
+
+    monkeypatch.setattr(registry, "_of_other_packages", lambda: [First(), Second()])
+    with pytest.warns(
+        EarlyTomFallbackWarning, match=r"Mine is claimed by .* first \(.*\) and second .* the first is used"
+    ):
+        assert family_of(Mine()).name == "first"
 
 
 @pytest.mark.parametrize("version", ["5.16.2", "4.51.3", "5.17.0.dev0"])
