@@ -3,15 +3,13 @@
 Most people load a model with ``flash_attention_2``, which breaks every graph; with ``flex_attention``, a kernel from
 the hub or an attention of their own, the encoder is not found. Every place in transformers that depends on the choice
 reads ``config._attn_implementation``, masks among them. So once :func:`prepare` has run, that property answers
-``"sdpa"`` to Dynamo, and to nobody else, while it traces a video path (own_trace.py). Nothing is switched back and
-forth: images, the language model, other threads and other users of ``torch.compile`` see what the user has chosen, and
-so do Dynamo's guards.
+``"sdpa"`` to who asks in the call of a compiled video path, Dynamo above all (own_trace.py). Nothing is switched
+back and forth: images, the language model, other threads and other users of ``torch.compile`` see what the user has
+chosen.
 """
 
 import sys
 from typing import Any
-
-import torch
 
 from .own_trace import is_video_path
 
@@ -38,8 +36,9 @@ def prepare() -> None:
 
     def _attn_implementation(self: Any) -> Any:
         name = original(self)
-        if name is None or name in COMPILES or not torch.compiler.is_dynamo_compiling():
+        if name is None or name in COMPILES:
             return name
+        # Also in eager code: torch 2.11 does not trace into a configuration, and asks it again for every guard.
         return "sdpa" if is_video_path(f"with sdpa in place of {name}") else name
 
     _attn_implementation.earlytom_original = original  # type: ignore[attr-defined]

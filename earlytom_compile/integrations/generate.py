@@ -16,9 +16,8 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +45,7 @@ from .checks import (
     require_tensors,
     takes,
 )
+from .generating import each_step, generating, within_generate
 from .generation import (
     inferred_mask,
     named_arguments,
@@ -56,6 +56,7 @@ from .generation import (
     warn_of_right_padding,
     with_own_prompt,
 )
+from .method import Method
 from .placement import MOST_SETS_OF_HOOKS, Placement, weights_in_place
 from .prefill import CompiledPrefill
 from .vision_path import VisionPath, describe, kind_of
@@ -63,7 +64,6 @@ from .vision_path import VisionPath, describe, kind_of
 log = logging.getLogger(__name__)
 _MASK = "attention_mask"
 _NO_VIDEO = "no video"
-_GENERATING: ContextVar[bool | None] = ContextVar("earlytom_generating", default=None)
 
 
 class CompiledModel:
@@ -133,11 +133,11 @@ class CompiledModel:
         if cut is None:
 
             def inside() -> AbstractContextManager[None]:
-                return _generating(left_a_video=reason != _NO_VIDEO)
+                return generating(left_a_video=reason != _NO_VIDEO)
 
             with inside():
                 output = self._uncut("generate", args, kwargs, call, reason)
-            return _each_step(output, inside)
+            return each_step(output, inside)
         arguments, length = {**cut.arguments, name: cut.input_ids}, cut.input_ids.shape[1]
         if name != "input_ids":
             arguments.pop("input_ids", None)
@@ -147,13 +147,13 @@ class CompiledModel:
 
         @contextmanager
         def around() -> Iterator[None]:
-            with _generating(left_a_video=False), self._compiled_prefill(cut):
+            with generating(left_a_video=False), self._compiled_prefill(cut):
                 yield
 
         with around():
             output = self._own("generate", **arguments)
         mark_cache(cache_of(output), given_cache(call))
-        return _each_step(with_own_prompt(output, ids, cut.input_ids), around)
+        return each_step(with_own_prompt(output, ids, cut.input_ids), around)
 
     def _name_of_ids(self) -> str:
         """What ``generate()`` calls the ids, if by our names: that of the family, or else its first, as ``inputs``."""
@@ -175,7 +175,7 @@ class CompiledModel:
                 return self.own["forward"](**kwargs)  # transformers compiles decoding steps: it sees the model alone
             # Behind a graph break: traced by another torch.compile, our own would do nothing.
             return torch.compiler.disable(self.forward)(**kwargs)
-        if _GENERATING.get():  # transformers 5.17 encodes the video here
+        if within_generate():  # transformers 5.17 encodes the video here
             return self.own["forward"](**kwargs)
         ids: Any = call.get("input_ids")
         reason = self._reason_to_leave_alone(ids, call, forward=True)
@@ -196,7 +196,7 @@ class CompiledModel:
 
     def _is_closed(self, method: str) -> bool:
         """Whether this is a call of, or in, a ``generate()`` that compressed videos cannot reach."""
-        return self.generation is None and (method == "generate" or _GENERATING.get() is not None)
+        return self.generation is None and (method == "generate" or within_generate() is not None)
 
     def _compiled_prefill(self, cut: "_CutCall") -> AbstractContextManager[None]:
         return nullcontext() if self.prefill is None else self.prefill.active(cut.mask)
@@ -209,7 +209,7 @@ class CompiledModel:
             require_tensors(family, videos)  # else it may take paths, or what it likes
         if videos is None or (isinstance(videos, Sized) and len(videos) == 0):
             refuse_compressed_cache(given_cache(call), ids, family.video_token(self.model))
-            if _GENERATING.get() is not None:
+            if within_generate() is not None:
                 return _NO_VIDEO
             if family.encoded_before(call):
                 self._note("failed")
@@ -406,45 +406,3 @@ class _CutCall:
     input_ids: torch.Tensor  # int64 [R, S'], on the device of the caller's
     arguments: dict[str, Any]  # all others
     mask: torch.Tensor | None  # [R, S'], the attention mask among them, on the host
-
-
-class Method:
-    """Stands in for a method of the model, with the method's own signature; copies along with the model."""
-
-    def __init__(self, handle: CompiledModel, name: str, own: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, own)
-        self._handle = handle
-        self._name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        handle = self._handle
-        if handle.model.__dict__.get("_earlytom") is not handle:  # restored, and somebody had wrapped this method
-            return handle.own[self._name](*args, **kwargs)
-        return getattr(handle, self._name)(*args, **kwargs)
-
-
-def _each_step(output: Any, context: Callable[[], AbstractContextManager[None]]) -> Any:
-    """``output``; if that is a generator, which has only begun, one whose every step runs in ``context``."""
-    return _stepping(output, context) if inspect.isgenerator(output) else output
-
-
-def _stepping(steps: Generator[Any, Any, Any], context: Callable[[], AbstractContextManager[None]]) -> Iterator[Any]:
-    with closing(steps):
-        while True:
-            with context():
-                try:
-                    value = next(steps)
-                except StopIteration:
-                    return
-            yield value
-
-
-@contextmanager
-def _generating(left_a_video: bool) -> Iterator[None]:
-    """Inside, features that reach ``forward`` are those of ``generate``, which encodes before the prompt's pass; and a
-    video that ``generate`` has left alone, with a warning, ``forward`` leaves alone."""
-    token = _GENERATING.set(left_a_video)
-    try:
-        yield
-    finally:
-        _GENERATING.reset(token)

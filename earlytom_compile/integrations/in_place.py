@@ -14,7 +14,8 @@ from ..families.registry import family_of
 from ..reporting import forget, note_restored
 from ..stages import asks_for_cuda_graphs
 from .checks import check_family, is_encoded, require_tensors
-from .generate import CompiledModel, Method
+from .generate import CompiledModel
+from .method import Method
 from .placement import Placement, prepare_libraries
 from .prefill import CompiledPrefill
 

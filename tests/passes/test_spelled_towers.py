@@ -177,15 +177,11 @@ class Between(Tower):
 
     def __init__(self, step):
         super().__init__()
-        self.step = step
+        self.layers[1].forward = followed_by(step, self.layers[1].forward)
 
-    def embed(self, frames):
-        h = super().embed(frames)
-        second = self.layers[1]
-        if not hasattr(second, "plain"):
-            second.plain = second.forward
-            second.forward = lambda h: self.step(second.plain(h))
-        return h
+
+def followed_by(step, forward):
+    return lambda h: step(forward(h))
 
 
 def test_what_is_position_wise_between_blocks_belongs_to_the_chain():
