@@ -20,7 +20,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from earlytom_compile.passes import axis_rules, axis_rules_indexing, axis_rules_layout  # noqa: F401  (register their rules)
+from earlytom_compile.passes import (  # noqa: F401  (register their rules)
+    axis_rules,
+    axis_rules_creation,
+    axis_rules_indexing,
+    axis_rules_layout,
+)
 from earlytom_compile.passes.axis_algebra import AxisSpace, Dim, Size
 from earlytom_compile.passes.axis_call import (
     MARK,

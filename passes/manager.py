@@ -27,6 +27,7 @@ from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.errors import EarlyTomError
 from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
+from earlytom_compile.passes.canonicalize_sizes import canonicalize_sizes
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.canonicalize_writes import canonicalize_writes
 from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
@@ -120,6 +121,7 @@ class Rewrite:
 
 def _canonicalize(state: Rewrite) -> None:
     graph = state.graph_module.graph
+    canonicalize_sizes(graph)
     canonicalize_writes(graph)
     canonicalize_attention(graph)
     canonicalize_splits(graph)

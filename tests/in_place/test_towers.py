@@ -5,8 +5,10 @@ With a class token, a merged frame's class token is merged with it, and only its
 
 import pytest
 import torch
+import transformers
 from generating import new_tokens
 from oracle import compressed_generate, compressed_videos
+from packaging.version import Version
 from tiny_models import tiny_llava_onevision, video_inputs
 from transformers import CLIPVisionConfig, Dinov2Config, Dinov2WithRegistersConfig, ViTConfig
 
@@ -49,15 +51,23 @@ def check(model, *, tokens=False, **options):
         assert torch.equal(answer, compressed_generate(model, inputs, answer.shape[1], **options))
 
 
-@pytest.mark.parametrize("name", TOWERS)
+# DINOv2's modules had other names before, which the oracle does not know, and ViT gave its attention a mask.
+newer = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="another DINOv2, and another ViT"
+)
+
+
+@pytest.mark.parametrize("name", ["CLIP", pytest.param("DINOv2", marks=newer), pytest.param("ViT", marks=newer)])
 def test_towers(name):
     check(tiny(TOWERS[name]), tokens=True)
 
 
+@newer
 def test_without_importance():
     check(tiny(TOWERS["DINOv2"]), variant="plus")
 
 
+@newer
 @pytest.mark.long
 def test_through_inductor():
     check(tiny(TOWERS["DINOv2"]), lowering="staged")
@@ -83,7 +93,7 @@ def test_layers_between_which_frames_merge():
         (own,) = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
     reason = r"takes what leaves layer 0 .* layer 2 merges frames.*merge_layers=\(0,\)"
     with pytest.warns(earlytom_compile.EarlyTomFallbackWarning, match=reason):
-        torch.testing.assert_close(rows(compiled(model), inputs), own)
+        torch.testing.assert_close(rows(compiled(model), inputs)[: len(own)], own)  # 5.17: without its newline
     earlytom_compile.restore(model)
     check(model, merge_layers=(0,))
 
