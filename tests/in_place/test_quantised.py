@@ -82,7 +82,7 @@ def test_weights_and_activations():
     with torch.no_grad():
         (own,) = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
     compiled(model, **NOTHING_MERGES)
-    assert torch.equal(rows(model, inputs), own)  # bit for bit, so rounding is the model's own
+    assert torch.equal(rows(model, inputs)[: len(own)], own)  # bit for bit, so rounding is the model's own
 
 
 def test_quantised_after_compile():
@@ -204,4 +204,4 @@ def test_an_opaque_operator_that_knows_other_tokens():
         (own,) = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
         compiled(model)
         with pytest.warns(earlytom_compile.EarlyTomFallbackWarning, match="quantised::centred_matmul.*mixes"):
-            torch.testing.assert_close(rows(model, inputs), own)
+            torch.testing.assert_close(rows(model, inputs)[: len(own)], own)  # 5.17: without its newline
