@@ -53,14 +53,6 @@ class Dataflow:
             if node is not source and self._sources[self._place[node]] >> place & 1
         ]
 
-    def first(self, nodes: Iterable[Node]) -> Node:
-        """The one that comes first in the graph."""
-        return min(nodes, key=self._place.__getitem__)
-
-    def place(self, node: Node) -> int:
-        """Its number in graph order."""
-        return self._place[node]
-
     def _union(self, nodes: Iterable[Node]) -> int:
         union = 0
         for node in nodes:

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_algebra import Dim
 from earlytom_compile.passes.find_vision_encoder import GraphView
-from earlytom_compile.passes.patterns import insert, shape_of
+from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.probe import Probe, Unknown
 
 POOLS = frozenset(("interpolate", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"))
@@ -70,27 +70,29 @@ def _size(importance: Node) -> int | None:
     return int(shape[1]) if shape is not None else None
 
 
-def find_token_map(
-    view: GraphView, hidden: Node, features: Node, frame_axes: int, probe: Probe | None
-) -> TokenMap | None:
+def find_token_map(view: GraphView, hidden: Node, features: Node, frame_axes: int, probe: Probe) -> TokenMap | None:
     """The map from the encoder's output ``hidden`` [T, S, D] to ``features`` [(V, F or T,) ..., C], whose first
     ``frame_axes`` axes are those of the frames; None if there is none, or none that can be told."""
     for found in _candidates(view, hidden, features, frame_axes):
-        disagrees = None if probe is None else probe.disagrees(hidden, features, frame_axes, partial(_carried, found))
-        if disagrees is False or (disagrees is None and _says_so(view, hidden, features, frame_axes, found)):
+        disagrees = probe.disagrees(hidden, features, frame_axes, partial(_carried, found))
+        if disagrees is False or (disagrees is None and _says_so(view, hidden, features, found)):
             return found
     return None
 
 
-def _says_so(view: GraphView, hidden: Node, features: Node, frame_axes: int, found: TokenMap) -> bool:
+def _says_so(view: GraphView, hidden: Node, features: Node, found: TokenMap) -> bool:
     """Whether the operators themselves prove a map that cannot be tried, for want of weights, say."""
     if found.pool is None:
         whole = found.factors == (1, 1) and found.first == 0
         return whole and view.first_mixing(hidden, (0, 1), features) is None
-    image = found.pool.args[0]
-    assert isinstance(image, Node)
-    rearranged = any(op_name(node) in _REARRANGING for node in view.flow.between(hidden, features))
+    rearranged = any(map(_rearranges, view.flow.between(hidden, features)))
     return not rearranged and view.first_mixing(found.pool, (0, 2, 3), features) is None
+
+
+def _rearranges(node: Node) -> bool:
+    if op_name(node) == "getitem":  # by positions, not by slices
+        return any(isinstance(value_of(read), torch.Tensor) for read in node.all_input_nodes[1:])
+    return op_name(node) in _REARRANGING
 
 
 def _carried(found: TokenMap, importance: torch.Tensor) -> torch.Tensor:

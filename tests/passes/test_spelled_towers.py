@@ -10,6 +10,7 @@ from spelled_towers import LINEARS, MIXERS, Tower, expected_rows, video
 from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
 from earlytom_compile.backend import compile_graph
 from earlytom_compile.passes.attention_spellings import register_attention
+from earlytom_compile.passes.probe import Probe
 from earlytom_compile.stages import CompressedGraph
 
 R = 0.3
@@ -90,7 +91,9 @@ def test_one_graph_for_videos_of_every_length(how):
     assert check(Tower(**SPELLINGS[how]), any_length=True).any_length
 
 
-@pytest.mark.parametrize("how", ["linear: dynamic int8", "linear: packed", "all of it"])
+@pytest.mark.parametrize(
+    "how", ["linear: dynamic int8", "linear: packed", pytest.param("all of it", marks=pytest.mark.long)]
+)
 def test_through_inductor(how):
     assert check(Tower(**SPELLINGS[how]), lowering="staged").record.reasons == []
 
@@ -221,6 +224,17 @@ OTHER_ORDERS = {
 @pytest.mark.parametrize("how", OTHER_ORDERS)
 def test_tokens_of_other_patches_have_no_map(how):
     tower, pixels = Behind(OTHER_ORDERS[how]), video(8)
+    run, _ = compiled(tower)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="no shrunken grid of its 16 patches"):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+
+
+@pytest.mark.parametrize("step", [lambda h: h[:, torch.arange(15, -1, -1)], lambda h: h.flip(1)])
+def test_what_cannot_be_tried_must_be_plain(step, monkeypatch):
+    """Where weights are elsewhere, the model's own pooling counts only if nothing puts its patches in another order."""
+    monkeypatch.setattr(Probe, "disagrees", lambda *_: None)
+    check(Behind(lambda tower, h: pooled(tower.project(h)).flatten(2).mT, tokens="avg"))
+    tower, pixels = Behind(lambda tower, h: pooled(tower.project(step(h))).flatten(2).mT), video(8)
     run, _ = compiled(tower)
     with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match="no shrunken grid of its 16 patches"):
         torch.testing.assert_close(run(pixels), tower(pixels))
