@@ -123,8 +123,8 @@ class EarlyTom(lmms):
             found = read_json(arguments.pretrained, "config.json").get("model_type")
             if found != self.model_type:
                 raise EarlyTomConfigError(
-                    f"{arguments.pretrained!r} is a checkpoint of model_type {found!r}; {type(self).__name__} takes only "
-                    f"{self.model_type!r}: take --model earlytom, or another checkpoint."
+                    f"{arguments.pretrained!r} is a checkpoint of model_type {found!r}, and this model takes "
+                    f"{self.model_type!r} only: take --model earlytom, or another checkpoint."
                 )
         return TransformersSpeaker(arguments)
 

@@ -33,8 +33,8 @@ class TransformersSpeaker:
             arguments.pretrained, device=arguments.device, dtype=arguments.dtype, options=arguments.options
         )
         self.model = loaded.model
-        self._processor: Any = loaded.processor
-        self.tokenizer = self._processor.tokenizer
+        self._processor: Any = loaded.processor  # more of it than the command line asks for
+        self.tokenizer: Any = self._processor.tokenizer
         self._frames = arguments.max_frames or loaded.frames
         self._resize = frame_resizer(loaded.processor)
         self._read = functools.lru_cache(maxsize=_VIDEOS_KEPT)(self._decoded)
