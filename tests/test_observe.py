@@ -9,7 +9,8 @@ from generating import trace_of_video_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import MergingEncoder, Options, _compress_video, _layers_in_use, _pool_importance
-from tiny_models import tiny_llava_onevision, video, video_inputs
+from scenes import video
+from tiny_models import tiny_llava_onevision, video_inputs
 from torch.testing import assert_close
 
 import earlytom_compile

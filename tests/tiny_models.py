@@ -10,7 +10,8 @@ initialisation every video gives nearly the same ones, and a test comparing logi
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from scenes import spread, video
+from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -85,7 +86,7 @@ def tiny_llava_onevision(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaOnevisionForConditionalGeneration(config).eval()
-        _spread(model)
+        spread(model)
     return model.to(dtype)
 
 
@@ -118,24 +119,8 @@ def tiny_llava_next_video(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaNextVideoForConditionalGeneration(config).eval()
-        _spread(model)
+        spread(model)
     return model
-
-
-@torch.no_grad()
-def _spread(model: nn.Module) -> None:
-    """Variance-preserving weights, small biases, and positions that weigh little beside what is in them."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        elif "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.2)
-        elif "embed_tokens" in name:
-            nn.init.normal_(parameter, std=1.0)
-        else:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    nn.init.normal_(model.model.image_newline, std=1.0)
-    model.lm_head.weight.mul_(3.0)
 
 
 def tokens_per_frame(model: LlavaOnevisionForConditionalGeneration | LlavaNextVideoForConditionalGeneration) -> int:
@@ -149,35 +134,6 @@ def tokens_per_frame(model: LlavaOnevisionForConditionalGeneration | LlavaNextVi
 def rows_of(model: LlavaOnevisionForConditionalGeneration | LlavaNextVideoForConditionalGeneration, frames: int) -> int:
     """Placeholders of one video: LLaVA-OneVision has a newline behind it."""
     return frames * tokens_per_frame(model) + isinstance(model, LlavaOnevisionForConditionalGeneration)
-
-
-def video(
-    frames: int,
-    image_size: int,
-    *,
-    scenes: int | None = None,
-    drift: float = 0.25,
-    static: bool = False,
-    generator: torch.Generator,
-) -> Tensor:
-    """``[F, 3, H, W]``: scenes of nearly equal length, each a picture that drifts a bit every frame.
-
-    ``scenes=None``: one for every 8 frames. ``static``: one scene without drift, frames equal bit for bit.
-    """
-
-    def picture() -> Tensor:
-        return torch.randn(3, image_size, image_size, generator=generator)
-
-    scenes = 1 if static else max(1, frames // 8) if scenes is None else min(scenes, frames)
-    result = []
-    for scene in range(scenes):
-        current = picture()
-        for _ in range(frames // scenes + (scene < frames % scenes)):
-            result.append(current)
-            # The speed changes from frame to frame, so that neighbouring similarities go up and down.
-            speed = 0.0 if static else drift * (0.2 + torch.rand((), generator=generator).item())
-            current = ((1 - speed**2) ** 0.5) * current + speed * picture() if speed else current
-    return torch.stack(result)
 
 
 def video_inputs(
