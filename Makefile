@@ -4,6 +4,7 @@
 # make gpu          all that only a GPU can tell, in 15 minutes: OUT=folder, FROM=c to go on with stage c, DRY=1 on a CPU
 # make gpu-page     docs/gpu.md from what make gpu found: OUT="folder folder"
 # make test-matrix  the tests once more with other transformers, each in an environment of its own
+# make test-eval    the tests inside lmms-eval, of a version of its own
 # make clean        remove the environments and every cache
 #
 # Each target makes the environment it needs and installs into it once. `pip install` is left as it is, so PyPI
@@ -25,7 +26,7 @@ MATRIX := 5.17.0 5.23.0 5.24.0
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix types clean
+.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix test-eval types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -48,6 +49,10 @@ test-all: .venv/.installed-test
 test-matrix: export OMP_NUM_THREADS := 1
 test-matrix: $(MATRIX:%=.venv-%/.installed-test)
 	set -e; for version in $(MATRIX); do .venv-$$version/bin/python $(PYTEST); done
+
+test-eval: export OMP_NUM_THREADS := 1
+test-eval: .venv-eval/.installed-test
+	.venv-eval/bin/python $(PYTEST) tests/harness
 
 # A machine with a GPU is often lent bare and without a network: its own Python is taken if it has what is needed.
 OUT ?= build/gpu
@@ -82,9 +87,14 @@ $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .
 	.venv-$*/bin/python -m pip install --editable '.[test]' 'transformers==$*'
 	touch $@
 
+# Installed as docs/lmms-eval.md says.
+.venv-eval/.installed-test: pyproject.toml | .venv-eval/bin/python
+	.venv-eval/bin/python -m pip install --editable '.[test,eval]'
+	touch $@
+
 %/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python of version 3.11 or newer found: name one, as in 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'." >&2; exit 1; }
 	$(PYTHON) -m venv $*
 
 clean:
-	rm -rf .venv $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-eval $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
