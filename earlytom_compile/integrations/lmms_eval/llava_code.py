@@ -175,7 +175,7 @@ def _load(arguments: Arguments) -> tuple[Any, Any]:
 
     config = code.LlavaQwenConfig.from_pretrained(name)
     if getattr(config, "mm_use_im_start_end", False):
-        raise EarlyTomConfigError(f"{name!r} has mm_use_im_start_end: prompts with marks around pictures are not known.")
+        raise EarlyTomConfigError(f"{name!r} has mm_use_im_start_end: prompts with such marks are not known.")
     config.tokenizer_padding_side = "left"  # of prompts of different length, whose answers go on behind them
     if getattr(config, "mm_spatial_pool_mode", None) is None:
         config.mm_spatial_pool_mode = _POOL
