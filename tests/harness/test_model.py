@@ -4,6 +4,7 @@ Skipped without lmms-eval; ``make test-eval`` has it.
 """
 
 import logging
+import sys
 import time
 
 import numpy as np
@@ -248,6 +249,15 @@ def test_a_sample_that_cannot_be_read_is_named(harness, asked, tmp_path):
     for size in (1, 4):
         with pytest.raises(model.SampleError, match=f"task drawn, document 2: '{broken}'"):
             answers(harness(batch_size=size, retain_ratio=0.1), documents)
+
+
+def test_a_task_that_ends_the_process_is_an_error_of_the_sample(harness):
+    lm = harness()
+    lm.task_dict = {"drawn": {"test": [None]}}
+    (request,) = simple([(None, "what ?")])
+    request.arguments = ("what ?", GREEDY, lambda doc: sys.exit("video path:x.mp4 does not exist"), 0, "drawn", "test")
+    with pytest.raises(model.SampleError, match="document 0: SystemExit: video path:x.mp4 does not exist"):
+        lm.generate_until([request])
 
 
 def test_an_error_in_a_call_names_its_samples(harness, asked, monkeypatch):

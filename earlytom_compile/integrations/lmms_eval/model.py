@@ -331,7 +331,7 @@ def _named(requests: Sequence[Instance]) -> Iterator[None]:
             warnings.simplefilter("always", kind)
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a task may end the process where a file is missing
             name = "" if isinstance(error, EarlyTomError) else f"{type(error).__name__}: "
             raise SampleError(f"{which}: {name}{error}") from error
     for warning in caught:
