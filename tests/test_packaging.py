@@ -92,6 +92,8 @@ def test_entry_points(wheel):
     text = archive.read(name).decode()
     assert "[torch_dynamo_backends]\nearlytom = earlytom_compile.backend:earlytom" in text
     assert "[console_scripts]\nearlytom = earlytom_compile.cli.main:main" in text
+    assert "[lmms_eval.models]\nearlytom = earlytom_compile.integrations.lmms_eval:manifests" in text
+    assert "earlytom_compile/integrations/lmms_eval/model.py" in archive.namelist()
 
 
 def test_dependencies_are_few_and_torchvision_is_none_of_them(wheel):
