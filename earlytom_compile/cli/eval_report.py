@@ -1,8 +1,8 @@
 """What ``earlytom eval --tasks`` prints and writes: Table 1, every evaluation by itself, JSON and Markdown.
 
-| method         | retained | TFLOP | of full | TTFT ms | tokens/s | mvbench | videomme | score | of full |
-| all tokens     |     100% |  82.6 |    100% |     890 |     24.4 |    58.3 |     58.6 |  58.5 |    100% |
-| earlytom paper |      10% |  32.2 |     39% |     336 |     31.6 |    56.5 |     55.8 |  56.2 |   96.1% |
+| method         | retained | FLOPs (T) | FLOPs ratio | TTFT (ms) | tokens/s | mvbench | videomme | avg. score |     % |
+| all tokens     |     100% |      82.6 |      100.0% |       890 |     24.4 |    58.3 |     58.6 |       58.5 | 100.0 |
+| earlytom paper |      10% |      32.2 |       39.0% |       336 |     31.6 |    56.5 |     55.8 |       56.2 |  96.1 |
 
 (made-up numbers; "–" where nothing was measured)
 """
@@ -25,10 +25,10 @@ from .eval_score import Score, unit_of
 
 ALL_TOKENS = "all tokens"
 _NOTHING = "–"
-_BEFORE = ("method", "retained", "TFLOP", "of full", "TTFT ms", "tokens/s")
-_BEHIND = ("score", "of full")
-DETAILS = (
-    "task", "retained", "settings", "score", "of full", "questions", "TTFT ms", "frames left", "video tokens",
+_BEFORE = ("method", "retained", "FLOPs (T)", "FLOPs ratio", "TTFT (ms)", "tokens/s")
+_BEHIND = ("avg. score", "%")
+_DETAILS = (
+    "task", "retained", "settings", "score", "of full", "questions", "TTFT (ms)", "frames left", "video tokens",
     "frames/s", "seconds",
 )  # fmt: skip
 
@@ -144,7 +144,7 @@ class Report:
         headings = (*_BEFORE, *self.tasks, *_BEHIND)
         return [
             ("accuracy in percent, and what it costs", headings, list(map(_table_1_cells, self.rows()))),
-            ("every evaluation", DETAILS, list(map(self._detail_cells, self._cells))),
+            ("every evaluation", _DETAILS, list(map(self._detail_cells, self._cells))),
         ]
 
     def _detail_cells(self, cell: Cell) -> tuple[str, ...]:
@@ -203,7 +203,7 @@ class Report:
 
     def to_markdown(self, about: dict[str, Any]) -> str:
         """For documents: command, machine, versions and date, and the tables."""
-        lines = markdown.heading(about)
+        lines = markdown.heading({name: value for name, value in about.items() if value is not None})
         for section in self.sections():
             lines += markdown.table(*section)
         return "\n".join([*lines, *(f"- {note}" for note in self.notes())]) + "\n"
@@ -228,13 +228,13 @@ def _table_1_cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["method"],
         _retained(row["retain_ratio"]),
-        _number(row["tflop"], 1),
+        _NOTHING if row["tflop"] is None else f"{row['tflop']:.3g}",
         _percent(row["of_full_tflop"]),
         _number(row["ttft_ms"], 0),
         _number(row["tokens_per_second"], 1),
         *(_number(score, 1) for score in row["scores"].values()),
         _number(row["score"], 1),
-        _percent(row["of_full_score"]),
+        _percent(row["of_full_score"]).removesuffix("%"),
     )
 
 

@@ -77,16 +77,10 @@ class Harness:
         ``limit``: only the first so many questions, of a group so many of each task. ``said``: what an error calls this
         evaluation. Raises :class:`EarlyTomConfigError` for whatever goes wrong in it.
         """
-        # Behind each evaluation lmms-eval deletes every module that the model holds; the next one needs them.
-        model.clean = _keep
         with _told(said), quiet():
             return self._evaluator.simple_evaluate(
                 model=model, tasks=[name], limit=limit, task_manager=self._manager, verbosity="WARNING"
             )
-
-
-def _keep() -> None:
-    pass
 
 
 @contextlib.contextmanager
