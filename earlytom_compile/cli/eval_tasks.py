@@ -177,4 +177,6 @@ def _shape(checkpoint: Checkpoint) -> ModelShape | None:
 def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """What an answer and its time depend on beside the machine, the task and the ratio."""
     names = ("model", "frames", "dtype", "batch_size", "limit", "include_path")
-    return {**{name: getattr(arguments, name) for name in names}, "options": options}
+    # What is "none" is not what was left open.
+    spelled = {name: "none" if value is None else value for name, value in options.items()}
+    return {**{name: getattr(arguments, name) for name in names}, "options": spelled}
