@@ -7,7 +7,7 @@ from one_trace import OneTrace
 from oracle import compressed_generate
 
 import earlytom_compile
-from earlytom_compile.integrations import generate, vision_path
+from earlytom_compile.integrations import video_encoder, vision_path
 from earlytom_compile.integrations.caches import cache_name
 
 OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
@@ -39,7 +39,7 @@ def share_vision_paths(one_trace, monkeypatch, **options):
             super().__init__(family, replace(config, **options), any_length, kinds, cause)
             self._compiled = one_trace.through(self._backend)
 
-    monkeypatch.setattr(generate, "VisionPath", SharedPath)
+    monkeypatch.setattr(video_encoder, "VisionPath", SharedPath)
 
 
 def new_tokens(model, inputs, **kwargs):

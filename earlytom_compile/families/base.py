@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from ..errors import EarlyTomConfigError
 from ..prompt import Places, PromptCut, locate_runs
@@ -43,6 +44,18 @@ class Video:
     them are ``[F, ...]`` as the pixels are, and reach :meth:`Family.rows` as ``[1, F, ...]``."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with the rows of its videos in it, as the model's own method made it."""
+
+    returned: Any
+    """What that method returns."""
+    length: int
+    """S', its positions."""
+    mask: Tensor | None
+    """Attention mask [R, S']; None where no position is padded."""
+
+
 class Family:
     """What the rest of the package may know of a model. Has no state: one object serves all models of its classes.
 
@@ -57,7 +70,7 @@ class Family:
     imported for them. A ``*`` stands for what differs between installations, such as the commit in the modules of
     ``trust_remote_code``: ``"transformers_modules.*.modeling_mine.Mine"``."""
     requires: Mapping[str, str] = {}
-    """The oldest version of each package that works: ``{"transformers": "5.17"}``."""
+    """The versions of each package that work: ``{"transformers": ">=5.17"}``, as pip takes them."""
     names: Mapping[str, str] = {}
     """Ours -> the model's, for arguments of ``forward()`` and ``generate()`` that it calls otherwise than transformers:
     ``input_ids``, ``pixel_values_videos``, ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``."""
@@ -78,6 +91,10 @@ class Family:
     back in front where it is a tensor [R, S'] (or has one as ``.sequences``) that begins with the cut prompt; anything
     else is handed through.
     """
+    prompt_method: str | None = None
+    """The method of the model that puts rows into its prompt, where it has one that ``forward()`` and ``generate()``
+    call. Both get the caller's arguments then, and the method returns what :meth:`prompt` has made. None means that
+    the prompt is cut here, with :meth:`places` and :meth:`inputs`."""
     model_type: str | None = None
     """``model_type`` in the config.json of its checkpoints, if the command line can load them."""
     checkpoint: str = ""
@@ -153,6 +170,17 @@ class Family:
         """
         raise NotImplementedError
 
+    def separators(self, model: Any, kept: Tensor) -> Tensor | None:
+        """Behind which rows of a video the model has one of its own, such as a newline: int64 [M], ascending places in
+        the K; ``kept``, int64 [K, 2], ascending, has the (merged frame, token of its grid) of each row. For separators
+        that are not in what :meth:`rows` returns, since where they go depends on what is kept. None if there are none.
+        """
+        return None
+
+    def separator(self, model: Any) -> Tensor:
+        """That row, [C]."""
+        raise NotImplementedError
+
     def other_rows(self, model: Any, ids: Tensor, call: Call) -> Iterable[tuple[int, Tensor]]:
         """(placeholder token, rows [N, C]) of what else is put into the prompt, such as images. Never compressed."""
         return ()
@@ -181,6 +209,19 @@ class Family:
             each = each.to(embeds.device, embeds.dtype)
             embeds = embeds.masked_scatter((ids == token).unsqueeze(-1).to(embeds.device), each)
         return {"inputs_embeds": embeds}
+
+    def prompt(
+        self, model: Any, ids: Tensor, call: Call, rows: Sequence[Tensor], others: Sequence[tuple[int, Tensor]]
+    ) -> Prompt:
+        """What :attr:`prompt_method` makes of ``ids`` [R, S] and the ``rows`` [K, C] of each video; ``others`` is what
+        :meth:`other_rows` gave."""
+        raise NotImplementedError
+
+    def prompt_length(
+        self, model: Any, ids: Tensor, call: Call, sizes: Sequence[int], others: Sequence[tuple[int, Tensor]]
+    ) -> int:
+        """How many positions that prompt has if video v has ``sizes[v]`` rows."""
+        raise NotImplementedError
 
     def position_ids(self, model: Any, call: Call, cut: PromptCut) -> Tensor | None:
         """Position ids of the cut prompt; None leaves it to the model to count. Here the caller's, gaps closed."""
@@ -216,14 +257,23 @@ class Family:
     # --- Versions -------------------------------------------------------------------------------------
 
     def require_versions(self) -> None:
-        """Raise :class:`EarlyTomConfigError` where a package is older than :attr:`requires` says."""
-        for package, oldest in self.requires.items():
-            installed = _version_of(package)
-            if installed is None or TorchVersion(installed) < oldest:
+        """Raise :class:`EarlyTomConfigError` where a package has a version that :attr:`requires` does not allow."""
+        for package, allowed in self.requires.items():
+            installed, specifier = _version_of(package), self._specifier(package, allowed)
+            if installed is None or not specifier.contains(Version(installed), prereleases=True):
                 raise EarlyTomConfigError(
-                    f"{self.name} needs {package} {oldest} or newer, but {installed or 'none'} is installed: "
-                    f"pip install '{package}>={oldest}'."
+                    f"{self.name} needs {package} {allowed}, but {installed or 'none'} is installed: "
+                    f"pip install '{package}{allowed}'."
                 )
+
+    def _specifier(self, package: str, allowed: str) -> SpecifierSet:
+        try:
+            return SpecifierSet(allowed)
+        except InvalidSpecifier as error:
+            raise EarlyTomConfigError(
+                f"the family {self.name} has {allowed!r} for {package} in `requires`; must be as pip takes it, such as "
+                "'>=5.17' or '>=4.46,<4.56'."
+            ) from error
 
 
 def _version_of(package: str) -> str | None:

@@ -16,7 +16,7 @@ class LlavaNextVideo(LlavaOnevision):
 
     name = "LLaVA-NeXT-Video"
     classes = ("transformers.models.llava_next_video.modeling_llava_next_video.LlavaNextVideoForConditionalGeneration",)
-    requires = {"transformers": "5.21"}  # before, it splits a batch by a number of frames, which ties the graph to it
+    requires = {"transformers": ">=5.21"}  # before, it splits a batch by a number of frames, which ties the graph to it
     model_type = None
 
     def prepare(self) -> None:

@@ -21,7 +21,7 @@ class LlavaOnevision(Family):
 
     name = "LLaVA-OneVision"
     classes = ("transformers.models.llava_onevision.modeling_llava_onevision.LlavaOnevisionForConditionalGeneration",)
-    requires = {"transformers": "5.17"}
+    requires = {"transformers": ">=5.17"}
     consumed = frozenset((*_IMAGES, "image_sizes_videos", "mm_encoder_outputs"))
     model_type: str | None = "llava_onevision"
     checkpoint = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"

@@ -21,11 +21,12 @@ from torch import nn
 from ..errors import EarlyTomConfigError, EarlyTomFallbackWarning
 from ..integrations.tracing import prepare_peft
 from .base import Family
+from .llava import Llava
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
 
 GROUP = "earlytom_compile.families"
-BUILT_IN: tuple[Family, ...] = (LlavaOnevision(), LlavaNextVideo())
+BUILT_IN: tuple[Family, ...] = (LlavaOnevision(), LlavaNextVideo(), Llava())
 
 
 def family_of(model: Any) -> Family:

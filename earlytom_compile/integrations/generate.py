@@ -25,10 +25,10 @@ import torch
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
-from ..families.base import Call, Family, Video
+from ..families.base import Call, Family, Prompt, Video
 from ..prompt import Places, PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
 from ..reporting import Counts, GraphRecord
-from ..stages import Kinds, asks_for_cuda_graphs, fall_back
+from ..stages import fall_back
 from .caches import cache_of, given_cache, mark_cache, refuse_compressed_cache
 from .checks import (
     by_place,
@@ -57,9 +57,10 @@ from .generation import (
     with_own_prompt,
 )
 from .method import Method
-from .placement import MOST_SETS_OF_HOOKS, Placement, weights_in_place
+from .placement import weights_in_place
 from .prefill import CompiledPrefill
-from .vision_path import VisionPath, describe, kind_of
+from .ready_prompts import hand_over, take_ready
+from .video_encoder import EncodedVideo, VideoEncoder
 
 log = logging.getLogger(__name__)
 _MASK = "attention_mask"
@@ -74,18 +75,19 @@ class CompiledModel:
         self.config = config
         self.family = family
         self.generation = generation_of(model, family)
-        methods = ("forward",) if self.generation == "forward" else ("forward", "generate")
-        self.own = {name: getattr(model, name) for name in methods}
+        self.methods = {"forward": "forward"}  # of the model -> what stands in for it here
+        if self.generation != "forward":
+            self.methods["generate"] = "generate"
+        if family.prompt_method is not None:
+            self.methods[family.prompt_method] = "prompt_method"
+        self.own = {name: getattr(model, name) for name in self.methods}
         self.replaced = {name: model.__dict__[name] for name in self.own if name in model.__dict__}
         self.prompt: tuple[int, int] | None = None
         self.videos: list[tuple[GraphRecord, Counts]] = []
         self.last_call: str | None = None  # what became of it, in the words of reporting.Report.last_call
         self.compressed = False  # whether any call was
         self.record = GraphRecord("", False)
-        self._paths: dict[Any, VisionPath] = {}
-        # A CUDA graph replays fixed sizes, and none is captured behind a size that is not known.
-        self.any_length = not asks_for_cuda_graphs(config.mode)
-        self._kinds: Kinds = {}
+        self.encoder = VideoEncoder(model, config, family, self.record)
         self.prefill: CompiledPrefill | None = None
 
     def is_in_place(self) -> bool:
@@ -94,17 +96,15 @@ class CompiledModel:
 
     def take_over(self, before: "CompiledModel") -> None:
         """Use what was compiled with other options and does not depend on them."""
-        self._kinds = before._kinds
+        self.encoder.take_over(before.encoder)
         same = ("compile_llm", "lowering", "mode")
         if all(getattr(self.config, name) == getattr(before.config, name) for name in same):
             self.prefill = before.prefill
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
-        # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        compiled: dict[str, Any] = {"_paths": {}, "_kinds": {}}
         called: dict[str, Any] = {"videos": [], "prompt": None, "last_call": None, "compressed": False}
-        state = {**self.__dict__, **compiled, **called}
+        state = {**self.__dict__, **called}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
 
@@ -116,7 +116,7 @@ class CompiledModel:
 
     def records(self) -> list[GraphRecord]:
         """Those of all graphs that compress videos."""
-        return [graph.record for path in self._paths.values() for graph in path.graphs]
+        return self.encoder.records()
 
     @property
     def notes(self) -> list[str]:
@@ -138,22 +138,27 @@ class CompiledModel:
             with inside():
                 output = self._uncut("generate", args, kwargs, call, reason)
             return each_step(output, inside)
-        arguments, length = {**cut.arguments, name: cut.input_ids}, cut.input_ids.shape[1]
-        if name != "input_ids":
-            arguments.pop("input_ids", None)
+        arguments = dict(cut.arguments)
+        if cut.input_ids is not None:
+            arguments[name] = cut.input_ids
+            if name != "input_ids":
+                arguments.pop("input_ids", None)
         if self.generation == "transformers":
-            shorten_limits(self.model, arguments, dropped=ids.shape[1] - length)
-            show_own_prompt(arguments, ids, length)
+            shorten_limits(self.model, arguments, dropped=cut.dropped)
+            if cut.input_ids is not None:
+                show_own_prompt(arguments, ids, cut.input_ids.shape[1])
 
         @contextmanager
         def around() -> Iterator[None]:
-            with generating(left_a_video=False), self._compiled_prefill(cut):
+            with generating(left_a_video=False), self._handed_over(cut):
                 yield
 
         with around():
             output = self._own("generate", **arguments)
         mark_cache(cache_of(output), given_cache(call))
-        return each_step(with_own_prompt(output, ids, cut.input_ids), around)
+        if cut.input_ids is not None:
+            output = with_own_prompt(output, ids, cut.input_ids)
+        return each_step(output, around)
 
     def _name_of_ids(self) -> str:
         """What ``generate()`` calls the ids, if by our names: that of the family, or else its first, as ``inputs``."""
@@ -182,8 +187,14 @@ class CompiledModel:
         cut = None if reason else self._compress(ids, call, forward=True)
         if cut is None:
             return self._uncut("forward", (), kwargs, call, reason)
-        with self._compiled_prefill(cut):
+        with self._handed_over(cut):
             return self._own("forward", **cut.arguments)
+
+    def prompt_method(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own method that puts rows into its prompt (:attr:`Family.prompt_method`); in a call that we have
+        compressed it has done so already."""
+        ready = take_ready(self)
+        return ready.returned if ready is not None else self.own[self.family.prompt_method or ""](*args, **kwargs)
 
     def _own(self, method: str, **call: Any) -> Any:
         """The model's own method, with arguments as it calls them."""
@@ -191,15 +202,20 @@ class CompiledModel:
 
     def _uncut(self, method: str, args: tuple[Any, ...], kwargs: Call, call: Call, reason: str | None) -> Any:
         """The model's own method for a call that is left alone: as it came, unless the model cannot take that."""
-        changed = call if self._is_closed(method) else for_own_code(call, reason or self.notes[-1])
+        as_it_came = self._is_closed(method) or self.family.prompt_method is not None  # such a method takes lists
+        changed = call if as_it_came else for_own_code(call, reason or self.notes[-1])
         return self.own[method](*args, **kwargs) if changed is call else self._own(method, **changed)
 
     def _is_closed(self, method: str) -> bool:
         """Whether this is a call of, or in, a ``generate()`` that compressed videos cannot reach."""
         return self.generation is None and (method == "generate" or within_generate() is not None)
 
-    def _compiled_prefill(self, cut: "_CutCall") -> AbstractContextManager[None]:
-        return nullcontext() if self.prefill is None else self.prefill.active(cut.mask)
+    @contextmanager
+    def _handed_over(self, cut: "_CutCall") -> Iterator[None]:
+        """Around the model's own method that gets the cut call."""
+        prefill = nullcontext() if self.prefill is None else self.prefill.active(cut.mask)
+        with hand_over(self, cut.prompt), prefill:
+            yield
 
     def _reason_to_leave_alone(self, ids: Any, call: Call, forward: bool = False) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
@@ -229,7 +245,7 @@ class CompiledModel:
             log.info("the first call with a video: tracing the model, which compiles before it answers ...")
         self._note("failed")  # unless nothing else is noted
         reason = reason_against_generate(self.model, family) if closed else reason_against_prompt(family, ids, call)
-        reason = reason or self.reason_against_placement()
+        reason = reason or self.encoder.reason_against_placement()
         if reason is None and forward:
             reason = reason_against_forward(self.model, call)
         elif reason is None and self.generation == "transformers":
@@ -244,20 +260,7 @@ class CompiledModel:
         self._note("uncompressed")
         return reason[0]
 
-    def reason_against_placement(self) -> tuple[str, str] | None:
-        """(reason, cure) where the model is placed by now so that its videos cannot be compiled."""
-        placed, known = self._placement(), {key[-1] for key in self._paths}
-        if placed.hooks not in known and len(known) >= MOST_SETS_OF_HOOKS:
-            return (
-                f"hooks of the video path have changed {MOST_SETS_OF_HOOKS} times, and each set of them is compiled",
-                "Register the same hooks for all calls, and look at observe(model, ...) for what happens inside",
-            )
-        return placed.reason_against
-
-    def _placement(self) -> Placement:
-        return Placement.of(self.model, self.family, asks_for_cuda_graphs(self.config.mode))
-
-    def _checked_videos(self, ids: torch.Tensor, call: Call) -> list[Video] | list[torch.Tensor]:
+    def _checked_videos(self, ids: torch.Tensor, call: Call) -> Sequence[Video | torch.Tensor]:
         """Those of the call: pixels, or rows [K, C] that were encoded before. Raises where something cannot fit."""
         check_prompt(self.family, ids, call.get("attention_mask"))
         given = call["pixel_values_videos"]
@@ -277,6 +280,8 @@ class CompiledModel:
     def _compress(self, ids: torch.Tensor, call: Call, forward: bool = False) -> "_CutCall | None":
         """The call with embeddings in place of pixels, or None to leave it alone."""
         videos = self._checked_videos(ids, call)
+        if self.family.prompt_method is not None:
+            return self._put_into_prompt(ids, call, videos)
         # All that the host has to know of the prompt is read before the encoder is launched: a read after it would
         # wait until the encoder is done, and the device for the host to launch what follows.
         given = call.get("attention_mask")
@@ -286,15 +291,15 @@ class CompiledModel:
             mask = inferred_mask(self.model, host_ids, call) if mask is None else mask
         with weights_in_place(self.model, self.family):
             others = list(self.family.other_rows(self.model, ids, call))
-        counts: list[tuple[GraphRecord, Counts]] = []
-        encoded, sizes = self._rows_and_sizes(videos, host_ids, counts)
+        encoded = self._encoded(videos)
+        rows = [video.rows for video in encoded]
         try:
-            places = self._places(host_ids, sizes)
+            places = self._places(host_ids, self._sizes(videos, encoded, host_ids))
             # What forward() returns has a column for each position, the padded ones too. Images have as many rows.
             wanted = None if forward or mask is None else mask.bool()
             if wanted is not None:
                 wanted = functools.reduce(torch.logical_or, (host_ids == token for token, _ in others), wanted)
-            plan = PromptCut.plan(host_ids, places, [len(rows) for rows in encoded], wanted)
+            plan = PromptCut.plan(host_ids, places, list(map(len, rows)), wanted)
             if plan.padded and not takes(self.own["forward" if forward else "generate"], self.family.spelled(_MASK)):
                 raise UncuttablePrompt(
                     "the rows keep different numbers of tokens, and the model takes no attention mask",
@@ -308,12 +313,9 @@ class CompiledModel:
             mask = torch.ones_like(host_ids)
         cut_mask = None if mask is None else plan.take(mask, 0)
         new_ids = without_waiting(plan.take(host_ids, self._padding_id()), ids.device)
-        if isinstance(videos[0], torch.Tensor):
-            self._note("given")
-        else:
-            self._note("compressed" if counts else "uncompressed", counts, (ids.shape[1], new_ids.shape[1]))
-        rows = self.family.video_token(self.model), torch.cat(encoded)
-        changed = self.family.inputs(self.model, new_ids, [*others, rows])
+        self._note_videos(videos, encoded, (ids.shape[1], new_ids.shape[1]))
+        video_rows = self.family.video_token(self.model), torch.cat(rows)
+        changed = self.family.inputs(self.model, new_ids, [*others, video_rows])
         if cut_mask is not None and not (given is None and bool(cut_mask.all())):
             # Of a batch without a mask where none can be inferred, transformers says what it thinks itself.
             changed[_MASK] = without_waiting(cut_mask, ids.device)
@@ -323,16 +325,50 @@ class CompiledModel:
             changed["labels"] = plan.take(call["labels"], -100)
         gone = self.family.consumed | {"input_ids", "pixel_values_videos"}
         kept = {name: value for name, value in call.items() if name not in gone}
-        return _CutCall(new_ids, {**kept, **changed}, cut_mask)
+        return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids)
+
+    def _put_into_prompt(self, ids: torch.Tensor, call: Call, videos: Sequence[Video | torch.Tensor]) -> "_CutCall":
+        """The call as it came, and the prompt that the model's own method makes of the compressed rows."""
+        family, encoded = self.family, self._encoded(videos)
+        with weights_in_place(self.model, family):
+            others = list(family.other_rows(self.model, ids, call))
+            prompt = family.prompt(self.model, ids, call, [video.rows for video in encoded], others)
+            length = family.prompt_length(self.model, ids, call, [video.size for video in encoded], others)
+        self._note_videos(videos, encoded, (length, prompt.length))
+        mask = torch.ones(1, 1) if prompt.mask is None else prompt.mask
+        return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt)
 
     @torch.no_grad()
     def encode_videos(self, videos: Sequence[Video]) -> list[torch.Tensor]:
         """See ``earlytom_compile.encode_videos``."""
         self._note("failed")
-        counts: list[tuple[GraphRecord, Counts]] = []
-        rows = [self._encode(video, counts)[0] for video in videos]
-        self._note("encoded", counts)
-        return rows
+        encoded = self._encoded(videos)
+        self._note("encoded", [video.counts for video in encoded if video.counts is not None])
+        return [video.rows for video in encoded]
+
+    def _encoded(self, videos: Sequence[Video | torch.Tensor]) -> list[EncodedVideo]:
+        """Each by itself; rows that were encoded before as they are."""
+        return [
+            self.encoder.encode(video) if isinstance(video, Video) else EncodedVideo(video, len(video), None)
+            for video in videos
+        ]
+
+    def _note_videos(
+        self, videos: Sequence[Video | torch.Tensor], encoded: Sequence[EncodedVideo], prompt: tuple[int, int]
+    ) -> None:
+        counts = [video.counts for video in encoded if video.counts is not None]
+        if isinstance(videos[0], torch.Tensor):
+            self._note("given")
+        else:
+            self._note("compressed" if counts else "uncompressed", counts, prompt)
+
+    def _sizes(
+        self, videos: Sequence[Video | torch.Tensor], encoded: Sequence[EncodedVideo], ids: torch.Tensor
+    ) -> list[int]:
+        """How many placeholders each video has in ``ids``."""
+        if isinstance(videos[0], torch.Tensor):
+            return sizes_in_prompt(ids, self.family.video_token(self.model), len(videos))
+        return [video.size for video in encoded]
 
     def _places(self, ids: torch.Tensor, sizes: Sequence[int]) -> Places:
         """Those of the family, with whose author a number that does not fit begins."""
@@ -346,54 +382,6 @@ class CompiledModel:
                 "belongs to each row."
             ) from error
 
-    def _rows_and_sizes(
-        self,
-        videos: Sequence[Video] | Sequence[torch.Tensor],
-        ids: torch.Tensor,
-        counts: list[tuple[GraphRecord, Counts]],
-    ) -> tuple[list[torch.Tensor], list[int]]:
-        """Of each video its rows [K, C], and how many placeholders it has in ``ids``; adds to ``counts``."""
-        given = [video for video in videos if isinstance(video, torch.Tensor)]
-        if given:
-            return given, sizes_in_prompt(ids, self.family.video_token(self.model), len(given))
-        encoded = [self._encode(video, counts) for video in videos if isinstance(video, Video)]
-        return [rows for rows, _ in encoded], [size for _, size in encoded]
-
-    def _encode(self, video: Video, counts: list[tuple[GraphRecord, Counts]]) -> tuple[torch.Tensor, int]:
-        """(rows [K, C], rows it would have had uncompressed) of one video; adds to ``counts``."""
-        placed = self._placement()
-        video = placed.on_device(video)
-        frames = len(video.pixels)
-        any_length = self.any_length and frames > 1  # PyTorch tells sizes of 1 from all others
-        key = (*kind_of(video, any_length), placed.hooks)
-        path = self._paths.get(key) or self._paths.setdefault(
-            key, VisionPath(self.family, self.config, any_length, self._kinds, describe(video, any_length))
-        )
-        rows, graph = path(self.model, video)
-        if path.broken and (names := placed.names_of_hooked):
-            self._blame_hooks(names)
-            rows = path.uncompiled(self.model, video)
-            return rows, len(rows)
-        if graph is not None:
-            self.any_length &= graph.any_length or frames == 1  # some models cannot be traced so
-            assert graph.record.last_counts is not None
-            counts.append((graph.record, graph.record.last_counts))
-            return rows, graph.rows_of(frames)
-        if not path.told:
-            fall_back(
-                "Dynamo did not trace the vision path: it is switched off, or a mode that it skips is active",
-                "Call without torch.compiler.set_stance, TORCHDYNAMO_DISABLE and TorchDispatchModes around it",
-                self.config,
-                self.record,
-            )
-        return rows, len(rows)
-
-    def _blame_hooks(self, names: str) -> None:
-        """Once. Such a call runs as it is: Dynamo loses what a hook returns if it breaks the graph."""
-        reason = f"hooks in the video path (on {names}) break its graph"
-        if reason not in self.notes:
-            fall_back(reason, "Take them off, or keep .item() and the like out of them", self.config, self.record)
-
     def _padding_id(self) -> int:
         padding = option(self.model, {}, "pad_token_id")
         return padding if isinstance(padding, int) and padding != self.family.video_token(self.model) else 0
@@ -403,6 +391,8 @@ class CompiledModel:
 class _CutCall:
     """A call whose videos are compressed."""
 
-    input_ids: torch.Tensor  # int64 [R, S'], on the device of the caller's
-    arguments: dict[str, Any]  # all others
-    mask: torch.Tensor | None  # [R, S'], the attention mask among them, on the host
+    arguments: dict[str, Any]
+    mask: torch.Tensor | None  # [R, S'], of the cut prompt; None if not known
+    dropped: int  # S - S'
+    input_ids: torch.Tensor | None = None  # int64 [R, S'], on the device of the caller's; None leaves its own
+    prompt: Prompt | None = None  # what the model's own method returns in this call

@@ -102,7 +102,7 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any, **arguments:
     require_tensors(handle.family, pixel_values_videos)
     if is_encoded(pixel_values_videos):
         raise EarlyTomConfigError(f"these videos are encoded already: give them to generate() as {name}.")
-    if reason := handle.reason_against_placement():
+    if reason := handle.encoder.reason_against_placement():
         raise EarlyTomConfigError(f"the videos cannot be encoded: {reason[0]}. {reason[1]}.")
-    call = handle.family.by_our_names({**arguments, name: pixel_values_videos})
+    call = {**handle.family.by_our_names(arguments), "pixel_values_videos": pixel_values_videos}
     return handle.encode_videos(handle.family.videos(model, call))

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Method:
-    """Stands in for a method of the model, with the method's own signature; copies along with the model."""
+    """Stands in for the method ``name`` of the model, with its signature; copies along with the model."""
 
     def __init__(self, handle: Any, name: str, own: Callable[..., Any]) -> None:
         functools.update_wrapper(self, own)
@@ -17,4 +17,4 @@ class Method:
         handle = self._handle
         if handle.model.__dict__.get("_earlytom") is not handle:  # restored, and somebody had wrapped this method
             return handle.own[self._name](*args, **kwargs)
-        return getattr(handle, self._name)(*args, **kwargs)
+        return getattr(handle, handle.methods[self._name])(*args, **kwargs)

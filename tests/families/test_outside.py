@@ -317,6 +317,7 @@ def test_a_family_is_found_by_its_entry_point(model):
     assert [family.name for family in all_families()] == [
         "LLaVA-OneVision",
         "LLaVA-NeXT-Video",
+        "LLaVA",
         "the hand-written model",
     ]
     assert report(model).state == "never compiled"

@@ -40,9 +40,9 @@ from earlytom_compile import (
     stages,
 )
 from earlytom_compile.integrations import generate, vision_path
-from earlytom_compile.integrations.generate import CompiledModel
 from earlytom_compile.integrations.prefill import CompiledPrefill
 from earlytom_compile.integrations.tracing import with_its_own_code
+from earlytom_compile.integrations.video_encoder import VideoEncoder
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
     if not with_mask:
         del inputs["attention_mask"]
     reads = HostReads([inputs, dict(model.named_parameters())])
-    encode, tolist, reached = CompiledModel._encode, torch.Tensor.tolist, []
+    encode, tolist, reached = VideoEncoder.encode, torch.Tensor.tolist, []
     entered = []
 
     def stop():
@@ -388,7 +388,7 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
         return moved
 
     leave_pieces_as_they_are(monkeypatch)
-    monkeypatch.setattr(CompiledModel, "_encode", encode_then_watch)
+    monkeypatch.setattr(VideoEncoder, "encode", encode_then_watch)
     monkeypatch.setattr(generate, "without_waiting", sent)
     monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # else what is on the host is what is on the device
     monkeypatch.setattr(torch.Tensor, "tolist", watched_tolist)
@@ -404,7 +404,7 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
 def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout):
     model = tiny_llava_onevision(vision_layers=4, text_layers=1).cuda()
     inputs = video_inputs(model, 12, **layout)
-    encode, reached = CompiledModel._encode, []
+    encode, reached = VideoEncoder.encode, []
 
     def encode_then_watch(*args):
         torch.cuda.set_sync_debug_mode("default")
@@ -418,7 +418,7 @@ def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout)
         return lambda own, args, kwargs: own(*args, **kwargs)
 
     leave_pieces_as_they_are(monkeypatch)
-    monkeypatch.setattr(CompiledModel, "_encode", encode_then_watch)
+    monkeypatch.setattr(VideoEncoder, "encode", encode_then_watch)
     monkeypatch.setattr(CompiledPrefill, "_compiled_for", language_model)
     try:
         with torch.no_grad():

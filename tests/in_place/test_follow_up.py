@@ -54,7 +54,7 @@ def test_a_follow_up_does_not_encode_again(model, monkeypatch):
     encoded = earlytom_compile.encode_videos(model, pixels)
     calls = []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(type(model._earlytom), "_encode", lambda *_: calls.append(1))
+    monkeypatch.setattr(type(model._earlytom.encoder), "encode", lambda *_: calls.append(1))
     prompt = with_one_placeholder(model, first)
     answer = new_tokens(model, {**prompt, "pixel_values_videos": encoded})
     second = torch.cat((prompt["input_ids"], answer, torch.tensor([[5, 6, 7]])), dim=1)

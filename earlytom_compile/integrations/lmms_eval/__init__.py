@@ -11,6 +11,7 @@ from typing import Any
 _MODELS = {
     "earlytom": "EarlyTom",
     "earlytom_llava_onevision_hf": "EarlyTomLlavaOnevisionHf",
+    "earlytom_llava_onevision": "EarlyTomLlavaOnevision",
 }
 """Name for ``--model`` -> class in ``model.py`` for its simple tasks; that for chat tasks ends in ``Chat``."""
 

@@ -30,6 +30,7 @@ from ..checkpoint_files import read_json
 from .arguments import Arguments, read_arguments, read_options
 from .costs import Costs, Shown, Spent
 from .generation import Decoding, FirstToken, StopTexts, batches, read_decoding
+from .llava_code import ARGUMENTS, LlavaSpeaker
 from .prompts import Turn, from_messages, from_visuals
 from .speaker import Sample, Speaker
 from .transformers_code import TransformersSpeaker
@@ -123,8 +124,8 @@ class EarlyTom(lmms):
             found = read_json(arguments.pretrained, "config.json").get("model_type")
             if found != self.model_type:
                 raise EarlyTomConfigError(
-                    f"{arguments.pretrained!r} is a checkpoint of model_type {found!r}; {type(self).__name__} takes only "
-                    f"{self.model_type!r}: take --model earlytom, or another checkpoint."
+                    f"{arguments.pretrained!r} is a checkpoint of model_type {found!r}, and this model takes "
+                    f"{self.model_type!r} only: take --model earlytom, or another checkpoint."
                 )
         return TransformersSpeaker(arguments)
 
@@ -178,17 +179,19 @@ class EarlyTom(lmms):
 
     def _calls(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Places of the samples that can go into one call."""
-        if self._costs.retain_ratio is not None or self._speaker.mixes_lengths:
-            return [list(range(len(samples)))]
-        alike: dict[tuple[int, ...], list[int]] = {}
+        alike: dict[Any, list[int]] = {}
         for place, sample in enumerate(samples):
-            alike.setdefault(tuple(sorted(set(sample.frames))), []).append(place)
+            lengths = () if self._any_lengths() else tuple(sorted(set(sample.frames)))
+            alike.setdefault((sample.kind, lengths), []).append(place)
         return list(alike.values())
+
+    def _any_lengths(self) -> bool:
+        return self._costs.retain_ratio is not None or self._speaker.mixes_lengths
 
     def _generate(
         self, samples: Sequence[Sample], decoding: Decoding, asked: Costs, spent: "Spent"
     ) -> list[GenerationResult]:
-        if self._costs.retain_ratio is None and not self._speaker.mixes_lengths:
+        if not self._any_lengths():
             _require_one_length(samples[0])
         inputs = self._speaker.inputs(samples)
         graphs = self._graphs()
@@ -276,6 +279,19 @@ class EarlyTomLlavaOnevisionHfChat(EarlyTomChat):
     """transformers' LLaVA-OneVision, for chat tasks."""
 
     model_type = "llava_onevision"
+
+
+class EarlyTomLlavaOnevision(EarlyTom):
+    """LLaVA's own models, for simple tasks."""
+
+    own_arguments = ARGUMENTS
+
+    def _load(self, arguments: Arguments) -> Speaker:
+        return LlavaSpeaker(arguments)
+
+
+class EarlyTomLlavaOnevisionChat(EarlyTomChat, EarlyTomLlavaOnevision):
+    """LLaVA's own models, for chat tasks."""
 
 
 @contextmanager

@@ -4,7 +4,7 @@
     speaker.inputs([sample, ...]) -> arguments of generate(), on the device
     speaker.new_tokens(output, inputs)
 
-``transformers_code.py`` speaks to models of transformers.
+``transformers_code.py`` speaks to models of transformers, ``llava_code.py`` to those of LLaVA's own code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,22 @@ from .prompts import Turn
 
 @dataclass(frozen=True)
 class Sample:
-    """A question ready for a batch: ``ids`` int64 [S] with placeholders, ``videos`` [F, 3, H, W] each, and what its
-    kind of checkpoint needs for pictures."""
+    """A question ready for a batch: ``ids`` int64 [S] with placeholders, ``videos`` [F, 3, H, W] each, and ``others``,
+    what else its kind of checkpoint takes for what is shown."""
 
     ids: torch.Tensor
     videos: tuple[torch.Tensor, ...] = ()
-    pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def frames(self) -> tuple[int, ...]:
         """Of each video."""
         return tuple(len(video) for video in self.videos)
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """What is shown: calls are of one kind, since models mix up what they get for rows that show nothing."""
+        return bool(self.videos), bool(self.others)
 
 
 class Speaker(Protocol):

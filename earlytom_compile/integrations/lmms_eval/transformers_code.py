@@ -7,7 +7,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ class TransformersSpeaker:
             arguments.pretrained, device=arguments.device, dtype=arguments.dtype, options=arguments.options
         )
         self.model = loaded.model
-        self._processor: Any = loaded.processor
-        self.tokenizer = self._processor.tokenizer
+        self._processor = cast(Any, loaded.processor)  # more is asked of it than by the command line
+        self.tokenizer: Any = self._processor.tokenizer
         self._frames = arguments.max_frames or loaded.frames
         self._resize = frame_resizer(loaded.processor)
         self._read = functools.lru_cache(maxsize=_VIDEOS_KEPT)(self._decoded)
@@ -75,7 +75,7 @@ class TransformersSpeaker:
         if videos:
             alike = len({len(video) for video in videos}) == 1
             inputs["pixel_values_videos"] = torch.stack(videos) if alike else videos
-        shown = [sample.pictures for sample in samples if sample.pictures]
+        shown = [sample.others for sample in samples if sample.others]
         for name in shown[0] if shown else ():
             inputs[name] = _stacked([pictures[name] for pictures in shown]).to(device)
         if shown:

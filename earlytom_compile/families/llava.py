@@ -1,0 +1,227 @@
+"""LLaVA's own models, of the repository LLaVA-NeXT: LLaVA-OneVision and LLaVA-Video with Qwen2 and SigLIP.
+
+    images=[video [F, 3, H, W], image [n, 3, H, W], ...], modalities=["video", "image", ...]
+ -> get_2dPool(encode_images(video))    # [F, P, C], compressed: [K, C]
+ -> newlines between the rows that stay # by config.mm_newline_position
+ -> prepare_inputs_labels_for_multimodal(ids, ..., images)   # the model's own, which finds the rows ready
+
+One placeholder (-200) in the ids for each entry of ``images``; ``generate()`` returns the new tokens alone.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Call, Family, Prompt, Reason, Video
+
+_PLACEHOLDER = -200
+_SPLICE = "prepare_inputs_labels_for_multimodal"
+_NONE = torch.empty(1)  # to the model's own code, pictures that are to be encoded, which they are
+_POOLS = ("average", "bilinear", "max")
+_POSITIONS = ("one_token", "no_token", "frame", "grid")
+
+
+class Llava(Family):
+    """``LlavaQwenForCausalLM``."""
+
+    name = "LLaVA"
+    classes = ("llava.model.language_model.llava_qwen.LlavaQwenForCausalLM",)
+    requires: Mapping[str, str] = {"transformers": ">=4.46,<4.56"}  # what its own code runs on
+    names = {"pixel_values_videos": "images"}
+    generation = "transformers"
+    prompt_method = _SPLICE
+
+    # --- The model ------------------------------------------------------------------------------------
+
+    def vision_tower(self, model: Any) -> nn.Module:
+        """A SigLIP without its last layer."""
+        return model.get_vision_tower()
+
+    def language_model(self, model: Any) -> nn.Module:
+        """A Qwen2, which has the vision tower among its modules."""
+        return model.get_model()
+
+    def encoder_layers(self, config: Any) -> int | None:
+        """The configuration does not say; the tower is loaded from elsewhere."""
+        return None
+
+    # --- The videos of a call -------------------------------------------------------------------------
+
+    def by_our_names(self, arguments: Call) -> dict[str, Any]:
+        """The videos among ``images``; ``images`` stay, with what else they have."""
+        call = dict(arguments)
+        if videos := _videos_among(call):
+            call["pixel_values_videos"] = [call["images"][place] for place in videos]
+        return call
+
+    def by_its_own_names(self, call: Call) -> dict[str, Any]:
+        """The way back."""
+        return {name: value for name, value in call.items() if name != "pixel_values_videos"}
+
+    def frame_shape(self, model: Any) -> tuple[int, int, int]:
+        """The size of the tower."""
+        side = model.get_vision_tower().image_size
+        return 3, side, side
+
+    def videos(self, model: Any, call: Call) -> list[Video]:
+        """A video of one frame may come without its axis of frames."""
+        videos = [video[None] if video.dim() == 3 else video for video in call["pixel_values_videos"]]
+        return super().videos(model, {"pixel_values_videos": videos})
+
+    def rows(self, model: Any, pixels: Tensor, **arguments: Any) -> Tensor:
+        """[1, F*P, C], without newlines."""
+        features = model.get_2dPool(model.encode_images(pixels.flatten(0, 1)))
+        return features.reshape(1, -1, features.shape[-1])
+
+    def separators(self, model: Any, kept: Tensor) -> Tensor | None:
+        """Newlines where the model has them, behind each frame and image row that still has a token."""
+        merge, position = _layout(model.config)
+        if not merge.startswith("spatial") or position == "no_token":
+            return None
+        if position == "one_token":
+            return kept.new_full((1,), len(kept) - 1) if "unpad" in merge else None
+        lines = kept[:, 0]
+        if position == "grid":
+            side = _tokens_a_row(model)
+            lines = lines * side + kept[:, 1] // side
+        return torch.cat((lines[1:] != lines[:-1], lines.new_ones(1, dtype=torch.bool))).nonzero()[:, 0]
+
+    def separator(self, model: Any) -> Tensor:
+        """``image_newline``."""
+        return model.get_model().image_newline
+
+    def other_rows(self, model: Any, ids: Tensor, call: Call) -> Iterable[tuple[int, Tensor]]:
+        """(place among ``images``, rows) of each that is no video, by the model's own code."""
+        images, sizes, videos = call["images"], call.get("image_sizes"), _videos_among(call)
+        # One picture a call, which is all that the prompt has; a prompt of one token would be a step of decoding.
+        alone = ids.new_tensor([[_PLACEHOLDER, 0]])
+        endless = copy.copy(model.config)
+        endless.tokenizer_model_max_length = None
+        for place in range(len(images)):
+            if place not in videos:
+                size = None if sizes is None else [sizes[place]]
+                spliced = _splice(model, alone, {"images": [images[place]], "image_sizes": size}, config=endless)
+                yield place, spliced[4][0, :-1]
+
+    # --- The prompt -----------------------------------------------------------------------------------
+
+    def video_token(self, model: Any) -> int:
+        """That of all ``images``."""
+        return _PLACEHOLDER
+
+    def prompt(
+        self, model: Any, ids: Tensor, call: Call, rows: Sequence[Tensor], others: Sequence[tuple[int, Tensor]]
+    ) -> Prompt:
+        """By the model's own code, padding, labels and the longest prompt it takes included."""
+        features = _in_order(call, rows, dict(others))
+        spliced = _splice(model, ids, {**call, "images": _NONE}, encode_images=lambda images: features)
+        mask, embeds = spliced[2], spliced[4]
+        return Prompt(spliced, embeds.shape[1], mask if len(ids) > 1 else None)
+
+    def prompt_length(
+        self, model: Any, ids: Tensor, call: Call, sizes: Sequence[int], others: Sequence[tuple[int, Tensor]]
+    ) -> int:
+        """By the model's own code, with embeddings of no width."""
+        videos = [torch.empty(size, 0) for size in sizes]
+        features = _in_order(call, videos, {place: torch.empty(len(rows), 0) for place, rows in others})
+        narrow: dict[str, Any] = {
+            "encode_images": lambda images: features,
+            "get_model": lambda: SimpleNamespace(embed_tokens=lambda ids: torch.empty(len(ids), 0)),
+            "device": torch.device("cpu"),
+        }
+        given = {"attention_mask": call.get("attention_mask"), "modalities": _modalities(call), "images": _NONE}
+        return _splice(model, ids, given, **narrow)[4].shape[1]
+
+    # --- What does not work ---------------------------------------------------------------------------
+
+    def reason_against(self, model: Any, call: Call) -> Reason | None:
+        """What the model's own code refuses, or does not do as its name says."""
+        tower, config = model.get_vision_tower(), model.config
+        if tower is None or not getattr(tower, "is_loaded", True):
+            return "the vision tower is not loaded", "Call model.get_vision_tower().load_model() first"
+        if getattr(config, "add_faster_video", False):
+            return (
+                "add_faster_video is a layout of slow and fast frames that the model's own generate() does not have",
+                "Set model.config.add_faster_video = False, for what it does have",
+            )
+        merge, position = _layout(config)
+        if position not in _POSITIONS:
+            return f"mm_newline_position={position!r} is none of {', '.join(_POSITIONS)}", "Set it in model.config"
+        needs_newline = merge.startswith("spatial") and position in ("frame", "grid")
+        if needs_newline and not hasattr(model.get_model(), "image_newline"):
+            return (
+                f"mm_newline_position={position!r} needs a newline, which mm_patch_merge_type={merge!r} has not",
+                "Take a checkpoint of 'spatial_unpad'",
+            )
+        mode = getattr(config, "mm_spatial_pool_mode", None)
+        if mode not in _POOLS:
+            return f"mm_spatial_pool_mode={mode!r} is none of {', '.join(_POOLS)}", "Set it in model.config"
+        return None
+
+    def refused_by_model(self, call: Call, *, forward: bool) -> bool:
+        """A prompt of one token is a step of decoding to it, and its images are left out."""
+        ids = call.get("input_ids", call.get("inputs"))
+        return isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] == 1
+
+
+class _StandIn:
+    """``self`` of the model's own code, some of whose attributes are others."""
+
+    def __init__(self, model: Any, **others: Any) -> None:
+        self.__dict__.update(others)
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _splice(model: Any, ids: Tensor, call: Call, **others: Any) -> tuple[Any, ...]:
+    """(None, position ids, mask, cache, embeddings [R, S', C], labels) by the model's own code."""
+    return getattr(type(model), _SPLICE)(
+        _StandIn(model, **others),
+        ids,
+        call.get("position_ids"),
+        call.get("attention_mask"),
+        call.get("past_key_values"),
+        call.get("labels"),
+        call["images"],
+        _modalities(call),
+        call.get("image_sizes"),
+    )
+
+
+def _modalities(call: Call) -> list[str]:
+    given = call.get("modalities", ["image"])
+    return [given] if isinstance(given, str) else given
+
+
+def _videos_among(call: Call) -> list[int]:
+    """The places in ``images`` that are videos; rows that were encoded before can be nothing else."""
+    images, modalities = call.get("images"), _modalities(call)
+    if not (isinstance(images, list) or (isinstance(images, Tensor) and images.dim() == 5)):
+        return []  # one picture for each row of the prompt, or what the model's own code refuses
+    said = [isinstance(modalities, list | tuple) and modality == "video" for modality in modalities or ()]
+    said += [False] * (len(images) - len(said))
+    encoded = [isinstance(image, Tensor) and image.dim() == 2 for image in images]
+    return [place for place in range(len(images)) if said[place] or encoded[place]]
+
+
+def _in_order(call: Call, videos: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Tensor]:
+    """The rows of all ``images``: ``others`` by their places, and the videos between them."""
+    rest = iter(videos)
+    return [others[place] if place in others else next(rest) for place in range(len(call["images"]))]
+
+
+def _layout(config: Any) -> tuple[str, str]:
+    """(how rows are merged, where newlines go), with the defaults of the model's own code."""
+    return getattr(config, "mm_patch_merge_type", "flat"), getattr(config, "mm_newline_position", "one_token")
+
+
+def _tokens_a_row(model: Any) -> int:
+    """Of the pooled grid: bilinear pooling rounds up, the others down."""
+    side = model.get_vision_tower().num_patches_per_side
+    return (side + 1) // 2 if model.config.mm_spatial_pool_mode == "bilinear" else side // 2
