@@ -30,7 +30,7 @@ _OF_TOY = ("methods", "videos", "split", "first", "plot")
 """Options that mean nothing to benchmarks."""
 _NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selection", "strict")
 """Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
-_OF_TASKS = ("frames", "dtype", "batch_size", "limit", "include_path", *_NOT_OF_METHODS)
+_OF_TASKS = ("frames", "dtype", "batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS)
 """Options that mean nothing to the toy world."""
 _PIECE = 20  # videos that are timed to say how long all take
 

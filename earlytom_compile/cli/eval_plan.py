@@ -18,8 +18,6 @@ from .options import given_options
 
 BENCHMARKS = ("mvbench", "egoschema", "longvideobench", "videomme")
 """Those of Table 8; tasks of lmms-eval are named after them, such as longvideobench_val_v."""
-HALF_BILLION_WIDTH = 896
-"""Width of the language model of LLaVA-OneVision-0.5B, for which Table 8 has rows of its own."""
 
 
 @dataclass(frozen=True)

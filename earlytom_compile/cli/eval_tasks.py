@@ -20,11 +20,11 @@ from ..benchmarks.forecast import in_words
 from ..errors import EarlyTomConfigError, EarlyTomError
 from ..shapes import ModelShape
 from ..words import counted
-from .eval_plan import HALF_BILLION_WIDTH, Evaluation, plan
+from .eval_model import Subject, look_at_checkpoint, read_model_args
+from .eval_plan import Evaluation, plan
 from .eval_report import Cell, Report
 from .eval_score import score_of
 from .harness import Harness, require_lmms_eval
-from .loading import Checkpoint, open_checkpoint
 from .outputs import STANDARD_OUTPUT, output_console, write_text
 from .progress import step
 from .resume import saved_content, stopped
@@ -37,14 +37,14 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     _check(arguments)
     version = require_lmms_eval()
     progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
-    checkpoint = open_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=options)
-    evaluations = plan(arguments.tasks, arguments.retain_ratios, options, half_billion=_half_billion(checkpoint))
-    about = {**environment(checkpoint.device), "lmms-eval": version, **_asked(arguments, options)}
-    cells = _Cells(arguments, about, _shape(checkpoint), saved_content(arguments, about, progress_on))
+    subject = look_at_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=options)
+    evaluations = plan(arguments.tasks, arguments.retain_ratios, options, half_billion=subject.half_billion)
+    about = {**environment(subject.device), "lmms-eval": version, **_asked(arguments, options)}
+    cells = _Cells(arguments, about, subject.shape, saved_content(arguments, about, progress_on))
     to_do = [evaluation for evaluation in evaluations if evaluation.key not in cells.known]
     try:
         if to_do:
-            _evaluate(arguments, to_do, cells, progress_on)
+            _evaluate(arguments, subject, to_do, cells, progress_on)
     except KeyboardInterrupt:
         done = len(evaluations) - sum(evaluation.key not in cells.known for evaluation in evaluations)
         raise stopped(arguments, f"{done} of {counted(len(evaluations), 'evaluation')}" if done else "") from None
@@ -56,17 +56,9 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
         write_text(arguments.markdown, report.to_markdown(about))
 
 
-def load_model(arguments: argparse.Namespace) -> Any:
-    """The plugin's model of lmms-eval, whose compression :meth:`use` changes."""
-    from ..integrations.lmms_eval.model import EarlyTom
-
-    return EarlyTom(
-        pretrained=arguments.model,
-        batch_size=str(arguments.batch_size),
-        device=arguments.device,
-        dtype=arguments.dtype,
-        max_frames_num=arguments.frames,
-    )
+def load_model(arguments: argparse.Namespace, subject: Subject, own: dict[str, Any]) -> Any:
+    """The plugin's model of lmms-eval, whose compression :meth:`use` changes; ``own``: what only its kind takes."""
+    return subject.load(batch_size=str(arguments.batch_size), max_frames_num=arguments.frames, **own)
 
 
 class _Cells:
@@ -100,16 +92,21 @@ class _Cells:
 
 
 def _evaluate(
-    arguments: argparse.Namespace, evaluations: list[Evaluation], cells: _Cells, progress_on: Console
+    arguments: argparse.Namespace,
+    subject: Subject,
+    evaluations: list[Evaluation],
+    cells: _Cells,
+    progress_on: Console,
 ) -> None:
     """All of ``evaluations``, in turn, with one model."""
     harness = Harness(arguments.include_path)
     tasks = list(dict.fromkeys(evaluation.task for evaluation in evaluations))
     harness.require_tasks(tasks)
+    own = read_model_args(arguments.model_args, subject.kind)
     for task in tasks:
         with step(progress_on, f"looking at {task}"):
             harness.look_at(task)
-    model = load_model(arguments)
+    model = load_model(arguments, subject, own)
     seconds: list[float] = []
     for number, evaluation in enumerate(evaluations):
         left = f"; {in_words(sum(seconds) / number * (len(evaluations) - number))} to go" if number else ""
@@ -161,22 +158,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise EarlyTomConfigError(f"{name}={value}: must be at least 1.")
 
 
-def _half_billion(checkpoint: Checkpoint) -> bool:
-    text = getattr(checkpoint.config, "text_config", checkpoint.config)
-    return getattr(text, "hidden_size", None) == HALF_BILLION_WIDTH
-
-
-def _shape(checkpoint: Checkpoint) -> ModelShape | None:
-    """None where nobody knows how to count the work of such a model."""
-    try:
-        return ModelShape.from_config(checkpoint.config)
-    except (EarlyTomConfigError, AttributeError):
-        return None
-
-
 def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """What an answer and its time depend on beside the machine, the task and the ratio."""
-    names = ("model", "frames", "dtype", "batch_size", "limit", "include_path")
+    names = ("model", "frames", "dtype", "batch_size", "limit", "include_path", "model_args")
     # What is "none" is not what was left open.
     spelled = {name: "none" if value is None else value for name, value in options.items()}
     return {**{name: getattr(arguments, name) for name in names}, "options": spelled}

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 def require_lmms_eval() -> str:
     """The version that is installed; raises :class:`EarlyTomConfigError` without any."""
-    if importlib.util.find_spec("lmms_eval") is None:
+    found = importlib.util.find_spec("lmms_eval")
+    if found is None or found.origin is None:  # a folder that is only called so
         raise EarlyTomConfigError(f"--tasks runs lmms-eval, which is not installed: {INSTALL}.")
     try:
         return importlib.metadata.version("lmms-eval")

@@ -340,6 +340,11 @@ def _add_eval(parser: CommandParser) -> None:
     _add_dtype(parser)
     parser.add_rare("--frames", type=int, metavar="N", help="of each video, with --tasks (default: the checkpoint's)")
     parser.add_rare("--batch-size", type=int, default=1, metavar="N", help="questions of a call (%(default)s)")
+    parser.add_rare(
+        "--model-args",
+        metavar="NAME=VALUE,...",
+        help="with --tasks, for checkpoints of LLaVA's own code: conv_template, add_time_instruction, ...",
+    )
     parser.add_rare("--include-path", metavar="DIR", help="a folder of tasks of your own, for --tasks")
     parser.add_rare("--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)")
     parser.add_rare("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")

@@ -1,6 +1,6 @@
 """``earlytom eval --tasks`` without lmms-eval, which a stand-in plays: what runs, is saved, gone on with and refused.
 
-The real one is in tests/lmms_eval.
+The real one is in tests/harness.
 """
 
 import importlib.util
@@ -10,7 +10,9 @@ import pytest
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.cli import eval_tasks
+from earlytom_compile.cli.eval_model import look_at_checkpoint
 from earlytom_compile.cli.harness import require_lmms_eval
+from earlytom_compile.shapes import SHAPES
 
 RIGHT = {"a": 0.5, "mvbench": 60.0}
 NO_LMMS_EVAL = importlib.util.find_spec("lmms_eval") is None
@@ -36,7 +38,7 @@ class StandIn:
         assert not self.loaded, "the model was loaded before a task was looked at"
         self.looked_at.append(name)
 
-    def load(self, arguments):
+    def load(self, arguments, subject, own):
         self.loaded.append((arguments.model, arguments.batch_size, arguments.frames))
         return self
 
@@ -208,7 +210,27 @@ def test_without_lmms_eval_the_error_says_what_to_install(words, earlytom):
     assert status == 2 and "lmms-eval, which is not installed: pip install lmms-eval==0.7.3." in err
 
 
-def test_a_missing_lmms_eval_is_looked_for_and_not_imported(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_a_folder_of_that_name_is_no_lmms_eval(tmp_path, monkeypatch):
+    (tmp_path / "lmms_eval").mkdir()
+    if NO_LMMS_EVAL:
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EarlyTomConfigError, match="pip install lmms-eval"):
         require_lmms_eval()
+
+
+@pytest.mark.parametrize("width, half_billion", [(896, True), (3584, False)])
+def test_checkpoints_of_llavas_own_code_are_looked_at_without_it(width, half_billion, tmp_path):
+    sizes = {"hidden_size": width, "num_hidden_layers": 24, "intermediate_size": 4864}
+    content = {"architectures": ["LlavaQwenForCausalLM"], "mm_vision_tower": "siglip-so400m-patch14-384", **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    found = look_at_checkpoint(str(tmp_path), device="cpu", dtype="auto", options={})
+    assert (found.kind, found.half_billion) == ("EarlyTomLlavaOnevision", half_billion)
+    assert found.shape == (SHAPES["llava-onevision-0.5b"] if half_billion else None)
+
+
+def test_checkpoints_of_transformers_are_the_plugins_others(checkpoint):
+    found = look_at_checkpoint(str(checkpoint), device="cpu", dtype="auto", options={})
+    assert (found.kind, found.half_billion, found.device.type) == ("EarlyTom", False, "cpu")
+    assert found.shape.vision_layers == 4
