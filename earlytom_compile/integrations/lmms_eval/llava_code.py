@@ -134,7 +134,7 @@ class LlavaSpeaker:
     def _clip(self, film: Film) -> _Clip:
         if isinstance(film.source, str):
             return self._read(film.source)
-        return _Clip(self._pixels([np.asarray(picture) for picture in film.source]), None, ())
+        return _Clip(self._pixels([np.array(picture) for picture in film.source]), None, ())
 
     def _clip_of_file(self, path: str) -> _Clip:
         video = read_video(path, default=self._frames)

@@ -14,7 +14,7 @@ import torch
 
 from ...cli.loading import load_checkpoint
 from ...errors import EarlyTomConfigError
-from ..preprocess import frame_resizer
+from ..preprocess import VideoTextProcessor, frame_resizer
 from ..video import read_video
 from .arguments import Arguments
 from .prompts import Film, Picture, Turn
@@ -38,9 +38,9 @@ class TransformersSpeaker:
         self._frames = arguments.max_frames or loaded.frames
         self._resize = frame_resizer(loaded.processor)
         self._read = functools.lru_cache(maxsize=_VIDEOS_KEPT)(self._decoded)
-        ours = getattr(self._processor, "images", None)  # without torchvision; transformers' own has no such part
+        self._ours = isinstance(self._processor, VideoTextProcessor)  # without torchvision
         self._tokens = {
-            Picture: self._processor.image_token if ours is None else ours.token,
+            Picture: self._processor.images.token if self._ours else self._processor.image_token,
             Film: self._processor.video_token,
         }
         # Whatever stands between or behind frames is the same for one frame more.
@@ -102,21 +102,21 @@ class TransformersSpeaker:
         """uint8 [F, H, W, 3], as large as the model wants it."""
         if isinstance(film.source, str):
             return self._read(film.source)
-        return np.stack([self._resize(np.asarray(picture)) for picture in film.source])
+        return np.stack([self._resize(np.array(picture)) for picture in film.source])
 
     def _decoded(self, path: str) -> np.ndarray:
         return read_video(path, default=self._frames, resize=self._resize).pixels
 
     def _sample(self, text: str, pictures: list[Any], videos: list[np.ndarray]) -> Sample:
         # transformers' own processor makes a tensor of videos of equal length only, and a list where none is asked for.
-        alike = len({len(video) for video in videos}) <= 1
+        listed = not self._ours and len({len(video) for video in videos}) > 1
         begin = self.tokenizer.bos_token
         twice = {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}
         made = self._processor(
             text=text,
             images=pictures or None,
             videos=videos or None,
-            return_tensors="pt" if alike else None,
+            return_tensors=None if listed else "pt",
             **twice,
         )
         ids = torch.as_tensor(made["input_ids"], dtype=torch.int64).reshape(-1)
