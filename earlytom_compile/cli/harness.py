@@ -95,7 +95,9 @@ def _told(what: str) -> Iterator[None]:
         raise EarlyTomConfigError(f"{what}: {exit}") from exit
     except Exception as error:
         logger.debug("%s", what, exc_info=True)
-        raise EarlyTomConfigError(f"{what}: {type(error).__name__}: {in_one_line(error)}") from error
+        causes = [error, error.__cause__] if isinstance(error.__cause__, Exception) else [error]
+        told = ", because of ".join(f"{type(cause).__name__}: {in_one_line(cause)}" for cause in causes)
+        raise EarlyTomConfigError(f"{what}: {told}") from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("lmms_eval.evaluator", reason="lmms-eval is not installed: make test-eval")
 
+from earlytom_compile import EarlyTomConfigError  # noqa: E402
+from earlytom_compile.cli.harness import Harness  # noqa: E402
 from earlytom_compile.cli.loading import load_model  # noqa: E402
 from earlytom_compile.cli.main import main  # noqa: E402
 from earlytom_compile.toyworld import evaluate  # noqa: E402
@@ -138,6 +140,20 @@ def test_a_task_without_a_number_is_refused_and_its_noise_is_not_our_output(run)
     status, content, out, err = run("silent")
     assert (status, content, out) == (2, None, "") and "a line of noise" in err
     assert "lmms-eval gives no number for the metric 'accuracy' of silent" in err
+
+
+def test_what_lies_behind_an_error_is_told(tasks):
+    from lmms_eval.api.model import lmms
+
+    class Model(lmms):
+        def generate_until(self, requests):
+            raise RuntimeError("tried 5 times") from KeyError("frames")
+
+        loglikelihood = generate_until_multi_round = generate_until
+
+    with pytest.raises(EarlyTomConfigError) as found:
+        Harness(str(tasks)).evaluate(Model(), "toyworld", limit=1, said="toyworld, 10%")
+    assert str(found.value) == "toyworld, 10%: RuntimeError: tried 5 times, because of KeyError: 'frames'"
 
 
 def test_an_unknown_task_names_those_that_are_near(run):
