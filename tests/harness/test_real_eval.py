@@ -23,13 +23,15 @@ RATIOS = (0.25, 0.1)
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """toyworld; "both", a group of toyworld and of "late", which asks about other videos; and three that fail: a video
+    """toyworld; "both", a group of toyworld and of "late", which asks about other videos; "videomme_toy", which asks
+    about those, too, and is called like a benchmark of Table 8; and three that fail: a video
     is cut off, a task leaves by sys.exit, and one has no number."""
     folder = write_task(tmp_path_factory.mktemp("tasks") / "toyworld", videos=VIDEOS)
     late = write_task(folder.parent / "late", first=VIDEOS, videos=2)
+    preset = write_task(folder.parent / "preset", first=VIDEOS, videos=2)
     cut = folder.parent / "cut"
     shutil.copytree(folder, cut)
-    for each, name in ((late, "late"), (cut, "cut")):
+    for each, name in ((late, "late"), (preset, "videomme_toy"), (cut, "cut")):
         rewritten(each / "toyworld.yaml", ("task: toyworld", f"task: {name}"))
     rewritten(cut / "toyworld.yaml", (str(folder), str(cut)))
     rewritten(cut / "questions.json", (str(folder), str(cut)))
@@ -72,10 +74,11 @@ def run(tasks, tmp_path, capsys):
     return run
 
 
-def counted_by_the_toy(name, ratio, first=0, videos=VIDEOS):
+def counted_by_the_toy(name, ratio, first=0, videos=VIDEOS, options=None):
     questions = evaluate.load_questions("test", first, videos)
     method = evaluate.ALL_TOKENS if ratio is None else name
-    return 100 * evaluate.evaluate(load_model(str(WEIGHTS), device="cpu"), questions, method, ratio).accuracy()
+    model = load_model(str(WEIGHTS), device="cpu")
+    return 100 * evaluate.evaluate(model, questions, method, ratio, options).accuracy()
 
 
 @pytest.mark.parametrize("variant, batch", [("paper", 1), ("plus", 4)])
@@ -111,6 +114,15 @@ def test_a_group_is_the_mean_of_its_tasks_and_resume_goes_on(run):
     assert [100 * values["accuracy,none"] for values in own] == pytest.approx(of_tasks[::-1])
     status, second, _, err = run("both,late", "--retain-ratios", "0.1", "--resume")
     assert status == 0 and "[1/2] late, all tokens" in err and second["evaluations"][:2] == first["evaluations"]
+
+
+def test_a_benchmark_of_table_8_has_its_settings(run):
+    status, content, _, err = run("videomme_toy", "--retain-ratios", "0.1")
+    assert status == 0, err
+    row = {"tau_seg": 0.3, "merge_layers": (2, 6)}  # layers 10, 21 and 23 of 26: the last two are one of 8
+    _, compressed = content["evaluations"]
+    assert compressed["settings"] == "videomme"
+    assert compressed["percent"] == pytest.approx(counted_by_the_toy("earlytom paper", 0.1, VIDEOS, 2, row))
 
 
 def test_limit_is_a_number_of_questions(run):
