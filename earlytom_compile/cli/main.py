@@ -6,7 +6,6 @@ Only the parser lives here. What a command needs (torch, transformers) is import
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import importlib.metadata
 import logging
@@ -17,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ..config import EarlyTomConfig
 from ..errors import EarlyTomError
 from .options import add_config_flags, given_options
 from .parser import CommandParser
@@ -306,36 +304,55 @@ def _add_flops(parser: CommandParser) -> None:
 
 def _add_eval(parser: CommandParser) -> None:
     parser.description = (
-        "Asks a small model, trained for it, about synthetic videos: with all tokens, with EarlyTom, with parts of it "
-        "and with trivial ways to fewer tokens, and counts right answers by category."
+        "Counts right answers, with all video tokens and with fewer. --toy: a small model, trained for it, is asked "
+        "about synthetic videos; EarlyTom stands beside parts of it and trivial ways to fewer tokens. --tasks: a "
+        "checkpoint of yours answers benchmarks of lmms-eval (pip install lmms-eval==0.7.3), and the columns are those "
+        "of the paper's Table 1."
     )
-    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld (the only one so far)")
+    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld")
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME,NAME",
+        help="lmms-eval's, such as mvbench,videomme,egoschema,longvideobench_val_v; those of Table 8 have its settings",
+    )
+    parser.add_argument(
+        "--model", metavar="PATH_OR_HUB_ID", help="with --tasks: the checkpoint; with --toy: one trained on it"
+    )
     parser.add_argument(
         "--methods",
         type=lambda text: tuple(text.split(",")),
         metavar="NAME,NAME",
-        help="beside all tokens only methods whose names begin so, such as earlytom,random (default: all)",
+        help="with --toy: beside all tokens only methods whose names begin so, such as earlytom,random (default: all)",
     )
     parser.add_argument(
         "--variant",
         dest="only_variant",  # `variant` would be an option of every method
         choices=("paper", "released", "plus"),
-        help="the same as --methods 'earlytom VARIANT'",
+        help="with --toy: the same as --methods 'earlytom VARIANT'; with --tasks: EarlyTom's (paper)",
     )
     _add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens")
-    parser.add_argument("--videos", type=int, default=1000, metavar="N", help="how many (%(default)s)")
-    _add_json(parser, "every number, after every row")
-    _add_resume(parser, "rows in the file of --json are not counted again")
-    parser.add_rare("--model", metavar="FOLDER", help="a checkpoint trained on it (default: the one here)")
+    parser.add_argument("--videos", type=int, default=1000, metavar="N", help="with --toy: how many (%(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
+    _add_json(parser, "every number, after every row or task")
+    _add_resume(parser, "what is in the file of --json is not counted again")
     _add_device(parser)
+    _add_dtype(parser)
+    parser.add_rare("--frames", type=int, metavar="N", help="of each video, with --tasks (default: the checkpoint's)")
+    parser.add_rare("--batch-size", type=int, default=1, metavar="N", help="questions of a call (%(default)s)")
+    parser.add_rare(
+        "--model-args",
+        metavar="NAME=VALUE,...",
+        help="with --tasks, for checkpoints of LLaVA's own code: conv_template, add_time_instruction, ...",
+    )
+    parser.add_rare("--include-path", metavar="DIR", help="a folder of tasks of your own, for --tasks")
     parser.add_rare("--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)")
     parser.add_rare("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
     # Asked for by name, and refused with what to do instead.
     parser.add_argument("--video", help=argparse.SUPPRESS)
     _add_documents(parser, "the table")
-    algorithm = ("merge_layers", "tau_seg", "alpha", "max_window", "tau_merge")
-    names = [field.name for field in dataclasses.fields(EarlyTomConfig)]
-    add_config_flags(parser, leave_out=[name for name in names if name not in algorithm])
+    # A call that would run uncompressed must not count as a compressed one; nor is the full model compiled.
+    add_config_flags(parser, leave_out=("retain_ratio", "variant"), lowering="eager", strict=True)
 
 
 def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
@@ -360,6 +377,10 @@ def _add_model(parser: CommandParser, *, required: bool, fallback: str = " (defa
         f"on the Hugging Face Hub{fallback}",
     )
     _add_device(parser)
+    _add_dtype(parser)
+
+
+def _add_dtype(parser: CommandParser) -> None:
     parser.add_rare(
         "--dtype",
         default="auto",
