@@ -165,7 +165,7 @@ def check_forward(model, call: Call, **options) -> None:
         torch.testing.assert_close(output.loss, compressed_loss(earlytom_compile.restore(model), prompt), **CLOSE)
 
 
-def generated(model, call: Call, new: int = 4, **kwargs) -> Tensor:
+def generated(model, call: Call, new: int | None = 4, **kwargs) -> Tensor:
     """What ``generate()`` of the model returns."""
     return model.generate(
         call.ids, **call.arguments(), **{"max_new_tokens": new, "do_sample": False, "pad_token_id": PAD, **kwargs}

@@ -1,8 +1,8 @@
 """What a compressed model of LLaVA's own code must compute, in eager PyTorch, by a road of its own.
 
 Hooks on the model's own vision layers and the functions of ``reference.py``, one video at a time; newlines, prompt and
-padding by the code here, which is written from LLaVA's conventions and shares nothing with the family. Images go through
-the model's own code.
+padding by the code here, which is written from LLaVA's conventions and shares nothing with the family. Images go
+through the model's own code.
 
     prompt = compressed_prompt(model, ids, [pixels, image], ["video", "image"], retain_ratio=0.1, variant="paper")
     compressed_logits(model, prompt)                   # what model(ids, images=..., modalities=...).logits must be

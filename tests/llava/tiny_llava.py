@@ -49,7 +49,8 @@ def _why_not() -> str | None:
 if reason := _why_not():
     pytest.skip(reason, allow_module_level=True)
 
-from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM  # noqa: E402
+from llava.model import llava_arch  # noqa: E402, F401
+from llava.model.language_model import llava_qwen  # noqa: E402
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionConfig, SigLipVisionModel  # noqa: E402
 
 
@@ -64,7 +65,7 @@ def tiny_llava(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     **config,
-) -> LlavaQwenForCausalLM:
+) -> llava_qwen.LlavaQwenForCausalLM:
     """A fresh model in eval mode; the same seed gives the same weights, whatever the options of newlines and pooling.
 
     ``vision_layers``: those that are left when the tower has dropped its last. ``config``: more of LLaVA's options."""
@@ -82,7 +83,7 @@ def tiny_llava(
         "tokenizer_model_max_length": 8192,
         "tokenizer_padding_side": "right",
     }
-    text = LlavaQwenConfig(
+    text = llava_qwen.LlavaQwenConfig(
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=96,
@@ -96,7 +97,7 @@ def tiny_llava(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaQwenForCausalLM(text).eval()
+        model = llava_qwen.LlavaQwenForCausalLM(text).eval()
         _load_tower(model.get_vision_tower(), vision_layers, vision_hidden)
         spread(model)
     return model.to(dtype)
