@@ -68,8 +68,10 @@ class Llava(Family):
         return 3, side, side
 
     def videos(self, model: Any, call: Call) -> list[Video]:
-        """A video of one frame may come without its axis of frames."""
-        videos = [video[None] if video.dim() == 3 else video for video in call["pixel_values_videos"]]
+        """On the device of the tower, which brings them there itself; one frame may come without an axis of frames."""
+        device = model.get_vision_tower().device
+        place = None if device.type == "meta" else device  # offloaded: it is brought to the inputs
+        videos = [(video[None] if video.dim() == 3 else video).to(place) for video in call["pixel_values_videos"]]
         return super().videos(model, {"pixel_values_videos": videos})
 
     def rows(self, model: Any, pixels: Tensor, **arguments: Any) -> Tensor:

@@ -367,10 +367,10 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
 
     def encode_then_watch(*args):
         stop()
-        rows, before = encode(*args)
-        reads.hold(rows)
+        encoded = encode(*args)
+        reads.hold(encoded.rows)
         entered.append(reads.__enter__())
-        return rows, before
+        return encoded
 
     def watched_tolist(x):
         if entered and reads.holds(x):
