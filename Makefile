@@ -4,6 +4,7 @@
 # make gpu          all that only a GPU can tell, in 15 minutes: OUT=folder, FROM=c to go on with stage c, DRY=1 on a CPU
 # make gpu-page     docs/gpu.md from what make gpu found: OUT="folder folder"
 # make test-matrix  the tests once more with other transformers, each in an environment of its own
+# make test-llava   the tests of LLaVA's own models, which need an older transformers: LLAVA_SRC=clone of LLaVA-NeXT
 # make clean        remove the environments and every cache
 #
 # Each target makes the environment it needs and installs into it once. `pip install` is left as it is, so PyPI
@@ -25,7 +26,7 @@ MATRIX := 5.17.0 5.23.0 5.24.0
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix types clean
+.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix test-llava llava-source types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -48,6 +49,16 @@ test-all: .venv/.installed-test
 test-matrix: export OMP_NUM_THREADS := 1
 test-matrix: $(MATRIX:%=.venv-%/.installed-test)
 	set -e; for version in $(MATRIX); do .venv-$$version/bin/python $(PYTEST); done
+
+# The same weights, once as a model of transformers and once as one of LLaVA's own code, which no environment can hold
+# both of: the first writes what the tests of the second compare with.
+test-llava: export OMP_NUM_THREADS := 1
+test-llava: llava-source .venv/.installed-test .venv-llava/.installed-test
+	.venv/bin/python tests/llava/onevision_rows.py
+	LLAVA_SRC="$(abspath $(LLAVA_SRC))" .venv-llava/bin/python $(PYTEST) tests/llava
+
+llava-source:
+	@test -d "$(LLAVA_SRC)/llava/model" || { echo "No llava in LLAVA_SRC='$(LLAVA_SRC)': clone https://github.com/LLaVA-VL/LLaVA-NeXT and name the folder, as in 'make test-llava LLAVA_SRC=/path/to/LLaVA-NeXT'." >&2; exit 1; }
 
 # A machine with a GPU is often lent bare and without a network: its own Python is taken if it has what is needed.
 OUT ?= build/gpu
@@ -82,9 +93,13 @@ $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .
 	.venv-$*/bin/python -m pip install --editable '.[test]' 'transformers==$*'
 	touch $@
 
+.venv-llava/.installed-test: pyproject.toml | .venv-llava/bin/python
+	.venv-llava/bin/python -m pip install --editable '.[test]' 'transformers==4.55.4' pillow einops
+	touch $@
+
 %/bin/python:
 	@test -n "$(PYTHON)" || { echo "No Python of version 3.11 or newer found: name one, as in 'make $(MAKECMDGOALS) PYTHON=/path/to/python3.12'." >&2; exit 1; }
 	$(PYTHON) -m venv $*
 
 clean:
-	rm -rf .venv $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-llava $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
