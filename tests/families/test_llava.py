@@ -135,6 +135,8 @@ class TestRows:
         (rows,) = earlytom_compile.encode_videos(compiled(model, retain_ratio=0.1), [clip(model, 8)])
         newlines = int((rows == model.model.image_newline).all(dim=1).sum())
         assert len(rows) == 7 + newlines and 1 < newlines <= 7
+        (told,) = report(model).to_dict()["videos"]
+        assert 1 < told["frames"][-1] < 8
         assert torch.equal(rows[-1], model.model.image_newline)
 
 

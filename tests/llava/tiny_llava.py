@@ -29,7 +29,8 @@ VOCABULARY = 120
 def _why_not() -> str | None:
     """Why LLaVA's code cannot run here; None if it can."""
     if not OLDEST <= TorchVersion(transformers.__version__) < FIRST_THAT_FAILS:
-        return f"llava runs on transformers {OLDEST} and newer, below {FIRST_THAT_FAILS}; {transformers.__version__} is"
+        installed = transformers.__version__
+        return f"llava needs transformers >={OLDEST},<{FIRST_THAT_FAILS}; {installed} is installed (make test-llava)"
     source = os.environ.get("LLAVA_SRC")
     if source and source not in sys.path:
         sys.path.append(source)
