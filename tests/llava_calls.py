@@ -19,6 +19,7 @@ from oracle_llava import (
     compressed_loss,
     compressed_prompt,
     compressed_video,
+    grid_side,
 )
 from scenes import video
 from torch import Tensor
@@ -149,7 +150,7 @@ def check_rows(model, pixels: Tensor, **options) -> None:
     torch.testing.assert_close(rows, oracle.rows, **CLOSE)
     (told,) = earlytom_compile.report(model).to_dict()["videos"]
     assert told["frames"] == [len(pixels), *oracle.frames_after]
-    assert told["tokens"][1] == len(oracle.kept)
+    assert told["tokens"] == [len(pixels) * grid_side(model) ** 2, len(oracle.kept)]
 
 
 def check_forward(model, call: Call, **options) -> None:
@@ -165,7 +166,7 @@ def check_forward(model, call: Call, **options) -> None:
         torch.testing.assert_close(output.loss, compressed_loss(earlytom_compile.restore(model), prompt), **CLOSE)
 
 
-def generated(model, call: Call, new: int = 4, **kwargs) -> Tensor:
+def generated(model, call: Call, new: int | None = 4, **kwargs) -> Tensor:
     """What ``generate()`` of the model returns."""
     return model.generate(
         call.ids, **call.arguments(), **{"max_new_tokens": new, "do_sample": False, "pad_token_id": PAD, **kwargs}

@@ -28,13 +28,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class LlavaVideo:
-    """rows: ``[kept + newlines, C]``. kept: int64 ``[kept, 2]`` of (merged frame, token). uncompressed: rows of the
-    model's own code."""
+    """rows: ``[kept + newlines, C]``. kept: int64 ``[kept, 2]`` of (merged frame, token)."""
 
     rows: Tensor
     kept: Tensor
     frames_after: list[int]
-    uncompressed: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,6 @@ def compressed_video(model, pixels: Tensor, **options) -> LlavaVideo:
         rows=_with_newlines(model, features[kept[:, 0], kept[:, 1]], kept.tolist()),
         kept=kept,
         frames_after=encoder.frames_after,
-        uncompressed=_rows_of(model, len(pixels)),
     )
 
 
@@ -131,12 +128,6 @@ def _with_newlines(model, tokens: Tensor, kept: list[list[int]]) -> Tensor:
         if unit != following:
             rows.append(model.model.image_newline.to(token))
     return torch.stack(rows)
-
-
-def _rows_of(model, frames: int) -> int:
-    side = grid_side(model)
-    newlines = {"none": 0, "end": 1, "frame": frames, "row": frames * side}[_newline_places(model)]
-    return frames * side**2 + newlines
 
 
 # --- The prompt -----------------------------------------------------------------------------------

@@ -45,6 +45,13 @@ def test_rows_are_those_of_the_oracle(model, newline, variant):
     check_rows(model, clip(model), variant=variant)
 
 
+def test_frames_of_these_videos_merge(model):
+    compiled(model)
+    earlytom_compile.encode_videos(model, [clip(model)])
+    (told,) = earlytom_compile.report(model).to_dict()["videos"]
+    assert 1 < told["frames"][-1] < 6
+
+
 @pytest.mark.parametrize("newline", ["grid", "frame", "one_token"])
 def test_flat_prompts_have_no_newlines(model, newline):
     model.config.mm_newline_position, model.config.mm_patch_merge_type = newline, "flat"

@@ -29,7 +29,8 @@ VOCABULARY = 120
 def _why_not() -> str | None:
     """Why LLaVA's code cannot run here; None if it can."""
     if not OLDEST <= TorchVersion(transformers.__version__) < FIRST_THAT_FAILS:
-        return f"llava runs on transformers {OLDEST} and newer, below {FIRST_THAT_FAILS}; {transformers.__version__} is"
+        installed = transformers.__version__
+        return f"llava needs transformers >={OLDEST},<{FIRST_THAT_FAILS}; {installed} is installed (make test-llava)"
     source = os.environ.get("LLAVA_SRC")
     if source and source not in sys.path:
         sys.path.append(source)
@@ -49,7 +50,8 @@ def _why_not() -> str | None:
 if reason := _why_not():
     pytest.skip(reason, allow_module_level=True)
 
-from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM  # noqa: E402
+from llava.model import llava_arch  # noqa: E402, F401
+from llava.model.language_model import llava_qwen  # noqa: E402
 from llava.model.multimodal_encoder.siglip_encoder import SigLipVisionConfig, SigLipVisionModel  # noqa: E402
 
 
@@ -64,7 +66,7 @@ def tiny_llava(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     **config,
-) -> LlavaQwenForCausalLM:
+) -> llava_qwen.LlavaQwenForCausalLM:
     """A fresh model in eval mode; the same seed gives the same weights, whatever the options of newlines and pooling.
 
     ``vision_layers``: those that are left when the tower has dropped its last. ``config``: more of LLaVA's options."""
@@ -109,7 +111,28 @@ def llava_config(vision_hidden: int, **config) -> LlavaQwenConfig:
         "tie_word_embeddings": False,
         "use_sliding_window": False,
     }
+<<<<<<< HEAD
     return LlavaQwenConfig(**{**options, **config})
+=======
+    text = llava_qwen.LlavaQwenConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=text_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        **{**options, **config},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = llava_qwen.LlavaQwenForCausalLM(text).eval()
+        _load_tower(model.get_vision_tower(), vision_layers, vision_hidden)
+        spread(model)
+    return model.to(dtype)
+>>>>>>> h-llava
 
 
 def tower_config(layers: int, hidden: int, side: int = SIDE, patch: int = PATCH) -> SigLipVisionConfig:
