@@ -320,7 +320,7 @@ def _add_eval(parser: CommandParser) -> None:
     parser.description = (
         "Counts right answers, with all video tokens and with fewer. --toy: a small model, trained for it, is asked "
         "about synthetic videos; EarlyTom stands beside parts of it and trivial ways to fewer tokens. --tasks: a "
-        "checkpoint of yours answers benchmarks of lmms-eval (pip install lmms-eval==0.7.3), and the columns are those "
+        "checkpoint of yours answers benchmarks of lmms-eval (pip install '.[eval]'), and the columns are those "
         "of the paper's Table 1."
     )
     parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from scenes import spread
 from tiny_checkpoint import build_tokenizer
-from tiny_llava import LlavaQwenForCausalLM, SigLipVisionModel, llava_config, load_tower, tower_config
+from tiny_llava import SigLipVisionModel, llava_config, llava_qwen, load_tower, tower_config
 
 TOWER, SIZE = "tiny/siglip-so400m-patch14-384", (384, 14)
 """The size that its image processor makes, and 27 patches a side."""
@@ -24,7 +24,7 @@ def write_llava_checkpoint(folder: Path, hub: Path, *, layers: int = 4, hidden: 
         torch.manual_seed(0)
         SigLipVisionModel(tower).save_pretrained(revision)  # its weights come with the checkpoint once more
         options = {"mm_vision_tower": TOWER, **config, "vocab_size": len(tokenizer)}
-        model = LlavaQwenForCausalLM(llava_config(hidden, **options))
+        model = llava_qwen.LlavaQwenForCausalLM(llava_config(hidden, **options))
         load_tower(model.get_vision_tower(), tower)
         spread(model)
     (revision.parents[1] / "refs").mkdir()

@@ -80,13 +80,13 @@ def tiny_llava(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaQwenForCausalLM(text).eval()
+        model = llava_qwen.LlavaQwenForCausalLM(text).eval()
         load_tower(model.get_vision_tower(), tower_config(vision_layers, vision_hidden))
         spread(model)
     return model.to(dtype)
 
 
-def llava_config(vision_hidden: int, **config) -> LlavaQwenConfig:
+def llava_config(vision_hidden: int, **config) -> llava_qwen.LlavaQwenConfig:
     """A small Qwen2 and LLaVA's options; ``config`` goes before them."""
     options = {
         "mm_vision_tower": "tiny/siglip-54-patch2",  # "siglip" decides which tower it is, and no such path may exist
@@ -111,28 +111,7 @@ def llava_config(vision_hidden: int, **config) -> LlavaQwenConfig:
         "tie_word_embeddings": False,
         "use_sliding_window": False,
     }
-<<<<<<< HEAD
-    return LlavaQwenConfig(**{**options, **config})
-=======
-    text = llava_qwen.LlavaQwenConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=text_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        use_sliding_window=False,
-        **{**options, **config},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = llava_qwen.LlavaQwenForCausalLM(text).eval()
-        _load_tower(model.get_vision_tower(), vision_layers, vision_hidden)
-        spread(model)
-    return model.to(dtype)
->>>>>>> h-llava
+    return llava_qwen.LlavaQwenConfig(**{**options, **config})
 
 
 def tower_config(layers: int, hidden: int, side: int = SIDE, patch: int = PATCH) -> SigLipVisionConfig:
