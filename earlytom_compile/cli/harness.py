@@ -21,8 +21,6 @@ from typing import Any
 from ..errors import EarlyTomConfigError, EarlyTomError
 from ..integrations.checkpoint_files import in_one_line
 
-VERSION = "0.7.3"
-"""Of lmms-eval, which this was written for."""
 INSTALL = "pip install '.[eval]' in the repository brings it"
 _NAME = "earlytom"
 """What tasks call the model whose prompts they write: none has any of its own for it, so theirs for all models."""
