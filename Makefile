@@ -104,7 +104,7 @@ $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .
 	touch $@
 
 .venv-llava/.installed-test: pyproject.toml | .venv-llava/bin/python
-	.venv-llava/bin/python -m pip install --editable '.[test]' 'transformers==4.55.4' pillow einops
+	.venv-llava/bin/python -m pip install --editable '.[test,eval]' 'transformers==4.55.4' pillow einops
 	touch $@
 
 %/bin/python:
