@@ -4,6 +4,7 @@
 # make gpu          all that only a GPU can tell, in 15 minutes: OUT=folder, FROM=c to go on with stage c, DRY=1 on a CPU
 # make gpu-page     docs/gpu.md from what make gpu found: OUT="folder folder"
 # make test-matrix  the tests once more with other transformers, each in an environment of its own
+# make test-eval    the tests inside lmms-eval, of a version of its own
 # make test-llava   the tests of LLaVA's own models, which need an older transformers: LLAVA_SRC=clone of LLaVA-NeXT
 # make clean        remove the environments and every cache
 #
@@ -26,7 +27,7 @@ MATRIX := 5.17.0 5.23.0 5.24.0
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix test-llava llava-source types clean
+.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix test-eval test-llava llava-source types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -49,6 +50,10 @@ test-all: .venv/.installed-test
 test-matrix: export OMP_NUM_THREADS := 1
 test-matrix: $(MATRIX:%=.venv-%/.installed-test)
 	set -e; for version in $(MATRIX); do .venv-$$version/bin/python $(PYTEST); done
+
+test-eval: export OMP_NUM_THREADS := 1
+test-eval: .venv-eval/.installed-test
+	.venv-eval/bin/python $(PYTEST) tests/harness
 
 # The same weights, once as a model of transformers and once as one of LLaVA's own code, which no environment can hold
 # both of: the first writes what the tests of the second compare with.
@@ -93,6 +98,11 @@ $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .
 	.venv-$*/bin/python -m pip install --editable '.[test]' 'transformers==$*'
 	touch $@
 
+# Installed as docs/lmms-eval.md says.
+.venv-eval/.installed-test: pyproject.toml | .venv-eval/bin/python
+	.venv-eval/bin/python -m pip install --editable '.[test,eval]'
+	touch $@
+
 .venv-llava/.installed-test: pyproject.toml | .venv-llava/bin/python
 	.venv-llava/bin/python -m pip install --editable '.[test]' 'transformers==4.55.4' pillow einops
 	touch $@
@@ -102,4 +112,4 @@ $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .
 	$(PYTHON) -m venv $*
 
 clean:
-	rm -rf .venv .venv-llava $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-eval .venv-llava $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,7 +23,8 @@ DEFAULT_MERGE_LAYERS = (6, 21, 23)
 """Where frames merge in an encoder of 26 layers: 7, 22 and 24 of them are done."""
 
 # Table 8 of the paper: tau_seg and merge layers for a retain ratio; every row has alpha = 0.9.
-_RATIOS = (0.25, 0.20, 0.15, 0.10)
+PRESET_RATIOS = (0.25, 0.20, 0.15, 0.10)
+"""Retain ratios that presets have settings for."""
 _TABLE_8: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
     "mvbench": ((0.8, (6, 14, 20)), (0.8, (6, 14, 20)), (0.8, (6, 14, 20)), (0.65, (8, 14, 20))),
     "egoschema": ((0.7, (10, 21, 23)), (0.6, (10, 21, 23)), (0.5, (10, 21, 23)), (0.3, (10, 21, 23))),
@@ -197,12 +198,12 @@ def _scaled(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
 
 def _preset(name: Any, ratio: Any) -> dict[str, Any]:
     _require_choice("preset", name, PRESETS)
-    if ratio not in _RATIOS:
+    if ratio not in PRESET_RATIOS:
         raise EarlyTomConfigError(
-            f"preset={name!r} with retain_ratio={ratio!r}: Table 8 has rows for {', '.join(map(str, _RATIOS))}. "
+            f"preset={name!r} with retain_ratio={ratio!r}: Table 8 has rows for {', '.join(map(str, PRESET_RATIOS))}. "
             "Take one of those, or give tau_seg and merge_layers yourself without a preset."
         )
-    tau_seg, merge_layers = _TABLE_8[name][_RATIOS.index(ratio)]
+    tau_seg, merge_layers = _TABLE_8[name][PRESET_RATIOS.index(ratio)]
     return {"tau_seg": tau_seg, "merge_layers": merge_layers, "alpha": 0.9}
 
 

@@ -92,6 +92,8 @@ def test_entry_points(wheel):
     text = archive.read(name).decode()
     assert "[torch_dynamo_backends]\nearlytom = earlytom_compile.backend:earlytom" in text
     assert "[console_scripts]\nearlytom = earlytom_compile.cli.main:main" in text
+    assert "[lmms_eval.models]\nearlytom = earlytom_compile.integrations.lmms_eval:manifests" in text
+    assert "earlytom_compile/integrations/lmms_eval/model.py" in archive.namelist()
 
 
 def test_dependencies_are_few_and_torchvision_is_none_of_them(wheel):
@@ -100,7 +102,7 @@ def test_dependencies_are_few_and_torchvision_is_none_of_them(wheel):
     metadata = email.message_from_bytes(archive.read(name))
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     hard = {needed.name for needed in requirements if "extra" not in str(needed.marker)}
-    assert hard == {"torch", "transformers", "triton", "av", "numpy", "safetensors", "rich"}
+    assert hard == {"torch", "transformers", "triton", "av", "numpy", "packaging", "safetensors", "rich"}
     (transformers,) = [needed for needed in requirements if needed.name == "transformers"]
     assert transformers.specifier.contains("4.46.3")  # a family says what its models need
     assert metadata["License-Expression"] == "Apache-2.0"

@@ -1,6 +1,8 @@
-"""``earlytom eval --toy``: what compression costs in answers, on a small model that really answers.
+"""``earlytom eval``: what compression costs in answers; with ``--toy``, on a small model that really answers.
 
 Draw the videos of a split -> ask about each, with all tokens and with what each method leaves -> table.
+
+``--tasks``, a checkpoint of one's own and benchmarks of lmms-eval, is in :mod:`.eval_tasks`.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from ..benchmarks.environment import environment
 from ..benchmarks.forecast import compilation, in_words
 from ..errors import EarlyTomConfigError
 from ..words import counted
+from . import eval_tasks
 from .loading import open_checkpoint, progress_bars
 from .outputs import output_console, write_text
 from .resume import check_resume, saved_content, stopped
@@ -23,12 +26,27 @@ from .resume import check_resume, saved_content, stopped
 _FILE_WIDTH = 130  # columns, where nobody watches
 _MERGING = ("earlytom", "only", "top-k", "random")
 """Beginnings of methods that merge frames, or look at segments of them."""
+_OF_TOY = ("methods", "videos", "split", "first", "plot")
+"""Options that mean nothing to benchmarks."""
+_NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selection", "strict")
+"""Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
+_OF_TASKS = ("frames", "dtype", "batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS)
+"""Options that mean nothing to the toy world."""
 _PIECE = 20  # videos that are timed to say how long all take
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Evaluate every method at every ratio; print and write what came out."""
+    """Evaluate what is asked for; print and write what came out."""
     _check(arguments)
+    if arguments.tasks:
+        chosen = {"variant": arguments.only_variant} if arguments.only_variant else {}
+        eval_tasks.execute(arguments, {**options, **chosen})
+    else:
+        _execute_toy(arguments, {name: value for name, value in options.items() if name not in _NOT_OF_METHODS})
+
+
+def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Every method at every ratio."""
     try:
         from ..toyworld import evaluate, report
         from ..toyworld.model import WEIGHTS
@@ -118,26 +136,38 @@ def _say_how_long(model: Any, questions: Any, arms: list[tuple[str, float | None
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if not arguments.toy:
-        raise EarlyTomConfigError("only the toy world can be evaluated so far: earlytom eval --toy.")
+    if arguments.toy == bool(arguments.tasks):
+        raise EarlyTomConfigError(
+            "give one of --toy (the toy world that comes along) and --tasks (benchmarks of lmms-eval, with --model)."
+        )
     if arguments.video:
         raise EarlyTomConfigError(
-            f"video={arguments.video!r}: right answers are known for the videos that eval draws. What compression "
-            "changes in answers about your own, earlytom run --compare shows for one and earlytom compare for many."
+            f"video={arguments.video!r}: right answers are known for the videos that eval draws or a benchmark has. "
+            "What compression changes in answers about your own, earlytom run --compare shows for one and earlytom "
+            "compare for many."
         )
+    other, taken = ("--tasks", _OF_TASKS) if arguments.toy else ("--toy", _OF_TOY)
+    for name in taken:
+        if name in arguments.given:
+            raise EarlyTomConfigError(f"{name}={getattr(arguments, name)!r}: that goes with {other}; leave it out.")
+    wrong = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
+    if wrong:
+        raise EarlyTomConfigError(f"retain_ratios: {wrong[0]} must be in (0, 1].")
+    if arguments.toy:
+        _check_toy(arguments)
+    check_resume(arguments)
+
+
+def _check_toy(arguments: argparse.Namespace) -> None:
     if arguments.videos < 1 or arguments.first < 0:
         raise EarlyTomConfigError(
             f"videos={arguments.videos}, first={arguments.first}: at least 1 video, counted from 0."
         )
-    wrong = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
-    if wrong:
-        raise EarlyTomConfigError(f"retain_ratios: {wrong[0]} must be in (0, 1].")
     if arguments.only_variant and arguments.methods:
         raise EarlyTomConfigError(
             f"variant={arguments.only_variant!r} with --methods: give one, such as --methods "
             f"'earlytom {arguments.only_variant}'."
         )
-    check_resume(arguments)
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...] | None:

@@ -6,7 +6,6 @@ Only the parser lives here. What a command needs (torch, transformers) is import
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import importlib.metadata
 import logging
@@ -14,11 +13,24 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..config import EarlyTomConfig
 from ..errors import EarlyTomError
+from .flags import (
+    add_device,
+    add_documents,
+    add_dtype,
+    add_frames,
+    add_json,
+    add_max_new_tokens,
+    add_model,
+    add_pictures,
+    add_repeats,
+    add_resume,
+    add_retain_ratios,
+    numbers,
+)
 from .options import add_config_flags, given_options
 from .parser import CommandParser
 from .printing import Unwritten, checked_output, discard_output
@@ -159,8 +171,8 @@ def _add_demo(parser: CommandParser) -> None:
     parser.add_argument("--save", metavar="FOLDER", help="keep checkpoint and video there (default: thrown away)")
     parser.add_argument("--html", metavar="FILE", help="where the page goes (default: a folder for temporary files)")
     parser.add_rare("--frames", type=int, default=8, metavar="N", help="frames taken from the video (%(default)s)")
-    _add_max_new_tokens(parser, 16)
-    _add_repeats(parser, default=3)
+    add_max_new_tokens(parser, 16)
+    add_repeats(parser, default=3)
     add_config_flags(parser, retain_ratio=0.1, variant="plus", lowering="eager")
 
 
@@ -169,20 +181,20 @@ def _add_run(parser: CommandParser) -> None:
         "Asks a checkpoint about a video, with compressed video tokens. With several videos, each is "
         "one of its own; with several questions, each is asked about each video, and none knows of the others."
     )
-    _add_model(parser, required=True, fallback="")
+    add_model(parser, required=True, fallback="")
     parser.add_argument(
         "--video", required=True, action="append", metavar="FILE", help="any video FFmpeg can read; may be repeated"
     )
     parser.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="the question; may be repeated"
     )
-    _add_frames(parser)
+    add_frames(parser)
     parser.add_argument("--compare", action="store_true", help="answer with the full model too, and compare")
     parser.add_argument("--quiet", action="store_true", help="print answers, warnings and errors alone")
-    _add_json(parser, "answers, tokens, frames, times and options", alone=True)
-    _add_pictures(parser)
-    _add_max_new_tokens(parser, 64)
-    _add_repeats(parser, "timed runs of each model, with --compare (%(default)s)")
+    add_json(parser, "answers, tokens, frames, times and options", alone=True)
+    add_pictures(parser)
+    add_max_new_tokens(parser, 64)
+    add_repeats(parser, "timed runs of each model, with --compare (%(default)s)")
     add_config_flags(parser)
 
 
@@ -192,14 +204,14 @@ def _add_explain(parser: CommandParser) -> None:
         "what both models answer if you ask, what was found in the video, what the words mean, and what the compiler "
         "did, what it left alone and why."
     )
-    _add_model(parser, required=False)
+    add_model(parser, required=False)
     parser.add_argument("--video", metavar="FILE", help="default: a short clip made on the spot")
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="a question that both models answer; may be repeated"
     )
-    _add_frames(parser)
-    _add_pictures(parser)
-    _add_max_new_tokens(parser, 64)
+    add_frames(parser)
+    add_pictures(parser)
+    add_max_new_tokens(parser, 64)
     add_config_flags(parser)
 
 
@@ -208,7 +220,7 @@ def _add_compare(parser: CommandParser) -> None:
         "Answers questions about videos with all tokens and with fewer, in turn, and says how many answers stay the "
         "same, how much less likely the full model's answers become, what it saves, and which setting to take."
     )
-    _add_model(parser, required=True, fallback="")
+    add_model(parser, required=True, fallback="")
     parser.add_argument("--videos", required=True, metavar="DIR", help="the folder of the videos")
     parser.add_argument(
         "--questions",
@@ -216,7 +228,7 @@ def _add_compare(parser: CommandParser) -> None:
         metavar="FILE",
         help="CSV with the header video,question or video,question,answer, or JSON lines with these names",
     )
-    _add_retain_ratios(parser, (0.25, 0.1), "shares of the video tokens")
+    add_retain_ratios(parser, (0.25, 0.1), "shares of the video tokens")
     parser.add_argument(
         "--variants",
         type=lambda text: tuple(text.split(",")),
@@ -224,8 +236,8 @@ def _add_compare(parser: CommandParser) -> None:
         metavar="NAME,NAME",
         help="each with every ratio (paper,plus)",
     )
-    _add_frames(parser)
-    _add_max_new_tokens(parser, 32)
+    add_frames(parser)
+    add_max_new_tokens(parser, 32)
     parser.add_argument("--json", metavar="FILE", help="write every answer and number there, question by question")
     parser.add_argument("--resume", action="store_true", help="go on with what --json has of a stopped run")
     add_config_flags(parser, leave_out=("retain_ratio", "variant"), lowering="eager")
@@ -238,15 +250,15 @@ def _add_bench(parser: CommandParser) -> None:
         "profiler, for where the time goes. The video is synthetic unless one is given; how far its frames merge is "
         "printed beside every row."
     )
-    _add_model(parser, required=False, fallback="")
+    add_model(parser, required=False, fallback="")
     parser.add_argument(
         "--shape", default="cpu-small", metavar="NAME", help="random weights in this shape (%(default)s)"
     )
     parser.add_argument("--video", metavar="FILE", help="a video, in every row of a batch, instead of a synthetic one")
     parser.add_argument(
-        "--frames", type=_numbers(int), metavar="N,N", help="one table each (default: the model's, or the shape's)"
+        "--frames", type=numbers(int), metavar="N,N", help="one table each (default: the model's, or the shape's)"
     )
-    _add_retain_ratios(parser, (0.1,), "EarlyTom's")
+    add_retain_ratios(parser, (0.1,), "EarlyTom's")
     parser.add_argument(
         "--arms",
         type=lambda text: tuple(text.split(",")),
@@ -254,8 +266,8 @@ def _add_bench(parser: CommandParser) -> None:
         metavar="NAME,NAME",
         help="measure only arms whose names begin so, such as transformers,earlytom (default: all)",
     )
-    _add_json(parser, "every single number, after every round")
-    _add_resume(parser, "what is in the file of --json is not measured again")
+    add_json(parser, "every single number, after every round")
+    add_resume(parser, "what is in the file of --json is not measured again")
     parser.add_rare("--batch", type=int, default=1, metavar="N", help="prompts, one video each (%(default)s)")
     parser.add_rare("--prompt-length", type=int, default=32, metavar="N", help="words beside the video (%(default)s)")
     parser.add_rare(
@@ -272,14 +284,14 @@ def _add_bench(parser: CommandParser) -> None:
     parser.add_rare(
         "--decode-tokens", type=int, default=8, metavar="N", help="tokens decoded behind the first (%(default)s)"
     )
-    _add_repeats(parser)
+    add_repeats(parser)
     parser.add_rare(
-        "--concurrency", type=_numbers(int), metavar="C,C", help="measure load instead: so many clients, one table each"
+        "--concurrency", type=numbers(int), metavar="C,C", help="measure load instead: so many clients, one table each"
     )
     parser.add_rare(
         "--max-batch", type=int, default=8, metavar="N", help="most requests of a call under load (%(default)s)"
     )
-    _add_documents(parser, "the tables")
+    add_documents(parser, "the tables")
     parser.add_rare("--trace", metavar="FILE", help="write a Chrome trace of one call of every arm there")
     add_config_flags(parser, leave_out=("retain_ratio",))
 
@@ -292,12 +304,12 @@ def _add_flops(parser: CommandParser) -> None:
     parser.add_argument("--shape", default="llava-onevision-7b", metavar="NAME", help="a named shape (%(default)s)")
     parser.add_argument("--model", metavar="FOLDER", help="the shape in this checkpoint's config.json instead")
     parser.add_argument("--frames", type=int, metavar="N", help="frames of the video (default: the shape's usual)")
-    _add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens that reach the language model")
+    add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens that reach the language model")
     parser.add_argument("--protocol", choices=("paper", "exact"), default="paper", help="how to count (%(default)s)")
-    _add_json(parser, "every number")
-    parser.add_rare("--merge-layers", type=_numbers(int), metavar="I,I", help="encoder layers after which frames merge")
+    add_json(parser, "every number")
+    parser.add_rare("--merge-layers", type=numbers(int), metavar="I,I", help="encoder layers after which frames merge")
     parser.add_rare(
-        "--schedule", type=_numbers(float), metavar="N,N", help="frames at first and after each merge (73.9%% stay)"
+        "--schedule", type=numbers(float), metavar="N,N", help="frames at first and after each merge (73.9%% stay)"
     )
     parser.add_rare(
         "--prompt-length", type=int, default=32, metavar="N", help="words beside the video, if exact (%(default)s)"
@@ -306,122 +318,55 @@ def _add_flops(parser: CommandParser) -> None:
 
 def _add_eval(parser: CommandParser) -> None:
     parser.description = (
-        "Asks a small model, trained for it, about synthetic videos: with all tokens, with EarlyTom, with parts of it "
-        "and with trivial ways to fewer tokens, and counts right answers by category."
+        "Counts right answers, with all video tokens and with fewer. --toy: a small model, trained for it, is asked "
+        "about synthetic videos; EarlyTom stands beside parts of it and trivial ways to fewer tokens. --tasks: a "
+        "checkpoint of yours answers benchmarks of lmms-eval (pip install '.[eval]'), and the columns are those "
+        "of the paper's Table 1."
     )
-    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld (the only one so far)")
+    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld")
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: tuple(text.split(",")),
+        metavar="NAME,NAME",
+        help="lmms-eval's, such as mvbench,videomme,egoschema,longvideobench_val_v; those of Table 8 have its settings",
+    )
+    parser.add_argument(
+        "--model", metavar="PATH_OR_HUB_ID", help="with --tasks: the checkpoint; with --toy: one trained on it"
+    )
     parser.add_argument(
         "--methods",
         type=lambda text: tuple(text.split(",")),
         metavar="NAME,NAME",
-        help="beside all tokens only methods whose names begin so, such as earlytom,random (default: all)",
+        help="with --toy: beside all tokens only methods whose names begin so, such as earlytom,random (default: all)",
     )
     parser.add_argument(
         "--variant",
         dest="only_variant",  # `variant` would be an option of every method
         choices=("paper", "released", "plus"),
-        help="the same as --methods 'earlytom VARIANT'",
+        help="with --toy: the same as --methods 'earlytom VARIANT'; with --tasks: EarlyTom's (paper)",
     )
-    _add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens")
-    parser.add_argument("--videos", type=int, default=1000, metavar="N", help="how many (%(default)s)")
-    _add_json(parser, "every number, after every row")
-    _add_resume(parser, "rows in the file of --json are not counted again")
-    parser.add_rare("--model", metavar="FOLDER", help="a checkpoint trained on it (default: the one here)")
-    _add_device(parser)
+    add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens")
+    parser.add_argument("--videos", type=int, default=1000, metavar="N", help="with --toy: how many (%(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
+    add_json(parser, "every number, after every row or task")
+    add_resume(parser, "what is in the file of --json is not counted again")
+    add_device(parser)
+    add_dtype(parser)
+    parser.add_rare("--frames", type=int, metavar="N", help="of each video, with --tasks (default: the checkpoint's)")
+    parser.add_rare("--batch-size", type=int, default=1, metavar="N", help="questions of a call (%(default)s)")
+    parser.add_rare(
+        "--model-args",
+        metavar="NAME=VALUE,...",
+        help="with --tasks, for checkpoints of LLaVA's own code: conv_template, add_time_instruction, ...",
+    )
+    parser.add_rare("--include-path", metavar="DIR", help="a folder of tasks of your own, for --tasks")
     parser.add_rare("--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)")
     parser.add_rare("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
     # Asked for by name, and refused with what to do instead.
     parser.add_argument("--video", help=argparse.SUPPRESS)
-    _add_documents(parser, "the table")
-    algorithm = ("merge_layers", "tau_seg", "alpha", "max_window", "tau_merge")
-    names = [field.name for field in dataclasses.fields(EarlyTomConfig)]
-    add_config_flags(parser, leave_out=[name for name in names if name not in algorithm])
-
-
-def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    """``"8,16"`` -> (8, 16), for argparse."""
-
-    def numbers(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError as error:
-            example = "8,16" if kind is int else "0.1,0.2"
-            raise argparse.ArgumentTypeError(f"{text!r}: must be numbers with commas between, as {example}.") from error
-
-    return numbers
-
-
-def _add_model(parser: CommandParser, *, required: bool, fallback: str = " (default: the demo's)") -> None:
-    parser.add_argument(
-        "--model",
-        required=required,
-        metavar="PATH_OR_HUB_ID",
-        help="a checkpoint of LLaVA-OneVision, or of a family that an installed package registers: a folder, or a name "
-        f"on the Hugging Face Hub{fallback}",
-    )
-    _add_device(parser)
-    parser.add_rare(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "float16", "bfloat16"),
-        help="of the weights; auto = the checkpoint's own on a GPU, float32 on a CPU",
-    )
-
-
-def _add_device(parser: CommandParser) -> None:
-    parser.add_rare("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
-
-
-def _add_json(parser: CommandParser, what: str, *, alone: bool = False) -> None:
-    """``alone``: without a file, the flag means the standard output."""
-    settings: dict[str, Any] = {"nargs": "?", "const": "-"} if alone else {}
-    text = f"write {what} there; -: to the standard output, and nothing else"
-    parser.add_argument("--json", metavar="FILE", help=text, **settings)
-
-
-def _add_resume(parser: CommandParser, what: str) -> None:
-    parser.add_argument("--resume", action="store_true", help=f"go on where Ctrl-C stopped: {what}")
-
-
-def _add_documents(parser: CommandParser, what: str) -> None:
-    parser.add_rare("--markdown", metavar="FILE", help=f"write {what} there")
-    parser.add_rare("--plot", metavar="DIR", help="write PNG files there (needs matplotlib)")
-
-
-def _add_retain_ratios(parser: CommandParser, default: tuple[float, ...], text: str) -> None:
-    parser.add_argument(
-        "--retain-ratios",
-        "--retain-ratio",
-        type=_numbers(float),
-        default=default,
-        metavar="R,R",
-        help=f"{text} ({','.join(map(str, default))})",
-    )
-
-
-def _add_frames(parser: CommandParser) -> None:
-    parser.add_argument(
-        "--frames",
-        type=int,
-        metavar="N",
-        help="frames taken evenly from the video (default: what the checkpoint was made for, else 32, or as many as "
-        "the file has)",
-    )
-
-
-def _add_max_new_tokens(parser: CommandParser, default: int) -> None:
-    text = "length limit of the answer (%(default)s)"
-    parser.add_rare("--max-new-tokens", type=int, default=default, metavar="N", help=text)
-
-
-def _add_pictures(parser: CommandParser) -> None:
-    text = "draw there which frames merged and which tokens stayed"
-    parser.add_argument("--html", metavar="FILE", help=f"{text}: one page that needs nothing else")
-    parser.add_argument("--png", metavar="FILE", help="the same as one image (needs matplotlib)")
-
-
-def _add_repeats(parser: CommandParser, text: str = "timed runs of each model (%(default)s)", default: int = 5) -> None:
-    parser.add_rare("--repeats", type=int, default=default, metavar="N", help=text)
+    add_documents(parser, "the table")
+    # A call that would run uncompressed must not count as a compressed one; nor is the full model compiled.
+    add_config_flags(parser, leave_out=("retain_ratio", "variant"), lowering="eager", strict=True)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def add_config_flags(parser: CommandParser, *, leave_out: Sequence[str] = (), **
         if hint is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings |= {"type": _reader(hint), "metavar": _metavar(hint)}
+            settings |= {"type": reader(hint), "metavar": _metavar(hint)}
         flag = "--" + name.replace("_", "-")
         if name in COMMON:
             group.add_argument(flag, **settings)
@@ -91,7 +91,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
-def _reader(hint: Any) -> Callable[[str], Any]:
+def reader(hint: Any) -> Callable[[str], Any]:
     """Text -> the first member of ``hint`` that can be read from it; else the text itself."""
 
     def read(text: str) -> Any:

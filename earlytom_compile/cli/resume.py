@@ -41,9 +41,16 @@ def saved_content(arguments: argparse.Namespace, about: dict[str, Any], progress
         raise EarlyTomConfigError(f"--resume: {str(file)!r} is no JSON of this command: {error}.") from error
     for name, now in json.loads(json.dumps(about)).items():
         before = content.get(name) if isinstance(content, dict) else None
-        if before != now and name not in _MAY_DIFFER:
+        if not _equal(before, now) and name not in _MAY_DIFFER:
             raise EarlyTomConfigError(f"--resume: {_difference(str(file), name, before, now)}")
     return content
+
+
+def _equal(before: Any, now: Any) -> bool:
+    """An option that was given as None is one that was not given."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(before.get(key) == now.get(key) for key in {**before, **now})
+    return before == now
 
 
 def _difference(file: str, name: str, before: Any, now: Any) -> str:

@@ -188,12 +188,16 @@ def _disc(centre: tuple[float, float], radius: float) -> np.ndarray:
     return (_X[:1] - centre[0]) ** 2 + (_Y[:, :1] - centre[1]) ** 2 <= radius**2
 
 
-def write_mp4(video: Video, path: str | Path) -> None:
-    """Encode 64 frames, 12 a second (H.264, or MPEG-4 where FFmpeg lacks an H.264 encoder)."""
+def write_mp4(video: Video, path: str | Path, *, lossless: bool = False) -> None:
+    """Encode 64 frames, 12 a second (H.264, or MPEG-4 where FFmpeg lacks an H.264 encoder).
+
+    ``lossless``: decoded, they are the drawn ones bit for bit; takes FFmpeg's libx264rgb.
+    """
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    kind, pixels, options = ("libx264rgb", "rgb24", {"qp": "0"}) if lossless else (codec, "yuv420p", {})
     with av.open(str(path), "w") as container:
-        stream = typing.cast(av.VideoStream, container.add_stream(codec, rate=FPS))
-        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
+        stream = typing.cast(av.VideoStream, container.add_stream(kind, rate=FPS, options=options))
+        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, pixels
         for index in range(FILE_FRAMES):
             picture = video.draw(index / FRAMES_BETWEEN)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

@@ -180,6 +180,13 @@ def test_rows_of_another_measurement_are_refused(tmp_path, more, says, capsys):
     assert says in capsys.readouterr().err and calls == [] and file.read_text() == before
 
 
+def test_an_option_of_none_is_one_that_is_not_given(tmp_path):
+    file = tmp_path / "bench.json"
+    with counted():
+        main(command(file, "2", 1))
+        assert main(command(file, "2", 1, "--resume", "--mode", "none")) == 0
+
+
 def test_rows_of_another_machine_are_refused(tmp_path, capsys):
     file = tmp_path / "bench.json"
     with counted():

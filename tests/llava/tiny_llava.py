@@ -70,50 +70,65 @@ def tiny_llava(
     """A fresh model in eval mode; the same seed gives the same weights, whatever the options of newlines and pooling.
 
     ``vision_layers``: those that are left when the tower has dropped its last. ``config``: more of LLaVA's options."""
+    text = llava_config(
+        vision_hidden,
+        mm_patch_merge_type=merge,
+        mm_spatial_pool_mode=pool,
+        mm_newline_position=newline,
+        num_hidden_layers=text_layers,
+        **config,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = llava_qwen.LlavaQwenForCausalLM(text).eval()
+        load_tower(model.get_vision_tower(), tower_config(vision_layers, vision_hidden))
+        spread(model)
+    return model.to(dtype)
+
+
+def llava_config(vision_hidden: int, **config) -> llava_qwen.LlavaQwenConfig:
+    """A small Qwen2 and LLaVA's options; ``config`` goes before them."""
     options = {
         "mm_vision_tower": "tiny/siglip-54-patch2",  # "siglip" decides which tower it is, and no such path may exist
         "delay_load": True,
         "mm_hidden_size": vision_hidden,
         "mm_projector_type": "mlp2x_gelu",
-        "mm_patch_merge_type": merge,
-        "mm_spatial_pool_mode": pool,
-        "mm_newline_position": newline,
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_spatial_pool_mode": "bilinear",
+        "mm_newline_position": "one_token",
         "image_aspect_ratio": "anyres_max_9",
         "image_grid_pinpoints": [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]],
         "add_faster_video": False,
         "tokenizer_model_max_length": 8192,
         "tokenizer_padding_side": "right",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
     }
-    text = llava_qwen.LlavaQwenConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=text_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        use_sliding_window=False,
-        **{**options, **config},
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = llava_qwen.LlavaQwenForCausalLM(text).eval()
-        _load_tower(model.get_vision_tower(), vision_layers, vision_hidden)
-        spread(model)
-    return model.to(dtype)
+    return llava_qwen.LlavaQwenConfig(**{**options, **config})
 
 
-def _load_tower(tower: nn.Module, layers: int, hidden: int) -> None:
-    """What its ``load_model()`` does, with random weights."""
-    tower.config = SigLipVisionConfig(
+def tower_config(layers: int, hidden: int, side: int = SIDE, patch: int = PATCH) -> SigLipVisionConfig:
+    """``layers`` are left when the last one has been dropped."""
+    return SigLipVisionConfig(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers + 1,
         num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=PATCH,
+        image_size=side,
+        patch_size=patch,
     )
+
+
+def load_tower(tower: nn.Module, config: SigLipVisionConfig) -> None:
+    """What its ``load_model()`` does, with random weights."""
+    tower.config = config
     tower.vision_tower = SigLipVisionModel(tower.config).eval()
     del tower.vision_tower.vision_model.encoder.layers[-1:]
     tower.vision_tower.vision_model.head = nn.Identity()
