@@ -14,10 +14,10 @@ from oracle import Options
 from oracle_llava import (
     PLACEHOLDER,
     LlavaPrompt,
-    compressed_generate,
     compressed_logits,
     compressed_loss,
     compressed_prompt,
+    compressed_steps,
     compressed_video,
     grid_side,
 )
@@ -174,9 +174,10 @@ def generated(model, call: Call, new: int | None = 4, **kwargs) -> Tensor:
 
 
 def check_generate(model, call: Call, new: int = 4, **options) -> None:
-    """The new tokens, and nothing but them, are those of the oracle."""
-    prompt = expected(model, call, **options)
-    tokens = compressed_generate(model, prompt, new)
-    assert torch.equal(generated(compiled(model, **options), call, new), tokens)
-    lengths = earlytom_compile.report(model).to_dict()
-    assert lengths["last_call"] == "compressed"
+    """The new tokens, and nothing but them, are those of the oracle, and so are their logits."""
+    tokens, logits = compressed_steps(model, expected(model, call, **options), new)
+    output = generated(compiled(model, **options), call, new, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(output.sequences, tokens)
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), logits, **CLOSE_LOGITS)
+    assert torch.equal(generated(model, call, new), tokens)
+    assert earlytom_compile.report(model).to_dict()["last_call"] == "compressed"

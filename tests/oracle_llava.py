@@ -227,17 +227,25 @@ def compressed_loss(model, prompt: LlavaPrompt) -> Tensor:
 
 
 @torch.no_grad()
-def compressed_generate(model, prompt: LlavaPrompt, max_new_tokens: int) -> Tensor:
-    """Greedy tokens int64 ``[R, new]``: each row alone and unpadded, recomputed for every token."""
-    generated = []
+def compressed_steps(model, prompt: LlavaPrompt, new: int) -> tuple[Tensor, Tensor]:
+    """Greedy tokens int64 ``[R, new]`` and their logits ``[R, new, vocabulary]``: each row alone and unpadded, computed
+    anew for every token."""
+    generated, decided = [], []
     for row in prompt.rows:
-        sequence, tokens = row[None], []
-        for _ in range(max_new_tokens):
-            tokens.append(int(_logits(model, sequence)[0, -1].argmax()))
+        sequence, tokens, logits = row[None], [], []
+        for _ in range(new):
+            logits.append(_logits(model, sequence)[0, -1])
+            tokens.append(int(logits[-1].argmax()))
             following = model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
             sequence = torch.cat([sequence, following], dim=1)
         generated.append(tokens)
-    return torch.tensor(generated)
+        decided.append(torch.stack(logits))
+    return torch.tensor(generated), torch.stack(decided)
+
+
+def compressed_generate(model, prompt: LlavaPrompt, new: int) -> Tensor:
+    """The tokens of :func:`compressed_steps`."""
+    return compressed_steps(model, prompt, new)[0]
 
 
 def _logits(model, embeddings: Tensor, **given) -> Tensor:
