@@ -113,6 +113,10 @@ class Family:
         """The decoder, called with ``inputs_embeds``: its pass over a prompt is compiled too. None leaves it alone."""
         return None
 
+    def vision_within(self, model: Any) -> Sequence[nn.Module]:
+        """Modules of the video path that lie in :meth:`language_model`, where any do."""
+        return ()
+
     def embedding(self, model: Any) -> nn.Module:
         """The token embedding, int64 [R, S] -> [R, S, C]."""
         return model.get_input_embeddings()

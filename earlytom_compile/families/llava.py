@@ -10,12 +10,12 @@ One placeholder (-200) in the ids for each entry of ``images``; ``generate()`` r
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import EarlyTomConfigError
 from .base import Call, Family, Prompt, Reason, Video
 
 _PLACEHOLDER = -200
@@ -45,6 +45,10 @@ class Llava(Family):
         """A Qwen2, which has the vision tower among its modules."""
         return model.get_model()
 
+    def vision_within(self, model: Any) -> Sequence[nn.Module]:
+        """The tower and the projector, which are the Qwen2's."""
+        return model.get_vision_tower(), model.get_model().mm_projector
+
     def encoder_layers(self, config: Any) -> int | None:
         """The configuration does not say; the tower is loaded from elsewhere."""
         return None
@@ -55,7 +59,11 @@ class Llava(Family):
         """The videos among ``images``; ``images`` stay, with what else they have."""
         call = dict(arguments)
         if videos := _videos_among(call):
-            call["pixel_values_videos"] = [call["images"][place] for place in videos]
+            given = [call["images"][place] for place in videos]
+            # One frame may come without an axis of frames.
+            call["pixel_values_videos"] = [x[None] if isinstance(x, Tensor) and x.dim() == 3 else x for x in given]
+        elif _is_flat_video(call):
+            call["pixel_values_videos"] = [call["images"]]
         return call
 
     def by_its_own_names(self, call: Call) -> dict[str, Any]:
@@ -68,11 +76,17 @@ class Llava(Family):
         return 3, side, side
 
     def videos(self, model: Any, call: Call) -> list[Video]:
-        """On the device of the tower, which brings them there itself; one frame may come without an axis of frames."""
-        device = model.get_vision_tower().device
-        place = None if device.type == "meta" else device  # offloaded: it is brought to the inputs
-        videos = [(video[None] if video.dim() == 3 else video).to(place) for video in call["pixel_values_videos"]]
-        return super().videos(model, {"pixel_values_videos": videos})
+        """On the device of the tower, which brings them there itself. Raises for another dtype than the model's, which
+        it does not change."""
+        videos, tower = super().videos(model, call), model.get_vision_tower()
+        for video in videos:
+            if video.pixels.dtype != model.dtype and not torch.is_autocast_enabled(tower.device.type):
+                raise EarlyTomConfigError(
+                    f"a video is {video.pixels.dtype} and the model {model.dtype}: give it video.to(model.dtype)."
+                )
+        if tower.device.type == "meta":  # offloaded: it is brought to the inputs
+            return videos
+        return [Video(video.pixels.to(tower.device)) for video in videos]
 
     def rows(self, model: Any, pixels: Tensor, **arguments: Any) -> Tensor:
         """[1, F*P, C], without newlines."""
@@ -98,16 +112,18 @@ class Llava(Family):
 
     def other_rows(self, model: Any, ids: Tensor, call: Call) -> Iterable[tuple[int, Tensor]]:
         """(place among ``images``, rows) of each that is no video, by the model's own code."""
-        images, sizes, videos = call["images"], call.get("image_sizes"), _videos_among(call)
+        images, sizes, videos = call["images"], call.get("image_sizes") or (), _videos_among(call)
         # One picture a call, which is all that the prompt has; a prompt of one token would be a step of decoding.
         alone = ids.new_tensor([[_PLACEHOLDER, 0]])
         endless = copy.copy(model.config)
         endless.tokenizer_model_max_length = None
+        known = next(kind for kind in type(model).__mro__ if f"{kind.__module__}.{kind.__qualname__}" in self.classes)
         for place in range(len(images)):
             if place not in videos:
-                size = None if sizes is None else [sizes[place]]
-                spliced = _splice(model, alone, {"images": [images[place]], "image_sizes": size}, config=endless)
-                yield place, spliced[4][0, :-1]
+                size = [sizes[place]] if place < len(sizes) else None
+                picture = {"images": [images[place]], "image_sizes": size}
+                # What a subclass does to its prompts is done to the whole of them, later.
+                yield place, _splice(known, _like(model, config=endless), alone, picture)[4][0, :-1]
 
     # --- The prompt -----------------------------------------------------------------------------------
 
@@ -120,23 +136,18 @@ class Llava(Family):
     ) -> Prompt:
         """By the model's own code, padding, labels and the longest prompt it takes included."""
         features = _in_order(call, rows, dict(others))
-        spliced = _splice(model, ids, {**call, "images": _NONE}, encode_images=lambda images: features)
+        ready = _like(model, encode_images=lambda images: features)
+        spliced = _splice(type(model), ready, ids, {**call, "images": _NONE})
         mask, embeds = spliced[2], spliced[4]
         return Prompt(spliced, embeds.shape[1], mask if len(ids) > 1 else None)
 
     def prompt_length(
         self, model: Any, ids: Tensor, call: Call, sizes: Sequence[int], others: Sequence[tuple[int, Tensor]]
     ) -> int:
-        """By the model's own code, with embeddings of no width."""
-        videos = [torch.empty(size, 0) for size in sizes]
-        features = _in_order(call, videos, {place: torch.empty(len(rows), 0) for place, rows in others})
-        narrow: dict[str, Any] = {
-            "encode_images": lambda images: features,
-            "get_model": lambda: SimpleNamespace(embed_tokens=lambda ids: torch.empty(len(ids), 0)),
-            "device": torch.device("cpu"),
-        }
-        given = {"attention_mask": call.get("attention_mask"), "modalities": _modalities(call), "images": _NONE}
-        return _splice(model, ids, given, **narrow)[4].shape[1]
+        """By the model's own code, with zeros for videos."""
+        row = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=ids.device)
+        videos = [row.expand(size, -1) for size in sizes]
+        return self.prompt(model, ids, {**call, "labels": None}, videos, others).length
 
     # --- What does not work ---------------------------------------------------------------------------
 
@@ -150,7 +161,14 @@ class Llava(Family):
                 "add_faster_video is a layout of slow and fast frames that the model's own generate() does not have",
                 "Set model.config.add_faster_video = False, for what it does have",
             )
+        if _is_flat_video(call):
+            return (
+                "images is one tensor [frames, 3, H, W], each of which is a picture to the model's own code",
+                "Give a list: images=[video]",
+            )
         merge, position = _layout(config)
+        if merge != "flat" and not merge.startswith("spatial"):
+            return f"mm_patch_merge_type={merge!r} is neither 'flat' nor 'spatial...'", "Set it in model.config"
         if position not in _POSITIONS:
             return f"mm_newline_position={position!r} is none of {', '.join(_POSITIONS)}", "Set it in model.config"
         needs_newline = merge.startswith("spatial") and position in ("frame", "grid")
@@ -170,21 +188,17 @@ class Llava(Family):
         return isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] == 1
 
 
-class _StandIn:
-    """``self`` of the model's own code, some of whose attributes are others."""
-
-    def __init__(self, model: Any, **others: Any) -> None:
-        self.__dict__.update(others)
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+def _like(model: Any, **others: Any) -> Any:
+    """An object that is ``model`` but for some attributes. The model, which other threads use, stays as it is."""
+    twin = object.__new__(type(model))
+    twin.__dict__.update(model.__dict__, **others)
+    return twin
 
 
-def _splice(model: Any, ids: Tensor, call: Call, **others: Any) -> tuple[Any, ...]:
-    """(None, position ids, mask, cache, embeddings [R, S', C], labels) by the model's own code."""
-    return getattr(type(model), _SPLICE)(
-        _StandIn(model, **others),
+def _splice(kind: Any, model: Any, ids: Tensor, call: Call) -> tuple[Any, ...]:
+    """(None, position ids, mask, cache, embeddings [R, S', C], labels) by the code of the class ``kind``."""
+    return getattr(kind, _SPLICE)(
+        model,
         ids,
         call.get("position_ids"),
         call.get("attention_mask"),
@@ -210,6 +224,12 @@ def _videos_among(call: Call) -> list[int]:
     said += [False] * (len(images) - len(said))
     encoded = [isinstance(image, Tensor) and image.dim() == 2 for image in images]
     return [place for place in range(len(images)) if said[place] or encoded[place]]
+
+
+def _is_flat_video(call: Call) -> bool:
+    """Whether ``images`` is a video alone, which the model's own code takes for a batch of pictures."""
+    images = call.get("images")
+    return isinstance(images, Tensor) and images.dim() == 4 and "video" in _modalities(call)
 
 
 def _in_order(call: Call, videos: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Tensor]:

@@ -112,6 +112,16 @@ def require_tensors(family: Family, videos: Any) -> None:
     )
 
 
+def refuse_mixture(family: Family, videos: Any) -> None:
+    """Raise where some videos are encoded and others are not."""
+    given = list(videos) if isinstance(videos, list | tuple) else []
+    if any(video.dim() == 2 for video in given) and not is_encoded(given):
+        raise EarlyTomConfigError(
+            f"{family.spelled('pixel_values_videos')}: some videos are rows of encode_videos(), others pixels; encode "
+            "all of them, or none."
+        )
+
+
 def is_encoded(videos: Any) -> bool:
     """Whether these are rows [K, C] that ``encode_videos`` made."""
     listed = isinstance(videos, list | tuple) and len(videos) > 0

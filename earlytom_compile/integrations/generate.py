@@ -25,7 +25,7 @@ import torch
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
-from ..families.base import Call, Family, Prompt, Video
+from ..families.base import Call, Family, Prompt, Reason, Video
 from ..prompt import Places, PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
 from ..reporting import Counts, GraphRecord
 from ..stages import fall_back
@@ -42,6 +42,7 @@ from .checks import (
     reason_against_forward,
     reason_against_generate,
     reason_against_prompt,
+    refuse_mixture,
     require_tensors,
     takes,
 )
@@ -59,7 +60,7 @@ from .generation import (
 from .method import Method
 from .placement import weights_in_place
 from .prefill import CompiledPrefill
-from .ready_prompts import hand_over, take_ready
+from .ready_prompts import hand_over, handed_to
 from .video_encoder import EncodedVideo, VideoEncoder
 
 log = logging.getLogger(__name__)
@@ -193,8 +194,19 @@ class CompiledModel:
     def prompt_method(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own method that puts rows into its prompt (:attr:`Family.prompt_method`); in a call that we have
         compressed it has done so already."""
-        ready = take_ready(self)
-        return ready.returned if ready is not None else self.own[self.family.prompt_method or ""](*args, **kwargs)
+        assert self.family.prompt_method is not None
+        own, handed = self.own[self.family.prompt_method], handed_to(self)
+        if handed is not None:
+            ready = handed.take()
+            return own(*args, **kwargs) if ready is None else ready.returned
+        call = self.family.by_our_names(inspect.signature(own).bind(*args, **kwargs).arguments)
+        if call.get("pixel_values_videos") is None:
+            return own(*args, **kwargs)
+        # Called by hand, or by a generate() that brings its videos in a way of its own.
+        ids: Any = call.get("input_ids")
+        reason = self._reason_to_leave_alone(ids, call, forward=True)
+        cut = None if reason else self._compress(ids, call, forward=True)
+        return own(*args, **kwargs) if cut is None or cut.prompt is None else cut.prompt.returned
 
     def _own(self, method: str, **call: Any) -> Any:
         """The model's own method, with arguments as it calls them."""
@@ -204,7 +216,8 @@ class CompiledModel:
         """The model's own method for a call that is left alone: as it came, unless the model cannot take that."""
         as_it_came = self._is_closed(method) or self.family.prompt_method is not None  # such a method takes lists
         changed = call if as_it_came else for_own_code(call, reason or self.notes[-1])
-        return self.own[method](*args, **kwargs) if changed is call else self._own(method, **changed)
+        with nullcontext() if reason == _NO_VIDEO else hand_over(self, None):
+            return self.own[method](*args, **kwargs) if changed is call else self._own(method, **changed)
 
     def _is_closed(self, method: str) -> bool:
         """Whether this is a call of, or in, a ``generate()`` that compressed videos cannot reach."""
@@ -214,8 +227,16 @@ class CompiledModel:
     def _handed_over(self, cut: "_CutCall") -> Iterator[None]:
         """Around the model's own method that gets the cut call."""
         prefill = nullcontext() if self.prefill is None else self.prefill.active(cut.mask)
-        with hand_over(self, cut.prompt), prefill:
+        with hand_over(self, cut.prompt) as handed, prefill:
             yield
+        if handed.prompt is not None:
+            self._note("uncompressed")
+            fall_back(
+                f"{self.family.prompt_method}() of the model is not what it was, and was called with the video",
+                "Call earlytom_compile.compile(model) again, after whatever replaces it",
+                self.config,
+                self.record,
+            )
 
     def _reason_to_leave_alone(self, ids: Any, call: Call, forward: bool = False) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
@@ -251,7 +272,7 @@ class CompiledModel:
         elif reason is None and self.generation == "transformers":
             reason = reason_against(self.model, call)
         if reason is None:
-            reason = family.reason_against(self.model, call)
+            reason = family.reason_against(self.model, call) or self._reason_against_replaced()
         if reason is None:
             return None
         if is_encoded(videos):
@@ -260,10 +281,21 @@ class CompiledModel:
         self._note("uncompressed")
         return reason[0]
 
+    def _reason_against_replaced(self) -> Reason | None:
+        """(reason, cure) where the prompt is made by code that would be left out."""
+        if self.family.prompt_method not in self.replaced:
+            return None
+        return (
+            f"{self.family.prompt_method}() of this model was replaced by another before compile(), which cannot be "
+            "given compressed videos",
+            "Take it off the model and compile again; that of a subclass is used",
+        )
+
     def _checked_videos(self, ids: torch.Tensor, call: Call) -> Sequence[Video | torch.Tensor]:
         """Those of the call: pixels, or rows [K, C] that were encoded before. Raises where something cannot fit."""
         check_prompt(self.family, ids, call.get("attention_mask"))
         given = call["pixel_values_videos"]
+        refuse_mixture(self.family, given)
         if not is_encoded(given):
             return self.family.videos(self.model, call)
         check_rows(given, self.family.embedding(self.model).embedding_dim)  # type: ignore[arg-type]

@@ -55,7 +55,8 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
         handle.take_over(before)
     if config.compile_llm and config.lowering != "eager":
         if handle.prefill is None and (language_model := family.language_model(model)) is not None:
-            handle.prefill = CompiledPrefill(language_model, config.lowering, config.mode)
+            within = family.vision_within(model)
+            handle.prefill = CompiledPrefill(language_model, config.lowering, config.mode, without=within)
         if handle.prefill is not None:
             handle.prefill.install()
     return model
@@ -105,4 +106,6 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any, **arguments:
     if reason := handle.encoder.reason_against_placement():
         raise EarlyTomConfigError(f"the videos cannot be encoded: {reason[0]}. {reason[1]}.")
     call = {**handle.family.by_our_names(arguments), "pixel_values_videos": pixel_values_videos}
+    if reason := handle.family.reason_against(model, call):
+        raise EarlyTomConfigError(f"the videos cannot be encoded: {reason[0]}. {reason[1]}.")
     return handle.encode_videos(handle.family.videos(model, call))

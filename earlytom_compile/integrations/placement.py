@@ -32,7 +32,8 @@ MOST_SETS_OF_HOOKS = 8
 def video_modules(model: Any, family: Family) -> list[nn.Module]:
     """The model and the modules of its video path: all but what makes text of the rows."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return _with_all_below([model], without=(family.language_model(model), family.embedding(model), head))
+    skipped = (family.language_model(model), family.embedding(model), head)
+    return _with_all_below([model, *family.vision_within(model)], without=skipped)
 
 
 def _with_all_below(found: list[nn.Module], without: Sequence[nn.Module | None] = ()) -> list[nn.Module]:
@@ -170,11 +171,12 @@ def _of_transformers(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
-def own_code_because(language_model: nn.Module) -> str | None:
-    """Why a language model's prompts are not compiled as it is; None if they can be.
+def own_code_because(language_model: nn.Module, without: Sequence[nn.Module] = ()) -> str | None:
+    """Why a language model's prompts are not compiled as it is; None if they can be. ``without``: modules in it that
+    are none of its own.
 
     Those of accelerate break graphs, others may, and Dynamo loses what a hook returns if it breaks a graph."""
-    modules = _with_all_below([language_model])
+    modules = _with_all_below([language_model], without)
     devices: set[torch.device] = set()
     for module in modules:
         if "_hf_hook" in module.__dict__ or _is_sharded(module):

@@ -36,10 +36,18 @@ seconds and more."""
 
 class CompiledPrefill:
     """Stands in for the ``forward`` of a language model; ``lowering`` is ``"staged"`` or ``"whole"``, ``mode``
-    Inductor's. Prompts that are too short to gain from it run as they are."""
+    Inductor's, ``without`` are modules in it that prompts do not go through, such as a vision tower. Prompts that are
+    too short to gain from it run as they are."""
 
-    def __init__(self, language_model: torch.nn.Module, lowering: str = "staged", mode: str | None = None) -> None:
+    def __init__(
+        self,
+        language_model: torch.nn.Module,
+        lowering: str = "staged",
+        mode: str | None = None,
+        without: Sequence[torch.nn.Module] = (),
+    ) -> None:
         self._module = language_model
+        self._without = without
         self._before = language_model.__dict__.get("forward")
         self._own = language_model.forward
         self._lowering = lowering
@@ -89,7 +97,7 @@ class CompiledPrefill:
         """Why prompts run as they are, whatever their length; None if they are compiled."""
         attention = attention_of(self._module)
         fine = attention is None or attention in COMPILES
-        reason = own_code_because(self._module) if fine else f"its attention is {attention}"
+        reason = own_code_because(self._module, self._without) if fine else f"its attention is {attention}"
         return f"the language model's pass over the prompt is not compiled: {reason}" if reason else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
