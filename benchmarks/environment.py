@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 
+from earlytom_compile.words import counted
+
 _HERE = Path(__file__).parent
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -23,7 +25,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 def environment(device: torch.device) -> dict[str, Any]:
     """By name; what does not apply to ``device`` or is not known is left out."""
     known = {
-        "machine": _gpu(device) or f"{_processor()}, {torch.get_num_threads()} threads",
+        "machine": _gpu(device) or f"{_processor()}, {counted(torch.get_num_threads(), 'thread')}",
         "earlytom": _version("earlytom-compile"),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed": "files differ from the commit" if _git("status", "--porcelain", "-uno") else None,

@@ -1,6 +1,9 @@
 """A checkpoint of LLaVA's own code as its loader wants it: a folder, and the vision tower in a cache of the hub.
 
     HF_HUB_CACHE=hub HF_HUB_OFFLINE=1     # the tower's name must not be a path, so it is looked up
+
+By hand, in the environment of ``make test-llava``, with LLAVA_SRC and PYTHONPATH=tests:tests/llava:
+python -c 'from pathlib import Path; from llava_checkpoint import *; write_llava_checkpoint(Path("tiny"), Path("hub"))'
 """
 
 from pathlib import Path
