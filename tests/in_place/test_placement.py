@@ -18,7 +18,7 @@ from without_inductor import leave_pieces_as_they_are
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report
-from earlytom_compile.integrations import generate as in_place
+from earlytom_compile.integrations import video_encoder
 
 ON_CPU = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "model.image_newline"), "cpu")
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -261,7 +261,7 @@ def test_hooks_that_change_values_come_and_go(inputs, wanted):
 
 @torch.no_grad()
 def test_hooks_that_are_new_in_every_call_are_not_compiled_forever(inputs, wanted, monkeypatch):
-    monkeypatch.setattr(in_place, "MOST_SETS_OF_HOOKS", 2)
+    monkeypatch.setattr(video_encoder, "MOST_SETS_OF_HOOKS", 2)
     model = compiled(tiny())
     for _ in range(2):
         with mlp(model).register_forward_hook(lambda module, args, output: None):
