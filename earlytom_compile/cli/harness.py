@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import EarlyTomConfigError, EarlyTomError
 from ..integrations.checkpoint_files import in_one_line
+from ..words import sentence, what_ended
 
 INSTALL = "pip install '.[eval]' in the repository brings it"
 _NAME = "earlytom"
@@ -84,18 +85,27 @@ class Harness:
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Whatever a task's own code raises, ``sys.exit`` included, becomes one line that begins with ``what``."""
+    """Whatever a task's own code raises, ``sys.exit`` included, becomes one sentence that begins with ``what``."""
     try:
         yield
     except EarlyTomError as error:
-        raise EarlyTomConfigError(f"{what}: {error}") from error
+        raise EarlyTomConfigError(sentence(f"{what}: {error}")) from error
     except SystemExit as exit:
-        raise EarlyTomConfigError(f"{what}: {exit}") from exit
-    except Exception as error:
+        raise EarlyTomConfigError(sentence(f"{what}: {what_ended(exit)}")) from exit
+    except Exception as raised:
         logger.debug("%s", what, exc_info=True)
-        causes = [error, error.__cause__] if isinstance(error.__cause__, Exception) else [error]
+        found = _behind_retries(raised)
+        causes = [found, found.__cause__] if isinstance(found.__cause__, Exception) else [found]
         told = ", because of ".join(f"{type(cause).__name__}: {in_one_line(cause)}" for cause in causes)
-        raise EarlyTomConfigError(f"{what}: {told}") from error
+        raise EarlyTomConfigError(sentence(f"{what}: {told}")) from raised
+
+
+def _behind_retries(error: Exception) -> Exception:
+    """What the last of several tries raised: lmms-eval tries each scoring of an answer five times."""
+    retries = getattr(sys.modules.get("tenacity"), "RetryError", ())
+    while isinstance(error, retries) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def test_defaults_are_those_of_the_project_but_for_strict():
     assert (read.device, read.dtype, read.max_frames, read.batch_size) == ("auto", "auto", None, 1)
 
 
-@pytest.mark.parametrize("full", ["full", None])
+@pytest.mark.parametrize("full", ["full", "Full", "FULL", None])
 def test_the_full_model_by_the_same_command(full):
     given = {"pretrained": "x", "preset": "videomme", "variant": "plus"}
     assert read_arguments({**given, "retain_ratio": 0.25}).retain_ratio == 0.25
@@ -72,8 +72,8 @@ def test_numbers_that_come_as_text(given, meant):
         ({"retain_ration": 0.1}, r"unknown option 'retain_ration'; did you mean 'retain_ratio'.* pretrained, device"),
         ({"conv_template": "qwen_1_5"}, "unknown option 'conv_template'"),
         ({"inner_layer": 3}, "unknown option 'inner_layer'"),
-        ({"retain_ratio": 1.5}, r"retain_ratio=1.5: must be in \(0, 1\]"),
-        ({"retain_ratio": "all"}, "retain_ratio='all'"),
+        ({"retain_ratio": 1.5}, r"retain_ratio=1.5: must be in \(0, 1\], or full for the model as it is"),
+        ({"retain_ratio": "all"}, "retain_ratio='all': .* or full"),
         ({"preset": "videomme", "retain_ratio": 0.3}, "Table 8 has rows for 0.25, 0.2, 0.15, 0.1"),
         ({"lowering": "eager", "mode": "default"}, "nothing is compiled; leave one out"),
         ({"dtype": "int8"}, "dtype='int8': must be one of 'auto', 'float32'"),

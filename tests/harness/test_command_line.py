@@ -135,8 +135,29 @@ def test_a_corrupt_video_among_good_ones_ends_it(lmms_eval, tmp_path):
     [
         ("retain_ration=0.1", "error: unknown option 'retain_ration'; did you mean 'retain_ratio'?"),
         ("preset=videomme,retain_ratio=0.3", "Table 8 has rows for 0.25, 0.2, 0.15, 0.1"),
+        ("batch_size=4", "error: batch_size is given twice"),
     ],
 )
 def test_a_wrong_argument_ends_it(options, says, task, lmms_eval):
     run = lmms_eval(task, options)
     assert run.code == 1 and run.results is None and says in run.printed
+
+
+def test_a_question_with_nothing_shown_is_told_of(lmms_eval, tmp_path):
+    task = write_task(tmp_path, videos=1)
+    code = task / "toyworld_task.py"
+    shown = "[doc['video']] if 'how' in doc['question'] else None"
+    code.write_text(code.read_text() + f"\n\ndef doc_to_visual(doc):\n    return {shown}\n")
+    questions = json.loads((task / "questions.json").read_text())
+    bare = [str(place) for place, each in enumerate(questions) if "how" not in each["question"]]
+    run = lmms_eval(task, "retain_ratio=full", "--force_simple")
+    assert run.code == 0 and 0 < len(bare) < len(questions)
+    assert f"task {TASK}, document {', '.join(bare)}: no picture and no video" in run.printed
+
+
+def test_what_scoring_raises_is_printed_and_leaves_no_results(lmms_eval, tmp_path):
+    task = write_task(tmp_path, videos=1)
+    code = task / "toyworld_task.py"
+    code.write_text(code.read_text() + "\n\ndef process_results(doc, results):\n    raise ValueError('boom')\n")
+    run = lmms_eval(task, "retain_ratio=full", "--limit", "1")
+    assert (run.code, run.results) == (0, None) and "ValueError: boom" in run.printed

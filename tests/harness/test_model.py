@@ -24,6 +24,7 @@ from earlytom_compile.integrations.video import read_video  # noqa: E402
 from earlytom_compile.toyworld.model import WEIGHTS  # noqa: E402
 from earlytom_compile.toyworld.questions import ask  # noqa: E402
 from earlytom_compile.toyworld.world import rng_of, sample_video, write_mp4  # noqa: E402
+from earlytom_compile.words import what_ended  # noqa: E402
 
 EAGER = {"lowering": "eager", "variant": "plus"}
 GREEDY = {"max_new_tokens": 4, "temperature": 0}
@@ -256,8 +257,49 @@ def test_a_task_that_ends_the_process_is_an_error_of_the_sample(harness):
     lm.task_dict = {"drawn": {"test": [None]}}
     (request,) = simple([(None, "what ?")])
     request.arguments = ("what ?", GREEDY, lambda doc: sys.exit("video path:x.mp4 does not exist"), 0, "drawn", "test")
-    with pytest.raises(model.SampleError, match="document 0: SystemExit: video path:x.mp4 does not exist"):
+    says = "document 0: the task ended the process: video path:x.mp4 does not exist"
+    with pytest.raises(model.SampleError, match=says):
         lm.generate_until([request])
+
+
+@pytest.mark.parametrize("code, says", [(0, ""), (None, ""), (3, " with exit code 3"), ("no file", ": no file")])
+def test_an_exit_reads_as_one(code, says):
+    assert what_ended(SystemExit(code)) == f"the task ended the process{says}"
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_question_with_nothing_shown_among_others_is_told_of_once(harness, asked, caplog, nothing):
+    documents = [*asked[:2], (nothing, "what color is the ring ?"), asked[2], (nothing, "how many ?")]
+    lm = harness(batch_size=2, retain_ratio=0.1)
+    assert len(answers(lm, documents)) == 5
+    (told,) = [record.getMessage() for record in caplog.records if "no picture and no video" in record.getMessage()]
+    assert told.startswith("task drawn, document 2, 4: no picture and no video with 2 questions of 5")
+    caplog.clear()
+    answers(lm, asked[:2])
+    answers(lm, [(nothing, "how many ?")] * 2)
+    assert not caplog.records
+
+
+def test_of_many_questions_with_nothing_shown_some_are_named(harness, asked, caplog):
+    answers(harness(batch_size=4), [asked[0], *[(None, "how many ?")] * 25])
+    numbers = ", ".join(map(str, range(1, 21)))
+    assert f"task drawn, document {numbers} and 5 more: no picture and no video with 25 questions" in caplog.text
+
+
+def test_messages_of_chat_tasks_with_nothing_shown_are_told_of(harness, asked, caplog):
+    lm = harness(model.EarlyTomChat)
+    lm.task_dict = {"drawn": {"test": asked}}
+
+    def messages(doc):
+        video = [{"type": "video", "url": doc[0]}] if doc is not asked[1] else []
+        return [{"role": "user", "content": [*video, {"type": "text", "text": doc[1]}]}]
+
+    requests = simple(asked[:3])
+    for request in requests:
+        question, arguments, _, *place = request.args
+        request.arguments = (question, messages, arguments, *place)
+    assert len(lm.generate_until(requests)) == 3
+    assert "task drawn, document 1: no picture and no video with 1 question of 3" in caplog.text
 
 
 def test_an_error_in_a_call_names_its_samples(harness, asked, monkeypatch):
@@ -307,6 +349,8 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
 def test_a_model_made_by_name_ends_the_process(asked, capsys):
     with pytest.raises(SystemExit, match="error: unknown option 'ratio'.*Valid options: pretrained"):
         model.EarlyTom.create_from_arg_string(f"pretrained={WEIGHTS},ratio=0.1")
+    with pytest.raises(SystemExit, match="batch_size is given twice: batch_size=2 in --model_args, and 1 by"):
+        model.EarlyTom.create_from_arg_string(f"pretrained={WEIGHTS},batch_size=2", {"batch_size": 1, "device": None})
     arguments = f"pretrained={WEIGHTS},device=cpu,retain_ratio=full"
     lm = model.EarlyTom.create_from_arg_string(arguments, {"batch_size": "1", "device": None})
     with pytest.raises(SystemExit, match="error: task drawn, document 0: no video file at 'nowhere.mp4'"):

@@ -165,7 +165,29 @@ def test_what_lies_behind_an_error_is_told(tasks):
 
     with pytest.raises(EarlyTomConfigError) as found:
         Harness(str(tasks)).evaluate(Model(), "toyworld", limit=1, said="toyworld, 10%")
-    assert str(found.value) == "toyworld, 10%: RuntimeError: tried 5 times, because of KeyError: 'frames'"
+    assert str(found.value) == "toyworld, 10%: RuntimeError: tried 5 times, because of KeyError: 'frames'."
+
+
+@pytest.mark.parametrize(
+    "function, code, says",
+    [
+        ("process_results", "raise ValueError('boom,\\nonce more')", "ValueError: boom, once more."),
+        ("process_results", "raise SystemExit(0)", "the task ended the process."),
+        ("counted", "raise KeyError('boom')", "KeyError: 'boom'."),
+    ],
+)
+def test_what_scoring_raises_is_told_as_it_is(function, code, says, run, tasks):
+    name = f"scoring_{len(list(tasks.iterdir()))}"
+    folder = tasks / name
+    shutil.copytree(tasks / "toyworld", folder)
+    yaml, moved = folder / "toyworld.yaml", (folder / "toyworld_task.py").rename(folder / f"{name}_task.py")
+    rewritten(yaml, ("task: toyworld", f"task: {name}"), ("aggregation: mean", "aggregation: !function it.counted"))
+    yaml.write_text(yaml.read_text().replace("toyworld_task.", "it.").replace("it.", f"{name}_task."))
+    functions = f"def counted(items):\n    return 1\n\n\ndef {function}(*given):\n    {code}\n"
+    moved.write_text(f"{moved.read_text()}\n\n{functions}")
+    status, content, out, err = run(name, "--limit", "1", "--retain-ratios", "0.1")
+    assert (status, content, out) == (2, None, "")
+    assert f"earlytom eval: {name}, all tokens: {says} Nothing was finished yet that " in err
 
 
 def test_an_unknown_task_names_those_that_are_near(run):

@@ -16,7 +16,7 @@ Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
 
 from llava.model.multimodal_encoder import siglip_encoder  # noqa: E402
 
-from earlytom_compile import EarlyTomConfigError  # noqa: E402
+from earlytom_compile import EarlyTomConfigError, EarlyTomError  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.arguments import read_arguments  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.llava_code import ARGUMENTS, LlavaSpeaker  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.prompts import Film, Picture, Turn  # noqa: E402
@@ -190,8 +190,31 @@ def test_a_checkpoint_of_other_code_is_refused(tmp_path):
         LlavaSpeaker(read_arguments({"pretrained": str(tmp_path)}, own=ARGUMENTS))
 
 
-@pytest.mark.parametrize("ratio", [None, 0.2])
-def test_inside_lmms_eval(speaker, film, ratio, monkeypatch):
+@pytest.mark.parametrize("newline", ["one_token", "no_token", "frame", "grid"])
+@pytest.mark.parametrize("pool", ["bilinear", "average"])
+def test_positions_are_those_of_the_models_own_prompt(speaker, film, newline, pool):
+    one = speaker(mm_newline_position=newline, mm_spatial_pool_mode=pool)
+    one.model.config.tokenizer_model_max_length = None
+    turns = [
+        (Film(film), "what is in it ?"),
+        (Film(film), Film([drawn(1)]), "who ?"),
+        (Picture(drawn(2, (90, 40))), "who ?"),
+        (Picture(drawn(3)), Film([drawn(4), drawn(5)]), Picture(drawn(6, (40, 90))), "who ?"),
+    ]
+    for parts in turns:
+        sample = one.prepare([Turn("user", parts)])
+        call = one.inputs([sample])
+        with torch.no_grad():
+            own = one.model.prepare_inputs_labels_for_multimodal(
+                call["inputs"], None, None, None, None, call["images"], call["modalities"], call["image_sizes"]
+            )[4]
+        assert one.positions(sample) == own.shape[1]
+    assert one.positions(one.prepare([Turn("user", ("who ?",))])) == len(one.prepare([Turn("user", ("who ?",))]).ids)
+
+
+@pytest.fixture
+def in_lmms_eval(speaker, monkeypatch):
+    """(the speaker, a maker of models around it, answers of a model to documents (what is shown, question))."""
     pytest.importorskip("lmms_eval.evaluator", reason="lmms-eval is not installed")
     from lmms_eval.api.instance import Instance
 
@@ -199,21 +222,74 @@ def test_inside_lmms_eval(speaker, film, ratio, monkeypatch):
 
     one = speaker()
     monkeypatch.setattr(model, "LlavaSpeaker", lambda arguments: one)
-    documents = [(film, "what is in it ?"), (None, "who ?"), ([[drawn(1), drawn(2)]], "who ?"), (film, "who ?")]
-    requests = [
-        Instance(
-            request_type="generate_until",
-            arguments=(question, {"max_new_tokens": 5}, lambda doc: doc[0], place, "drawn", "test"),
-            idx=0,
-            metadata={"task": "drawn", "doc_id": place, "repeats": 1},
+
+    def made(ratio, size=1, **options):
+        return model.EarlyTomLlavaOnevision(
+            pretrained="x", batch_size=size, retain_ratio=ratio, lowering="eager", **options
         )
-        for place, (_, question) in enumerate(documents)
-    ]
+
+    def answers(lm, documents):
+        lm.task_dict = {"drawn": {"test": documents}}
+        requests = [
+            Instance(
+                request_type="generate_until",
+                arguments=(question, {"max_new_tokens": 5}, lambda doc: doc[0], place, "drawn", "test"),
+                idx=0,
+                metadata={"task": "drawn", "doc_id": place, "repeats": 1},
+            )
+            for place, (_, question) in enumerate(documents)
+        ]
+        return [answer.text for answer in lm.generate_until(requests)]
+
+    return one, made, answers
+
+
+def test_the_full_model_is_asked_no_prompt_that_its_code_cuts(in_lmms_eval, film):
+    one, made, answers = in_lmms_eval
+    documents = [([[drawn(1)]], "who ?"), (film, "what is in it ?")]
+    config, whole = one.model.config, one.positions(one.prepare([Turn("user", (Film(film), documents[1][1]))]))
+    assert whole > FRAMES * one.tokens_per_frame
+    config.tokenizer_model_max_length = whole
+    fits = answers(made(None), documents)
+    config.tokenizer_model_max_length = whole - 1
+    says = rf"document 1: the prompt has {whole} positions with all tokens, .* takes {whole - 1} .*max_frames_num"
+    for size in (1, 2):
+        with pytest.raises(EarlyTomError, match=says):
+            answers(made(None, size), documents)
+        assert len(answers(made(0.2, size), documents)) == len(fits) == 2
+    # Nothing is compressed in a call without strict: the same holds for it.
+    config.add_faster_video = True
+    with pytest.raises(EarlyTomError, match=says):
+        answers(made(0.2, strict=False), documents)
+
+
+def test_what_is_too_long_when_it_is_compressed_is_an_error_too(in_lmms_eval, film):
+    one, made, answers = in_lmms_eval
+    kept, text = round(0.2 * FRAMES * one.tokens_per_frame), 2 * len(one.prepare([Turn("user", ("who ?",))]).ids)
+    one.model.config.tokenizer_model_max_length = kept
+    with pytest.raises(EarlyTomError, match=rf"document 0: the prompt has at least {kept} positions when compressed"):
+        answers(made(0.2), [(film, "who ?")])
+    one.model.config.tokenizer_model_max_length = kept + text
+    assert len(answers(made(0.2), [(film, "who ?")])) == 1
+
+
+@pytest.mark.parametrize("ratio", [None, 0.2])
+def test_pictures_that_are_too_long_are_an_error_and_words_are_not_cut(in_lmms_eval, ratio):
+    one, made, answers = in_lmms_eval
+    one.model.config.tokenizer_model_max_length = 10
+    with pytest.raises(EarlyTomError, match=r"document 0: the prompt has \d+ positions with all tokens, .* takes 10 "):
+        answers(made(ratio), [(drawn(1), "who ?")])
+    assert len(answers(made(ratio), [(None, "who ?")])) == 1
+
+
+@pytest.mark.parametrize("ratio", [None, 0.2])
+def test_inside_lmms_eval(in_lmms_eval, film, ratio):
+    _, made, answers = in_lmms_eval
+    documents = [(film, "what is in it ?"), (None, "who ?"), ([[drawn(1), drawn(2)]], "who ?"), (film, "who ?")]
     found = []
     for size in (1, 4):
-        lm = model.EarlyTomLlavaOnevision(pretrained="x", batch_size=size, retain_ratio=ratio, lowering="eager")
-        lm.task_dict = {"drawn": {"test": documents}}
-        found.append([answer.text for answer in lm.generate_until(requests)])
+        lm = made(ratio, size)
+        found.append(answers(lm, documents))
         costs = lm.costs()
         assert costs["video_frames"] == (4 + 2 + 4) / 3 and costs["video_tokens"] == pytest.approx(10 * 196 / 3)
         kept = [frames * 196 if ratio is None else round(ratio * frames * 196) for frames in (4, 2, 4)]

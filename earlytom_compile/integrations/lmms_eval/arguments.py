@@ -16,6 +16,7 @@ from typing import Any
 
 from ...cli.options import given_options, reader
 from ...config import NOT_YET, EarlyTomConfig, bad_option, is_whole_number, unknown_option
+from ...errors import EarlyTomConfigError
 
 FULL = "full"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -83,10 +84,33 @@ def read_options(given: Mapping[str, Any]) -> tuple[float | None, dict[str, Any]
             raise unknown_option(name, _OPTIONS)
     options = {name: _read(name, value) for name, value in given.items()}
     ratio = options.pop("retain_ratio", EarlyTomConfig.retain_ratio)
-    full = ratio is None or ratio == FULL
+    full = ratio is None or (isinstance(ratio, str) and ratio.lower() == FULL)
+    if not full:
+        _require_ratio(ratio)
     compared = {"retain_ratio": EarlyTomConfig.retain_ratio if full else ratio}
     given_options(argparse.Namespace(**{**options, **compared}))
     return None if full else float(ratio), {"strict": True, **options}
+
+
+def require_once(said: Mapping[str, Any], by_command: Mapping[str, Any]) -> None:
+    """Raise :class:`EarlyTomConfigError` for what ``--model_args`` say and lmms-eval hands over besides.
+
+    ``by_command``: lmms-eval's own options for models; None is one that was not given.
+    """
+    twice = [name for name in said if by_command.get(name) is not None]
+    if twice:
+        name = twice[0]
+        raise EarlyTomConfigError(
+            f"{name} is given twice: {name}={said[name]} in --model_args, and {by_command[name]} by lmms-eval's own "
+            f"--{name} (its default counts). Say it with --{name} alone."
+        )
+
+
+def _require_ratio(ratio: Any) -> None:
+    try:
+        EarlyTomConfig.from_options({"retain_ratio": ratio})
+    except EarlyTomConfigError as error:
+        raise bad_option("retain_ratio", ratio, f"in (0, 1], or {FULL} for the model as it is") from error
 
 
 def _read(name: str, value: Any) -> Any:

@@ -70,6 +70,11 @@ class LlavaSpeaker:
         pooled = (side + 1) // 2 if self.model.config.mm_spatial_pool_mode == "bilinear" else side // 2
         self.tokens_per_frame = pooled**2
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """As the checkpoint says."""
+        return getattr(self.model.config, "tokenizer_model_max_length", None)
+
     def prepare(self, turns: Sequence[Turn]) -> Sample:
         """Read the videos and make ids of a conversation."""
         media = [part for turn in turns for part in turn.media()]
@@ -93,6 +98,11 @@ class LlavaSpeaker:
         }
         return Sample(ids, videos, shown)
 
+    def positions(self, sample: Sample) -> int:
+        """One for each word, each token of a video or picture, and each newline."""
+        text = int((sample.ids != _PLACEHOLDER).sum())
+        return text + sum(map(self._of_video, sample.frames)) + self._of_pictures(sample)
+
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Ids padded on the left, and all pictures and videos in the order of their placeholders."""
         device, dtype = self.model.device, self.model.dtype
@@ -108,6 +118,22 @@ class LlavaSpeaker:
     def new_tokens(self, output: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Nothing else comes back."""
         return output
+
+    def _of_video(self, frames: int) -> int:
+        """Positions of a video that keeps all its tokens."""
+        tokens = torch.cartesian_prod(torch.arange(frames), torch.arange(self.tokens_per_frame))
+        newlines = Llava().separators(self.model, tokens)
+        return len(tokens) + (0 if newlines is None else len(newlines))
+
+    @torch.no_grad()
+    def _of_pictures(self, sample: Sample) -> int:
+        """As the model's own code lays out their crops, with nothing encoded for it."""
+        if len(sample.others.get("images", ())) == len(sample.videos):
+            return 0
+        patches, width = self.model.get_vision_tower().num_patches, self.model.config.hidden_size
+        blank, call = copy.copy(self.model), self.inputs([sample])
+        blank.encode_images = lambda images: images.new_zeros(len(images), patches, width)
+        return sum(len(rows) for _, rows in Llava().other_rows(blank, call["inputs"], call))
 
     def _prompt(self, turns: Sequence[Turn], clips: Sequence[_Clip]) -> str:
         talk, left = self._template.copy(), iter(clips)

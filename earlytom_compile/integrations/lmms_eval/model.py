@@ -20,22 +20,26 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 import earlytom_compile
 
 from ...errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning, EarlyTomVideoWarning
+from ...words import counted, what_ended
 from ..checkpoint_files import read_json
-from .arguments import Arguments, read_arguments, read_options
+from .arguments import Arguments, read_arguments, read_options, require_once
 from .costs import Costs, Shown, Spent
 from .generation import Decoding, FirstToken, StopTexts, batches, read_decoding
 from .llava_code import ARGUMENTS, LlavaSpeaker
 from .prompts import Turn, from_messages, from_visuals
-from .speaker import Sample, Speaker
+from .speaker import Sample, Speaker, require_whole
 from .transformers_code import TransformersSpeaker
 
 log = logging.getLogger(__name__)
+
+_NUMBERS = 20  # of documents in a message
 
 
 class SampleError(EarlyTomError):
@@ -73,6 +77,7 @@ class EarlyTom(lmms):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "EarlyTom":
         """As lmms-eval makes a model by its name. Errors, in making it and later, end the process with exit code 1."""
         with _leaving():
+            require_once(simple_parse_args_string(arg_string), additional_config or {})
             made: EarlyTom = super().create_from_arg_string(arg_string, additional_config)
         made._around = _leaving
         return made
@@ -151,23 +156,25 @@ class EarlyTom(lmms):
     def _answered(self, requests: list[Instance]) -> list[GenerationResult]:
         asked, spent = Costs(self._costs.retain_ratio), Spent()
         answers: dict[int, GenerationResult] = {}
+        bare: list[Instance] = []
         with tqdm(total=len(requests), disable=self.rank != 0, desc="answering") as bar:
             for places in batches([self._given(request) for request in requests], self.batch_size):
                 chunk = [requests[place] for place in places]
-                answers.update(zip(places, self._answer(chunk, asked, spent), strict=True))
+                answers.update(zip(places, self._answer(chunk, asked, spent, bare), strict=True))
                 bar.update(len(places))
+        _warn_of_bare(bare, requests)
         self._costs.take_in(asked)
         if requests:
             speed = spent.tokens / spent.seconds if spent.seconds else 0.0
             log_metrics(spent.seconds, spent.tokens, speed, additional_metrics=asked.means())
         return [answers[place] for place in range(len(requests))]
 
-    def _answer(self, requests: Sequence[Instance], asked: Costs, spent: "Spent") -> list[GenerationResult]:
-        """A batch with the same generation arguments."""
-        samples = []
-        for request in requests:
-            with _named([request]):
-                samples.append(self._speaker.prepare(self._turns(request)))
+    def _answer(
+        self, requests: Sequence[Instance], asked: Costs, spent: Spent, bare: list[Instance]
+    ) -> list[GenerationResult]:
+        """A batch with the same generation arguments; those of its requests that show nothing are added to ``bare``."""
+        samples = [self._sample(request) for request in requests]
+        bare += [request for request, sample in zip(requests, samples, strict=True) if not any(sample.kind)]
         answers: dict[int, GenerationResult] = {}
         for places in self._calls(samples):
             chunk = [requests[place] for place in places]
@@ -176,6 +183,28 @@ class EarlyTom(lmms):
                 new = self._generate([samples[place] for place in places], decoding, asked, spent)
             answers.update(zip(places, new, strict=True))
         return [answers[place] for place in range(len(requests))]
+
+    def _sample(self, request: Instance) -> Sample:
+        with _named([request]):
+            sample = self._speaker.prepare(self._turns(request))
+            if self._costs.retain_ratio is None or not sample.videos:
+                self._require_all_of_it(sample)
+            return sample
+
+    def _require_all_of_it(self, sample: Sample) -> None:
+        if any(sample.kind):  # nobody cuts words alone
+            require_whole(self._speaker.positions(sample), self._speaker.longest_prompt, compressed=False)
+
+    def _require_all_compressed(self, samples: Sequence[Sample]) -> None:
+        """Of the last call: how long its prompts become is known once they are compressed."""
+        if self._costs.retain_ratio is None or self._speaker.longest_prompt is None or not samples[0].videos:
+            return
+        report = earlytom_compile.report(self.model).to_dict()
+        if report["last_call"] == "compressed":
+            require_whole(report["prompt"][1], self._speaker.longest_prompt, compressed=True)
+        else:  # without strict, a call may keep all tokens
+            for sample in samples:
+                self._require_all_of_it(sample)
 
     def _calls(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Places of the samples that can go into one call."""
@@ -189,13 +218,14 @@ class EarlyTom(lmms):
         return self._costs.retain_ratio is not None or self._speaker.mixes_lengths
 
     def _generate(
-        self, samples: Sequence[Sample], decoding: Decoding, asked: Costs, spent: "Spent"
+        self, samples: Sequence[Sample], decoding: Decoding, asked: Costs, spent: Spent
     ) -> list[GenerationResult]:
         if not self._any_lengths():
             _require_one_length(samples[0])
         inputs = self._speaker.inputs(samples)
         graphs = self._graphs()
         output, first, seconds = self._timed(inputs, decoding)
+        self._require_all_compressed(samples)
         new = [_ended(row, self._ends()) for row in self._speaker.new_tokens(output, inputs).tolist()]
         shown = self._shown(samples)
         if bool(shown) not in self._warm or self._graphs() != graphs:
@@ -319,19 +349,42 @@ def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens[: places[0] + 1] if places else tokens
 
 
-@contextmanager
-def _named(requests: Sequence[Instance]) -> Iterator[None]:
-    """Errors and warnings that say which samples they come from; lmms-eval's own modules silence warnings."""
+def _documents(requests: Sequence[Instance]) -> str:
+    """``"task a, document 3, 4; task b, document 0"``, as many of each task as one reads."""
     documents: dict[str, list[str]] = {}
     for request in requests:
         documents.setdefault(request.task_name, []).append(str(request.doc_id))
-    which = "; ".join(f"task {task}, document {', '.join(numbers)}" for task, numbers in documents.items())
+    return "; ".join(f"task {task}, document {_first(numbers)}" for task, numbers in documents.items())
+
+
+def _first(numbers: Sequence[str]) -> str:
+    more = f" and {len(numbers) - _NUMBERS} more" if len(numbers) > _NUMBERS else ""
+    return ", ".join(numbers[:_NUMBERS]) + more
+
+
+def _warn_of_bare(bare: Sequence[Instance], requests: Sequence[Instance]) -> None:
+    """Once for a round; of one that shows nothing at all, that is what it is."""
+    if 0 < len(bare) < len(requests):
+        log.warning(
+            "%s: no picture and no video with %s of %d, which count like the others: look at what the task shows",
+            _documents(bare),
+            counted(len(bare), "question"),
+            len(requests),
+        )
+
+
+@contextmanager
+def _named(requests: Sequence[Instance]) -> Iterator[None]:
+    """Errors and warnings that say which samples they come from; lmms-eval's own modules silence warnings."""
+    which = _documents(requests)
     with warnings.catch_warnings(record=True) as caught:
         for kind in (EarlyTomVideoWarning, EarlyTomFallbackWarning):
             warnings.simplefilter("always", kind)
         try:
             yield
-        except (Exception, SystemExit) as error:  # a task may end the process where a file is missing
+        except SystemExit as exit:  # as tasks do where a file is missing
+            raise SampleError(f"{which}: {what_ended(exit)}") from exit
+        except Exception as error:
             name = "" if isinstance(error, EarlyTomError) else f"{type(error).__name__}: "
             raise SampleError(f"{which}: {name}{error}") from error
     for warning in caught:

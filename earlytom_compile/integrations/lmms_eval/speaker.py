@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ...errors import EarlyTomConfigError
 from .prompts import Turn
 
 
@@ -50,6 +51,15 @@ class Speaker(Protocol):
         """Raises :class:`~earlytom_compile.EarlyTomConfigError` for what cannot be shown to this model."""
         ...
 
+    @property
+    def longest_prompt(self) -> int | None:
+        """Positions behind which the model's own code cuts off a prompt without a word; None if it never does."""
+        ...
+
+    def positions(self, sample: Sample) -> int:
+        """Of its prompt, with all tokens of what it shows."""
+        ...
+
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Arguments of ``generate()`` for a batch, on the model's device."""
         ...
@@ -57,6 +67,22 @@ class Speaker(Protocol):
     def new_tokens(self, output: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
         """What ``generate()`` added, int64 [R, N], padded behind the end of each answer."""
         ...
+
+
+def require_whole(positions: int, longest: int | None, *, compressed: bool) -> None:
+    """Raise :class:`EarlyTomConfigError` for a prompt that the model's own code cuts: its answer would be one to no
+    question.
+
+    ``positions``: all that there are; of a ``compressed`` prompt those that the language model got, the cut included.
+    """
+    if longest is None or positions < longest or (positions == longest and not compressed):
+        return
+    size = f"at least {positions} positions when compressed" if compressed else f"{positions} positions with all tokens"
+    raise EarlyTomConfigError(
+        f"the prompt has {size}, and the model's own code takes {longest} (tokenizer_model_max_length in config.json) "
+        "and cuts off the rest, the question first. Take fewer frames (max_frames_num in --model_args, --frames of "
+        "earlytom eval), or fewer pictures."
+    )
 
 
 def padded_left(rows: Sequence[torch.Tensor], padding: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ class TransformersSpeaker:
     """See :class:`~earlytom_compile.integrations.lmms_eval.speaker.Speaker`."""
 
     mixes_lengths = False
+    longest_prompt: int | None = None
 
     def __init__(self, arguments: Arguments) -> None:
         loaded = load_checkpoint(
@@ -64,6 +65,10 @@ class TransformersSpeaker:
             pictures=[part.image for part in media if isinstance(part, Picture)],
             videos=[self._pixels(part) for part in media if isinstance(part, Film)],
         )
+
+    def positions(self, sample: Sample) -> int:
+        """There is a placeholder for each token."""
+        return len(sample.ids)
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Ids padded on the left; videos as one tensor, or a list where their lengths differ."""
