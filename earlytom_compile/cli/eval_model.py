@@ -22,6 +22,8 @@ from .options import require_effect
 
 _PLUGIN = "earlytom_compile.integrations.lmms_eval.model"
 _OWN_CODE = "LlavaQwenForCausalLM"
+_OPTIONS = {"pretrained": "--model", "max_frames_num": "--frames", "torch_dtype": "--dtype"}
+"""Names of lmms-eval -> the options of this command that mean the same."""
 _TOWER = "so400m-patch14-384"
 """Part of the name of the tower that every named shape of the paper has."""
 _HALF_BILLION_WIDTH = 896  # of the language model of LLaVA-OneVision-0.5B
@@ -73,7 +75,11 @@ def read_model_args(text: str | None, kind: str) -> dict[str, Any]:
     for name in given:
         if name not in taken:
             allowed = f"there are {', '.join(taken)}" if taken else "there are none for this kind of checkpoint"
-            raise EarlyTomConfigError(f"model_args: unknown {name!r}; {allowed}. Everything else has an option here.")
+            option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
+            raise EarlyTomConfigError(
+                f"model_args: unknown {name!r}; {allowed}. Everything else has an option here, such as {option} "
+                "(earlytom eval --help-all)."
+            )
     return given
 
 

@@ -49,6 +49,10 @@ class Cell:
     """Of the whole evaluation, reading the videos and compiling included."""
     results: dict[str, Any]
     """Everything lmms-eval says of the task and its subtasks."""
+    questions: str
+    """A digest of what was asked; "" where lmms-eval does not tell."""
+    run: str
+    """When the command began that evaluated it."""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Cell":
@@ -176,6 +180,8 @@ class Report:
             found.append(f"Only the first {counted(self._limit, 'question')} of each task: no result of a benchmark.")
         if any(cell.options.get("lowering") != "eager" for cell in self._cells if cell.options):
             found.append("Compressed models are compiled and the full one is not: their times do not compare.")
+        if (runs := len({cell.run for cell in self._cells})) > 1:
+            found.append(f"Evaluated in {runs} runs of the command: times compare within one of them only.")
         worse = [task for task, cell in self._full.items() if not cell.score.higher_is_better]
         if worse:
             found.append(f"Lower is better in {', '.join(worse)}, which is not part of the score.")

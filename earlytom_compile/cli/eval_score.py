@@ -6,6 +6,7 @@
 Tasks disagree about what they call an accuracy and whether it is a share or a percentage; Table 1 has percentages.
 """
 
+import hashlib
 import math
 import numbers
 import statistics
@@ -45,6 +46,13 @@ def unit_of(value: float, full: float) -> float:
     than one right answer in a hundred would be taken for a share.
     """
     return 1.0 if max(abs(value), abs(full)) > 1 else 100.0
+
+
+def questions_of(results: Mapping[str, Any]) -> str:
+    """A digest of what was asked, from lmms-eval's hashes of the documents; "" where it gives none."""
+    samples = results.get("samples") or {}
+    hashes = sorted(f"{task} {sample.get('doc_hash')}" for task, of_task in samples.items() for sample in of_task)
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest() if hashes else ""
 
 
 def score_of(results: Mapping[str, Any], task: str) -> Score:

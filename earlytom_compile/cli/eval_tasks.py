@@ -9,8 +9,10 @@ accuracies of one model differ by points between versions of a harness, so no ot
 """
 
 import argparse
+import datetime
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,18 +25,20 @@ from ..words import counted
 from .eval_model import Subject, look_at_checkpoint, read_model_args
 from .eval_plan import Evaluation, plan
 from .eval_report import Cell, Report
-from .eval_score import score_of
+from .eval_score import questions_of, score_of
 from .harness import Harness, require_lmms_eval
 from .outputs import STANDARD_OUTPUT, output_console, write_text
 from .progress import step
 from .resume import saved_content, stopped
 
+_BEGUN = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 _FILE_WIDTH = 150  # columns, where nobody watches
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Evaluate everything that is not saved yet; print and write what came out."""
     _check(arguments)
+    _refuse_to_overwrite(arguments)
     version = require_lmms_eval()
     progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
     subject = look_at_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=options)
@@ -75,6 +79,14 @@ class _Cells:
         self.known: dict[tuple[str, float | None], Cell] = {cell.key: cell for cell in found}
 
     def add(self, cell: Cell) -> None:
+        """Raises where another evaluation of the task asked other questions, which happens if its data were changed."""
+        others = [known for known in self.known.values() if known.task == cell.task and known.questions]
+        if cell.questions and any(known.questions != cell.questions for known in others):
+            raise EarlyTomConfigError(
+                f"{cell.task} asks other questions than when {self._file} was begun ({cell.score.samples} now, "
+                f"{others[0].score.samples} then), and rows of both do not belong into one table. Begin anew in "
+                "another file."
+            )
         self.known[cell.key] = cell
         self.write()
 
@@ -136,8 +148,27 @@ def evaluate(model: Any, harness: Harness, evaluation: Evaluation, limit: int | 
         costs=model.costs(),
         tokens_per_second=found.get("throughput", {}).get("avg_speed"),
         seconds=time.perf_counter() - start,
+        questions=questions_of(found),
+        run=_BEGUN,
         results=json.loads(json.dumps(found["results"], default=str)),
     )
+
+
+def _refuse_to_overwrite(arguments: argparse.Namespace) -> None:
+    """Raise where ``--json`` names a file with evaluations, which may have taken days, and nobody said --resume."""
+    file = Path(arguments.json) if arguments.json and arguments.json != STANDARD_OUTPUT else None
+    if arguments.resume or file is None or not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        finished = len(content["evaluations"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # nothing of this command's
+    if finished:
+        raise EarlyTomConfigError(
+            f"{arguments.json} has {counted(finished, 'evaluation')} of before: go on with --resume, or begin anew in "
+            "another file."
+        )
 
 
 def _what_is_saved(arguments: argparse.Namespace, cells: _Cells) -> str:

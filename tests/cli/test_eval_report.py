@@ -21,7 +21,7 @@ def cell(task, ratio, value, *, stderr=None, samples=100, empty=0, better=True, 
     options = {} if ratio is None else {"lowering": "eager", "variant": "plus"}
     settings = "" if ratio is None else "default"
     score = Score("acc,none", value, stderr, samples, empty, higher_is_better=better)
-    return Cell(task, ratio, settings, options, score, known, 24.0, 60.0, {task: {"acc,none": value}})
+    return Cell(task, ratio, settings, options, score, known, 24.0, 60.0, {task: {"acc,none": value}}, "", "now")
 
 
 # The paper's Table 1: accuracies of the full model and at 10 %, and what it says of them.

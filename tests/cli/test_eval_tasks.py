@@ -24,6 +24,7 @@ class StandIn:
     def __init__(self):
         self.asked, self.looked_at, self.loaded = [], [], []
         self.stop_at, self.error = None, KeyboardInterrupt()
+        self.documents = ["x", "y"]
 
     def __call__(self, include_path):
         assert include_path is None
@@ -59,6 +60,7 @@ class StandIn:
             "configs": {name: {"metric_list": [{"metric": "m"}]}},
             "n-samples": {name: {"effective": limit or 7}},
             "throughput": {"avg_speed": 5.0},
+            "samples": {name: [{"doc_hash": each} for each in self.documents]},
         }
 
 
@@ -140,6 +142,43 @@ def test_resume_of_something_else_is_refused(more, says, stand_in, words, tmp_pa
     assert earlytom(*words, "--json", tmp_path / "t.json")[0] == 0
     status, _, err = earlytom(*words, *more, "--json", tmp_path / "t.json", "--resume")
     assert status == 2 and says in err and len(stand_in.asked) == 6
+
+
+def test_other_questions_do_not_belong_into_one_table(stand_in, words, tmp_path, earlytom):
+    file = tmp_path / "t.json"
+    assert earlytom(*words, "--json", file)[0] == 0
+    before, stand_in.documents = file.read_text(), ["x", "z"]
+    status, _, err = earlytom(*words[:5], "--retain-ratios", "0.25", *words[7:], "--json", file, "--resume")
+    assert status == 2 and "a asks other questions than when" in err and file.read_text() == before
+
+
+def test_the_order_of_questions_is_nothing(stand_in, words, tmp_path, earlytom):
+    file = tmp_path / "t.json"
+    assert earlytom(*words, "--json", file)[0] == 0
+    stand_in.documents.reverse()
+    assert earlytom(*words[:5], "--retain-ratios", "0.25", *words[7:], "--json", file, "--resume")[0] == 0
+
+
+def test_times_of_several_runs_do_not_compare(stand_in, words, tmp_path, earlytom, monkeypatch):
+    file, note = tmp_path / "t.json", "Evaluated in 2 runs of the command"
+    stand_in.stop_at = 3
+    earlytom(*words, "--json", file)
+    stand_in.stop_at = None
+    monkeypatch.setattr(eval_tasks, "_BEGUN", "later")
+    status, out, _ = earlytom(*words, "--json", file, "--resume")
+    assert status == 0 and note in " ".join(out.split())
+    assert note not in earlytom(*words, "--json", tmp_path / "new.json")[1]
+
+
+def test_finished_work_is_not_written_over(stand_in, words, tmp_path, earlytom):
+    file = tmp_path / "t.json"
+    assert earlytom(*words, "--json", file)[0] == 0
+    before = file.read_text()
+    status, _, err = earlytom(*words, "--json", file)
+    assert status == 2 and f"{file} has 6 evaluations of before: go on with --resume" in err
+    assert file.read_text() == before and len(stand_in.asked) == 6
+    file.write_text("{}")
+    assert earlytom(*words, "--json", file)[0] == 0
 
 
 def test_an_error_ends_the_command_and_leaves_what_is_finished(stand_in, words, tmp_path, earlytom):
