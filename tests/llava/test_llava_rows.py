@@ -95,9 +95,13 @@ def test_a_single_frame(model, variant):
 
 
 def test_a_frame_without_its_axis_is_a_video_of_one(model):
-    pixels = clip(model, 1)
-    rows, same = earlytom_compile.encode_videos(compiled(model), [pixels[0], pixels])
-    assert torch.equal(rows, same)
+    """In a call, as for LLaVA's own code; encode_videos() would take the frames of a video for videos."""
+    pixels, ids = clip(compiled(model), 1), torch.tensor([[5, 6, -200, 7]])
+    with torch.no_grad():
+        one, same = (model(ids, images=[each], modalities=["video"]).logits for each in (pixels[0], pixels))
+    assert torch.equal(one, same)
+    with pytest.raises(earlytom_compile.EarlyTomConfigError, match="images have shape"):
+        earlytom_compile.encode_videos(model, [pixels[0]])
 
 
 def test_videos_of_other_sizes_are_refused(model):
