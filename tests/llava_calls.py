@@ -5,11 +5,12 @@
     compressed_prompt(model, **call.oracle(), retain_ratio=0.2, variant="paper")
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from generating import share_vision_paths
 from oracle import Options
 from oracle_llava import (
     PLACEHOLDER,
@@ -34,6 +35,16 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CLOSE_LOGITS = {"atol": 1e-4, "rtol": 1e-4}
 """Logits of these models are as large as 10, and have gone through the language model too."""
 PAD = 0
+
+
+def shared(model, one_trace, monkeypatch) -> Iterator[Any]:
+    """For a fixture: ``model`` for one test, whose calls share a trace; restored behind it, configuration included."""
+    share_vision_paths(one_trace, monkeypatch)
+    config = dict(model.config.__dict__)
+    yield model
+    earlytom_compile.restore(model)
+    model.config.__dict__.clear()
+    model.config.__dict__.update(config)
 
 
 def side_of(model) -> int:

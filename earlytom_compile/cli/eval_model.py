@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from ..errors import EarlyTomConfigError, EarlyTomError
+from ..families.llava import ARCHITECTURE
 from ..integrations.checkpoint_files import read_json
 from ..shapes import SHAPES, ModelShape
 from .loading import open_checkpoint, resolve_device
 from .options import require_effect
 
 _PLUGIN = "earlytom_compile.integrations.lmms_eval.model"
-_OWN_CODE = "LlavaQwenForCausalLM"
 _OPTIONS = {"pretrained": "--model", "max_frames_num": "--frames", "torch_dtype": "--dtype"}
 """Names of lmms-eval -> the options of this command that mean the same."""
 _TOWER = "so400m-patch14-384"
@@ -89,7 +89,7 @@ def _own_code(name: str) -> dict[str, Any] | None:
         content = read_json(name, "config.json")
     except EarlyTomError:  # said better by whoever opens the others
         return None
-    return content if content.get("architectures") == [_OWN_CODE] else None
+    return content if content.get("architectures") == [ARCHITECTURE] else None
 
 
 def _named_shape(content: Mapping[str, Any]) -> ModelShape | None:

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from ..errors import EarlyTomConfigError
 from .base import Call, Family, Prompt, Reason, Video
 
-_PLACEHOLDER = -200
+ARCHITECTURE = "LlavaQwenForCausalLM"
+"""As config.json of a checkpoint says."""
+PLACEHOLDER = -200
+"""The id that stands for each of ``images``."""
 _SPLICE = "prepare_inputs_labels_for_multimodal"
 _NONE = torch.empty(1)  # to the model's own code, pictures that are to be encoded, which they are
 _POOLS = ("average", "bilinear", "max")
@@ -29,7 +32,7 @@ class Llava(Family):
     """``LlavaQwenForCausalLM``."""
 
     name = "LLaVA"
-    classes = ("llava.model.language_model.llava_qwen.LlavaQwenForCausalLM",)
+    classes = (f"llava.model.language_model.llava_qwen.{ARCHITECTURE}",)
     requires: Mapping[str, str] = {"transformers": ">=4.46,<4.56"}  # what its own code runs on
     names = {"pixel_values_videos": "images"}
     generation = "transformers"
@@ -102,7 +105,7 @@ class Llava(Family):
             return kept.new_full((1,), len(kept) - 1) if "unpad" in merge else None
         lines = kept[:, 0]
         if position == "grid":
-            side = _tokens_a_row(model)
+            side = tokens_a_row(model)
             lines = lines * side + kept[:, 1] // side
         return torch.cat((lines[1:] != lines[:-1], lines.new_ones(1, dtype=torch.bool))).nonzero()[:, 0]
 
@@ -114,7 +117,7 @@ class Llava(Family):
         """(place among ``images``, rows) of each that is no video, by the model's own code."""
         images, sizes, videos = call["images"], call.get("image_sizes") or (), _videos_among(call)
         # One picture a call, which is all that the prompt has; a prompt of one token would be a step of decoding.
-        alone = ids.new_tensor([[_PLACEHOLDER, 0]])
+        alone = ids.new_tensor([[PLACEHOLDER, 0]])
         endless = copy.copy(model.config)
         endless.tokenizer_model_max_length = None
         known = next(kind for kind in type(model).__mro__ if f"{kind.__module__}.{kind.__qualname__}" in self.classes)
@@ -123,20 +126,20 @@ class Llava(Family):
                 size = [sizes[place]] if place < len(sizes) else None
                 picture = {"images": [images[place]], "image_sizes": size}
                 # What a subclass does to its prompts is done to the whole of them, later.
-                yield place, _splice(known, _like(model, config=endless), alone, picture)[4][0, :-1]
+                yield place, _splice(known, like(model, config=endless), alone, picture)[4][0, :-1]
 
     # --- The prompt -----------------------------------------------------------------------------------
 
     def video_token(self, model: Any) -> int:
         """That of all ``images``."""
-        return _PLACEHOLDER
+        return PLACEHOLDER
 
     def prompt(
         self, model: Any, ids: Tensor, call: Call, rows: Sequence[Tensor], others: Sequence[tuple[int, Tensor]]
     ) -> Prompt:
         """By the model's own code, padding, labels and the longest prompt it takes included."""
         features = _in_order(call, rows, dict(others))
-        ready = _like(model, encode_images=lambda images: features)
+        ready = like(model, encode_images=lambda images: features)
         spliced = _splice(type(model), ready, ids, {**call, "images": _NONE})
         mask, embeds = spliced[2], spliced[4]
         return Prompt(spliced, embeds.shape[1], mask if len(ids) > 1 else None)
@@ -188,7 +191,7 @@ class Llava(Family):
         return isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] == 1
 
 
-def _like(model: Any, **others: Any) -> Any:
+def like(model: Any, **others: Any) -> Any:
     """An object that is ``model`` but for some attributes. The model, which other threads use, stays as it is."""
     twin = object.__new__(type(model))
     twin.__dict__.update(model.__dict__, **others)
@@ -243,7 +246,7 @@ def _layout(config: Any) -> tuple[str, str]:
     return getattr(config, "mm_patch_merge_type", "flat"), getattr(config, "mm_newline_position", "one_token")
 
 
-def _tokens_a_row(model: Any) -> int:
+def tokens_a_row(model: Any) -> int:
     """Of the pooled grid: bilinear pooling rounds up, the others down."""
     side = model.get_vision_tower().num_patches_per_side
     return (side + 1) // 2 if model.config.mm_spatial_pool_mode == "bilinear" else side // 2

@@ -16,12 +16,23 @@ from .caches import given_cache
 
 _NAMES = ("input_ids", "pixel_values_videos", "inputs_embeds", "attention_mask", "position_ids", "labels")
 
+_BELONG_TOGETHER = {"prompt_method": ("prompt", "prompt_length"), "separators": ("separator",)}
+"""What a family says -> what it must define then."""
+
+
+def _defines(family: Family, name: str) -> bool:
+    return getattr(type(family), name) is not getattr(Family, name)
+
 
 def check_family(model: Any, family: Family) -> None:
     """Raise where what ``family`` says cannot be true of ``model``."""
     kind, whose = type(model), f"the family {family.name}"
-    if type(family).rows is Family.rows:
+    if not _defines(family, "rows"):
         raise EarlyTomConfigError(f"{whose} does not define rows(model, pixels), which every family must.")
+    for said, names in _BELONG_TOGETHER.items():
+        for name in names:
+            if getattr(type(family), said) != getattr(Family, said) and not _defines(family, name):
+                raise EarlyTomConfigError(f"{whose} has {said}, and does not define {name}(), which belongs to it.")
     if unknown := [name for name in family.names if name not in _NAMES]:
         raise EarlyTomConfigError(f"{whose} has {unknown[0]!r} in `names`; its keys can be {', '.join(_NAMES)}.")
     if family.generation not in (None, *get_args(Generation)):

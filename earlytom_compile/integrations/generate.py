@@ -365,7 +365,9 @@ class CompiledModel:
         with weights_in_place(self.model, family):
             others = list(family.other_rows(self.model, ids, call))
             prompt = family.prompt(self.model, ids, call, [video.rows for video in encoded], others)
-            length = family.prompt_length(self.model, ids, call, [video.size for video in encoded], others)
+            length, sizes = prompt.length, [video.size for video in encoded]
+            if any(video.size != len(video.rows) for video in encoded):  # else they came encoded, or kept all
+                length = family.prompt_length(self.model, ids, call, sizes, others)
         self._note_videos(videos, encoded, (length, prompt.length))
         mask = torch.ones(1, 1) if prompt.mask is None else prompt.mask
         return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from effort import cases, examples
-from generating import share_vision_paths, trace_of_video_rows
+from generating import trace_of_video_rows
 from handwritten_llava import handwritten_llava
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,6 +25,7 @@ from llava_calls import (
     compiled,
     expected,
     generated,
+    shared,
     words,
 )
 from oracle_llava import compressed_generate
@@ -60,15 +61,6 @@ def pristine():
 @pytest.fixture(scope="module")
 def one_trace():
     return trace_of_video_rows()
-
-
-def shared(model, one_trace, monkeypatch):
-    share_vision_paths(one_trace, monkeypatch)
-    config = dict(model.config.__dict__)
-    yield model
-    earlytom_compile.restore(model)
-    model.config.__dict__.clear()
-    model.config.__dict__.update(config)
 
 
 @pytest.fixture

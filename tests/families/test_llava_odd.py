@@ -197,3 +197,15 @@ class TestWhatCannotBeRight:
         call = Call.of(model, [["video", "text", "image"]])
         full = logits(compiled(model), call)
         assert torch.equal(logits(model, call.but(image_sizes=call.image_sizes[:1])), full)
+
+
+def test_videos_that_were_encoded_before_are_put_into_one_prompt(model, monkeypatch):
+    """The second one, of the uncut length, is for limits and the report of what is cut now."""
+    call = Call.of(model, ONE)
+    rows = earlytom_compile.encode_videos(compiled(model), call.images)
+    counted = []
+    monkeypatch.setattr(Llava, "prompt_length", lambda *arguments: counted.append(1) or 1000)
+    logits(model, call.but(images=rows))
+    assert not counted
+    logits(model, call)
+    assert len(counted) == 1

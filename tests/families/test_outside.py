@@ -243,6 +243,8 @@ def test_a_model_that_takes_no_embeddings_is_refused(model):
         ),
         ({"generation": "loop"}, r"generation='loop'; it can be 'transformers', 'embeddings', 'forward' or None"),
         ({"rows": Family.rows}, r"hand-written model does not define rows\(model, pixels\)"),
+        ({"prompt_method": "forward"}, r"has prompt_method, and does not define prompt\(\)"),
+        ({"separators": lambda *_: None}, r"has separators, and does not define separator\(\)"),
         ({"embedding": Family.embedding}, r"embedding\(\) of the family the hand.* fails for VideoModel: AttributeErr"),
         ({"video_token": Family.video_token}, r"video_token\(\) of the family .* no attribute 'config'"),
         ({"video_token": lambda family, model: None}, r"video_token\(\) .* returned a NoneType; must be a number"),

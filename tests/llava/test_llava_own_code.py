@@ -6,8 +6,8 @@ import inspect
 
 import pytest
 import torch
-from generating import share_vision_paths, trace_of_video_rows
-from llava_calls import OPTIONS, Call, check_generate, clip, compiled, expected, generated, picture, words
+from generating import trace_of_video_rows
+from llava_calls import OPTIONS, Call, check_generate, clip, compiled, expected, generated, picture, shared, words
 from oracle_llava import compressed_generate
 from tiny_llava import llava_arch, llava_qwen, tiny_llava
 
@@ -31,12 +31,7 @@ def one_trace():
 
 @pytest.fixture
 def model(pristine, one_trace, monkeypatch):
-    share_vision_paths(one_trace, monkeypatch)
-    config = dict(pristine.config.__dict__)
-    yield pristine
-    earlytom_compile.restore(pristine)
-    pristine.config.__dict__.clear()
-    pristine.config.__dict__.update(config)
+    yield from shared(pristine, one_trace, monkeypatch)
 
 
 def lenient(model, **options):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generating import share_vision_paths, trace_of_video_rows
+from generating import trace_of_video_rows
 from llava_calls import (
     CLOSE_LOGITS,
     NEWLINES,
@@ -16,6 +16,7 @@ from llava_calls import (
     generated,
     options_of_oracle,
     picture,
+    shared,
     words,
 )
 from oracle_llava import compressed_logits, compressed_prompt
@@ -47,12 +48,7 @@ def one_trace():
 
 @pytest.fixture
 def model(pristine, one_trace, monkeypatch):
-    share_vision_paths(one_trace, monkeypatch)
-    config = dict(pristine.config.__dict__)
-    yield pristine
-    earlytom_compile.restore(pristine)
-    pristine.config.__dict__.clear()
-    pristine.config.__dict__.update(config)
+    yield from shared(pristine, one_trace, monkeypatch)
 
 
 class TestForward:

@@ -21,7 +21,7 @@ import torch
 from ...cli.loading import resolve_device, resolve_dtype
 from ...config import bad_option
 from ...errors import EarlyTomConfigError
-from ...families.llava import Llava
+from ...families.llava import ARCHITECTURE, PLACEHOLDER, Llava, like, tokens_a_row
 from ..checkpoint_files import FRAMES, read_json
 from ..video import read_video
 from .arguments import Arguments
@@ -30,8 +30,7 @@ from .speaker import Sample, padded_left
 
 ARGUMENTS = ("conv_template", "add_time_instruction", "mm_spatial_pool_mode", "mm_newline_position")
 """Of ``--model_args``, beside those of every model, by the names that lmms-eval's own models of LLaVA have."""
-_CLASS = "LlavaQwenForCausalLM"
-_MARK, _PLACEHOLDER = "<image>", -200
+_MARK = "<image>"
 _VIDEOS_KEPT = 4  # questions about one video follow each other; 32 frames are 57 MB
 _POOL = "bilinear"  # where a checkpoint does not say, as for LLaVA-OneVision
 
@@ -64,11 +63,8 @@ class LlavaSpeaker:
         self._tools = importlib.import_module("llava.mm_utils")
         self._frames = arguments.max_frames or FRAMES
         self._read = functools.lru_cache(maxsize=_VIDEOS_KEPT)(self._clip_of_file)
-        tower = self.model.get_vision_tower()
-        self._images = tower.image_processor
-        side = tower.num_patches_per_side
-        pooled = (side + 1) // 2 if self.model.config.mm_spatial_pool_mode == "bilinear" else side // 2
-        self.tokens_per_frame = pooled**2
+        self._images = self.model.get_vision_tower().image_processor
+        self.tokens_per_frame = tokens_a_row(self.model) ** 2
 
     @property
     def longest_prompt(self) -> int | None:
@@ -85,7 +81,7 @@ class LlavaSpeaker:
                 f"the prompt has {prompt.count(_MARK)} {_MARK} for {len(media)} pictures and videos: {_MARK} in a "
                 "question stands for what is shown."
             )
-        ids = self._tools.tokenizer_image_token(prompt, self.tokenizer, _PLACEHOLDER, return_tensors="pt")
+        ids = self._tools.tokenizer_image_token(prompt, self.tokenizer, PLACEHOLDER, return_tensors="pt")
         videos = tuple(clip.pixels for clip in clips)
         left = iter(videos)
         images = [next(left) if isinstance(part, Film) else self._picture(part, len(media) == 1) for part in media]
@@ -100,7 +96,7 @@ class LlavaSpeaker:
 
     def positions(self, sample: Sample) -> int:
         """One for each word, each token of a video or picture, and each newline."""
-        text = int((sample.ids != _PLACEHOLDER).sum())
+        text = int((sample.ids != PLACEHOLDER).sum())
         return text + sum(map(self._of_video, sample.frames)) + self._of_pictures(sample)
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -131,8 +127,8 @@ class LlavaSpeaker:
         if len(sample.others.get("images", ())) == len(sample.videos):
             return 0
         patches, width = self.model.get_vision_tower().num_patches, self.model.config.hidden_size
-        blank, call = copy.copy(self.model), self.inputs([sample])
-        blank.encode_images = lambda images: images.new_zeros(len(images), patches, width)
+        call = self.inputs([sample])
+        blank = like(self.model, encode_images=lambda images: images.new_zeros(len(images), patches, width))
         return sum(len(rows) for _, rows in Llava().other_rows(blank, call["inputs"], call))
 
     def _prompt(self, turns: Sequence[Turn], clips: Sequence[_Clip]) -> str:
@@ -186,10 +182,10 @@ def _load(arguments: Arguments) -> tuple[Any, Any]:
     """The model on its device in evaluation mode, and its tokenizer."""
     Llava().require_versions()
     name, architectures = arguments.pretrained, read_json(arguments.pretrained, "config.json").get("architectures")
-    if architectures != [_CLASS]:
+    if architectures != [ARCHITECTURE]:
         raise EarlyTomConfigError(
-            f"{name!r} is a checkpoint of {architectures!r}, and LLaVA's own code is known for {_CLASS!r}, such as "
-            "lmms-lab/llava-onevision-qwen2-7b-ov: take --model earlytom for one of transformers."
+            f"{name!r} is a checkpoint of {architectures!r}, and LLaVA's own code is known for {ARCHITECTURE!r}, such "
+            "as lmms-lab/llava-onevision-qwen2-7b-ov: take --model earlytom for one of transformers."
         )
     try:
         code = importlib.import_module("llava.model.language_model.llava_qwen")
@@ -210,7 +206,8 @@ def _load(arguments: Arguments) -> tuple[Any, Any]:
             setattr(config, option, arguments.own[option])
     place = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, place, torch.float16)  # what LLaVA's own loader takes
-    model = getattr(code, _CLASS).from_pretrained(name, config=config, torch_dtype=dtype, attn_implementation="sdpa")
+    kind = getattr(code, ARCHITECTURE)
+    model = kind.from_pretrained(name, config=config, torch_dtype=dtype, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(name)
     model.resize_token_embeddings(len(tokenizer))
     if not model.get_vision_tower().is_loaded:
