@@ -1,7 +1,5 @@
 """Reuse: what a layer computes, attends to, and hands on."""
 
-from dataclasses import dataclass
-
 import brute_force_reuse
 import pytest
 import torch
@@ -9,6 +7,7 @@ from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from pixel_strategies import budgets, places_of, reuse_arguments
+from plain_blocks import HEADS, encoder, states
 from torch import Tensor
 
 from earlytom_compile.errors import EarlyTomConfigError
@@ -21,51 +20,6 @@ from earlytom_compile.reference import (
 )
 
 some = examples(40)
-HEADS, WIDTH = 2, 3
-CHANNELS = HEADS * WIDTH
-
-
-@dataclass(frozen=True)
-class Block:
-    """A pre-norm block of an encoder, with positions that turn queries and keys. ``block(x [F, S, D])`` is the block
-    itself; ``project`` and ``finish`` are what treats each place by itself, for brute force."""
-
-    weights: dict[str, Tensor]
-    positions: Tensor  # [S, D]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1])
-        query, key, value = (part.transpose(1, 2) for part in self.project(x, places))
-        scores = query @ key.transpose(-1, -2) / WIDTH**0.5
-        return self.finish(x, (scores.softmax(-1) @ value).transpose(1, 2))
-
-    def project(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        normed = torch.nn.functional.layer_norm(x, (CHANNELS,))
-        turned = normed * self.positions[places]
-        query, key = (turned @ self.weights[name] for name in ("query", "key"))
-        return tuple(part.unflatten(-1, (HEADS, WIDTH)) for part in (query, key, normed @ self.weights["value"]))
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + attended.flatten(-2) @ self.weights["out"]
-        return x + torch.tanh(torch.nn.functional.layer_norm(x, (CHANNELS,)) @ self.weights["up"])
-
-
-def encoder(layers: int, places: int, seed: int = 0) -> list[Block]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    names = ("query", "key", "value", "out", "up")
-    return [
-        Block({name: draw(CHANNELS, CHANNELS) / CHANNELS**0.5 for name in names}, 1 + 0.5 * draw(places, CHANNELS))
-        for _ in range(layers)
-    ]
-
-
-def states(frames: int, places: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(frames, places, CHANNELS, generator=generator, dtype=torch.float64)
 
 
 @st.composite
