@@ -111,7 +111,7 @@ class _Speaker:
 
     def __init__(self, take: Take, random: np.random.Generator) -> None:
         self._unit = unit = math.sqrt(_DRAWN * take.moving * take.width * take.height / _PARTS)
-        self._foot = take.width * random.uniform(0.4, 0.6), take.height
+        self._foot: tuple[float, float] = take.width * random.uniform(0.4, 0.6), take.height
         self._coat = _sprite(2.1 * unit, 2.3 * unit, _COAT, random)
         self._head = _sprite(unit, 1.3 * unit, _SKIN, random)
 
