@@ -78,9 +78,7 @@ def test_a_cut_changes_nearly_everything_and_nothing_else_does():
 
 
 def test_the_same_take_is_the_same_and_another_seed_is_another():
-    first, again, other = (
-        next(draw_frames(Take(width=64, height=64, seconds=1, seed=seed))) for seed in (0, 0, 1)
-    )
+    first, again, other = (next(draw_frames(Take(width=64, height=64, seconds=1, seed=seed))) for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
