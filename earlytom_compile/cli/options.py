@@ -1,7 +1,7 @@
 """The fields of EarlyTomConfig as command line flags, made from the dataclass so that the two cannot differ.
 
     merge_layers: tuple[int, ...] | None = None   ->   --merge-layers 6,21,23
-    strict: bool = False                          ->   --strict / --no-strict
+    strict: bool = False                          ->   --strict / --no-strict, and for bool | None alike
 
 Values are only read here; whether they make sense is EarlyTomConfig's to say. A flag that is not given is not
 passed on, so that ``--preset`` fills in what was left open. Fields that do nothing yet are no flags.
