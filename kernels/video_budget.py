@@ -54,12 +54,13 @@ def place_budget(frames: int, places: int, prefix: int, encode_ratio: float) -> 
         int64 [] on the CPU: T = max(S + (F - 1) prefix, round(encode_ratio F S)), half to even.
 
     Raises:
-        ValueError: no frames, no places, or a prefix that is no part of them. EarlyTomConfigError: a ratio out of its range.
+        ValueError: no frames, no places, or a prefix that is no part of them. EarlyTomConfigError: a ratio out of its
+            range.
     """
     if frames < 1 or places < 1 or not 0 <= prefix <= places:
         raise ValueError(
-            f"earlytom::place_budget: frames={frames}, places={places}, prefix={prefix}; a video has at least 1 frame of "
-            "1 place, and a prefix is a part of its places"
+            f"earlytom::place_budget: frames={frames}, places={places}, prefix={prefix}; a video has at least 1 frame "
+            "of 1 place, and a prefix is a part of its places"
         )
     config = EarlyTomConfig(reuse=True, encode_ratio=encode_ratio)
     return torch.tensor(config.place_budget(frames, places, prefix))
