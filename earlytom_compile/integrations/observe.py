@@ -28,6 +28,7 @@ from ..frame_sources import Source, blend, parts, untouched
 from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
+from ..reused import ComputedPatches, computed_patches
 from .checks import check_family
 from .placement import video_path
 from .tracing import with_its_own_code
@@ -66,6 +67,25 @@ class MergeStep:
 
 
 @dataclass(frozen=True)
+class ReusedPatches:
+    """Which patches of a video of F frames were computed; the others took over what was computed of them before."""
+
+    source: np.ndarray
+    """int64 [F, S]: the frame in which each place was last computed; its own, if it was computed there."""
+    grid: tuple[int, int]
+    """Rows and columns of patches, which are the last of the S places, in raster order."""
+    covered: tuple[float, float]
+    """Shares of a frame's height and width, from its upper left corner, that the patches cover."""
+    counts: ComputedPatches
+
+    @property
+    def computed(self) -> np.ndarray:
+        """bool [F, rows, columns]."""
+        own = self.source == np.arange(len(self.source))[:, None]
+        return own[:, own.shape[1] - self.grid[0] * self.grid[1] :].reshape(-1, *self.grid)
+
+
+@dataclass(frozen=True)
 class Observation:
     """One video of F frames through a compressed vision encoder: N frames are left, of h x w tokens each."""
 
@@ -88,6 +108,8 @@ class Observation:
     """False under ``variant="plus"``, which keeps tokens without a look at ``importance``."""
     kept: tuple[tuple[int, int, int], ...]
     """(frame of N, row, column) of each token that reaches the language model, in their order there."""
+    reuse: ReusedPatches | None = None
+    """What was computed, where unchanged patches are reused instead of merging frames."""
 
     @property
     def frame_counts(self) -> tuple[int, ...]:
@@ -198,6 +220,7 @@ class _Recorder(Interpreter):
         self._layers = state.config.resolve_merge_layers(len(blocks))
         self._scored = blocks[self._layers[-1]] if self._layers else blocks[-1]
         self._plans: list[_Call] = []
+        self._reuse: _Call | None = None
         self._dynamic: torch.Tensor | None = None
         self._selected: _Call | None = None
         self._received: torch.Tensor | None = None  # float32 [n, S], where selection does not ask for it
@@ -229,6 +252,8 @@ class _Recorder(Interpreter):
         given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
         if name == "plan_merge":
             self._plans.append((given, result))
+        elif name == "plan_reuse":
+            self._reuse = given, result
         elif name == "merge_frames" and self._received is not None:  # of the last merge layer, which scores
             plan = given["source"], given["weight"], given["n"]
             (self._received,) = torch.ops.earlytom.merge_frames([self._received], *plan)
@@ -259,7 +284,18 @@ class _Recorder(Interpreter):
             importance=None if importance is None else importance.float().cpu().numpy().reshape(-1, height, width),
             importance_decides="importance" in given,
             kept=tuple((frame, place // width, place % width) for frame, place in kept),
+            reuse=None if self._reuse is None else reused_patches(*self._reuse),
         )
+
+
+def reused_patches(given: dict[str, Any], plan: Sequence[torch.Tensor]) -> ReusedPatches:
+    """What a call of ``plan_reuse`` with these arguments decided about the only video in it."""
+    source, change, _, measured = plan
+    (counts,) = computed_patches(source, change, measured)
+    rows, columns = given["grid"]
+    height, width = (count * side for count, side in zip((rows, columns), given["patch"], strict=True))
+    covered = height / given["pixels"].shape[-2], width / given["pixels"].shape[-1]
+    return ReusedPatches(source[0].cpu().numpy(), (rows, columns), covered, counts)
 
 
 def _merge_step(layer: int, given: dict[str, Any], plan: tuple[torch.Tensor, ...]) -> MergeStep:
