@@ -102,7 +102,7 @@ def reader(hint: Any) -> Callable[[str], Any]:
                 if member in (int, float):
                     return member(text)
                 if typing.get_origin(member) is tuple:
-                    return tuple(int(part) for part in text.split(","))
+                    return tuple(int(part) for part in text.split(",")) if text else ()
             except ValueError:
                 continue
         return text

@@ -218,9 +218,10 @@ class _Recorder(Interpreter):
         self._map = state.token_map
         blocks = state.boundary.encoder.blocks
         self._layers = state.config.resolve_merge_layers(len(blocks))
-        self._scored = blocks[self._layers[-1]] if self._layers else blocks[-1]
-        self._plans: list[_Call] = []
+        self._scored = blocks[state.config.scored_layer(len(blocks))]
+        self._reused = state.reused
         self._reuse: _Call | None = None
+        self._plans: list[_Call] = []
         self._dynamic: torch.Tensor | None = None
         self._selected: _Call | None = None
         self._received: torch.Tensor | None = None  # float32 [n, S], where selection does not ask for it
@@ -239,6 +240,9 @@ class _Recorder(Interpreter):
         query, key = self.env[self._scored.query], self.env[self._scored.key]
         if query.shape != key.shape:
             return None
+        if self._reused is not None and self._reused.is_packed(self._scored):
+            rows = self.env[self._reused.rows]
+            query, key = (torch.ops.earlytom.spread_places(heads, rows) for heads in (query, key))
         scale = self._scored.scale
         scale = self.env[scale] if isinstance(scale, Node) else scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -250,10 +254,10 @@ class _Recorder(Interpreter):
         if name == str(target):
             return result
         given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
-        if name == "plan_merge":
-            self._plans.append((given, result))
-        elif name == "plan_reuse":
+        if name == "plan_reuse":
             self._reuse = given, result
+        elif name == "plan_merge":
+            self._plans.append((given, result))
         elif name == "merge_frames" and self._received is not None:  # of the last merge layer, which scores
             plan = given["source"], given["weight"], given["n"]
             (self._received,) = torch.ops.earlytom.merge_frames([self._received], *plan)
