@@ -31,9 +31,10 @@ def draw_computed(sheet: Any, clip: Clip, side: float, fine_side: float, left: f
 
 def dimmed(pixels: np.ndarray, computed: np.ndarray, covered: tuple[float, float]) -> np.ndarray:
     """uint8 [H, W, 3], washed out but for the patches of bool [rows, columns] that are computed."""
-    clear = np.zeros(pixels.shape[:2], bool)
-    rows = np.floor(np.arange(len(clear)) * computed.shape[0] / (len(clear) * covered[0])).astype(int)
-    columns = np.floor(np.arange(clear.shape[1]) * computed.shape[1] / (clear.shape[1] * covered[1])).astype(int)
-    inside = np.ix_(rows < computed.shape[0], columns < computed.shape[1])
-    clear[inside] = computed[np.ix_(rows[rows < computed.shape[0]], columns[columns < computed.shape[1]])]
+    height, width = pixels.shape[:2]
+    rows = np.floor(np.arange(height) * computed.shape[0] / (height * covered[0])).astype(int)
+    columns = np.floor(np.arange(width) * computed.shape[1] / (width * covered[1])).astype(int)
+    rows, columns = rows[rows < computed.shape[0]], columns[columns < computed.shape[1]]
+    clear = np.zeros((height, width), bool)
+    clear[: len(rows), : len(columns)] = computed[np.ix_(rows, columns)]
     return reading.veiled(pixels, clear)
