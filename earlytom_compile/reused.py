@@ -1,7 +1,7 @@
 """How much of a video was computed where unchanged patches are not computed again, in numbers and in words.
 
 computed_patches(source, change, measured)    # of what plan_reuse returned, a ComputedPatches for each video
-ComputedPatches(by_frame=(729, 140, 152), places=729, changed=0.45, noise=0.007, threshold=0.037).told(config, 26)
+ComputedPatches(by_frame=(729, 140, 152), places=729, changed=0.45, noise=0.007, threshold=0.061).told(config, 26)
 -> "1,021 of 2,187 patches (46.7%) are computed: all of the first frame, then those that changed. ..."
 """
 
@@ -24,9 +24,9 @@ class ComputedPatches:
     changed: float
     """Share of all F·S patches that changed since they were last computed, those of the first frame included."""
     noise: float
-    """Mean absolute difference of a patch's normalised pixels that the noise of this video makes."""
+    """Of the video, in normalised pixels, as ``plan_reuse`` measures it."""
     threshold: float
-    """The difference up to which a patch counted as unchanged."""
+    """The change up to which a patch counted as unchanged."""
 
     @property
     def total(self) -> int:
@@ -70,15 +70,12 @@ class ComputedPatches:
         )
 
     def _limit(self, config: EarlyTomConfig) -> str:
-        differs = f"its pixels differ from then by more than {self.threshold:.3g} on average"
+        differs = f"where it differs from then by more than {self.threshold:.3g}"
         if config.encode_ratio is not None:
-            return (
-                f"encode_ratio={config.encode_ratio:g} says how many: those that changed most, a patch first of all "
-                f"where {differs}."
-            )
+            return f"encode_ratio={config.encode_ratio:g} says how many: those that changed most, above all {differs}."
         return (
-            f"A patch counts as changed where {differs}: tau_reuse {config.tau_reuse:g}, and {self.noise:.3g} that "
-            "the noise of this video makes."
+            f"A patch counts as changed {differs}, which comes of tau_reuse={config.tau_reuse:g} and the noise "
+            f"measured in this video, {self.noise:.3g}."
         )
 
 

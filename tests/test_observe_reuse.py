@@ -6,6 +6,7 @@ from effort import examples
 from generating import trace_of_video_rows
 from hypothesis import given
 from hypothesis import strategies as st
+from made_up import pictures
 from scenes import standing_camera, video
 from tiny_models import tiny_llava_onevision
 
@@ -60,10 +61,10 @@ def test_it_is_what_the_specification_plans(one_trace, model, seed, changing, op
 
 
 def test_a_moving_camera_leaves_all_to_be_computed_and_the_words_say_why(model):
-    pixels = video(FRAMES, IMAGE, scenes=1, drift=0.9, generator=torch.Generator().manual_seed(0))
-    (found,) = observe(model, pixels[None], variant="plus")
+    slides = torch.from_numpy(pictures(FRAMES, height=IMAGE, width=IMAGE)).permute(0, 3, 1, 2)
+    (found,) = observe(model, slides[None] / 127.5 - 1, variant="plus")
     counts = found.reuse.counts
-    assert found.reuse.computed.all() and not counts.reused and 0.8 < counts.changed < 1
+    assert found.reuse.computed.all() and not counts.reused and counts.changed > 0.8
     said = f"Nothing was reused: {counts.changed:.1%} of the patches changed"
     assert counts.told(found.config, LAYERS).startswith(said)
 

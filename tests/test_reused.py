@@ -33,12 +33,13 @@ def test_numbers_are_those_of_the_plan(videos, frames, places, seed):
 
 
 def test_what_was_computed_is_said_with_the_threshold_and_the_noise():
-    found = ComputedPatches((729, 140, 152), 729, 0.45, 0.0071, 0.0371)
+    found = ComputedPatches((729, 140, 152), 729, 0.45, 0.0071, 0.0613)
     text = found.told(PLUS, 26)
     assert text.startswith(
         "1,021 of 2,187 patches (46.7%) are computed: all of the first frame, then those that changed"
     )
-    assert "by more than 0.0371 on average: tau_reuse 0.03, and 0.0071 that the noise" in text
+    tau = f"tau_reuse={PLUS.tau_reuse:g} and the noise measured in this video, 0.0071."
+    assert "by more than 0.0613, which comes of " + tau in text
     layers = PLUS.resolve_full_layers(26)
     assert f"layers {', '.join(map(str, layers))} computed every patch" in text
     alone = EarlyTomConfig(variant="plus", full_layers=(25,))
@@ -49,7 +50,7 @@ def test_what_was_computed_is_said_with_the_threshold_and_the_noise():
 
 def test_a_budget_is_named_instead_of_tau():
     text = ComputedPatches((9, 2), 9, 0.6, 0.0, 0.25).told(EarlyTomConfig(variant="plus", encode_ratio=0.6), 8)
-    assert "encode_ratio=0.6 says how many" in text and "more than 0.25 on average" in text and "tau_reuse" not in text
+    assert "encode_ratio=0.6 says how many" in text and "more than 0.25." in text and "tau_reuse" not in text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from earlytom_compile.benchmarks import encoder
 from earlytom_compile.benchmarks.encoder import Row, cells, is_wrong, main, still_pixels, to_markdown
+from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.flops import Reuse, count
 from earlytom_compile.shapes import shape_of
 
@@ -33,7 +34,8 @@ def test_every_budget_is_kept_and_its_work_is_counted(measured):
     assert rows["tower"]["error"] == 0 and rows["encode_ratio 1"]["error"] < 1e-5
     assert rows["encode_ratio 0.5"]["error"] is None
     full = count(shape, protocol="exact", frames_schedule=(6,), llm_tokens=0).encoder
-    half = count(shape, protocol="exact", frames_schedule=(6,), llm_tokens=0, reuse=Reuse(108, (2, 3))).encoder
+    in_full = EarlyTomConfig(reuse=True).resolve_full_layers(4)
+    half = count(shape, protocol="exact", frames_schedule=(6,), llm_tokens=0, reuse=Reuse(108, in_full)).encoder
     assert rows["tower"]["work"] == rows["encode_ratio 1"]["work"] == full and rows["encode_ratio 0.5"]["work"] == half
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows.values())
     assert "| encode_ratio 0.5 | 108 |" in text and f"| {half / full:.0%} |" in text and "cpu-tiny, 6 frames" in text

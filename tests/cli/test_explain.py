@@ -182,7 +182,7 @@ def test_findings_say_what_was_computed_of_each_frame():
     config = EarlyTomConfig(variant="plus", full_layers=(3,))
     text = " ".join(explain._findings(comparison_of(reused_call([100, 20, 30], 100)), config).split())
     assert text.startswith("The vision encoder gets 3 frames of the video. 150 of 300 patches (50.0%) are computed")
-    assert "Percent of each frame: 100 20 30." in text and "0.04 on average: tau_reuse 0.03, and 0.01" in text
+    assert "Percent of each frame: 100 20 30." in text and "more than 0.04, which comes of tau_reuse" in text
     assert "Encoder layer 3 computed every patch." in text and "represent all others" in text
     text = " ".join(explain._findings(comparison_of(reused_call([9, 9], 9, changed=0.97)), config).split())
     assert "Nothing was reused: 97.0% of the patches changed" in text and "Percent of each frame" not in text

@@ -102,7 +102,9 @@ def test_the_image_says_what_the_page_says(tmp_path, monkeypatch):
     assert title in words and text in words and "segment" not in words
     own = active(seen.reuse)
     assert all(f"{frame + 1}: {own[frame].sum()} of 81 ({own[frame].mean():.0%})" in said for frame in range(40))
-    assert "full_layers 5, 7" in words and "tau_reuse 0.03" in words and "merge_layers" not in words
+    layers = ", ".join(map(str, seen.config.resolve_full_layers(8)))
+    assert f"full_layers {layers}" in words and f"tau_reuse {seen.config.tau_reuse:g}" in words
+    assert "merge_layers" not in words
 
 
 def test_tiles_count_patches_of_all_videos():
