@@ -23,6 +23,7 @@ import torch
 from .config import NOT_YET, EarlyTomConfig
 from .errors import EarlyTomConfigError
 from .families.registry import has_family
+from .reused import ComputedPatches, computed_patches
 
 log = logging.getLogger(__name__)
 
@@ -87,18 +88,23 @@ class GraphRecord:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
-    def describe(self, counts: "Counts") -> list[dict[str, list[int]]]:
-        """Frames and tokens of each video of a call."""
+    def describe(self, counts: "Counts") -> list[dict[str, Any]]:
+        """Frames and tokens of each video of a call, and its patches where they are reused."""
         videos = torch.stack(list(counts.frames), dim=1).tolist()
         if self.budget is not None:
             kept = [self.budget(frames[0], self.tokens_per_frame) for frames in videos]
         else:
             assert counts.tokens is not None
             kept = counts.tokens.tolist()
-        return [
+        described: list[dict[str, Any]] = [
             {"frames": frames, "tokens": [frames[0] * self.tokens_per_frame, tokens]}
             for frames, tokens in zip(videos, kept, strict=True)
         ]
+        if (plan := counts.reuse) is not None:
+            found = computed_patches(plan.source, plan.change, plan.measured)
+            for video, patches in zip(described, found, strict=True):
+                video["patches"] = asdict(patches)
+        return described
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class ReusePlan:
     """What one call computed of its V videos of F frames with S places each, and what it reused, as device tensors."""
 
     source: torch.Tensor  # int64 [V, F, S], the frame in which each place was last computed
+    change: torch.Tensor  # float32 [V, F, S], how much it differed from then
     computed: torch.Tensor  # int64 [V], places that were computed
     measured: torch.Tensor  # float32 [V, 2], the video's own noise and the threshold that followed from it
 
@@ -216,6 +223,7 @@ class Report:
             "options": _options(self.config) if self.config is not None else None,
             "encoder": {"layers": last.layers, "module": last.encoder} if last else None,
             "merge_layers": list(last.merge_layers) if last else [],
+            "full_layers": list(_full_layers(last)) if last else [],
             "inserted": dict(last.inserted) if last else {},
             "providers": dict(last.providers) if last else {},
             "lowering": last.lowering if last else None,
@@ -265,7 +273,12 @@ class Report:
             lines.append(("CUDA graphs", f"{used} of {len(graphs)} measured faster"))
         for index, video in enumerate(content["videos"]):
             frames = " -> ".join(map(str, video["frames"]))
-            lines.append((f"video {index}", "frames {}, tokens {} -> {}".format(frames, *video["tokens"])))
+            patches = ""
+            if "patches" in video:
+                found = ComputedPatches(**video["patches"])
+                patches = f"patches {found.every} -> {found.total} (changed beyond {found.threshold:.3g}), "
+            tokens = "tokens {} -> {}".format(*video["tokens"])
+            lines.append((f"video {index}", f"frames {frames}, {patches}{tokens}"))
         if content["prompt"]:
             lines.append(("prompt", "{} -> {} tokens".format(*content["prompt"])))
         if self.records:
@@ -295,6 +308,12 @@ _LAST_CALL_TEXTS = {
     "uncompressed": "the last call kept all tokens",
     "failed": "the last call ended in an error",
 }
+
+
+def _full_layers(record: GraphRecord) -> tuple[int, ...]:
+    """Those that compute every patch where others reuse some."""
+    config = record.config
+    return config.resolve_full_layers(record.layers) if config is not None and config.reuses() else ()
 
 
 def _options(config: EarlyTomConfig) -> dict[str, Any]:
