@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from earlytom_compile.kernels.providers import Provider, provide
+
+_WIDEST_HEAD_BYTES = 320  # of the Triton kernel, whose tiles must fit into shared memory
+
 
 @torch.library.custom_op("earlytom::reuse_attention", mutates_args=())
 def reuse_attention(
@@ -114,3 +118,16 @@ def _borders(rows: Tensor, offsets: Tensor, total: int) -> list[int]:
 def _are_in_order(rows: Tensor, start: int, stop: int) -> bool:
     """Whether a frame's keys are its own packed rows, one after the other, so that none need be gathered."""
     return stop - start == len(rows) and torch.equal(rows, torch.arange(start, stop, device=rows.device))
+
+
+def _triton_supports(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, offsets: Tensor, scale: float
+) -> bool:
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or query.dim() != 4:
+        return False
+    if query.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False  # too little shared memory for the tiles
+    return query.shape[3] * query.element_size() <= _WIDEST_HEAD_BYTES
+
+
+provide(reuse_attention, Provider("triton", ".triton_reuse_attention", supports=_triton_supports))
