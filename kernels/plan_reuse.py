@@ -26,7 +26,7 @@ SIZES = 16
 """Steps from the places of one frame to those of all."""
 NOISE_QUARTER = 4
 """The noise is that of the quietest quarter of the patches."""
-_MOST_PIXELS = 16384  # of a patch, in the Triton kernels, which hold one in registers
+_MOST_PIXELS = 4096  # of a patch, in the Triton kernels, which hold one in registers
 
 
 @torch.library.custom_op("earlytom::plan_reuse", mutates_args=())

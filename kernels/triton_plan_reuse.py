@@ -98,7 +98,7 @@ class _Scans:
             self._pixels, self._pairs, threshold, self.source, self.change, self.active, *self._pixels.stride(),
             self._frames, *self._grid, height, width, self._channels, self._prefix,
             BLOCK=block, ROWS=triton.next_power_of_2(self._grid[0]), LEADING=self._prefix > 0,
-            num_warps=4 if block <= 1024 else 8, enable_fp_fusion=False,
+            num_warps=max(4, block // 256), enable_fp_fusion=False,
         )  # fmt: skip
 
     def smallest_threshold(self, budget: int) -> Tensor:
@@ -237,12 +237,14 @@ def _scan(pixels, pairs, threshold, source_out, change_out, active_out, video_st
     count = channels * height * width * tl.where(patch < 0, rows * columns, 1)
     at = pixels + video * video_stride + offset
     held = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    now = tl.load(at + frame_stride, mask=mask & (frames > 1), other=0.0).to(tl.float32)
     grid_row = tl.arange(0, ROWS)
     sums = pairs + (video * rows + grid_row) * frames * frames
     source = tl.zeros([], tl.int32)
     active = tl.full([], 1, tl.int32)
     for frame in range(1, frames):
-        now = tl.load(at + tl.cast(frame, tl.int64) * frame_stride, mask=mask, other=0.0).to(tl.float32)
+        at += frame_stride
+        after = tl.load(at + frame_stride, mask=mask & (frame + 1 < frames), other=0.0).to(tl.float32)  # is on its way
         total = tl.sum(tl.abs(held - now).to(tl.float64))
         if LEADING:
             whole = tl.load(sums + frame * frames + source, mask=(grid_row < rows) & (patch < 0), other=0.0)
@@ -250,6 +252,7 @@ def _scan(pixels, pairs, threshold, source_out, change_out, active_out, video_st
         change = (total / count).to(tl.float32)
         unchanged = change <= limit  # not where it is NaN
         held = tl.where(unchanged, held, now)
+        now = after
         source = tl.where(unchanged, source, frame)
         active += tl.where(unchanged, 0, 1)
         out += places
