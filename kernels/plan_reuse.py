@@ -64,7 +64,7 @@ def plan_reuse(
     Returns:
         source: int64 [V, F, S]; change: float32 [V, F, S], d to what was compared with, inf in frame 0; computed:
         int64 [V], the T of each; measured: float32 [V, 2], its noise and its threshold. A place whose pixels are
-        not finite is always active, and has another change than 0 from the next frame on as well.
+        not finite is active, and so it is in the frame after: NaN and infinity never count as unchanged.
 
     Raises:
         ValueError: wrong rank or dtype, an empty axis, a grid that the frames do not hold, an option out of range,
@@ -281,11 +281,11 @@ def _rounded_up(active: int, frames: int, places: int) -> int:
 
 def _smallest_threshold(video: _Video, budget: int) -> tuple[Tensor, _Scan]:
     """float32 [], and the scan at it."""
-    low = torch.zeros_like(video.range())
+    high = video.range()
+    low = torch.zeros_like(high)
     below = video.scan(low)
     if below.active <= budget:
         return low, below
-    high = video.range()
     above = video.scan(high, [below])
     for _ in range(HALVINGS):
         middle = (low + high) / 2

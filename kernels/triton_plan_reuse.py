@@ -138,7 +138,7 @@ def _filled(scan: _Scans, missing: Tensor) -> Tensor:
     order = scan.waiting().flatten(1).sort(dim=1, descending=True, stable=True).indices
     rank = torch.arange(frames * places, device=order.device)
     taken = torch.empty_like(order, dtype=torch.bool).scatter_(1, order, rank < missing[:, None])
-    taken = taken.view(videos, places, frames).flip(2).transpose(1, 2)
+    taken = taken.view(videos, places, frames).flip(2).transpose(1, 2).contiguous()  # strides of the result, too
     return torch.where(taken, _frame_numbers(scan.source), scan.source)
 
 
