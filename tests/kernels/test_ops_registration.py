@@ -71,8 +71,8 @@ def calls(dtype, layout):
     ids = torch.tensor([[1, VIDEO, VIDEO, VIDEO, 2], [VIDEO, VIDEO, VIDEO, 3, 4]])
     kept = torch.tensor([1, 2])
     pixels = laid_out(torch.stack([clip(v, 4, 2, 9, 7) for v in range(2)]).to(dtype), layout)
-    source = sources(1, 2, 4, 6)
-    index, rows, offsets = ops.pack_places(source, active_places(source))
+    reuse = sources(1, 2, 4, 6)
+    index, rows, offsets = ops.pack_places(reuse, active_places(reuse))
     states = laid_out(torch.randn(8, 6, 16).to(dtype), layout)
     packed = laid_out(torch.randn(1, len(index), 16).to(dtype), layout)
     three = laid_out(torch.randn(3, 1, 2, len(index), 8).to(dtype), layout)
@@ -90,7 +90,7 @@ def calls(dtype, layout):
         (ops.keep_positions_ragged, (ids, kept, VIDEO, 3), {}),
         (ops.take_positions, (hidden[:2], torch.tensor([[-1, 0], [2, 3]]), 0.0), {}),
         (ops.plan_reuse, (pixels, [2, 2], [4, 3], 1, 0.03, 0), {}),
-        (ops.pack_places, (source, len(index)), {}),
+        (ops.pack_places, (reuse, len(index)), {}),
         (ops.take_places, (states, index), {}),
         (ops.return_places, (states, packed, index, rows), {}),
         (ops.spread_places, (three[0], rows), {}),
@@ -188,7 +188,7 @@ def test_compiles_once_for_videos_that_change_differently(compiled):
     fast, totals = compile_it(encoder_that_reuses), set()
     for seed in range(6):
         pixels = torch.stack([clip(10 * seed + v, 6, 2, 13, 14) for v in range(2)])
-        arguments = pixels, torch.randn(12, 10, 16, generator=torch.Generator().manual_seed(seed)), 0.3
+        arguments = pixels, torch.randn(12, 10, 16, generator=torch.Generator().manual_seed(seed)), 0.02
         expected = encoder_that_reuses(*arguments)
         for a, b in zip(fast(*arguments), expected, strict=True):
             torch.testing.assert_close(a, b)
