@@ -217,7 +217,7 @@ def _sum_pairs(pixels, sums, video_stride, frame_stride, channel_stride, row_str
 
 
 @triton.jit(do_not_specialize=["frames"])
-def _scan(pixels, pairs, threshold, source_out, change_out, active_out, video_stride, frame_stride, channel_stride,
+def _scan(pixels, pair_sums, threshold, source_out, change_out, active_out, video_stride, frame_stride, channel_stride,
           row_stride, column_stride, frames, rows, columns, height, width, channels, prefix, BLOCK: tl.constexpr,
           ROWS: tl.constexpr, LEADING: tl.constexpr):  # fmt: skip
     """Source and change of one place in every frame, and how often it is active."""
@@ -239,7 +239,7 @@ def _scan(pixels, pairs, threshold, source_out, change_out, active_out, video_st
     held = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     now = tl.load(at + frame_stride, mask=mask & (frames > 1), other=0.0).to(tl.float32)
     grid_row = tl.arange(0, ROWS)
-    sums = pairs + (video * rows + grid_row) * frames * frames
+    sums = pair_sums + (video * rows + grid_row) * frames * frames
     source = tl.zeros([], tl.int32)
     active = tl.full([], 1, tl.int32)
     for frame in range(1, frames):
