@@ -6,8 +6,8 @@ A place of the picture is computed once, and again only in frames in which its p
     hidden [F, S, D]    --encode_with_reuse--> hidden [F, S, D] behind every layer
 
 Plain loops over frames; nothing is packed and nothing is saved: what reuse would not compute is computed here and
-thrown away. Every function sees one video. Pixels, what is said of them (means, changes, noise, thresholds) and the
-differences of means are float32; sums and roots are float64 until they are rounded to it.
+thrown away. Every function sees one video. Pixels and their differences are float32; what is made of them (changes,
+noise, thresholds) is float64 until it is done, and rounded to float32 once.
 """
 
 from __future__ import annotations
@@ -167,16 +167,16 @@ class _Patches:
         """
         means = (self._means[a][patch] - self._means[b][patch]).abs().max()
         pixels = (self.of(a, patch) - self.of(b, patch)).abs().double().mean() / PIXELS_PER_MEAN
-        return max(means.item(), pixels.float().item())
+        return torch.maximum(means, pixels).float().item()
 
 
 def _quarter_means(view: Tensor) -> Tensor:
-    """``[C, height, width]`` -> float32 ``[quarters, C]``: cut at half its height and half its width, rounded down; a
+    """``[C, height, width]`` -> float64 ``[quarters, C]``: cut at half its height and half its width, rounded down; a
     side of one pixel is not cut."""
     height, width = view.shape[1] // 2, view.shape[2] // 2
     upper, lower = view[:, :height], view[:, height:]
     quarters = [upper[:, :, :width], upper[:, :, width:], lower[:, :, :width], lower[:, :, width:]]
-    return torch.stack([quarter.double().mean((1, 2)).float() for quarter in quarters if quarter.numel()])
+    return torch.stack([quarter.double().mean((1, 2)) for quarter in quarters if quarter.numel()])
 
 
 def _scan(patches: _Patches, threshold: float) -> tuple[list[list[int]], list[list[float]]]:
@@ -220,10 +220,11 @@ def _noise(patches: _Patches) -> float:
     if not found:
         return 0.0
     (rows, columns), (height, width) = patches.grid, patches.patch
-    inside = patches.pixels[:, :, : rows * height, : columns * width]
-    spread = inside.double().std(correction=0).float().item()
+    inside = patches.pixels[:, :, : rows * height, : columns * width].double()
+    n, total, squares = inside.numel(), inside.sum().item(), inside.square().sum().item()
     median = sorted(found)[(len(found) - 1) // 2]
-    return 0.0 if median > spread / LOUDEST_NOISE else median
+    # The deviation is sqrt(squares / n - (total / n)**2); without a root and a quotient, whole numbers stay exact.
+    return median if (LOUDEST_NOISE * n * median) ** 2 <= n * squares - total**2 else 0.0
 
 
 def _deviation_of_a_quarter(noise: float, patch: tuple[int, int]) -> float:

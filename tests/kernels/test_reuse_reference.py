@@ -9,7 +9,7 @@ from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import ops
-from pixel_strategies import budgets, reuse_arguments, thresholds
+from pixel_strategies import budgets, places_of, reuse_arguments, thresholds
 from plain_blocks import encoder, states
 from torch import Tensor
 

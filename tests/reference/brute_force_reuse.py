@@ -5,6 +5,7 @@
 
 import heapq
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ def apart(a, b):
     quarters = {}
     for c, y, x in np.ndindex(channels, height, width):
         quarters.setdefault((c, y < height // 2, x < width // 2), []).append((a[c, y, x], b[c, y, x]))
-    means = [[np.float32(mean(side)) for side in zip(*pairs, strict=True)] for pairs in quarters.values()]
-    return max([*(abs(one - other) for one, other in means), np.float32(mean(np.abs(a - b)) / 3)])
+    moved = [abs(mean(old) - mean(new)) for old, new in (zip(*pairs, strict=True) for pairs in quarters.values())]
+    return np.float32(max(*moved, mean(np.abs(a - b)) / 3))
 
 
 def runs(of_patch, threshold):
@@ -67,8 +68,9 @@ def noise(pixels, grid, patch):
     if not found:
         return np.float32(0)
     quiet = np.sort(found)[math.floor(0.5 * (len(found) - 1))]
-    spread = np.float32(pixels[:, :, : rows * height, : columns * width].astype(np.float64).std())
-    return np.float32(0) if quiet > spread / 2 else quiet
+    inside = [Fraction(float(value)) for value in np.ravel(pixels[:, :, : rows * height, : columns * width])]
+    variance = sum(value**2 for value in inside) / len(inside) - (sum(inside) / len(inside)) ** 2
+    return np.float32(0) if (2 * Fraction(float(quiet))) ** 2 > variance else quiet
 
 
 def shaken(quiet, patch):

@@ -365,7 +365,7 @@ def test_a_still_picture_with_noise_is_computed_once(sigma, prefix):
 
 
 def test_the_threshold_has_three_deviations_of_a_quarter_in_quadrature():
-    """A picture of zeros and ones, in which one pixel of each 2 x 2 block changes by 1 / 4; quarters of 3 x 5 pixels."""
+    """Of 3 x 5 pixels; one in each 2 x 2 block of a picture of zeros and ones changes by 1 / 4."""
     picture = (torch.arange(12) >= 6).float()[:, None].expand(12, 10)
     dots = torch.zeros(12, 10)
     dots[::2, ::2] = 0.25
