@@ -4,6 +4,8 @@ transformers            eager, all tokens
 inductor                torch.compile, all tokens
 earlytom r              earlytom_compile.compile(model), generate()
 earlytom r (backend)    torch.compile(model, backend="earlytom"), forward()
+earlytom reuse r        as earlytom r, variant="plus": unchanged patches are reused where the others merge frames
+earlytom merging r      the other way round: with reuse=False, where the options let the others reuse patches
 subsampling r           inductor, every 1/r-th frame
 average pooling r       inductor, means of 1/r neighbouring frames
 
@@ -14,7 +16,7 @@ two keep whole frames, as many as come nearest to the tokens that EarlyTom keeps
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,11 +25,14 @@ from torch import Tensor
 
 import earlytom_compile
 from earlytom_compile.benchmarks.workload import Inputs, with_video
+from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.integrations.caches import cache_of
 
 First = tuple[Tensor, Any]
 """The first token [R, 1] and the cache behind it."""
+_OF_REUSE, _OF_MERGING = ("tau_reuse", "full_layers", "encode_ratio"), ("merge_layers", "tau_merge")
+"""Options that have an effect where unchanged patches are reused, and where frames merge instead."""
 _PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 
 
@@ -42,6 +47,7 @@ class Arm:
     frames: int = 0  # of each video, as the model gets it
     compresses: bool = False  # then the report of the last call belongs to ``model``
     called: tuple[str, ...] = ()  # submodules of ``model.model`` that Python calls, so that hooks on them fire
+    options: dict[str, Any] = field(default_factory=dict)  # EarlyTom's, where it compresses
 
 
 def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict[str, Any]) -> Iterator[Arm]:
@@ -54,6 +60,8 @@ def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict
         chosen = {**options, "retain_ratio": ratio}
         yield _in_place(model, inputs, chosen)
         yield _backend(model, inputs, chosen)
+        name, others = _other_way(chosen)
+        yield replace(_in_place(model, inputs, others), name=f"earlytom {name} {ratio:g}")
     for ratio in ratios:
         few = max(1, round(ratio * frames))
         for name, fewer in (("subsampling", _subsampled), ("average pooling", _averaged)):
@@ -61,11 +69,22 @@ def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict
             yield Arm(f"{name} {ratio:g}", partial(_forward, inductor, shorter), ratio, model, few)
 
 
-def arm_names(ratios: Sequence[float]) -> list[str]:
+def arm_names(ratios: Sequence[float], options: dict[str, Any]) -> list[str]:
     """Names of :func:`make_arms`, before there is a model."""
-    names = ["transformers", "inductor"]
-    names += [f"earlytom {ratio:g}{spelling}" for ratio in ratios for spelling in ("", " (backend)")]
+    names, other = ["transformers", "inductor"], _other_way(options)[0]
+    for ratio in ratios:
+        names += [f"earlytom {ratio:g}", f"earlytom {ratio:g} (backend)", f"earlytom {other} {ratio:g}"]
     return names + [f"{name} {ratio:g}" for ratio in ratios for name in ("subsampling", "average pooling")]
+
+
+def _other_way(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What the other way to fewer patches in the encoder is called, and its options."""
+    reuses = EarlyTomConfig.from_options(options).reuses()
+    without = _OF_REUSE if reuses else _OF_MERGING
+    others = {name: value for name, value in options.items() if name not in without}
+    if reuses:
+        return "merging", {**others, "reuse": False}
+    return "reuse", {**others, "variant": "plus", "reuse": True}
 
 
 def choose(arms: Iterable[Any], beginnings: Sequence[str]) -> list[Any]:
@@ -107,6 +126,7 @@ def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         inputs["pixel_values_videos"].shape[1],
         compresses=True,
         called=("language_model",),
+        options=options,
     )
 
 
@@ -120,6 +140,7 @@ def _backend(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         twin,
         inputs["pixel_values_videos"].shape[1],
         compresses=True,
+        options=options,
     )
 
 

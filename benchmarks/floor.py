@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.flops import Variant, count
+from earlytom_compile.flops import Reuse, Variant, count
 from earlytom_compile.shapes import ModelShape
 
 
@@ -37,12 +37,15 @@ class Floor:
     flops: float
     bytes: float
     seconds: float
+    encoder_flops: float
+    """Of the vision encoder alone."""
 
 
 def floor(work: Mapping[str, Work], ceilings: Mapping[str, float]) -> Floor:
-    """``ceilings``: ``matmul`` in operations and ``copy`` in bytes per second."""
+    """``work`` as :func:`work_of` gives it; ``ceilings``: ``matmul`` in operations and ``copy`` in bytes per second."""
     seconds = sum(max(part.flops / ceilings["matmul"], part.bytes / ceilings["copy"]) for part in work.values())
-    return Floor(sum(part.flops for part in work.values()), sum(part.bytes for part in work.values()), seconds)
+    flops, moved = (sum(getattr(part, name) for part in work.values()) for name in ("flops", "bytes"))
+    return Floor(flops, moved, seconds, work["encoder"].flops)
 
 
 def work_of(
@@ -52,6 +55,7 @@ def work_of(
     prompt: int,
     merge_layers: Sequence[int] | None = None,
     variant: Variant = "paper",
+    reuse: Sequence[Reuse] = (),
 ) -> dict[str, Work]:
     """Work of one batch of prompts with one video each.
 
@@ -61,6 +65,7 @@ def work_of(
         prompt: positions in the language model, the same in every row.
         merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
         variant: that of ``EarlyTomConfig``, by which the operators are counted.
+        reuse: what is computed of each video where unchanged patches are not computed again; else empty.
 
     Raises:
         EarlyTomConfigError: a model whose work cannot be counted, see :meth:`ModelShape.from_config`.
@@ -68,14 +73,16 @@ def work_of(
     shape, inner, item = ModelShape.from_config(model.config), model.model, model.dtype.itemsize
     chosen = None if merge_layers is None else tuple(merge_layers)
     merges = EarlyTomConfig(merge_layers=chosen).resolve_merge_layers(shape.vision_layers)
+    reused: list[Reuse | None] = [*reuse] or [None] * len(schedules)
+    options: dict[str, Any] = {"protocol": "exact", "llm_tokens": prompt, "merge_layers": merges, "variant": variant}
     counts = [
-        count(
-            shape, protocol="exact", frames_schedule=schedule, llm_tokens=prompt, merge_layers=merges, variant=variant
-        )
-        for schedule in schedules
+        count(shape, frames_schedule=schedule, reuse=each, **options)
+        for schedule, each in zip(schedules, reused, strict=True)
     ]
     pixels = 3 * shape.image_size**2 * sum(schedule[0] for schedule in schedules)
-    tokens = shape.frame_tokens * sum(_frames_of_all_layers(schedule, merges, shape) for schedule in schedules)
+    tokens = sum(
+        _tokens_of_all_layers(schedule, each, merges, shape) for schedule, each in zip(schedules, reused, strict=True)
+    )
     features = shape.frame_tokens * sum(schedule[-1] for schedule in schedules)
     positions = len(schedules) * prompt * shape.llm_layers
     keys = shape.llm_width * shape.llm_kv_heads // shape.llm_heads
@@ -92,11 +99,16 @@ def work_of(
     return {part: Work(done[part], moved[part]) for part in moved}
 
 
-def _frames_of_all_layers(schedule: Sequence[int], merges: Sequence[int], shape: ModelShape) -> int:
-    """Frames in the encoder, summed over its layers."""
+def _tokens_of_all_layers(
+    schedule: Sequence[int], reuse: Reuse | None, merges: Sequence[int], shape: ModelShape
+) -> float:
+    """Patch tokens that go through a layer of the encoder, summed over its layers."""
+    if reuse is not None:
+        full = len(set(reuse.full_layers))
+        return full * schedule[0] * shape.frame_tokens + (shape.vision_layers - full) * reuse.computed
     starts = [0, *(layer + 1 for layer in merges)] if len(schedule) > 1 else [0]
     layers = (end - start for start, end in pairwise([*starts, shape.vision_layers]))
-    return sum(frames * length for frames, length in zip(schedule, layers, strict=True))
+    return shape.frame_tokens * sum(frames * length for frames, length in zip(schedule, layers, strict=True))
 
 
 def _weights(module: Any) -> int:

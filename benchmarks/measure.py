@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch._inductor.utils import fresh_cache
 
 import earlytom_compile
 from earlytom_compile.benchmarks.arms import Arm, First
-from earlytom_compile.benchmarks.breakdown import Breakdown
+from earlytom_compile.benchmarks.breakdown import LLM, TOKENS, VISION, Breakdown
 from earlytom_compile.benchmarks.failures import attempt
 from earlytom_compile.benchmarks.floor import Floor
+from earlytom_compile.benchmarks.stage_marks import stage_marks, stages_of_weights
 from earlytom_compile.integrations.caches import cache_name
 
 Progress = Callable[[str], None]
@@ -35,6 +37,7 @@ class Result:
     cold: float = 0.0  # the first call, compilation included
     compilation: float = 0.0  # what Dynamo and its backends took of the calls before the timed ones
     ttft: list[float] = field(default_factory=list)
+    encoder: list[float] = field(default_factory=list)  # of the same calls, the vision encoder; where that can be told
     decode: list[float] = field(default_factory=list)  # seconds a token of every row
     rows: int = 1
     cache_tokens: int = 0  # prompt positions in the cache
@@ -42,6 +45,8 @@ class Result:
     recompiles: int = 0  # graphs compiled after the first call
     frames: list[list[int]] = field(default_factory=list)  # of each video: at first, then after each merge layer
     merge_layers: list[int] = field(default_factory=list)
+    patches: list[list[int]] = field(default_factory=list)  # of each video: all, and those that were computed
+    full_layers: list[int] = field(default_factory=list)  # which compute all of them
     breakdown: Breakdown | None = None  # of a call of its own, under a profiler
     floor: Floor | None = None
     failure: str | None = None  # why there was no memory for it; then nothing else counts
@@ -59,6 +64,11 @@ class Result:
     def median(self) -> float:
         """Seconds to the first token."""
         return statistics.median(self.ttft)
+
+    @property
+    def encoder_median(self) -> float | None:
+        """Seconds of the vision encoder."""
+        return statistics.median(self.encoder) if self.encoder else None
 
     @property
     def rounds(self) -> int:
@@ -81,6 +91,13 @@ class Result:
         if not self.frames:
             return None
         return sum(video[-1] for video in self.frames) / sum(video[0] for video in self.frames)
+
+    @property
+    def computed(self) -> float | None:
+        """Share of the patches that were computed, over all videos; None for arms that compute all."""
+        if not self.patches:
+            return None
+        return sum(computed for _, computed in self.patches) / sum(every for every, _ in self.patches)
 
 
 def measure(
@@ -105,7 +122,7 @@ def measure(
     first calls are made again, since nothing compiled outlives a process, and the rounds that are missing.
     """
     arms = list(arms)
-    device = model.device
+    device, stage_of = model.device, stages_of_weights(model.model)
     before = {result.name: result for result in earlier}
     results = [before.get(arm.name) or Result(arm.name, arm.retain_ratio) for arm in arms]
     # Every arm compiles the same functions for itself, and Dynamo counts them together.
@@ -119,7 +136,7 @@ def measure(
             for arm, result in zip(arms, results, strict=True):
                 if result.failure is None and result.rounds <= number:
                     progress(f"round {number + 1} of {repeats}: {arm.name}")
-                    result.failure = attempt(partial(_measure_once, model, arm, result, decode_tokens))
+                    result.failure = attempt(partial(_measure_once, model, arm, result, decode_tokens, stage_of))
                     save(results)
     return results
 
@@ -142,20 +159,28 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
         report = earlytom_compile.report(arm.model).to_dict()
         result.frames = [video["frames"] for video in report["videos"]]
         result.merge_layers = report["merge_layers"]
+        result.patches = [video["patches"] for video in report["videos"] if "patches" in video]
+        result.full_layers = report.get("full_layers") or []
 
 
-def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int) -> None:
+def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int, stage_of: dict[int, str]) -> None:
     device, before = model.device, _graphs()
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    seconds, first = timed(arm.first_token, device)
+    watch = Stopwatch(device)
+    with stage_marks(arm, stage_of, watch.mark):
+        watch.start(VISION)
+        first = arm.first_token()
+        seconds = watch.stop()
     if on_gpu:
         result.peak_memory = max(result.peak_memory or 0, torch.cuda.max_memory_allocated(device))
     result.recompiles += _graphs() - before
     if decode_tokens:
         decoding, _ = timed(lambda: decode(model, first, decode_tokens), device)
         result.decode.append(decoding / decode_tokens)
+    if watch.told({TOKENS, LLM}):  # else the stages were launched as one
+        result.encoder.append(watch.seconds_of(VISION))
     result.ttft.append(seconds)  # last, so that whoever stops the program leaves no half of a round
 
 
@@ -170,19 +195,58 @@ def decode(model: Any, first: First, tokens: int) -> Tensor:
     return torch.cat(said, dim=1)
 
 
+class Stopwatch:
+    """Seconds of a call and of its stages, from CUDA events on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self, stage: str = "") -> None:
+        """Begin anew, with ``stage``, once the device has nothing to do."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._marks = []
+        self.mark(stage)
+
+    def mark(self, stage: str) -> None:
+        """Another stage begins."""
+        self._marks.append((stage, self._now()))
+
+    def stop(self) -> float:
+        """Seconds since the start."""
+        self.mark("")
+        end = self._marks[-1][1]
+        if self._device.type == "cuda":
+            end.synchronize()
+        return self._between(self._marks[0][1], end)
+
+    def told(self, stages: set[str]) -> bool:
+        """Whether all of ``stages`` were seen to begin."""
+        return stages <= {stage for stage, _ in self._marks}
+
+    def seconds_of(self, stage: str) -> float:
+        """All parts of it, each until the next mark; once it is stopped."""
+        parts = pairwise(self._marks)
+        return sum(self._between(begin, end) for (name, begin), (_, end) in parts if name == stage)
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
+
+
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """(seconds, result) of one call, from CUDA events on a GPU."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        result = call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3, result
-    begin = time.perf_counter()
+    """(seconds, result) of one call."""
+    watch = Stopwatch(device)
+    watch.start()
     result = call()
-    return time.perf_counter() - begin, result
+    return watch.stop(), result
 
 
 def speeds(results: Sequence[Result], against: str) -> dict[str, float]:

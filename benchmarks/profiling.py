@@ -3,10 +3,7 @@
     profile_arms(model, arms)   ->   {"earlytom 0.1": Breakdown(...), ...} and a Chrome trace
                                      with ranges "earlytom 0.1" and "earlytom 0.1: vision encoding", ...
 
-The arms run the very code that was timed. Where Python calls the parts of the model, hooks mark the stages. Inside a
-compiled graph nothing is called by name, but a stage can be told by its weights: the first product with a weight of
-the projector begins visual token processing, the first with one of the first decoder layer the LLM prefill. Inductor
-calls products through a namespace, where they are watched during the call.
+The arms run the very code that was timed; stage_marks.py tells where a stage begins.
 
 On a GPU the ranges are NVTX ranges too, for Nsight.
 """
@@ -20,11 +17,11 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
-from torch.utils.hooks import RemovableHandle
 
 from earlytom_compile.benchmarks.arms import Arm
-from earlytom_compile.benchmarks.breakdown import LLM, STAGES, TOKENS, VISION, Breakdown, break_down, stage_range
+from earlytom_compile.benchmarks.breakdown import STAGES, Breakdown, break_down, stage_range
 from earlytom_compile.benchmarks.failures import attempt
+from earlytom_compile.benchmarks.stage_marks import stage_marks, stages_of_weights
 
 Trace = dict[str, Any]
 _THREAD = "stages"  # where a viewer of the trace shows them
@@ -37,7 +34,7 @@ def profile_arms(
 
     ``model`` owns the weights that all arms share. An arm for which there is no memory has no breakdown.
     """
-    device, stage_of = model.device, _stages_of_weights(model.model)
+    device, stage_of = model.device, stages_of_weights(model.model)
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.inference_mode(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
@@ -60,71 +57,19 @@ def profile_arms(
 def _marked(arm: Arm, stage_of: dict[int, str], on_gpu: bool) -> Iterator[None]:
     """While open, every beginning of a stage of ``arm`` leaves an empty range in the trace."""
     with ExitStack() as open_range:
-        current: str | None = None
 
         def begin(stage: str) -> None:
-            nonlocal current
-            if stage != current:
-                current = stage
-                open_range.close()
-                open_range.enter_context(_nvtx(stage_range(arm.name, stage), on_gpu))
-                with record_function(_mark(arm.name, stage)):
-                    pass
+            open_range.close()
+            open_range.enter_context(_nvtx(stage_range(arm.name, stage), on_gpu))
+            with record_function(_mark(arm.name, stage)):
+                pass
 
-        begin(VISION)
-        hooks = [_before_forward(module, begin, stage) for module, stage in _called_by_python(arm)]
-        try:
-            with _watched_products(stage_of, begin):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with stage_marks(arm, stage_of, begin):
+            yield
 
 
 def _mark(call: str, stage: str) -> str:
     return f"{stage_range(call, stage)} begins"
-
-
-def _called_by_python(arm: Arm) -> Iterator[tuple[torch.nn.Module, str]]:
-    for name, stage in (("vision_tower", VISION), ("multi_modal_projector", TOKENS), ("language_model", LLM)):
-        if name in arm.called:
-            yield getattr(arm.model.model, name), stage
-
-
-def _before_forward(module: torch.nn.Module, begin: Callable[[str], None], stage: str) -> RemovableHandle:
-    return module.register_forward_pre_hook(lambda module, args: begin(stage))
-
-
-def _stages_of_weights(inner: Any) -> dict[int, str]:
-    """{address of a weight: the stage that its product belongs to}."""
-    parts = ((inner.vision_tower, VISION), (inner.multi_modal_projector, TOKENS), (inner.language_model.layers[0], LLM))
-    return {weight.data_ptr(): stage for part, stage in parts for weight in part.parameters()}
-
-
-@contextmanager
-def _watched_products(stage_of: dict[int, str], begin: Callable[[str], None]) -> Iterator[None]:
-    """Products that compiled code calls, and those of graphs that run uncompiled, tell the stage of their weight."""
-    from torch._inductor.select_algorithm import extern_kernels
-
-    originals: list[tuple[Any, str, Any]] = [(extern_kernels, *item) for item in vars(extern_kernels).items()]
-    originals.append((torch._C._nn, "linear", torch._C._nn.linear))
-
-    def watched(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            for argument in args:
-                if isinstance(argument, torch.Tensor) and (stage := stage_of.get(argument.data_ptr())):
-                    begin(stage)
-            return kernel(*args, **kwargs)
-
-        return call
-
-    for owner, name, kernel in originals:
-        setattr(owner, name, watched(kernel))
-    try:
-        yield
-    finally:
-        for owner, name, kernel in originals:
-            setattr(owner, name, kernel)
 
 
 @contextmanager

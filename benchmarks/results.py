@@ -1,10 +1,14 @@
-"""What ``earlytom bench`` prints and writes: three tables a workload, the same as JSON and Markdown, and plots.
+"""What ``earlytom bench`` prints and writes: four tables a workload, the same as JSON and Markdown, and plots.
 
 The numbers here are made up:
 
 | arm           | compile s | first call s | TTFT ms | range     | vs inductor | vs eager | frames left | ...
 | inductor      |      45.3 |         48.1 |    2902 | 2890-2950 |       1.00x |    1.10x |             | ...
 | earlytom 0.1  |      29.8 |         31.0 |    1398 | 1390-1401 |       2.08x |    2.28x |         75% | ...
+
+| arm           | patches computed | encoder ms | range     | of its time | TFLOP | of its work | time / work
+| inductor      |                  |       1900 | 1890-1930 |        100% |  1.20 |        100% |        1.00
+| earlytom 0.1  |              31% |        700 |   690-710 |         37% |  0.42 |         35% |   1.05, met
 
 | arm           | vision encoding | token processing | LLM prefill | overhead | profiled ms | TFLOP | of full | ...
 | inductor      |       900 (30%) |          60 (2%) |  1960 (66%) |  60 (2%) |        2980 |   1.2 |    100% | ...
@@ -31,10 +35,19 @@ from earlytom_compile.errors import EarlyTomConfigError
 
 REFERENCE, EAGER = "inductor", "transformers"
 """Arms with all tokens, which the others are compared with."""
+MOST_TIME_FOR_WORK = 1.25
+"""What an encoder's share of the time is to be at most, in its shares of the work."""
 _HEADINGS = (
     "arm", "compile s", "first call s", "TTFT ms", "range", f"vs {REFERENCE}", "vs eager", "frames left",
     "video tokens", "tokens/s", "compiled later",
 )  # fmt: skip
+_ENCODER_HEADINGS = (
+    "arm", "patches computed", "encoder ms", "range", "of its time", "TFLOP", "of its work", "time / work",
+)  # fmt: skip
+_ENCODER_TITLE = (
+    f"the vision encoder of the timed calls beside {REFERENCE}'s: its share of the time over its share of the work, at "
+    f"most {MOST_TIME_FOR_WORK:g}"
+)
 _BREAKDOWN_HEADINGS = (
     "arm", "vision encoding", "token processing", "LLM prefill", "overhead", "profiled ms", "TFLOP", "of full",
     "GB", "floor ms", "TTFT / floor",
@@ -83,6 +96,11 @@ class Workload:
         return [result for result in self.results if not result.failure]
 
     @property
+    def reference(self) -> Result | None:
+        """All tokens, compiled, if that did not fail."""
+        return next((result for result in self.measured if result.name == REFERENCE), None)
+
+    @property
     def failures(self) -> list[str]:
         """Who failed, and why."""
         return [f"{result.name}: {result.failure}" for result in self.results if result.failure]
@@ -112,6 +130,10 @@ class Workload:
         """Operations with all tokens, if an arm has them."""
         return next((result.floor.flops for result in self.results if result.retain_ratio == 1 and result.floor), None)
 
+    def encoder_rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table of the vision encoder, a row for each arm."""
+        return [_encoder_row(result, self.reference) for result in self.results]
+
     def memory_rows(self) -> list[tuple[str, ...]]:
         """Cells of the table of peaks, a row for each arm."""
         reference = next((_peaks(result) for result in self.results if result.name == REFERENCE), _NO_PEAKS)
@@ -121,6 +143,7 @@ class Workload:
         """(title, headings, rows) of every table."""
         return [
             (self.title, _HEADINGS, self.rows()),
+            (_ENCODER_TITLE, _ENCODER_HEADINGS, self.encoder_rows()),
             (self.breakdown_title, _BREAKDOWN_HEADINGS, self.breakdown_rows()),
             (_MEMORY_TITLE, _MEMORY_HEADINGS, self.memory_rows()),
         ]
@@ -141,6 +164,31 @@ def _row(result: Result, speed: Sequence[float | None], video_tokens: int | None
         "" if result.decode_rate is None else f"{result.decode_rate:.1f}",
         str(result.recompiles),
     )
+
+
+def encoder_shares(result: Result, full: Result | None) -> dict[str, float] | None:
+    """Shares of the ``time`` and the ``work`` of ``full``'s vision encoder; None where one of them is not known."""
+    if full is None or result.encoder_median is None or full.encoder_median is None:
+        return None
+    if result.floor is None or full.floor is None:
+        return None
+    work = result.floor.encoder_flops / full.floor.encoder_flops
+    return {"time": result.encoder_median / full.encoder_median, "work": work}
+
+
+def _encoder_row(result: Result, full: Result | None) -> tuple[str, ...]:
+    if result.encoder_median is None or result.failure:
+        return (result.name, *[""] * (len(_ENCODER_HEADINGS) - 1))
+    seconds = (result.encoder_median, min(result.encoder), max(result.encoder))
+    median, least, most = (_milliseconds(value) for value in seconds)
+    work = _short(result.floor.encoder_flops / 1e12) if result.floor else ""
+    cells, shares = ("", work, "", ""), encoder_shares(result, full)
+    if shares is not None:
+        times = shares["time"] / shares["work"]
+        verdict = "" if not result.frames else ", met" if times <= MOST_TIME_FOR_WORK else ", MISSED"
+        cells = (f"{shares['time']:.0%}", work, f"{shares['work']:.0%}", f"{times:.2f}{verdict}")
+    computed = "" if result.computed is None else f"{result.computed:.0%}"
+    return (result.name, computed, median, f"{least}-{most}", *cells)
 
 
 def _breakdown_cells(breakdown: Breakdown | None) -> tuple[str, ...]:
@@ -223,12 +271,14 @@ def to_dict(workloads: Sequence[Workload], about: dict[str, Any]) -> dict[str, A
 
 def _to_dict(workload: Workload) -> dict[str, Any]:
     full, speed = workload.full_flops, {name: speeds(workload.results, name) for name in (REFERENCE, EAGER)}
+    reference = workload.reference
     results = [
         {
             **dataclasses.asdict(result),
             "video_tokens": workload.video_tokens(result),
             "speed": {name: times.get(result.name) for name, times in speed.items()},
             "share_of_full_flops": result.floor.flops / full if result.floor and full else None,
+            "encoder_shares": encoder_shares(result, reference),
         }
         for result in workload.results
     ]

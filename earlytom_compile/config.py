@@ -21,6 +21,8 @@ RELEASED_MAX_WINDOW = 8
 
 DEFAULT_MERGE_LAYERS = (6, 21, 23)
 """Where frames merge in an encoder of 26 layers: 7, 22 and 24 of them are done."""
+DEFAULT_FULL_SHARES = (0.75, 1.0)
+"""Shares of the depth behind which every place has seen what is new: the layers that end there run in full."""
 
 # Table 8 of the paper: tau_seg and merge layers for a retain ratio; every row has alpha = 0.9.
 PRESET_RATIOS = (0.25, 0.20, 0.15, 0.10)
@@ -58,9 +60,23 @@ class EarlyTomConfig:
     """r in (0, 1]: share of the video tokens that reach the language model (Eq. 5)."""
     variant: Literal["paper", "released", "plus"] = "paper"
     """``"paper"``: Eq. 1-7, exactly K tokens a video. ``"released"``: what the authors' code computes. ``"plus"``:
-    frames merge as in ``paper``, and K tokens stay that represent all others, whatever attention they receive."""
+    patches that did not change are not computed again, in the place of merging frames, and K tokens stay that represent
+    all others, whatever attention they receive."""
+    reuse: bool | None = None
+    """Compute a patch once, and again only when its pixels change, instead of merging frames (docs/reuse.md); None:
+    under ``variant="plus"``."""
+    tau_reuse: float = 0.03
+    """Largest mean absolute difference of a patch's normalised pixels, beyond the video's own noise, at which it counts
+    as unchanged."""
+    full_layers: tuple[int, ...] | None = None
+    """0-based encoder layers that compute unchanged patches too, so that what is new around them reaches them; None =
+    those where three quarters of the depth and all of it are done."""
+    encode_ratio: float | None = None
+    """An exact budget for ``reuse`` in (0, 1]: the share of a video's patches that is computed, those that changed
+    most, one frame at least. None: as many as changed."""
     merge_layers: tuple[int, ...] | None = None
-    """0-based encoder layers after which frames merge; None = (6, 21, 23) of 26, scaled to the depth."""
+    """0-based encoder layers after which frames merge; None = (6, 21, 23) of 26, scaled to the depth. With ``reuse``
+    none merge, and attention in the last of these layers is what ``paper`` and ``released`` select by."""
     tau_seg: float = 0.6
     """A segment ends where the smoothed frame similarity falls below this (Eq. 1)."""
     alpha: float = 0.9
@@ -115,14 +131,41 @@ class EarlyTomConfig:
         for name in ("strict", "compile_llm"):
             if not isinstance(getattr(self, name), bool):
                 raise bad_option(name, getattr(self, name), "True or False")
-        if self.merge_layers is not None:
-            object.__setattr__(self, "merge_layers", _layers(self.merge_layers))
+        for name in ("merge_layers", "full_layers"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _layers(name, getattr(self, name)))
         if self.preset is not None:
             row = _preset(self.preset, self.retain_ratio)
             if self.tau_seg == type(self).tau_seg and self.merge_layers is None:
                 for name, value in row.items():
                     object.__setattr__(self, name, value)
                 object.__setattr__(self, "_preset_layers", True)
+        self._check_reuse()
+
+    def _check_reuse(self) -> None:
+        if self.reuse not in (None, True, False):
+            raise bad_option("reuse", self.reuse, "True, False or None")
+        enough = 0 <= _float(self.tau_reuse) < math.inf
+        _require_number("tau_reuse", self.tau_reuse, enough, "a number that is not negative, such as 0.03")
+        if self.encode_ratio is not None:
+            ratio = self.encode_ratio
+            _require_number("encode_ratio", ratio, 0 < _float(ratio) <= 1, "None or a number in (0, 1]")
+        without_effect = ["tau_merge"] if self.reuses() else ["tau_reuse", "full_layers", "encode_ratio"]
+        if self.reuses() and self.variant == "plus" and self.preset is None:
+            without_effect.append("merge_layers")  # by which the others select
+        given = [name for name in without_effect if getattr(self, name) != getattr(type(self), name)]
+        if given:
+            name, value = given[0], getattr(self, given[0])
+            if self.reuses():
+                on = "reuse=True" if self.reuse else 'variant="plus", which reuses patches'
+                raise EarlyTomConfigError(
+                    f"{name}={value!r} with {on}: no frames merge where unchanged patches are reused. Leave {name} "
+                    "out, or merge frames instead with reuse=False."
+                )
+            raise EarlyTomConfigError(
+                f"{name}={value!r} without reuse, which is off with variant={self.variant!r} unless asked for: it "
+                f"would have no effect. Leave {name} out, or say reuse=True."
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> "EarlyTomConfig":
@@ -141,17 +184,42 @@ class EarlyTomConfig:
         return config
 
     def resolve_merge_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The merge layers of an encoder of ``num_layers`` layers; raises if one does not exist."""
+        """Layers of an encoder of ``num_layers`` layers after which frames merge: none with ``reuse``; raises if one
+        does not exist."""
+        layers = self._merge_layers_of(num_layers)
+        return () if self.reuses() else layers
+
+    def require_layers(self, num_layers: int) -> None:
+        """Raise where an encoder of ``num_layers`` layers does not have those that the options name."""
+        self._merge_layers_of(num_layers)
+        if self.reuses():
+            self.resolve_full_layers(num_layers)
+
+    def scored_layer(self, num_layers: int) -> int:
+        """The layer whose attention ranks tokens, and behind which frames are segmented to select them."""
+        return max(self._merge_layers_of(num_layers), default=num_layers - 1)
+
+    def _merge_layers_of(self, num_layers: int) -> tuple[int, ...]:
         if self.merge_layers is not None and not self._preset_layers:
-            missing = [layer for layer in self.merge_layers if layer >= num_layers]
-            if missing:
-                raise EarlyTomConfigError(
-                    f"merge_layers={self.merge_layers}: layer {missing[0]} does not exist; the vision encoder "
-                    f"has layers 0 to {num_layers - 1}. Choose from those, or leave merge_layers=None."
-                )
-            return self.merge_layers
+            return _existing("merge_layers", self.merge_layers, num_layers)
         layers = self.merge_layers or DEFAULT_MERGE_LAYERS
         return layers if num_layers in (26, 27) else _scaled(layers, num_layers)
+
+    def resolve_full_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of an encoder of ``num_layers`` layers that compute every place although patches are reused; raises if
+        one does not exist."""
+        if self.full_layers is not None:
+            return _existing("full_layers", self.full_layers, num_layers)
+        return tuple(sorted({max(0, round(share * num_layers) - 1) for share in DEFAULT_FULL_SHARES}))
+
+    def reuses(self) -> bool:
+        """Whether unchanged patches are not computed again, and no frames merge."""
+        return self.variant == "plus" if self.reuse is None else self.reuse
+
+    def place_budget(self, frames: int, places: int) -> int:
+        """T, places of a video of F frames with S places each that are computed: ``encode_ratio`` of them, one frame at
+        least; 0 where their number depends on the content."""
+        return 0 if self.encode_ratio is None else max(places, round(self.encode_ratio * frames * places))
 
     def token_budget(self, frames: int, tokens: int) -> int:
         """K = max(1, round(r·F·P)): tokens a video keeps, except under ``released`` (Eq. 5, made exact)."""
@@ -231,10 +299,20 @@ def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise bad_option(name, value, "one of " + ", ".join(map(repr, choices)))
 
 
-def _layers(value: Any) -> tuple[int, ...]:
+def _layers(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise bad_option("merge_layers", value, "None or a sequence of layer numbers such as (6, 21, 23)")
+        raise bad_option(name, value, "None or a sequence of layer numbers such as (6, 21, 23)")
     layers = tuple(value)
     if not all(is_whole_number(layer) and layer >= 0 for layer in layers) or len(set(layers)) < len(layers):
-        raise bad_option("merge_layers", value, "distinct 0-based layer numbers such as (6, 21, 23)")
+        raise bad_option(name, value, "distinct 0-based layer numbers such as (6, 21, 23)")
     return tuple(sorted(map(int, layers)))
+
+
+def _existing(name: str, layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    missing = [layer for layer in layers if layer >= num_layers]
+    if missing:
+        raise EarlyTomConfigError(
+            f"{name}={layers}: layer {missing[0]} does not exist; the vision encoder "
+            f"has layers 0 to {num_layers - 1}. Choose from those, or leave {name}=None."
+        )
+    return layers

@@ -4,6 +4,7 @@ The paper's tables and torch's counter do not count alike, so every count says b
 
     count(shape_of("llava-onevision-7b"), protocol="paper", frames_schedule=(32,), llm_tokens=6272).total   # 82.6e12
     count(shape_of("llava-onevision-7b"), protocol="exact", frames_schedule=(32,), llm_tokens=6305).total   # 119.6e12
+    count(..., frames_schedule=(32,), reuse=Reuse(computed=6100, full_layers=(18, 25)))   # 6100 of 32 x 729 patches
 
 ``paper`` (Eq. 8): a layer with n tokens of width d and an MLP of m is 4nd² + 2n²d + 2ndm. A multiply-add counts once,
 the encoder's n is all frames in one sequence, an MLP has two matrices, and there is nothing but layers.
@@ -11,6 +12,10 @@ the encoder's n is all frames in one sequence, an MLP has two matrices, and ther
 ``exact``: the multiply-adds that are done, counted as two as in ``torch.utils.flop_counter``. Attention stays within a
 frame, the language model's MLP has three matrices and its keys fewer heads, and patch embedding, projector, lm_head
 and the products of our operators count too. Causal attention is counted as a full square, as torch does.
+
+Where unchanged patches are reused, a layer computes T of the F·S patches of a video, and each of its queries looks at
+all S patches of its frame, in both protocols: it costs T / (F·S) of a layer that computes all. What decides which
+patches changed compares pixels and multiplies nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +35,16 @@ _MOST_FRAMES_OF_A_WINDOW = 8  # among which ``plus`` looks for representatives
 
 TABLE_ROUNDING = 0.05e12
 """The paper's numbers are rounded to 0.1 T: the true one is at most this far away."""
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What an encoder computes of one video when it does not compute unchanged patches again."""
+
+    computed: float
+    """T, patches that are computed, of F frames with S each."""
+    full_layers: tuple[int, ...] = ()
+    """0-based layers that compute all F·S."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,7 @@ def count(
     merge_layers: Sequence[int] | None = None,
     lm_head_positions: int = 1,
     variant: Variant = "paper",
+    reuse: Reuse | None = None,
 ) -> Flops:
     """Work of one prompt with one video.
 
@@ -71,27 +87,34 @@ def count(
         merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
         lm_head_positions: positions that get logits: 1 in ``generate``, all of them in a plain ``forward``.
         variant: that of ``EarlyTomConfig``, by which the operators are counted: ``"plus"`` selects by others.
+        reuse: what is computed where unchanged patches are not computed again; then no frames merge.
 
     Raises:
-        EarlyTomConfigError: an unknown protocol or variant, or a schedule that fits neither the merge layers nor
-            time.
+        EarlyTomConfigError: an unknown protocol or variant, a schedule that fits neither the merge layers nor time, or
+            more patches or other layers than there are.
     """
     if protocol not in PROTOCOLS:
         raise EarlyTomConfigError(f"protocol={protocol!r}: must be one of {', '.join(map(repr, PROTOCOLS))}.")
-    config = EarlyTomConfig(merge_layers=_optional(merge_layers), variant=variant)
-    merges = config.resolve_merge_layers(shape.vision_layers)
+    config = EarlyTomConfig(variant=variant)
+    merges = EarlyTomConfig(merge_layers=_optional(merge_layers)).resolve_merge_layers(shape.vision_layers)
     _check_schedule(frames_schedule, merges)
+    if reuse is not None:
+        _check_reuse(reuse, frames_schedule, shape)
     lengths = _by_layer({0: llm_tokens} if isinstance(llm_tokens, int) else llm_tokens, shape.llm_layers)
     boundaries = [layer + 1 for layer in merges] if len(frames_schedule) > 1 else []
     frames = _by_layer(dict(zip([0, *boundaries], frames_schedule, strict=True)), shape.vision_layers)
+    computed = _computed(shape, frames, reuse)
     if protocol == "paper":
-        encoder = sum(_paper_layer(f * shape.frame_tokens, shape.vision_width, shape.vision_mlp) for f in frames)
-        llm = sum(_paper_layer(n, shape.llm_width, shape.llm_mlp) for n in lengths)
+        widths = shape.vision_width, shape.vision_mlp
+        encoder = sum(
+            _paper_layer(n, *widths, places=f * shape.frame_tokens) for n, f in zip(computed, frames, strict=True)
+        )
+        llm = sum(_paper_layer(n, shape.llm_width, shape.llm_mlp, places=n) for n in lengths)
         return Flops(protocol, encoder, 0, 0, llm, 0)
     return Flops(
         protocol,
-        encoder=_patch_embedding(shape, frames[0]) + sum(_vision_layer(shape, f) for f in frames),
-        operators=_operators(shape, frames_schedule, config) if boundaries else 0,
+        encoder=_patch_embedding(shape, frames[0]) + sum(_vision_layer(shape, n) for n in computed),
+        operators=_operators(shape, frames_schedule, config) if boundaries or reuse else 0,
         projector=2 * frames[-1] * shape.frame_tokens * shape.llm_width * (shape.vision_width + shape.llm_width),
         llm=sum(_llm_layer(shape, n) for n in lengths),
         lm_head=2 * lm_head_positions * shape.llm_width * shape.vocab,
@@ -106,9 +129,17 @@ def merged_inside(tokens: int, *, layer: int = 18, drop_ratio: float = 0.5) -> d
     return {0: tokens, layer: round((1 - drop_ratio) * tokens)}
 
 
-def _paper_layer(tokens: float, width: int, mlp: int) -> float:
-    """4nd² + 2n²d + 2ndm (Eq. 8)."""
-    return 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp
+def _computed(shape: ModelShape, frames: Sequence[float], reuse: Reuse | None) -> list[float]:
+    """Patches that each layer computes."""
+    every = [f * shape.frame_tokens for f in frames]
+    if reuse is None:
+        return every
+    return [whole if layer in reuse.full_layers else reuse.computed for layer, whole in enumerate(every)]
+
+
+def _paper_layer(tokens: float, width: int, mlp: int, *, places: float) -> float:
+    """4nd² + 2n²d + 2ndm (Eq. 8), where each of n tokens looks at ``places``: n, unless some are not computed."""
+    return 4 * tokens * width**2 + 2 * tokens * places * width + 2 * tokens * width * mlp
 
 
 def _patch_embedding(shape: ModelShape, frames: float) -> float:
@@ -116,10 +147,10 @@ def _patch_embedding(shape: ModelShape, frames: float) -> float:
     return 2 * frames * shape.frame_tokens * pixels * shape.vision_width
 
 
-def _vision_layer(shape: ModelShape, frames: float) -> float:
+def _vision_layer(shape: ModelShape, tokens: float) -> float:
     """Four square matrices, the two products of attention within each frame, and an MLP of two matrices."""
-    tokens, width = shape.frame_tokens, shape.vision_width
-    return 2 * frames * (tokens * (4 * width**2 + 2 * width * shape.vision_mlp) + 2 * tokens**2 * width)
+    width = shape.vision_width
+    return 2 * tokens * (4 * width**2 + 2 * width * shape.vision_mlp + 2 * shape.frame_tokens * width)
 
 
 def _llm_layer(shape: ModelShape, tokens: float) -> float:
@@ -132,7 +163,8 @@ def _llm_layer(shape: ModelShape, tokens: float) -> float:
 
 def _operators(shape: ModelShape, schedule: Sequence[float], config: EarlyTomConfig) -> float:
     """Similarities of every frame with every other, at each merge layer and once more for selection; and the
-    scores of the last merge layer's attention, which nobody keeps and importance needs again.
+    scores of the last merge layer's attention, which nobody keeps and importance needs again. A schedule of one number
+    is one in which unchanged patches are reused and no frames merge.
 
     ``plus`` selects by neither, but by the similarities of every pooled token with every other of its window; taking
     the tokens one by one is sums and comparisons, without a product.
@@ -140,7 +172,7 @@ def _operators(shape: ModelShape, schedule: Sequence[float], config: EarlyTomCon
     tokens, width = shape.frame_tokens, shape.vision_width
     similarities = [2 * frames**2 * tokens * width for frames in schedule]
     if config.selects_by_attention():
-        return sum(similarities) + 2 * schedule[-2] * tokens**2 * width
+        return sum(similarities) + 2 * schedule[max(0, len(schedule) - 2)] * tokens**2 * width
     windows = -(-schedule[-1] // _MOST_FRAMES_OF_A_WINDOW)
     size, larger = divmod(schedule[-1], windows)
     squares = (windows - larger) * size**2 + larger * (size + 1) ** 2
@@ -160,6 +192,20 @@ def _check_schedule(schedule: Sequence[float], merges: Sequence[int]) -> None:
         )
     if min(schedule) <= 0 or any(after > before for before, after in zip(schedule, schedule[1:], strict=False)):
         raise EarlyTomConfigError(f"frame schedule {given}: must be positive and never grow.")
+
+
+def _check_reuse(reuse: Reuse, schedule: Sequence[float], shape: ModelShape) -> None:
+    least, most = shape.frame_tokens, schedule[0] * shape.frame_tokens
+    if len(schedule) > 1:
+        raise EarlyTomConfigError(
+            f"frame schedule {','.join(f'{frames:g}' for frames in schedule)} with reuse: no frames merge where "
+            "unchanged patches are reused; give one number."
+        )
+    if not least <= reuse.computed <= most:
+        raise EarlyTomConfigError(
+            f"{reuse.computed:g} computed patches: must be from {least}, those of the first frame, to {most:g}, all."
+        )
+    EarlyTomConfig(reuse=True, full_layers=reuse.full_layers).resolve_full_layers(shape.vision_layers)
 
 
 def _by_layer(starts: Mapping[int, float], layers: int) -> list[float]:

@@ -5,6 +5,9 @@ Every function sees **one** video (or one prompt row): isolation between videos 
 
     32 frames --plan_frame_merge--> 20 frames --select_tokens--> K tokens --merge_inner_tokens--> fewer still
 
+In the place of the first, patches that did not change are not computed again: ``plan_reuse`` and ``encode_with_reuse``,
+which stand in :mod:`earlytom_compile.reference_reuse` and are part of this module.
+
 Two variants, everywhere the keyword ``variant``:
 
 * ``"paper"``: EarlyTom, Eq. 1-7 and Algorithms 1-2, with the gaps closed as each function says.
@@ -28,15 +31,31 @@ import torch
 from torch import Tensor
 
 from earlytom_compile.errors import EarlyTomConfigError
+from earlytom_compile.reference_reuse import (
+    ReusePlan,
+    encode_with_reuse,
+    importance_with_reuse,
+    plan_reuse,
+    read_sources,
+    reuse_budget,
+    share_updates,
+)
 
 __all__ = [
     "FrameMergePlan",
+    "ReusePlan",
+    "encode_with_reuse",
     "frame_similarity",
+    "importance_with_reuse",
     "merge_inner_tokens",
     "plan_frame_merge",
+    "plan_reuse",
+    "read_sources",
+    "reuse_budget",
     "segment_frames",
     "select_representatives",
     "select_tokens",
+    "share_updates",
 ]
 
 VARIANTS = ("paper", "released")

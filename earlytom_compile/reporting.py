@@ -102,12 +102,22 @@ class GraphRecord:
 
 
 @dataclass(frozen=True)
+class ReusePlan:
+    """What one call computed of its V videos of F frames with S places each, and what it reused, as device tensors."""
+
+    source: torch.Tensor  # int64 [V, F, S], the frame in which each place was last computed
+    computed: torch.Tensor  # int64 [V], places that were computed
+    measured: torch.Tensor  # float32 [V, 2], the video's own noise and the threshold that followed from it
+
+
+@dataclass(frozen=True)
 class Counts:
     """What one call kept, as device tensors: nobody waits for them until somebody asks."""
 
     frames: Sequence[torch.Tensor]  # int64 [V] each: at first, then after each merge layer
     kept: torch.Tensor | None  # int64 [V, K, 2], or [M, 2] of all videos: the (merged frame, token) of each that stays
     tokens: torch.Tensor | None  # int64 [V] where it depends on the content, else the record's budget tells
+    reuse: ReusePlan | None = None  # None where every patch of every frame was computed
 
 
 @dataclass(frozen=True)

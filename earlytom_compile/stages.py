@@ -35,7 +35,7 @@ from .passes.patterns import value_of
 from .passes.run_on_fakes import data_dependent_sizes
 from .passes.split_stages import Piece, split_stages
 from .prompt import ExpectedPlaceholders
-from .reporting import Counts, GraphRecord, progress
+from .reporting import Counts, GraphRecord, ReusePlan, progress
 
 log = logging.getLogger(__name__)
 _CANNOT_LOWER = (
@@ -52,9 +52,11 @@ Kinds = dict[Any, "_Compiled | None"]
 
 
 _CUDA_GRAPHS = "triton.cudagraphs"
-LAST_MERGES: ContextVar[tuple[Sequence[Any], Sequence[Any]] | None] = ContextVar("earlytom_last_merges", default=None)
-"""Of the tower that ran last in this thread: frames of the video at first and after each merge, and then the source and
-weight of each merge, and the importance if there is one."""
+LAST_MERGES: ContextVar[tuple[Sequence[Any], Sequence[Any], ReusePlan | None] | None] = ContextVar(
+    "earlytom_last_merges", default=None
+)
+"""Of the tower that ran last in this thread: frames of the video at first and after each merge; then the source and
+weight of each merge, and the importance if there is one; and by what plan patches were reused."""
 
 
 def inductor_options(mode: str | None) -> dict[str, Any]:
@@ -351,6 +353,7 @@ class CompressedGraph:
         self._expected = expected
         self._config = state.config
         self._num_counts = len(state.video.counts) if state.video else 0
+        self._reuses = state.reused is not None
         self.record = record
         self._path = state.path
         self._frames_only = state.frames_only
@@ -384,16 +387,18 @@ class CompressedGraph:
 
     def _note(self, counts: Sequence[Any], args: tuple[Any, ...]) -> None:
         record = self.record
+        reuse = ReusePlan(*counts[:3]) if self._reuses else None
+        counts = counts[3:] if self._reuses else counts
         frames, rest = counts[: self._num_counts], list(counts[self._num_counts :])
         record.last_call = time.monotonic()
         if self._frames_only:
             assert self._path is not None
-            record.last_counts = Counts(frames, None, frames[-1] * self._path.tokens)
-            LAST_MERGES.set((frames, rest))
+            record.last_counts = Counts(frames, None, frames[-1] * self._path.tokens, reuse)
+            LAST_MERGES.set((frames, rest, reuse))
             return
         if self._expected is not None:
             record.prompt = (args[self._expected[0]].shape[1], rest.pop(0).shape[1])
-        record.last_counts = Counts(frames, rest.pop(0), rest.pop(0) if rest else None)
+        record.last_counts = Counts(frames, rest.pop(0), rest.pop(0) if rest else None, reuse)
 
 
 def fall_back(reason: str, cure: str, config: EarlyTomConfig, record: GraphRecord) -> None:

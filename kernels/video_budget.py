@@ -38,3 +38,31 @@ def video_budget(frames: int, tokens: int, retain_ratio: float) -> Tensor:
 @video_budget.register_fake
 def _(frames: int, tokens: int, retain_ratio: float) -> Tensor:
     return torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("earlytom::place_budget", mutates_args=())
+def place_budget(frames: int, places: int, encode_ratio: float) -> Tensor:
+    """How many places of a video of ``frames`` frames with ``places`` places each are computed (docs/reuse.md).
+
+    Args:
+        frames: F, at least 1.
+        places: S, at least 1.
+        encode_ratio: in (0, 1].
+
+    Returns:
+        int64 [] on the CPU: T = max(S, round(encode_ratio F S)), half to even.
+
+    Raises:
+        ValueError: no frames or no places. EarlyTomConfigError: a ratio out of its range.
+    """
+    if frames < 1 or places < 1:
+        raise ValueError(
+            f"earlytom::place_budget: frames={frames}, places={places}; a video has at least 1 frame of 1 place"
+        )
+    config = EarlyTomConfig(reuse=True, encode_ratio=encode_ratio)
+    return torch.tensor(config.place_budget(frames, places))
+
+
+@place_budget.register_fake
+def _(frames: int, places: int, encode_ratio: float) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")

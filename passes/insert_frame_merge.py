@@ -25,6 +25,7 @@ from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath
 from earlytom_compile.passes.find_vision_encoder import Block, GraphView
+from earlytom_compile.passes.insert_patch_reuse import ReusedPlaces
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis
@@ -61,18 +62,22 @@ def require_merged_features(view: GraphView, path: Boundary, config: EarlyTomCon
             )
 
 
-def insert_frame_merge(graph: Graph, path: VideoPath, sizes: VideoSizes, config: EarlyTomConfig) -> MergedVideo:
-    """Insert the merge ops of every merge layer; literals that mean the frame axis still have their old size."""
+def insert_frame_merge(
+    graph: Graph, path: VideoPath, sizes: VideoSizes, config: EarlyTomConfig, reused: ReusedPlaces | None = None
+) -> MergedVideo:
+    """Insert the merge ops of every merge layer; literals that mean the frame axis still have their old size. Where
+    patches are ``reused`` instead no frames merge, and what selection needs is read of all their places."""
     blocks = path.encoder.blocks
     layers = config.resolve_merge_layers(len(blocks))
-    scored = blocks[layers[-1]] if layers else blocks[-1]
+    scored = blocks[config.scored_layer(len(blocks))]
     importance, dynamic = None, None
     if config.selects_by_attention():
         with graph.inserting_before(scored.attention):
-            importance = _attention_received(graph, scored)
+            importance = _attention_received(graph, scored, reused)
     with graph.inserting_before(blocks[0].input.next):
         counts = [_frame_counts(graph, path, sizes)]
-    features, axes, plans = scored.output, [], []
+    features = reused.whole(graph, scored.output) if reused is not None else scored.output
+    axes, plans = [], []
     for layer in layers:
         if isinstance(path.frames, int) and path.frames < _FEWEST_MERGEABLE:
             counts.append(counts[-1])
@@ -148,7 +153,7 @@ def _frame_counts(graph: Graph, path: VideoPath, sizes: VideoSizes) -> Node:
     return insert(graph, torch.full, (path.videos,), sizes.frames, dtype=torch.int64, device=device)
 
 
-def _attention_received(graph: Graph, block: Block) -> Node:
+def _attention_received(graph: Graph, block: Block, reused: ReusedPlaces | None) -> Node:
     query, key = shape_of(block.query), shape_of(block.key)
     if query != key:
         raise NotApplicable(
@@ -158,7 +163,10 @@ def _attention_received(graph: Graph, block: Block) -> Node:
         )
     head_dim = int(shape_of(block.query)[-1])  # type: ignore[index]
     scale = block.scale if block.scale is not None else 1 / math.sqrt(head_dim)
-    return insert(graph, torch.ops.earlytom.attention_received.default, block.query, block.key, scale)
+    heads = block.query, block.key
+    if reused is not None and reused.is_packed(block):
+        heads = reused.spread(graph, block.query), reused.spread(graph, block.key)
+    return insert(graph, torch.ops.earlytom.attention_received.default, *heads, scale)
 
 
 def _segmentation(config: EarlyTomConfig) -> dict[str, Any]:

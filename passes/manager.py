@@ -31,6 +31,7 @@ from earlytom_compile.passes.canonicalize_sizes import canonicalize_sizes
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.canonicalize_writes import canonicalize_writes
 from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
+from earlytom_compile.passes.find_patch_grid import PatchGrid, find_patch_grid
 from earlytom_compile.passes.find_video_boundary import (
     Boundary,
     Placeholders,
@@ -41,6 +42,7 @@ from earlytom_compile.passes.find_video_boundary import (
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, Miss, find_vision_encoder
 from earlytom_compile.passes.graph_order import eliminate_dead_code, stable_topological_sort
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge, require_merged_features
+from earlytom_compile.passes.insert_patch_reuse import ReusedPlaces, insert_patch_reuse
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
 from earlytom_compile.passes.opaque_operators import mark_position_wise, weights_of
 from earlytom_compile.passes.patterns import insert, memory_of, op_name, shape_of, value_of
@@ -75,7 +77,10 @@ class Rewrite:
     sequence: SequenceInputs | None = None
     even_rows: bool = True
     """Whether every row of the prompt has as many videos as the others, so that all are cut to one length."""
+    patches: PatchGrid | None = None
+    """Which pixels each place is made of; None where patches are not reused."""
     sizes: VideoSizes | None = None
+    reused: ReusedPlaces | None = None
     video: MergedVideo | None = None
     selected: SelectedTokens | None = None
     keep: Node | None = None  # int64 [R, S'], positions of the prompt that stay
@@ -89,16 +94,18 @@ class Rewrite:
 
     @property
     def counted(self) -> tuple[Node, ...]:
-        """What a call tells beside the graph's own outputs: frames of each video, positions of the prompt that stay,
-        which tokens were kept, and how many where that depends on the content; of a tower, what its frames are made of
-        and their importance."""
+        """What a call tells beside the graph's own outputs: the plan by which patches are reused, frames of each video,
+        positions of the prompt that stay, which tokens were kept, and how many where that depends on the content; of a
+        tower, what its frames are made of and their importance."""
         assert self.video is not None
+        reused = () if self.reused is None else (self.reused.source, self.reused.computed, self.reused.measured)
         if self.frames_only:
             importance = () if self.video.importance is None else (self.video.importance,)
-            return (*self.video.counts, *(node for plan in self.video.plans for node in plan), *importance)
+            plans = (node for plan in self.video.plans for node in plan)
+            return (*reused, *self.video.counts, *plans, *importance)
         assert self.selected is not None
         some = (self.keep, self.selected.kept, self.selected.kept_counts)
-        return (*self.video.counts, *(node for node in some if node is not None))
+        return (*reused, *self.video.counts, *(node for node in some if node is not None))
 
     @property
     def inserted(self) -> dict[str, int]:
@@ -164,10 +171,7 @@ def _find_token_map(state: Rewrite) -> None:
     if boundary is None or view is None:
         return
     hidden = boundary.encoder.blocks[-1].output
-    frames = boundary.frames.node.expr if isinstance(boundary.frames, torch.SymInt) else None
-    symbol = frames if frames is not None and frames.is_Symbol else None
-    probe = Probe(state.graph_module, state.example_inputs, weights_of(state.graph_module), symbol)
-    state.token_map = find_token_map(view, hidden, boundary.features, boundary.frame_axes, probe)
+    state.token_map = find_token_map(view, hidden, boundary.features, boundary.frame_axes, _probe(state, boundary))
     if state.token_map is None and state.config.selects_by_attention():
         patches = shape_of(hidden)[1]  # type: ignore[index]
         raise NotApplicable(
@@ -176,6 +180,20 @@ def _find_token_map(state: Rewrite) -> None:
             f"{patches} patches, as behind a resampler",
             'Use variant="plus", which looks at the tokens themselves',
         )
+
+
+def _probe(state: Rewrite, path: VideoPath) -> Probe:
+    frames = path.frames.node.expr if isinstance(path.frames, torch.SymInt) else None
+    symbol = frames if frames is not None and frames.is_Symbol else None
+    return Probe(state.graph_module, state.example_inputs, weights_of(state.graph_module), symbol)
+
+
+def _find_patch_grid(state: Rewrite) -> None:
+    path, view = state.path, state.view
+    assert path is not None and view is not None
+    alone = isinstance(path.frames, int) and path.frames < 2  # a frame has nothing to reuse
+    if state.config.reuses() and not alone:
+        state.patches = find_patch_grid(view, path, _probe(state, path))
 
 
 def _require_inference(state: Rewrite) -> None:
@@ -231,11 +249,19 @@ def _copy_of(graph: Graph, node: Node, behind: Node) -> Node:
         return insert(graph, "contiguous", node, like=value_of(node).contiguous())  # type: ignore[union-attr]
 
 
-def _merge_frames(state: Rewrite) -> None:
-    assert state.path is not None
+def _reuse_patches(state: Rewrite) -> None:
+    assert state.path is not None and state.view is not None
     graph = state.graph_module.graph
     state.sizes = video_sizes(graph, state.path, state.config)
-    state.video = insert_frame_merge(graph, state.path, state.sizes, state.config)
+    if state.patches is not None:
+        state.reused = insert_patch_reuse(graph, state.view, state.path, state.patches, state.sizes, state.config)
+        state.path = state.reused.path
+
+
+def _merge_frames(state: Rewrite) -> None:
+    assert state.path is not None and state.sizes is not None
+    graph = state.graph_module.graph
+    state.video = insert_frame_merge(graph, state.path, state.sizes, state.config, state.reused)
     state.axes += state.video.axes
 
 
@@ -260,7 +286,8 @@ def _compact(state: Rewrite) -> None:
 def _retarget(state: Rewrite) -> None:
     # What was inserted may read nodes that stand behind it, such as the prompt's cut the content-dependent counts.
     stable_topological_sort(state.graph_module.graph)
-    retarget_axes(state.graph_module, state.axes, state.counted)
+    axes = [*state.axes, *(state.reused.axes if state.reused is not None else ())]
+    retarget_axes(state.graph_module, axes, state.counted)
 
 
 def _check(state: Rewrite) -> None:
@@ -276,9 +303,11 @@ PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
     ("find_vision_encoder", _find_encoder),
     ("find_video_boundary", _find_boundary),
     ("find_token_map", _find_token_map),
+    ("find_patch_grid", _find_patch_grid),
     ("require_inference", _require_inference),
     ("find_sequence_inputs", _find_sequence),  # the last analysis: needs the graph as Dynamo left it
     ("lay_out_frames", _lay_out_frames),  # the first layer, which reads what a convolution made, is one of all then
+    ("insert_patch_reuse", _reuse_patches),  # before anybody reads what leaves a layer
     ("insert_frame_merge", _merge_frames),
     ("insert_token_selection", _select_tokens),  # reads the importance and segments the merges leave
     ("compact_sequence", _compact),  # needs K

@@ -59,15 +59,15 @@ class Probe:
         """Whether ``node``, which reads the activations ``source`` [..., D], makes [..., N] of them one by one."""
         try:
             for magnitude in _MAGNITUDES:  # a scale that is clamped somewhere shows elsewhere
-                x = magnitude * self._random(source)
-                before = self._run(source, node, x)
+                x = magnitude * self.random(source)
+                before = self.run(source, node, x)
                 if not isinstance(before, Tensor) or before.shape[:-1] != x.shape[:-1]:
                     return False
                 first = magnitude == _MAGNITUDES[0]  # what all others may look at, as at a class token
                 place = tuple(0 if first else self._below(size) for size in x.shape[:-1])
                 changed = x.clone()
-                changed[place] = _LARGE * magnitude * self._random(source)[place]
-                if not _differs_only_at(before, self._run(source, node, changed), place):
+                changed[place] = _LARGE * magnitude * self.random(source)[place]
+                if not _differs_only_at(before, self.run(source, node, changed), place):
                     return False
             return True
         except Unknown as reason:
@@ -81,14 +81,14 @@ class Probe:
         ``carried`` [T, S] -> [T, P] says; None where that cannot be tried. One patch of each frame changes; of the
         tokens that ``carried`` says are made of it, some must change, and no others."""
         try:
-            x = self._random(hidden)
-            before = _by_frame(self._run(hidden, features, x), frame_axes)
+            x = self.random(hidden)
+            before = _by_frame(self.run(hidden, features, x), frame_axes)
             for _ in range(_TRIES):
                 places = torch.tensor([self._below(x.shape[1]) for _ in range(x.shape[0])], device=x.device)
                 frames = torch.arange(x.shape[0], device=x.device)
                 changed = x.clone()
-                changed[frames, places] = _LARGE * self._random(hidden)[frames, places]
-                after = _by_frame(self._run(hidden, features, changed), frame_axes)
+                changed[frames, places] = _LARGE * self.random(hidden)[frames, places]
+                after = _by_frame(self.run(hidden, features, changed), frame_axes)
                 one = x.new_zeros(x.shape[:2], dtype=torch.float32)
                 one[frames, places] = 1.0
                 allowed = carried(one) > 0
@@ -102,7 +102,8 @@ class Probe:
             log.debug("no probe of %s: %s", features.name, reason)
             return None
 
-    def _random(self, node: Node) -> Tensor:
+    def random(self, node: Node) -> Tensor:
+        """Random numbers in the place of ``node``, of its size; raises :class:`Unknown`."""
         value = value_of(node)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise Unknown(f"{node.name} is no tensor of floating point")
@@ -113,7 +114,8 @@ class Probe:
         return int(torch.randint(size, (), generator=self._generator))
 
     @torch.no_grad()
-    def _run(self, source: Node, target: Node, x: Tensor) -> Any:
+    def run(self, source: Node, target: Node, x: Tensor) -> Any:
+        """What ``target`` is where ``source`` is ``x``; raises :class:`Unknown`."""
         made: dict[Node, Any] = {source: x}
         with _disable_current_modes():
             for node in self._flow.before(target):

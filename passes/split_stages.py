@@ -177,7 +177,7 @@ def _own_nodes(block: Block, place: dict[Node, int]) -> set[Node]:
     first = place.get(block.input, -1)
     while pending:
         node = pending.pop()
-        if node in reached or place.get(node, -1) <= first or _is_ours(node):
+        if node in reached or place.get(node, -1) <= first or (_is_ours(node) and node is not block.attention):
             continue
         reached.add(node)
         pending.extend(node.all_input_nodes)

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
+from oracle_reuse import ReusingEncoder, attention_of, tensor_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,6 +33,10 @@ class Options:
     alpha: float = 0.9
     max_window: int | None = None
     tau_merge: float | str = "segment"
+    reuse: bool = False
+    tau_reuse: float = 0.03
+    full_layers: Sequence[int] = ()
+    encode_ratio: float | None = None
 
     def segmentation(self) -> dict:
         return {
@@ -104,18 +109,18 @@ class MergingEncoder:
 
         last = self.layers[self.merge_layers[-1]]
         if self.received is None:
-            attention = _attention(last)
+            attention = attention_of(last)
             on(attention.q_proj, lambda module, args, output: setattr(self, "query", output.detach()))
             on(attention.k_proj, lambda module, args, output: setattr(self, "key", output.detach()))
         on(last, lambda module, args, output: setattr(self, "input", args[0] if args else None))
         for index in self.merge_layers:
             on(self.layers[index], lambda module, args, output, index=index: self._merge(index, output))
         for index, layer in enumerate(self.layers):
-            on(layer, lambda module, args, output, index=index: self.outputs.update({index: _tensor(output)}))
+            on(layer, lambda module, args, output, index=index: self.outputs.update({index: tensor_of(output)}))
         return stack
 
     def _merge(self, index: int, output):
-        hidden = _tensor(output)
+        hidden = tensor_of(output)
         options = self.options
         plan = plan_frame_merge(
             hidden, **options.segmentation(), tau_merge=options.tau_merge, min_frames=self.min_frames
@@ -127,18 +132,28 @@ class MergingEncoder:
             if self.received is not None:
                 received = self.received(layer, self.input)
             else:
-                received = _attention_received(self.query, self.key, _attention(layer))
+                received = _attention_received(self.query, self.key, attention_of(layer))
             self.importance = plan.apply(received)
             self.segments = segment_frames(merged, **options.segmentation())
         return (merged, *output[1:]) if isinstance(output, tuple) else merged
 
 
-def _tensor(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _attention(layer: nn.Module) -> nn.Module:
-    return layer.attention if hasattr(layer, "attention") else layer.self_attn  # DINOv2 and ViT; SigLIP and CLIP
+def encoder_of(
+    layers: Sequence[nn.Module], merge_layers: Sequence[int], pixels: Tensor, patch: int, options: Options
+) -> MergingEncoder | ReusingEncoder:
+    """For one video ``[F, C, H, W]``: what merges its frames, or computes no patch again that did not change."""
+    if not options.reuse:
+        return MergingEncoder(layers, merge_layers, len(pixels), options)
+    return ReusingEncoder(
+        layers,
+        pixels,
+        patch,
+        tau_reuse=options.tau_reuse,
+        full_layers=options.full_layers,
+        encode_ratio=options.encode_ratio,
+        importance_layer=max(merge_layers),
+        segmentation=options.segmentation(),
+    )
 
 
 def _attention_received(query: Tensor, key: Tensor, attention: nn.Module) -> Tensor:
@@ -196,7 +211,7 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
         merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
     if not merge_layers or not all(0 <= index < len(layers) for index in merge_layers):
         raise ValueError(f"merge_layers={merge_layers}: the encoder uses layers 0 to {len(layers) - 1}")
-    encoder = MergingEncoder(layers, merge_layers, len(pixels), options)
+    encoder = encoder_of(layers, merge_layers, pixels, model.config.vision_config.patch_size, options)
     with encoder.hooked():
         model.model.vision_tower(pixels)
     hidden = torch.cat([encoder.outputs[count - 1] for count in _layers_behind(model)], dim=-1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
-from oracle import MergingEncoder, Options
+from oracle import Options, encoder_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,7 +60,8 @@ def compressed_video(model, pixels: Tensor, **options) -> LlavaVideo:
     merge_layers = chosen.merge_layers
     if merge_layers is None:
         merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
-    encoder = MergingEncoder(layers, merge_layers, len(pixels), chosen)
+    patch = model.get_vision_tower().config.patch_size
+    encoder = encoder_of(layers, merge_layers, pixels, patch, chosen)
     with encoder.hooked():
         encoded = model.encode_images(pixels)
     features = model.get_2dPool(encoded)

@@ -37,6 +37,23 @@ def video(
     return torch.stack(result)
 
 
+def standing_camera(frames: int, image_size: int, *, patch: int, changing: float, generator: torch.Generator) -> Tensor:
+    """``[F, 3, H, W]``: from each frame to the next, the share ``changing`` of all patches, drawn anew each time, gets
+    other pixels; the others stay bit for bit."""
+    side = image_size // patch
+    grid = torch.zeros(side, side, dtype=torch.bool)
+    current = torch.randn(3, image_size, image_size, generator=generator)
+    result = [current]
+    for _ in range(frames - 1):
+        chosen = torch.randperm(grid.numel(), generator=generator)[: round(changing * grid.numel())]
+        moved = grid.flatten().index_fill(0, chosen, True).view_as(grid)
+        moved = moved.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+        current = current.clone()
+        current[:, : len(moved), : len(moved)][:, moved] = torch.randn(3, int(moved.sum()), generator=generator)
+        result.append(current)
+    return torch.stack(result)
+
+
 @torch.no_grad()
 def spread(model) -> None:
     """Variance-preserving weights, small biases, and positions that weigh little beside what is in them.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from effort import cases
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
-from torch.utils.flop_counter import FlopCounterMode
+from torch_counter import counter
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
@@ -110,23 +110,6 @@ def test_an_impossible_total_is_refused():
         implied_frames(BIG, (50e12, 51e12), frames=32)
     with pytest.raises(EarlyTomConfigError, match="no merging of 32 frames"):
         implied_frames(BIG, (1e12, 2e12), frames=32)
-
-
-def attention_flops(query, key, value, *args, out_shape=None, **kwargs):
-    # As torch counts it on a GPU; the function that torch 2.11 does it with knows no query heads that share a key.
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
-
-
-def product_flops(added, left, right, *args, out_shape=None, **kwargs):
-    return 2 * left[0] * left[1] * right[1]
-
-
-def counter():
-    """torch's counter, with formulas for the two kernels it has none for: attention on a CPU, product in place."""
-    aten = torch.ops.aten
-    more = {aten._scaled_dot_product_flash_attention_for_cpu: attention_flops, aten.addmm_: product_flops}
-    return FlopCounterMode(display=False, custom_mapping=more)
 
 
 @pytest.fixture(scope="module")

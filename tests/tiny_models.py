@@ -10,7 +10,7 @@ initialisation every video gives nearly the same ones, and a test comparing logi
 from collections.abc import Sequence
 
 import torch
-from scenes import spread, video
+from scenes import spread, standing_camera, video
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -149,6 +149,7 @@ def video_inputs(
     scenes: int | None = None,
     drift: float = 0.25,
     static: bool = False,
+    changing: float | None = None,
     seed: int = 1,
 ) -> dict[str, Tensor]:
     """What a processor would give: ``input_ids``, ``attention_mask``, ``pixel_values_videos [V,F,3,H,W]``.
@@ -156,7 +157,8 @@ def video_inputs(
     A row is ``before`` text tokens, its images, its videos with ``between`` text tokens between two of them,
     and ``after`` text tokens. Shorter rows are padded on the left; ``left_padding`` adds more. ``before``,
     ``after`` and ``left_padding`` are one number, or one a row. With ``images_per_row`` come ``pixel_values``
-    and ``image_sizes``. Rows may be without videos; without any video there are no ``pixel_values_videos``.
+    and ``image_sizes``. Rows may be without videos; without any video there are no ``pixel_values_videos``. With
+    ``changing``, the camera stands, and this share of the patches changes from frame to frame.
     """
     config, rows = model.config, len(videos_per_row)
     size = config.vision_config.image_size
@@ -185,8 +187,11 @@ def video_inputs(
         **images,
     }
     if sum(videos_per_row):
-        kinds = {"scenes": scenes, "drift": drift, "static": static, "generator": generator}
-        videos = [video(frames, size, **kinds) for _ in range(sum(videos_per_row))]
+        if changing is None:
+            draw, kinds = video, {"scenes": scenes, "drift": drift, "static": static}
+        else:
+            draw, kinds = standing_camera, {"patch": config.vision_config.patch_size, "changing": changing}
+        videos = [draw(frames, size, **kinds, generator=generator) for _ in range(sum(videos_per_row))]
         inputs["pixel_values_videos"] = torch.stack(videos).to(model.dtype)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 

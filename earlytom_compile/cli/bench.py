@@ -23,6 +23,7 @@ from ..benchmarks.results import Workload, tables, to_dict, to_markdown, write_p
 from ..benchmarks.workload import Inputs, make_inputs, random_model
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
+from ..flops import Reuse
 from ..integrations.preprocess import PixelSettings, video_settings
 from ..shapes import ModelShape, config_of, shape_of
 from ..words import counted
@@ -193,7 +194,7 @@ def _measure(
     for arm, result in zip(arms, results, strict=True):
         result.breakdown = breakdowns.get(arm.name)
         if rates and not result.failure:
-            result.floor = floor(_work(model, arm, result, arguments.batch, session.options), rates)
+            result.floor = floor(_work(model, arm, result, arguments.batch), rates)
     save(results, complete=True)
     if arguments.trace:
         path = _trace_path(Path(arguments.trace), frames if several else None)
@@ -234,13 +235,14 @@ def _ceilings(model: Any, console: Console) -> dict[str, float]:
     return ceilings(Clock(model.device), model.dtype, model.device)
 
 
-def _work(model: Any, arm: Arm, result: Result, batch: int, options: dict[str, Any]) -> dict[str, Work]:
+def _work(model: Any, arm: Arm, result: Result, batch: int) -> dict[str, Work]:
     return work_of(
         model,
         schedules=result.frames or [[arm.frames]] * batch,
         prompt=result.cache_tokens,
         merge_layers=result.merge_layers or None,
-        variant=EarlyTomConfig.from_options(options).variant,
+        variant=EarlyTomConfig.from_options(arm.options).variant,
+        reuse=[Reuse(computed, tuple(result.full_layers)) for _, computed in result.patches],
     )
 
 
@@ -292,7 +294,7 @@ def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     if arguments.model:
         require_weights(arguments.model)
     ratios = arguments.retain_ratios
-    require_beginnings(server_names(ratios) if arguments.concurrency else arm_names(ratios), arguments.arms)
+    require_beginnings(server_names(ratios) if arguments.concurrency else arm_names(ratios, options), arguments.arms)
     _refuse_what_does_nothing(arguments, options)
     check_resume(arguments)
 

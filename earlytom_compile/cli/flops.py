@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
-from ..flops import Flops, Protocol, count, implied_encoder, implied_frames, merged_inside
+from ..flops import Flops, Protocol, Reuse, count, implied_encoder, implied_frames, merged_inside
 from ..shapes import ModelShape, shape_of
 from .outputs import output_console, write_text
 
@@ -28,7 +28,7 @@ STAGE_1_RETENTION = 0.739
 """Table 5: average share of the frames left after stage 1."""
 
 _FULL, _FASTV, _DYCOKE, _VISIONZIP, _HOLITOM = "full", "FastV", "DyCoke", "VisionZip", "HoliTom"
-_EARLYTOM, _EARLYTOM_INNER = "EarlyTom", "EarlyTom + inner"
+_EARLYTOM, _EARLYTOM_INNER, _EARLYTOM_REUSE = "EarlyTom", "EarlyTom + inner", "EarlyTom plus"
 
 # Tables 1, 2 and 6: T of (method, retain ratio). Everything else they list needs settings the paper does not give.
 PUBLISHED: dict[str, dict[tuple[str, float], float]] = {
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What is counted: a shape, its frames, how they merge, and which protocol."""
+    """What is counted: a shape, its frames, how they merge or what is reused of them, and which protocol."""
 
     shape: ModelShape
     protocol: Protocol
@@ -76,6 +76,13 @@ class Case:
     schedule: tuple[float, ...]
     merge_layers: tuple[int, ...]
     prompt_length: int
+    reuse: Reuse | None = None
+    """None: nobody asked."""
+
+    @property
+    def patches(self) -> int:
+        """Of the video."""
+        return self.frames * self.shape.frame_tokens
 
     def tokens(self, retain_ratio: float) -> int:
         """Tokens in the language model: of the video alone in protocol ``paper``, else the whole prompt."""
@@ -91,6 +98,17 @@ class Case:
             frames_schedule=schedule,
             llm_tokens=llm_tokens,
             merge_layers=self.merge_layers,
+        )
+
+    def count_reused(self, llm_tokens: int) -> Flops:
+        """Work with these tokens where unchanged patches are reused."""
+        return count(
+            self.shape,
+            protocol=self.protocol,
+            frames_schedule=(self.frames,),
+            llm_tokens=llm_tokens,
+            variant="plus",
+            reuse=self.reuse,
         )
 
 
@@ -148,6 +166,8 @@ def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple
         found.append((_EARLYTOM, ratio, case.count(kept, merge=True)))
         if inside:
             found.append((_EARLYTOM_INNER, ratio, case.count(merged, merge=True)))
+        if case.reuse is not None:
+            found.append((_EARLYTOM_REUSE, ratio, case.count_reused(kept)))
     return [Row(method, ratio, flops, published.get((method, ratio))) for method, ratio, flops in found]
 
 
@@ -177,7 +197,25 @@ def _case(arguments: argparse.Namespace, options: dict[str, Any]) -> Case:
             f"schedule {_arrows(schedule)}: must start with the {frames} frames and go on with one number for each of "
             f"the merge layers {', '.join(map(str, merges))}."
         )
-    return Case(shape, arguments.protocol, frames, tuple(schedule), merges, arguments.prompt_length)
+    reuse = _reuse(arguments, shape, frames)
+    return Case(shape, arguments.protocol, frames, tuple(schedule), merges, arguments.prompt_length, reuse)
+
+
+def _reuse(arguments: argparse.Namespace, shape: ModelShape, frames: int) -> Reuse | None:
+    """What is computed where unchanged patches are reused; None where nobody says how many change."""
+    share, computed, layers = arguments.share_computed, arguments.patches_computed, arguments.layers_in_full
+    if share is not None and computed is not None:
+        raise EarlyTomConfigError(f"encode_ratio={share} with --computed {computed}: both say the same; give one.")
+    config = EarlyTomConfig(reuse=True, encode_ratio=share, full_layers=layers)
+    if share is None and computed is None:
+        if layers is not None:
+            raise EarlyTomConfigError(
+                f"full_layers={layers} without --encode-ratio or --computed: nobody says how many patches the other "
+                "layers compute; give one of them."
+            )
+        return None
+    known = computed if computed is not None else config.place_budget(frames, shape.frame_tokens)
+    return Reuse(known, config.resolve_full_layers(shape.vision_layers))
 
 
 def _shape_of_model(name: str) -> ModelShape:
@@ -231,6 +269,8 @@ def _table(case: Case, rows: Sequence[Row], name: str) -> Table:
             " 'inner' adds what the paper does inside the LLM: half of the video tokens merge before its layer "
             f"{INNER_LAYER}."
         )
+    if case.reuse is not None:
+        table.caption += f" {_reuse_note(case.reuse, case.patches)}"
     table.caption_justify = "left"
     return table
 
@@ -239,6 +279,14 @@ _PROTOCOL_NOTES = {
     "paper": "A multiply-add is 1, all frames are one sequence in the encoder, and text is not counted (Eq. 8).",
     "exact": "A multiply-add is 2. Our operators are part of the encoder, lm_head for one position of the LLM.",
 }
+
+
+def _reuse_note(reuse: Reuse, patches: int) -> str:
+    in_full = ", ".join(map(str, reuse.full_layers)) or "none"
+    return (
+        f"{_EARLYTOM_REUSE}: {reuse.computed:,} of {patches:,} patches ({reuse.computed / patches:.1%}) are computed, "
+        f"all of them in encoder layers {in_full}; to find out which changed multiplies nothing and is not counted."
+    )
 
 
 def _implied_table(case: Case, implied: Sequence[tuple[str, dict[str, Any]]]) -> Table:

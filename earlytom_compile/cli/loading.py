@@ -193,7 +193,7 @@ def require_layers(config: Any, options: Mapping[str, Any]) -> None:
     """Raise :class:`EarlyTomConfigError` where ``options`` name encoder layers that ``config`` does not have."""
     layers = family_of_checkpoint(config.name_or_path, config.model_type).encoder_layers(config)
     if layers is not None:
-        EarlyTomConfig.from_options(options).resolve_merge_layers(layers)
+        EarlyTomConfig.from_options(options).require_layers(layers)
 
 
 def checked_config(name: str) -> tuple[str, Any]:

@@ -314,6 +314,28 @@ def _add_flops(parser: CommandParser) -> None:
     parser.add_rare(
         "--prompt-length", type=int, default=32, metavar="N", help="words beside the video, if exact (%(default)s)"
     )
+    # None of the three is an option of the other methods in the table, which names like EarlyTomConfig's would make it.
+    parser.add_rare(
+        "--encode-ratio",
+        dest="share_computed",
+        type=float,
+        metavar="SHARE",
+        help="count EarlyTom with reused patches too, of which this share is computed",
+    )
+    parser.add_rare(
+        "--computed",
+        dest="patches_computed",
+        type=int,
+        metavar="N",
+        help="the same by their number, which a report of a call has",
+    )
+    parser.add_rare(
+        "--full-layers",
+        dest="layers_in_full",
+        type=numbers(int),
+        metavar="I,I",
+        help="encoder layers that compute all patches then (default: those of the option full_layers)",
+    )
 
 
 def _add_eval(parser: CommandParser) -> None:

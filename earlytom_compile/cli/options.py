@@ -1,7 +1,7 @@
 """The fields of EarlyTomConfig as command line flags, made from the dataclass so that the two cannot differ.
 
     merge_layers: tuple[int, ...] | None = None   ->   --merge-layers 6,21,23
-    strict: bool = False                          ->   --strict / --no-strict
+    strict: bool = False                          ->   --strict / --no-strict, and for bool | None alike
 
 Values are only read here; whether they make sense is EarlyTomConfig's to say. A flag that is not given is not
 passed on, so that ``--preset`` fills in what was left open. Fields that do nothing yet are no flags.
@@ -43,7 +43,7 @@ def add_config_flags(parser: CommandParser, *, leave_out: Sequence[str] = (), **
             "default": defaults.get(name, argparse.SUPPRESS),
             "help": text,
         }
-        if hint is bool:
+        if bool in _members(hint):
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings |= {"type": reader(hint), "metavar": _metavar(hint)}
@@ -102,7 +102,7 @@ def reader(hint: Any) -> Callable[[str], Any]:
                 if member in (int, float):
                     return member(text)
                 if typing.get_origin(member) is tuple:
-                    return tuple(int(part) for part in text.split(","))
+                    return tuple(int(part) for part in text.split(",")) if text else ()
             except ValueError:
                 continue
         return text

@@ -39,7 +39,7 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
         raise EarlyTomConfigError(f"{reason[0]}. {reason[1]}.")
     layers = family.encoder_layers(getattr(model, "config", None))
     if layers is not None:
-        config.resolve_merge_layers(layers)
+        config.require_layers(layers)
     before: CompiledModel | None = model.__dict__.get(_HANDLE)
     if before is not None and before.config == config and before.is_in_place():
         return model

@@ -66,6 +66,35 @@ class MergeStep:
 
 
 @dataclass(frozen=True)
+class ReuseStep:
+    """Which patches of F frames were computed, and which were taken from an earlier frame."""
+
+    source: np.ndarray
+    """int64 [F, h, w], of the patches as the encoder has them: the frame in which each was last computed, its own where
+    it changed."""
+    computed: int
+    """T, places that were computed; class tokens among them."""
+    places: int
+    """F * S, all of them."""
+    noise: float
+    """The mean absolute difference that the video's own noise makes between two frames."""
+    threshold: float
+    """The largest difference at which a patch counts as unchanged."""
+    full_layers: tuple[int, ...]
+    """0-based layers that computed all places."""
+
+    @property
+    def share(self) -> float:
+        """T of F * S; 1 where nothing was reused."""
+        return self.computed / self.places
+
+    @property
+    def changed(self) -> np.ndarray:
+        """bool [F, h, w], the patches that were computed."""
+        return self.source == np.arange(len(self.source))[:, None, None]
+
+
+@dataclass(frozen=True)
 class Observation:
     """One video of F frames through a compressed vision encoder: N frames are left, of h x w tokens each."""
 
@@ -88,6 +117,8 @@ class Observation:
     """False under ``variant="plus"``, which keeps tokens without a look at ``importance``."""
     kept: tuple[tuple[int, int, int], ...]
     """(frame of N, row, column) of each token that reaches the language model, in their order there."""
+    reuse: ReuseStep | None = None
+    """None where patches are not reused, and frames merge instead."""
 
     @property
     def frame_counts(self) -> tuple[int, ...]:
@@ -196,7 +227,9 @@ class _Recorder(Interpreter):
         self._map = state.token_map
         blocks = state.boundary.encoder.blocks
         self._layers = state.config.resolve_merge_layers(len(blocks))
-        self._scored = blocks[self._layers[-1]] if self._layers else blocks[-1]
+        self._scored = blocks[state.config.scored_layer(len(blocks))]
+        self._reused = state.reused
+        self._reuse: _Call | None = None
         self._plans: list[_Call] = []
         self._dynamic: torch.Tensor | None = None
         self._selected: _Call | None = None
@@ -216,6 +249,9 @@ class _Recorder(Interpreter):
         query, key = self.env[self._scored.query], self.env[self._scored.key]
         if query.shape != key.shape:
             return None
+        if self._reused is not None and self._reused.is_packed(self._scored):
+            rows = self.env[self._reused.rows]
+            query, key = (torch.ops.earlytom.spread_places(heads, rows) for heads in (query, key))
         scale = self._scored.scale
         scale = self.env[scale] if isinstance(scale, Node) else scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -227,7 +263,9 @@ class _Recorder(Interpreter):
         if name == str(target):
             return result
         given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
-        if name == "plan_merge":
+        if name == "plan_reuse":
+            self._reuse = given, result
+        elif name == "plan_merge":
             self._plans.append((given, result))
         elif name == "merge_frames" and self._received is not None:  # of the last merge layer, which scores
             plan = given["source"], given["weight"], given["n"]
@@ -259,6 +297,20 @@ class _Recorder(Interpreter):
             importance=None if importance is None else importance.float().cpu().numpy().reshape(-1, height, width),
             importance_decides="importance" in given,
             kept=tuple((frame, place // width, place % width) for frame, place in kept),
+            reuse=None if self._reuse is None else self._reuse_step(*self._reuse),
+        )
+
+    def _reuse_step(self, given: dict[str, Any], plan: tuple[torch.Tensor, ...]) -> ReuseStep:
+        source, _, computed, measured = (x.cpu() for x in plan)
+        noise, threshold = measured[0].tolist()
+        patches = source[0, :, given["prefix"] :].unflatten(1, list(given["grid"]))
+        return ReuseStep(
+            source=patches.numpy(),
+            computed=int(computed.sum()),
+            places=source.numel(),
+            noise=noise,
+            threshold=threshold,
+            full_layers=self._config.resolve_full_layers(len(self._boundary.encoder.blocks)),
         )
 
 

@@ -41,6 +41,9 @@ class MergedFrames:
     None under ``variant="plus"`` and where the call ran uncompressed."""
     sources: tuple[Source, ...]
     """Of each of the N frames, (frame of the F, weight) of each part; weights add up to 1."""
+    computed_in: Tensor | None = None
+    """int64 [F, S] with ``reuse``: the frame in which each token was last computed, its own for one that changed; None
+    where every token of every frame was. No frames merge then."""
 
 
 def compile_tower(tower: nn.Module, *, hidden: Hidden | None = None, **options: Any) -> "CompiledTower":
@@ -143,9 +146,10 @@ def _told(hidden: Tensor, frames: int, merges: Any) -> MergedFrames:
     made = untouched(frames)
     if merges is None:
         return MergedFrames(hidden, None, made)
-    counts, rest = merges
+    counts, rest, reuse = merges
     plans = rest[: len(rest) - len(rest) % 2]
     for left, source, weight in zip(counts[len(counts) - len(plans) // 2 :], plans[::2], plans[1::2], strict=True):
         rows = zip(source.tolist(), weight.tolist(), strict=True)
         made = tuple(blend(made, tuple(parts(*row))) for row in list(rows)[: int(left)])
-    return MergedFrames(hidden, rest[-1] if len(rest) % 2 else None, made)
+    computed_in = None if reuse is None else reuse.source[0]
+    return MergedFrames(hidden, rest[-1] if len(rest) % 2 else None, made, computed_in)

@@ -128,7 +128,8 @@ def called(request, model):
 def test_arms_do_what_they_are_called(model, called):
     inputs, first = called.inputs, called.first
     assert list(called.arms) == [
-        "transformers", "inductor", "earlytom 0.2", "earlytom 0.2 (backend)", "subsampling 0.2", "average pooling 0.2",
+        "transformers", "inductor", "earlytom 0.2", "earlytom 0.2 (backend)", "earlytom reuse 0.2", "subsampling 0.2",
+        "average pooling 0.2",
     ]  # fmt: skip
     with torch.inference_mode():
         logits = model(**inputs).logits
@@ -222,6 +223,36 @@ def test_arms_take_turns_and_the_first_call_is_told_apart(model, monkeypatch):
     assert (b.cold, b.ttft, b.decode_rate, b.cache_tokens) == (7.0, [5.0] * 3, None, 3)
 
 
+@pytest.mark.parametrize("separable", [True, False])
+def test_the_encoders_time_ends_where_the_projectors_first_product_begins(model, monkeypatch, separable):
+    now = [0.0]
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    inner = model.model
+    tower, projector, decoder = (
+        next(weight for weight in part.parameters() if weight.dim() == 2)
+        for part in (inner.vision_tower.encoder, inner.multi_modal_projector, inner.language_model.layers[0])
+    )
+    # Two videos, one after the other: seconds, then a product with this weight.
+    steps = [(5, tower), (2, projector), (1, tower), (4, projector), (1, decoder)] if separable else [(13, tower)]
+
+    def first_token():
+        for seconds, weight in steps:
+            now[0] += seconds
+            torch._C._nn.linear(torch.ones(1, weight.shape[1]), weight)
+        now[0] += 3
+        return torch.tensor([[1]]), Cache()
+
+    (result,) = measure(model, [Arm("a", first_token)], repeats=2, decode_tokens=0)
+    assert result.ttft == [16, 16] and result.encoder == ([11, 11] if separable else [])
+    assert result.encoder_median == (11 if separable else None)
+
+
+def test_the_encoder_of_every_arm_is_a_part_of_its_call(called):
+    for name, result in called.results.items():
+        assert len(result.encoder) == len(result.ttft) == 2, name
+        assert all(0 < encoder < ttft for encoder, ttft in zip(result.encoder, result.ttft, strict=True)), name
+
+
 def test_every_arm_compiles_cold_and_says_how_long_that_took(model, tmp_path):
     def arm(name):
         # A product is a graph for Inductor and its caches, but none of which g++ has to compile a kernel.
@@ -300,11 +331,11 @@ def workloads():
     return [
         Workload(frames, 1, 32, [
             result("inductor", [0.4, 0.5, 0.6], breakdown=Breakdown(0.6, 0.2, None, 400 << 20),
-                   floor=Floor(2e12, 3e9, 0.25)),
+                   floor=Floor(2e12, 3e9, 0.25, 1.6e12), encoder=[0.2, 0.25, 0.3]),
             result("earlytom 0.1", [0.1, 0.1, 0.2], frames=[[32, 24], [32, 16]], peak_memory=3 << 30,
                    breakdown=Breakdown(0.2, 0.05, dict(zip(STAGES, (0.1, 0.02, 0.03), strict=True)), 100 << 20,
                                        dict(zip(STAGES, (100 << 20, 3 << 19, 2 << 20), strict=True))),
-                   floor=Floor(1e12, 2e9, 0.08)),
+                   floor=Floor(1e12, 2e9, 0.08, 0.8e12), encoder=[0.07, 0.08, 0.1]),
         ], "bfloat16", {"matmul": 8e12, "copy": 4e9})
         for frames in (8, 16)
     ]  # fmt: skip
@@ -359,18 +390,34 @@ def test_rows_of_the_table_of_stages():
     assert "8 TFLOP/s (bfloat16) and 4 GB/s" in workloads()[0].breakdown_title
 
 
+def test_rows_of_the_table_of_the_encoder():
+    full, compressed = workloads()[0].encoder_rows()
+    assert full == ("inductor", "", "250", "200-300", "100%", "1.6", "100%", "1.00")
+    assert compressed == ("earlytom 0.1", "", "80.0", "70.0-100", "32%", "0.8", "50%", "0.64, met")
+    workload = workloads()[0]
+    workload.results[1].encoder, workload.results[1].patches = [0.2], [[800, 200], [400, 160]]
+    assert workload.encoder_rows()[1][1::6] == ("30%", "1.60, MISSED")
+    (content,) = to_dict([workload], {})["workloads"]
+    assert content["results"][1]["encoder_shares"] == {"time": pytest.approx(0.8), "work": 0.5}
+    workload.results[0].encoder = []  # its stages were launched as one
+    alone = ("earlytom 0.1", "30%", "200", "200-200", "", "0.8", "", "")
+    assert workload.encoder_rows() == [("inductor", *[""] * 7), alone]
+
+
 def test_arms_that_nobody_profiled_leave_their_cells_empty():
     workload = Workload(8, 1, 32, [Result("inductor", 1.0, ttft=[0.5])])
     assert workload.breakdown_rows() == [("inductor", *[""] * 10)]
     assert workload.memory_rows() == [("inductor", *[""] * 5)]
+    assert workload.encoder_rows() == [("inductor", *[""] * 7)]
     assert "floor" not in workload.breakdown_title
 
 
-@pytest.mark.parametrize("work", [Floor(119.6e12, 17.3e9, 0.156), Floor(0.00341e12, 0.0636e9, 0.103)])
+@pytest.mark.parametrize("work", [Floor(119.6e12, 17.3e9, 0.156, 17.2e12), Floor(0.00341e12, 0.0636e9, 0.103, 1e9)])
 def test_tables_fit_into_120_columns(work):
     """Names and numbers as long as those of a 7B model, work as small as that of a tiny one."""
     long = Result("earlytom 0.25 (backend)", 0.25, cold=148.2, compilation=139.5, ttft=[1.08, 1.09, 1.15],
                   decode=[0.012], cache_tokens=6305, peak_memory=23 << 30, frames=[[32, 24]],
+                  encoder=[0.48, 0.49], patches=[[23328, 11664]],
                   breakdown=Breakdown(1.2, 0.12, dict(zip(STAGES, (0.48, 0.12, 0.48), strict=True)), 9 << 30,
                                       dict.fromkeys(STAGES, 9 << 30)),
                   floor=work)  # fmt: skip
@@ -391,7 +438,9 @@ def test_json_and_markdown_hold_the_numbers():
     assert content["workloads"][0]["results"][0]["ttft"] == [0.4, 0.5, 0.6] and content["date"] == "2026-01-01"
     assert content["workloads"][0]["results"][1]["breakdown"]["stages"]["vision encoding"] == 0.1
     assert content["workloads"][0]["results"][1]["breakdown"]["stage_memory"]["LLM prefill"] == 2 << 20
-    assert content["workloads"][1]["results"][0]["floor"] == {"flops": 2e12, "bytes": 3e9, "seconds": 0.25}
+    assert content["workloads"][1]["results"][0]["floor"] == {
+        "flops": 2e12, "bytes": 3e9, "seconds": 0.25, "encoder_flops": 1.6e12,
+    }  # fmt: skip
     assert content["workloads"][0]["results"][1]["share_of_full_flops"] == 0.5
     assert content["workloads"][0]["results"][1]["speed"] == {"inductor": 5.0, "transformers": None}
     assert content["workloads"][0]["ceilings"] == {"matmul": 8e12, "copy": 4e9}
@@ -400,7 +449,8 @@ def test_json_and_markdown_hold_the_numbers():
     assert "| earlytom 0.1 | 100 (50%) | 20.0 (10%) | 30.0 (15%) | 50.0 (25%) | 200 |" in text
     assert "| earlytom 0.1 | 2.5 | 4.0 | 100 | 100-200 | 5.00x |  | 62% |" in text and "machine x" in text
     assert "| earlytom 0.1 | 100.0 | 1.5 | 2.0 | 100.0 (25%) | 3.00 |" in text
-    assert text.count("| arm |") == 6
+    assert "| earlytom 0.1 |  | 80.0 | 70.0-100 | 32% | 0.8 | 50% | 0.64, met |" in text
+    assert text.count("| arm |") == 8
 
 
 def test_plots_are_pictures(tmp_path):

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from earlytom_compile.benchmarks.floor import Work, floor, work_of
 from earlytom_compile.benchmarks.workload import make_inputs
+from earlytom_compile.flops import Reuse
 from earlytom_compile.integrations.caches import cache_of
 
 WORDS = 9
@@ -83,9 +84,9 @@ def test_fewer_frames_and_tokens_never_raise_the_floor(model, data, matmul, copy
 
 
 def test_each_part_waits_for_the_slower_of_arithmetic_and_memory():
-    work = {"a": Work(10.0, 1.0), "b": Work(1.0, 10.0)}
+    work = {"encoder": Work(10.0, 1.0), "llm": Work(1.0, 10.0)}
     result = floor(work, {"matmul": 2.0, "copy": 5.0})
-    assert (result.flops, result.bytes, result.seconds) == (11.0, 11.0, 5.0 + 2.0)
+    assert (result.flops, result.bytes, result.seconds, result.encoder_flops) == (11.0, 11.0, 5.0 + 2.0, 10.0)
 
 
 def test_vision_has_less_to_do_where_frames_merge(model):
@@ -94,3 +95,20 @@ def test_vision_has_less_to_do_where_frames_merge(model):
     for part in ("encoder", "projector"):
         assert merged[part].flops < whole[part].flops and merged[part].bytes < whole[part].bytes
     assert merged["llm"] == whole["llm"] and whole["operators"] == Work(0, 0) != merged["operators"]
+
+
+def test_a_layer_that_reuses_moves_and_multiplies_the_rows_that_it_computes(model):
+    """Between all and one frame, in a straight line; layers in full are as they were."""
+    places, prompt = 36, 50
+    given = {"schedules": [(8,), (5,)], "prompt": prompt, "variant": "plus"}
+    full = work_of(model, **given)["encoder"]
+    every = work_of(model, **given, reuse=[Reuse(8 * places), Reuse(5 * places)])["encoder"]
+    assert every == full
+    one, two = (work_of(model, **given, reuse=[Reuse(rows + places), Reuse(places)])["encoder"] for rows in (10, 20))
+    width = model.config.vision_config.hidden_size
+    assert two.bytes - one.bytes == 4 * 10 * 2 * width * 4  # layers, rows, in and out, of 4 bytes
+    in_full = work_of(model, **given, reuse=[Reuse(places, (0, 3)), Reuse(places, (0, 3))])["encoder"]
+    assert in_full.bytes - work_of(model, **given, reuse=[Reuse(places)] * 2)["encoder"].bytes == (
+        2 * (7 + 4) * places * 2 * width * 4
+    )
+    assert one.flops < two.flops < in_full.flops < full.flops

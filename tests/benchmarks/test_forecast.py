@@ -54,7 +54,7 @@ def test_compilation_is_told_apart_since_it_is_guessed():
     assert "guess" not in told(Forecast(20.0, 0.0), PIECE)
 
 
-def test_a_forecast_of_calls_that_take_as_long_as_the_piece_comes_true(monkeypatch):
+def test_a_forecast_of_calls_that_take_as_long_as_the_piece_comes_true(model, monkeypatch):
     clock = [0.0]
 
     def first_token():
@@ -63,8 +63,8 @@ def test_a_forecast_of_calls_that_take_as_long_as_the_piece_comes_true(monkeypat
 
     arms = [arm("transformers"), arm("transformers too")]
     for each in arms:
-        each.first_token, each.retain_ratio = first_token, 1.0
-    measure(SimpleNamespace(device=torch.device("cpu")), arms, repeats=4, decode_tokens=0)
+        each.first_token, each.retain_ratio, each.called = first_token, 1.0, ()
+    measure(model, arms, repeats=4, decode_tokens=0)
     monkeypatch.setattr(forecast, "_PROFILED", 0)
     said = forecast_of(arms, PIECE, frames=8, repeats=4, decode_tokens=0, layers=10, lowering="staged")
     assert said.seconds == pytest.approx(clock[0])
@@ -123,7 +123,8 @@ def test_one_call_is_timed(model):
 
 def test_names_are_known_before_there_is_a_model(model):
     inputs, ratios = make_inputs(model, frames=2), (0.25, 0.1)
-    assert [arm.name for arm in make_arms(model, inputs, ratios, {"lowering": "eager"})] == arm_names(ratios)
+    for options in ({"lowering": "eager"}, {"lowering": "eager", "variant": "plus"}):
+        assert [arm.name for arm in make_arms(model, inputs, ratios, options)] == arm_names(ratios, options)
     assert [server.name for server in make_servers(model, ratios, {"lowering": "eager"})] == server_names(ratios)
 
 

@@ -48,24 +48,25 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
     (seconds,) = re.findall(r"(\d+) s in all", printed)
     assert content["seconds"] - 1 <= int(seconds) <= content["seconds"] + 3, "the file is written a moment before"
     names = [result["name"] for result in workload["results"]]
-    assert names == ["transformers", "earlytom 0.25", "earlytom 0.25 (backend)"]
+    assert names == ["transformers", "earlytom 0.25", "earlytom 0.25 (backend)", "earlytom reuse 0.25"]
     text = Path(files["markdown"]).read_text()
     assert all(f"| {name} |" in text and name in printed for name in names)
     assert all(len(result["ttft"]) == 2 and min(result["ttft"]) > 0 for result in workload["results"])
     assert workload["results"][1]["frames"][0][0] == 8
     tokens = [result["video_tokens"] for result in workload["results"]]
-    assert tokens == [8 * 4, 8, 8]
+    assert tokens == [8 * 4, 8, 8, 8]
     for result in workload["results"]:
         breakdown = result["breakdown"]
         assert sum(breakdown["stages"].values()) + breakdown["overhead"] == pytest.approx(breakdown["wall"])
         assert result["floor"]["seconds"] > 0 and workload["ceilings"].keys() == {"copy", "matmul"}
         assert max(breakdown["stage_memory"].values()) == breakdown["memory"] > 0
-    assert printed.count("earlytom 0.25 (backend)") == 3 and "TTFT / floor" in text
+        assert all(0 < encoder < ttft for encoder, ttft in zip(result["encoder"], result["ttft"], strict=True))
+    assert printed.count("earlytom 0.25 (backend)") == 4 and "TTFT / floor" in text
     trace = json.loads(Path(files["trace"]).read_text())["traceEvents"]
     ranges = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
     stages = ("vision encoding", "visual token processing", "LLM prefill")
     assert {*names, *(f"{name}: {stage}" for name in names for stage in stages)} <= ranges
-    assert re.search(r"8 frames: 3 arms, a first call and 2 rounds of each, (about|less than) ", told)
+    assert re.search(r"8 frames: 4 arms, a first call and 2 rounds of each, (about|less than) ", told)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_enough(checkpoint, tmp_path, capsys):

@@ -26,7 +26,9 @@ from earlytom_compile.cli.main import main
 ARMS = ("transformers", "inductor")
 CALLS_BEFORE = 2  # of an arm, before it is timed
 LAYERS = SimpleNamespace(num_hidden_layers=2)
+PART = torch.nn.Identity()
 MODEL = SimpleNamespace(
+    model=SimpleNamespace(vision_tower=PART, multi_modal_projector=PART, language_model=SimpleNamespace(layers=[PART])),
     device=torch.device("cpu"),
     dtype=torch.float32,
     config=SimpleNamespace(vision_config=LAYERS, text_config=LAYERS),

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from earlytom_compile.cli import main as cli
-from earlytom_compile.flops import count
+from earlytom_compile.flops import Reuse, count
 from earlytom_compile.shapes import shape_of
 
 
@@ -66,6 +66,26 @@ def test_a_schedule_is_counted_and_written(flops, tmp_path):
     assert row["share_of_full"] == row["total"] / full["total"] and full["share_of_full"] == 1
 
 
+@pytest.mark.parametrize("protocol", ["paper", "exact"])
+def test_reused_patches_have_rows_of_their_own_where_somebody_says_how_many(flops, tmp_path, protocol):
+    file = tmp_path / "flops.json"
+    shape, frames = shape_of("llava-onevision-0.5b"), 8
+    asked = ("--shape", "llava-onevision-0.5b", "--frames", frames, "--retain-ratio", 0.1, "--protocol", protocol)
+    assert "EarlyTom plus" not in flops(*asked)[1]
+    status, output, _ = flops(*asked, "--encode-ratio", 0.25, "--full-layers", "20,25", "--json", file)
+    said = " ".join(output.split())
+    assert status == 0 and "1,458 of 5,832 patches (25.0%)" in said and "in encoder layers 20, 25;" in said
+    (row,) = (row for row in json.loads(file.read_text())["rows"] if row["method"] == "EarlyTom plus")
+    tokens = 157 + (33 if protocol == "exact" else 0)
+    reuse = Reuse(1458, (20, 25))
+    given = {"protocol": protocol, "frames_schedule": (frames,), "llm_tokens": tokens, "variant": "plus"}
+    assert row["total"] == count(shape, **given, reuse=reuse).total
+    assert row["flops"]["encoder"] < 0.35 * count(shape, **given).encoder
+    assert flops(*asked, "--computed", 1458, "--full-layers", "20,25")[1] == output
+    default = flops(*asked, "--encode-ratio", 0.01)[1]
+    assert "729 of 5,832 patches (12.5%)" in " ".join(default.split())  # the first frame, at least
+
+
 def test_a_checkpoint_needs_only_its_config(flops, checkpoint, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     status, output, _ = flops("--model", tmp_path, "--frames", 8, "--protocol", "exact")
@@ -90,6 +110,11 @@ def test_mistakes_exit_with_2_and_one_line(flops, tmp_path):
         "prompt_length=-1": flops("--prompt-length", -1, "--protocol", "exact"),
         "retain_ratio=2.0": flops("--retain-ratio", 2),
         "layer 30 does not exist": flops("--merge-layers", "6,30"),
+        "encode_ratio=0.5 with --computed 900": flops("--encode-ratio", 0.5, "--computed", 900),
+        "encode_ratio=1.5: must be": flops("--encode-ratio", 1.5),
+        "full_layers=(25,) without --encode-ratio": flops("--full-layers", "25"),
+        "layer 26 does not exist": flops("--encode-ratio", 0.5, "--full-layers", "26"),
+        "100 computed patches: must be from 729": flops("--computed", 100),
     }
     for message, (status, _, errors) in cases.items():
         assert status == 2, message

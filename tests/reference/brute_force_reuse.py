@@ -1,0 +1,174 @@
+"""Reuse of unchanged patches a second time, another way about: place after place, heaps, packed rows.
+
+``reference.plan_reuse`` and ``reference.encode_with_reuse`` must equal it. Nothing is shared with the package.
+"""
+
+import heapq
+import math
+
+import numpy as np
+import torch
+
+
+def cut(pixels, grid, patch, prefix):
+    """float32 [F, S, n]: the pixels of every place, those of prefixes with NaN behind them where others have fewer."""
+    pixels = pixels.float().numpy()
+    frames, channels = pixels.shape[:2]
+    (rows, columns), (height, width) = grid, patch
+    whole = pixels[:, :, : rows * height, : columns * width]
+    tiles = whole.reshape(frames, channels, rows, height, columns, width).transpose(0, 2, 4, 1, 3, 5)
+    tiles = tiles.reshape(frames, rows * columns, -1)
+    if not prefix:
+        return tiles
+    padded = np.full((frames, rows * columns, whole[0].size), np.nan, np.float32)
+    padded[:, :, : tiles.shape[2]] = tiles
+    return np.concatenate([np.repeat(whole.reshape(frames, 1, -1), prefix, axis=1), padded], axis=1)
+
+
+def apart(a, b):
+    return np.float32(np.nanmean(np.abs(a - b).astype(np.float64)))
+
+
+def runs(of_place, threshold):
+    """``[[(frame, change), ...], ...]`` of one place [F, n]: a new run where it differs from the first of the last."""
+    found = [[(0, math.inf)]]
+    for f in range(1, len(of_place)):
+        change = apart(of_place[f], of_place[found[-1][0][0]])
+        if change <= np.float32(threshold):
+            found[-1].append((f, float(change)))
+        else:
+            found.append([(f, float(change))])
+    return found
+
+
+def noise(pixels, grid, patch):
+    pixels = pixels.float().numpy()
+    (rows, columns), (height, width) = grid, patch
+    found = []
+    for before, after in zip(pixels, pixels[1:], strict=False):
+        moved = after - before
+        for top in range(0, rows * height, height):
+            for left in range(0, columns * width, width):
+                seen = [
+                    abs((m[y, x] - m[y, x + 1] - m[y + 1, x] + m[y + 1, x + 1]) / np.float32(2))
+                    for m in moved
+                    for y in range(top, top + height - 1, 2)
+                    for x in range(left, left + width - 1, 2)
+                ]
+                if seen:
+                    found.append(np.float32(math.fsum(map(float, seen)) / len(seen)))
+    return np.sort(found)[math.floor(0.25 * (len(found) - 1))] if found else np.float32(0)
+
+
+def fill(of_places, missing):
+    """Cut the last frame off a run and give it one of its own, ``missing`` times; a heap has the last of each run."""
+    ends = []
+
+    def offer(s, run):
+        if len(run) > 1:
+            f, change = run[-1]
+            heapq.heappush(ends, (-change, s, -f, run))
+
+    for s, found in enumerate(of_places):
+        for run in found:
+            offer(s, run)
+    for _ in range(missing):
+        _, s, _, run = heapq.heappop(ends)
+        of_places[s].append([run.pop()])
+        offer(s, run)
+
+
+def plan(pixels, grid, patch, *, prefix=0, tau_reuse=0.0, budget=None):
+    """(source [F, S] as lists, change [F, S] as lists, noise, threshold)."""
+    places = cut(pixels, grid, patch, prefix)
+    frames, count, _ = places.shape
+    quiet = noise(pixels, grid, patch)
+
+    def scanned(threshold):
+        return [runs(places[:, s], threshold) for s in range(count)]
+
+    def active(found):
+        return sum(map(len, found))
+
+    if budget is None:
+        threshold = np.float32(tau_reuse) + quiet
+        found = scanned(threshold)
+        total = size_of(active(found), frames, count)
+    else:
+        low, threshold = np.float32(0), pixels.float().numpy().max() - pixels.float().numpy().min()
+        if active(scanned(low)) <= budget:
+            threshold = low
+        else:
+            for _ in range(12):
+                middle = (low + threshold) / np.float32(2)
+                low, threshold = (low, middle) if active(scanned(middle)) <= budget else (middle, threshold)
+        found, total = scanned(threshold), budget
+    change = [[0.0] * count for _ in range(frames)]
+    for s, of_place in enumerate(found):
+        for f, value in (pair for run in of_place for pair in run):
+            change[f][s] = value
+    fill(found, total - active(found))
+    source = [[0] * count for _ in range(frames)]
+    for s, of_place in enumerate(found):
+        for run in of_place:
+            for f, _ in run:
+                source[f][s] = run[0][0]
+    return source, change, float(quiet), float(threshold)
+
+
+def size_of(active, frames, places):
+    """The smallest allowed number of computed places that holds ``active``."""
+    return min(size for size in sizes(frames, places, active) if size >= active)
+
+
+def sizes(frames, places, active=0):
+    """At most 17; beyond four fifths only all of them."""
+    everything = frames * places
+    if active > everything * 4 / 5:
+        return {everything}
+    step = -(-(frames - 1) * places // 16)
+    return {min(places + k * step, everything) for k in range(17)}
+
+
+def packed_encoder(hidden, layers, source, full_layers=()):
+    """[F, S, D] behind the last layer, computed for active rows only, which are packed; what happened to the others
+    is made up for before each full layer and at the end.
+
+    A layer has ``project(x [n, D], places [n])`` -> query, key, value ``[n, H, d]``, and ``finish(x, attended [n, H,
+    d]) -> [n, D]``; attention is softmax(q k / sqrt(d)) v within a frame.
+    """
+    frames, places, _ = hidden.shape
+    rows = [(f, s) for f in range(frames) for s in range(places) if source[f][s] == f]
+    everything = [(f, s) for f in range(frames) for s in range(places)]
+    row_of = {place: row for row, place in enumerate(rows)}
+    reads = [[row_of[int(source[f][s]), s] for s in range(places)] for f in range(frames)]
+    entered = packed = None
+    for index, layer in enumerate(layers):
+        if index in full_layers:
+            if packed is not None:
+                hidden, packed = unpacked(hidden, entered, packed, rows, reads), None
+            flat = hidden.flatten(0, 1)
+            asked = [list(range(f * places, (f + 1) * places)) for f in range(frames)]
+            hidden = through(layer, flat, everything, asked).view_as(hidden)
+        else:
+            if packed is None:
+                entered = packed = torch.stack([hidden[f, s] for f, s in rows])
+            packed = through(layer, packed, rows, reads)
+    return hidden if packed is None else unpacked(hidden, entered, packed, rows, reads)
+
+
+def through(layer, x, rows, reads):
+    """One layer over packed rows ``x [n, D]``; the row of (f, s) attends to the rows ``reads[f]``."""
+    query, key, value = layer.project(x, torch.tensor([s for _, s in rows]))
+    attended = torch.empty_like(query)
+    for row, (f, _) in enumerate(rows):
+        scores = (key[reads[f]] * query[row]).sum(-1) / query.shape[-1] ** 0.5  # [S, H]
+        attended[row] = (scores.softmax(0)[..., None] * value[reads[f]]).sum(0)
+    return layer.finish(x, attended)
+
+
+def unpacked(hidden, entered, packed, rows, reads):
+    left = torch.stack([h + (packed - entered)[read] for h, read in zip(hidden, reads, strict=True)])
+    for row, (f, s) in enumerate(rows):
+        left[f, s] = packed[row]
+    return left
