@@ -15,6 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.reference import (
     ReusePlan,
     importance_with_reuse,
@@ -41,17 +42,20 @@ class ReusingEncoder:
         patch: int | tuple[int, int],
         *,
         tau_reuse: float,
-        full_layers: Collection[int] = (),
+        full_layers: Collection[int] | None = None,
         encode_ratio: float | None = None,
         importance_layer: int | None = None,
         received: Callable[[nn.Module, Tensor], Tensor] | None = None,
         segmentation: dict | None = None,
     ):
         """``pixels [F, C, H, W]`` as the tower gets them; places in front of those of the grid are taken for prefixes.
+        ``full_layers``: left out, those of the options.
 
         ``received(layer, its input [F, S, D])`` -> float32 [F, S], the attention that tokens receive, mean over heads
         and queries; left out where the layer's ``self_attn`` or ``attention`` has ``q_proj``, ``k_proj`` and
         ``head_dim``. ``segmentation``: options of ``segment_frames``, where segments are wanted."""
+        if full_layers is None:
+            full_layers = EarlyTomConfig(reuse=True).resolve_full_layers(len(layers))
         self.layers, self.pixels, self.full_layers = layers, pixels, frozenset(full_layers)
         assert self.full_layers <= set(range(len(layers))), f"{sorted(self.full_layers)} of {len(layers)} layers"
         self.patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
