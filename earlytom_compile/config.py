@@ -150,6 +150,11 @@ class EarlyTomConfig:
         if self.encode_ratio is not None:
             ratio = self.encode_ratio
             _require_number("encode_ratio", ratio, 0 < _float(ratio) <= 1, "None or a number in (0, 1]")
+            if self.tau_reuse != type(self).tau_reuse:
+                raise EarlyTomConfigError(
+                    f"tau_reuse={self.tau_reuse!r} with encode_ratio={ratio!r}: a budget finds a threshold of its own. "
+                    "Leave one of them out."
+                )
         without_effect = ["tau_merge"] if self.reuses() else ["tau_reuse", "full_layers", "encode_ratio"]
         if self.reuses() and self.variant == "plus" and self.preset is None:
             without_effect.append("merge_layers")  # by which the others select
