@@ -21,7 +21,7 @@ RELEASED_MAX_WINDOW = 8
 
 DEFAULT_MERGE_LAYERS = (6, 21, 23)
 """Where frames merge in an encoder of 26 layers: 7, 22 and 24 of them are done."""
-DEFAULT_FULL_SHARES = (0.75, 1.0)
+DEFAULT_FULL_SHARES = (0.75, 0.875, 1.0)
 """Shares of the depth behind which every place has seen what is new: the layers that end there run in full."""
 
 # Table 8 of the paper: tau_seg and merge layers for a retain ratio; every row has alpha = 0.9.
@@ -65,12 +65,12 @@ class EarlyTomConfig:
     reuse: bool | None = None
     """Compute a patch once, and again only when its pixels change, instead of merging frames (docs/reuse.md); None:
     under ``variant="plus"``."""
-    tau_reuse: float = 0.03
-    """Largest mean absolute difference of a patch's normalised pixels, beyond the video's own noise, at which it counts
-    as unchanged."""
+    tau_reuse: float = 0.06
+    """Largest change of a patch's normalised pixels, beside the video's own noise, that does not count: the largest
+    difference of the means of its quarters, or a third of the mean absolute difference (docs/reuse.md)."""
     full_layers: tuple[int, ...] | None = None
     """0-based encoder layers that compute unchanged patches too, so that what is new around them reaches them; None =
-    those where three quarters of the depth and all of it are done."""
+    those where 3/4, 7/8 and all of the depth are done."""
     encode_ratio: float | None = None
     """An exact budget for ``reuse`` in (0, 1]: the share of a video's patches that is computed, those that changed
     most, one frame at least. None: as many as changed."""
@@ -146,10 +146,15 @@ class EarlyTomConfig:
         if self.reuse not in (None, True, False):
             raise bad_option("reuse", self.reuse, "True, False or None")
         enough = 0 <= _float(self.tau_reuse) < math.inf
-        _require_number("tau_reuse", self.tau_reuse, enough, "a number that is not negative, such as 0.03")
+        _require_number("tau_reuse", self.tau_reuse, enough, "a number that is not negative, such as 0.06")
         if self.encode_ratio is not None:
             ratio = self.encode_ratio
             _require_number("encode_ratio", ratio, 0 < _float(ratio) <= 1, "None or a number in (0, 1]")
+            if self.tau_reuse != type(self).tau_reuse:
+                raise EarlyTomConfigError(
+                    f"tau_reuse={self.tau_reuse!r} with encode_ratio={ratio!r}: a budget finds a threshold of its own. "
+                    "Leave one of them out."
+                )
         without_effect = ["tau_merge"] if self.reuses() else ["tau_reuse", "full_layers", "encode_ratio"]
         if self.reuses() and self.variant == "plus" and self.preset is None:
             without_effect.append("merge_layers")  # by which the others select
@@ -216,10 +221,11 @@ class EarlyTomConfig:
         """Whether unchanged patches are not computed again, and no frames merge."""
         return self.variant == "plus" if self.reuse is None else self.reuse
 
-    def place_budget(self, frames: int, places: int) -> int:
-        """T, places of a video of F frames with S places each that are computed: ``encode_ratio`` of them, one frame at
-        least; 0 where their number depends on the content."""
-        return 0 if self.encode_ratio is None else max(places, round(self.encode_ratio * frames * places))
+    def place_budget(self, frames: int, places: int, prefix: int = 0) -> int:
+        """T, places of a video of F frames with S places each that are computed: ``encode_ratio`` of them, at least one
+        frame and the ``prefix`` places, such as a class token, of all; 0 where their number depends on the content."""
+        fewest = places + (frames - 1) * prefix
+        return 0 if self.encode_ratio is None else max(fewest, round(self.encode_ratio * frames * places))
 
     def token_budget(self, frames: int, tokens: int) -> int:
         """K = max(1, round(r·F·P)): tokens a video keeps, except under ``released`` (Eq. 5, made exact)."""

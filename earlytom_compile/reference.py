@@ -14,7 +14,7 @@ Two variants, everywhere the keyword ``variant``:
 * ``"released"``: what the authors' code (commit b909322) computes, quirks included.
 
 ``variant="plus"`` of the package is ``"paper"`` with :func:`select_representatives` in the place of
-:func:`select_tokens`.
+:func:`select_tokens`, and with reuse in the place of merging unless asked otherwise.
 
 Similarities, the running average and the thresholds are float32 whatever the dtype of the features, and are
 compared as such. Ties go to the lower index. Bad input raises EarlyTomConfigError.

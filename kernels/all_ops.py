@@ -7,6 +7,7 @@
 
 from earlytom_compile.kernels import (
     append_separators,
+    at_places,
     attention_received,
     frame_similarity,
     merge_frames,
@@ -22,6 +23,7 @@ from earlytom_compile.kernels import (
 
 __all__ = [
     "append_separators",
+    "at_places",
     "attention_received",
     "frame_similarity",
     "merge_frames",

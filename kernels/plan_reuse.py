@@ -18,10 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from earlytom_compile.kernels.providers import Provider, provide
+
 HALVINGS = 12
 """Of the range of pixels, in the search for the threshold of a budget."""
-_SIZES = 16  # steps from one frame's places to all of them
-_NOISE_QUARTER = 4
+SIZES = 16
+"""Steps from the places of one frame to those of all."""
+NOISE_QUARTER = 4
+"""The noise is that of the quietest quarter of the patches."""
+_MOST_PIXELS = 4096  # of a patch, in the Triton kernels, which hold one in registers
 
 
 @torch.library.custom_op("earlytom::plan_reuse", mutates_args=())
@@ -59,7 +64,7 @@ def plan_reuse(
     Returns:
         source: int64 [V, F, S]; change: float32 [V, F, S], d to what was compared with, inf in frame 0; computed:
         int64 [V], the T of each; measured: float32 [V, 2], its noise and its threshold. A place whose pixels are
-        not finite is always active, and has another change than 0 from the next frame on as well.
+        not finite is active, and so it is in the frame after: NaN and infinity never count as unchanged.
 
     Raises:
         ValueError: wrong rank or dtype, an empty axis, a grid that the frames do not hold, an option out of range,
@@ -214,7 +219,7 @@ class _Video:
         if not found:
             return torch.zeros((), dtype=torch.float32, device=self._pixels.device)
         values = torch.cat(found).sort().values
-        return values[(len(values) - 1) // _NOISE_QUARTER]
+        return values[(len(values) - 1) // NOISE_QUARTER]
 
     def scan(self, threshold: Tensor, known: Sequence[_Scan] = ()) -> _Scan:
         """Sources at a threshold; differences that the ``known`` scans of this video needed too are taken from them.
@@ -270,17 +275,17 @@ def _rounded_up(active: int, frames: int, places: int) -> int:
     """One of at most 17 sizes, so that what was compiled for one is met again."""
     if 5 * active > 4 * frames * places:
         return frames * places
-    step = math.ceil((frames - 1) * places / _SIZES)
+    step = math.ceil((frames - 1) * places / SIZES)
     return min(places + math.ceil((active - places) / step) * step, frames * places)
 
 
 def _smallest_threshold(video: _Video, budget: int) -> tuple[Tensor, _Scan]:
     """float32 [], and the scan at it."""
-    low = torch.zeros_like(video.range())
+    high = video.range()
+    low = torch.zeros_like(high)
     below = video.scan(low)
     if below.active <= budget:
         return low, below
-    high = video.range()
     above = video.scan(high, [below])
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -313,3 +318,14 @@ def _filled(scan: _Scan, missing: int) -> Tensor:
     place, frame_taken = order // frames, frames - 1 - order % frames
     source[frame_taken, place] = frame_taken
     return source
+
+
+def _triton_supports(
+    pixels: Tensor, grid: Sequence[int], patch: Sequence[int], prefix: int, tau: float, budget: int
+) -> bool:
+    if pixels.dtype not in (torch.float32, torch.float16, torch.bfloat16) or pixels.dim() not in (4, 5):
+        return False
+    return pixels.shape[-3] * math.prod(patch) <= _MOST_PIXELS
+
+
+provide(plan_reuse, Provider("triton", ".triton_plan_reuse", supports=_triton_supports))

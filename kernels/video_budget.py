@@ -41,28 +41,31 @@ def _(frames: int, tokens: int, retain_ratio: float) -> Tensor:
 
 
 @torch.library.custom_op("earlytom::place_budget", mutates_args=())
-def place_budget(frames: int, places: int, encode_ratio: float) -> Tensor:
+def place_budget(frames: int, places: int, prefix: int, encode_ratio: float) -> Tensor:
     """How many places of a video of ``frames`` frames with ``places`` places each are computed (docs/reuse.md).
 
     Args:
         frames: F, at least 1.
         places: S, at least 1.
+        prefix: those of the S that are computed in every frame, at least 0.
         encode_ratio: in (0, 1].
 
     Returns:
-        int64 [] on the CPU: T = max(S, round(encode_ratio F S)), half to even.
+        int64 [] on the CPU: T = max(S + (F - 1) prefix, round(encode_ratio F S)), half to even.
 
     Raises:
-        ValueError: no frames or no places. EarlyTomConfigError: a ratio out of its range.
+        ValueError: no frames, no places, or a prefix that is no part of them. EarlyTomConfigError: a ratio out of its
+            range.
     """
-    if frames < 1 or places < 1:
+    if frames < 1 or places < 1 or not 0 <= prefix <= places:
         raise ValueError(
-            f"earlytom::place_budget: frames={frames}, places={places}; a video has at least 1 frame of 1 place"
+            f"earlytom::place_budget: frames={frames}, places={places}, prefix={prefix}; a video has at least 1 frame "
+            "of 1 place, and a prefix is a part of its places"
         )
     config = EarlyTomConfig(reuse=True, encode_ratio=encode_ratio)
-    return torch.tensor(config.place_budget(frames, places))
+    return torch.tensor(config.place_budget(frames, places, prefix))
 
 
 @place_budget.register_fake
-def _(frames: int, places: int, encode_ratio: float) -> Tensor:
+def _(frames: int, places: int, prefix: int, encode_ratio: float) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")

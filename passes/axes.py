@@ -88,7 +88,8 @@ class AxisMap:
         """Infers the axes of a torch-IR graph whose nodes carry ``meta["example_value"]``.
 
         Nodes without a recorded value, and ``earlytom::`` ops, were inserted by a pass: they put no
-        constraint on what they read, and their arguments are nobody else's business. ``resized`` names tensor
+        constraint on what they read, unless they stand for an op of the model and have its rule, and their arguments
+        are nobody else's business. ``resized`` names tensor
         dimensions that start a new axis, unconnected to what the op reads; nodes in ``skip`` are not looked
         at. Never raises for an op it does not know.
         """
@@ -151,7 +152,7 @@ class AxisMap:
         name = op_name(node)
         if name == "setitem":
             return self._apply(node, name)
-        if name.startswith(f"{OURS}::") or "example_value" not in node.meta:
+        if (name.startswith(f"{OURS}::") and name not in RULES) or "example_value" not in node.meta:
             return _as_recorded(node, self.values)
         source = node.args[0] if node.args else None
         read = self.values.get(source) if isinstance(source, Node) else None

@@ -206,6 +206,23 @@ def linear(call: Call, input: Any, weight: Any, bias: Any = None) -> Dims:
     return (*lead, *out)
 
 
+@rule("earlytom::reuse_attention")
+def reuse_attention(call: Call, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Dims:
+    """Says what the model's own attention said, in whose place it stands: [1, H, T, E], twice, and [1, H, T, Ev]."""
+    (*lead, depth), (*key_lead, key_depth), (*value_lead, value_depth) = map(call.dims, (query, key, value))
+    call.unify(depth, key_depth)
+    return (*call.broadcast(lead, key_lead, value_lead), value_depth)
+
+
+@rule("earlytom::at_places")
+def at_places(call: Call, table: Any, index: Any, axis: int) -> Dims:
+    """The table keeps its places, and what comes out has a row of it for each packed place."""
+    dims = list(call.dims(table))
+    dims[axis].root.fixed = dims[axis].root.fixed or "what patches are reused by"
+    dims[axis] = call.pinned(call.out[axis])
+    return tuple(dims)
+
+
 @rule("scaled_dot_product_attention")
 def attention(
     call: Call,

@@ -42,6 +42,7 @@ class ReusedPlaces:
 
     path: VideoPath  # whose blocks read what they read now
     source: Node  # int64 [V, F, S], the frame in which each place was last computed
+    change: Node  # float32 [V, F, S], how much it differed from then
     computed: Node  # int64 [V], places of each video that are computed
     measured: Node  # float32 [V, 2], the video's noise and the threshold that followed from it
     index: Node  # int64 [T], which place each packed one is
@@ -94,14 +95,14 @@ def _insert_plan(
 ) -> ReusedPlaces:
     ops, first = torch.ops.earlytom, path.encoder.blocks[0].input
     count = int(shape_of(first)[1])  # type: ignore[index]
-    budget = _budget(graph, path, count, sizes, config)
+    budget = _budget(graph, path, count, grid.prefix, sizes, config)
     arguments = (path.pixels, list(grid.grid), list(grid.patch), grid.prefix, float(config.tau_reuse), budget)
     plan = insert(graph, ops.plan_reuse.default, *arguments)
-    source, _, computed, measured = (insert(graph, operator.getitem, plan, i) for i in range(4))
+    source, change, computed, measured = (insert(graph, operator.getitem, plan, i) for i in range(4))
     total = _times(graph, path.videos, budget) if budget else _read_total(graph, path, count, sizes, computed)
     packing = insert(graph, ops.pack_places.default, source, total)
     index, rows, offsets = (insert(graph, operator.getitem, packing, i) for i in range(3))
-    return ReusedPlaces(path, source, computed, measured, index, rows, offsets, total)
+    return ReusedPlaces(path, source, change, computed, measured, index, rows, offsets, total)
 
 
 def _read_total(graph: Graph, path: VideoPath, count: int, sizes: VideoSizes, computed: Node) -> Node:
@@ -120,14 +121,16 @@ def _times(graph: Graph, factor: int, size: int | Node) -> int | Node:
     return size if factor == 1 else insert(graph, operator.mul, factor, size)
 
 
-def _budget(graph: Graph, path: VideoPath, places: int, sizes: VideoSizes, config: EarlyTomConfig) -> int | Node:
+def _budget(
+    graph: Graph, path: VideoPath, places: int, prefix: int, sizes: VideoSizes, config: EarlyTomConfig
+) -> int | Node:
     if isinstance(sizes.frames, int):
-        return config.place_budget(sizes.frames, places)
+        return config.place_budget(sizes.frames, places, prefix)
     if config.encode_ratio is None:
         return 0
-    table = insert(graph, torch.ops.earlytom.place_budget.default, sizes.frames, places, config.encode_ratio)
-    number = insert(graph, "item", table)
-    number.meta[HINT] = config.place_budget(likely_size(path.frames), places)
+    arguments = (sizes.frames, places, prefix, config.encode_ratio)
+    number = insert(graph, "item", insert(graph, torch.ops.earlytom.place_budget.default, *arguments))
+    number.meta[HINT] = config.place_budget(likely_size(path.frames), places, prefix)
     insert(graph, torch._check, insert(graph, operator.ge, number, places))
     return number
 
@@ -147,9 +150,11 @@ def _pack(graph: Graph, view: GraphView, flow: Dataflow, places: ReusedPlaces, b
     region = flow.between(hidden, chosen[-1].output)
     with graph.inserting_before(_behind(hidden, places.rows)):
         packed = insert(graph, torch.ops.earlytom.take_places.default, hidden, places.index, like=value_of(hidden))
-    for node in region:
-        node.replace_input_with(hidden, packed)
-    _resize(places, packed, 0, 1)
+    _reroute(graph, hidden, packed, region)
+    places.axes += [
+        ResizedAxis(packed, 0, "frames of packed places", 1),
+        ResizedAxis(packed, 1, "packed places", places.total),
+    ]
     for block in chosen:
         _attend(places, block.attention)
         places._inputs[block.output] = hidden
@@ -175,14 +180,6 @@ def _attend(places: ReusedPlaces, attention: Node) -> None:
     attention.target = torch.ops.earlytom.reuse_attention.default
     attention.args = (query, key, value, places.rows, places.offsets)
     attention.kwargs = {"scale": scale if scale is not None else int(shape_of(query)[3]) ** -0.5}  # type: ignore[index]
-    _resize(places, attention, 0, 2)
-
-
-def _resize(places: ReusedPlaces, node: Node, frames: int, tokens: int) -> None:
-    places.axes += [
-        ResizedAxis(node, frames, "frames of packed places", 1),
-        ResizedAxis(node, tokens, "packed places", places.total),
-    ]
 
 
 def _gather_operands(
@@ -205,14 +202,14 @@ def _gather_operands(
                     "Merge frames instead: reuse=False",
                 )
             if read not in gathered:
-                gathered[read] = _by_place(graph, places, read, dims.index(tokens), int(tokens.size.expr))
+                gathered[read] = _by_place(graph, places, read, dims.index(tokens))
             node.replace_input_with(read, gathered[read])
 
 
-def _by_place(graph: Graph, places: ReusedPlaces, operand: Node, axis: int, count: int) -> Node:
+def _by_place(graph: Graph, places: ReusedPlaces, operand: Node, axis: int) -> Node:
     with graph.inserting_before(_behind(places.index, operand)):
-        place = insert(graph, torch.remainder, places.index, count)
-        gathered = insert(graph, torch.index_select, operand, axis, place, like=value_of(operand))
+        arguments = (operand, places.index, axis)
+        gathered = insert(graph, torch.ops.earlytom.at_places.default, *arguments, like=value_of(operand))
     places.axes.append(ResizedAxis(gathered, axis, "packed places", places.total))
     return gathered
 
@@ -221,20 +218,34 @@ def _hand_out(graph: Graph, places: ReusedPlaces, region: Sequence[Node]) -> Non
     """Give readers behind the run what leaves its blocks, of all places."""
     inside = set(region)
     for node in region:
-        readers = [user for user in node.users if user not in inside and _reads_numbers(user)]
+        readers = [user for user in node.users if user not in inside and not _is_size(user)]
         if readers and node not in places._inputs:
             raise NotApplicable(
                 f"{describe(readers[0])} reads {describe(node)}, which lies inside a layer of the vision encoder that "
                 "reuses patches",
                 "Merge frames instead: reuse=False",
             )
-        for reader in readers:
-            reader.replace_input_with(node, places.whole(graph, node))
+        if readers:
+            whole = places.whole(graph, node)
+            _reroute(graph, node, whole, [reader for reader in graph.nodes if reader not in {*inside, whole}])
 
 
-def _reads_numbers(node: Node) -> bool:
-    """Whether a node takes more than the size of what it reads."""
-    return node.op == "output" or not isinstance(value_of(node), (int, torch.SymInt, torch.Size))
+def _reroute(graph: Graph, old: Node, new: Node, readers: Sequence[Node]) -> None:
+    """Let ``readers`` take ``new`` for ``old``, and its sizes too, which may be read in nodes of their own."""
+    taken, among = {old: new}, set(readers)
+    for node in list(graph.nodes):
+        if not taken.keys().isdisjoint(node.all_input_nodes):
+            if _is_size(node):
+                with graph.inserting_after(max(node, new)):
+                    taken[node] = graph.node_copy(node, lambda read: taken.get(read, read))
+            elif node in among:
+                for read in node.all_input_nodes:
+                    node.replace_input_with(read, taken.get(read, read))
+
+
+def _is_size(node: Node) -> bool:
+    """Whether a node is a size, or computed from sizes."""
+    return node.op != "output" and isinstance(value_of(node), (int, torch.SymInt, torch.Size))
 
 
 def _behind(*nodes: Node) -> Node:

@@ -33,9 +33,9 @@ class Options:
     alpha: float = 0.9
     max_window: int | None = None
     tau_merge: float | str = "segment"
-    reuse: bool = False
-    tau_reuse: float = 0.03
-    full_layers: Sequence[int] = ()
+    reuse: bool | None = None
+    tau_reuse: float = EarlyTomConfig.tau_reuse
+    full_layers: Sequence[int] | None = None
     encode_ratio: float | None = None
 
     def segmentation(self) -> dict:
@@ -142,7 +142,8 @@ def encoder_of(
     layers: Sequence[nn.Module], merge_layers: Sequence[int], pixels: Tensor, patch: int, options: Options
 ) -> MergingEncoder | ReusingEncoder:
     """For one video ``[F, C, H, W]``: what merges its frames, or computes no patch again that did not change."""
-    if not options.reuse:
+    reuse = options.variant == "plus" if options.reuse is None else options.reuse
+    if not reuse:
         return MergingEncoder(layers, merge_layers, len(pixels), options)
     return ReusingEncoder(
         layers,

@@ -3,7 +3,7 @@
 Hooks let each layer see what its places' sources are and give its updates to those that did not change, by the
 functions of ``reference.py``; one video at a time, nothing packed, nothing saved.
 
-    encoder = ReusingEncoder(layers, pixels, patch=14, tau_reuse=0.03, full_layers=(20,), importance_layer=23)
+    encoder = ReusingEncoder(layers, pixels, patch=14, tau_reuse=0.06, full_layers=(20,), importance_layer=23)
     with encoder.hooked():
         hidden = tower(pixels).last_hidden_state
     encoder.plan.computed, encoder.outputs[3], encoder.importance
@@ -15,6 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.reference import (
     ReusePlan,
     importance_with_reuse,
@@ -41,17 +42,20 @@ class ReusingEncoder:
         patch: int | tuple[int, int],
         *,
         tau_reuse: float,
-        full_layers: Collection[int] = (),
+        full_layers: Collection[int] | None = None,
         encode_ratio: float | None = None,
         importance_layer: int | None = None,
         received: Callable[[nn.Module, Tensor], Tensor] | None = None,
         segmentation: dict | None = None,
     ):
         """``pixels [F, C, H, W]`` as the tower gets them; places in front of those of the grid are taken for prefixes.
+        ``full_layers``: left out, those of the options.
 
         ``received(layer, its input [F, S, D])`` -> float32 [F, S], the attention that tokens receive, mean over heads
         and queries; left out where the layer's ``self_attn`` or ``attention`` has ``q_proj``, ``k_proj`` and
         ``head_dim``. ``segmentation``: options of ``segment_frames``, where segments are wanted."""
+        if full_layers is None:
+            full_layers = EarlyTomConfig(reuse=True).resolve_full_layers(len(layers))
         self.layers, self.pixels, self.full_layers = layers, pixels, frozenset(full_layers)
         assert self.full_layers <= set(range(len(layers))), f"{sorted(self.full_layers)} of {len(layers)} layers"
         self.patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
@@ -104,15 +108,16 @@ class ReusingEncoder:
     def _make_plan(self, hidden: Tensor) -> None:
         grid = [side // patch for side, patch in zip(self.pixels.shape[-2:], self.patch, strict=True)]
         frames, places = hidden.shape[:2]
+        prefix = places - grid[0] * grid[1]
         assert frames == len(self.pixels), f"{frames} frames in the encoder, {len(self.pixels)} of pixels"
         ratio = self.encode_ratio
         self.plan = plan_reuse(
             self.pixels,
             grid,
             self.patch,
-            prefix=places - grid[0] * grid[1],
+            prefix=prefix,
             tau_reuse=self.tau_reuse,
-            budget=None if ratio is None else reuse_budget(frames, places, ratio),
+            budget=None if ratio is None else reuse_budget(frames, places, ratio, prefix),
         )
 
     def _seen(self, index: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-KINDS = ("walk", "repeats", "noise", "whole numbers")
+KINDS = ("walk", "held", "repeats", "noise", "whole numbers")
 
 
 def _frames(kind, frames, shape, generator):
@@ -15,9 +15,12 @@ def _frames(kind, frames, shape, generator):
     if kind == "walk":
         speed = torch.rand(frames, generator=generator) ** 4
         return torch.stack([v * torch.randn(shape, generator=generator) for v in speed]).cumsum(0)
-    if kind == "repeats":
-        pictures = torch.randn(3, *shape, generator=generator)
-        return pictures[torch.randint(0, 3, (frames,), generator=generator)]
+    if kind in ("held", "repeats"):
+        pictures, order = (
+            torch.randn(3, *shape, generator=generator),
+            torch.randint(0, 3, (frames,), generator=generator),
+        )
+        return pictures[order.sort().values if kind == "held" else order]
     return torch.stack([draw(1) for _ in range(frames)])
 
 
@@ -49,7 +52,11 @@ def places_of(arguments):
     return arguments["prefix"] + arguments["grid"][0] * arguments["grid"][1]
 
 
+def fewest_of(arguments):
+    """Each patch once, places in front of them in every frame."""
+    return places_of(arguments) + (len(arguments["pixels"]) - 1) * arguments["prefix"]
+
+
 @st.composite
 def budgets(draw, arguments):
-    frames, places = len(arguments["pixels"]), places_of(arguments)
-    return draw(st.integers(places, frames * places))
+    return draw(st.integers(fewest_of(arguments), len(arguments["pixels"]) * places_of(arguments)))

@@ -199,3 +199,132 @@ def may_be_chosen(alike: np.ndarray, kept: set[int], tie: float, rounding: float
         return any(j in kept and go_on([*taken, j], np.maximum(covered, alike[:, j])) for j in possible)
 
     return go_on([], np.zeros(len(alike)))
+
+
+Table = list[list[int]]
+Changes = list[list[float]]
+
+
+def pixels_of(frame: np.ndarray, grid: list[int], patch: list[int], prefix: int, place: int) -> np.ndarray:
+    """[C, height, width] of one place of a frame [C, H, W]."""
+    if place < prefix:
+        return frame[:, : grid[0] * patch[0], : grid[1] * patch[1]]
+    top, left = (place - prefix) // grid[1] * patch[0], (place - prefix) % grid[1] * patch[1]
+    return frame[:, top : top + patch[0], left : left + patch[1]]
+
+
+def mean_of_sizes(x: np.ndarray) -> np.float32:
+    values = [abs(float(value)) for value in x.ravel()]
+    return np.float32(math.fsum(values) / len(values))
+
+
+def scan_places(views: list[list[np.ndarray]], threshold: np.float32) -> tuple[Table, Changes]:
+    """``views[f][s]`` float32 are the pixels of place s in frame f."""
+    source, change = [[0] * len(views[0])], [[math.inf] * len(views[0])]
+    for f in range(1, len(views)):
+        source.append([])
+        change.append([])
+        for s, now in enumerate(views[f]):
+            computed = source[f - 1][s]
+            apart = mean_of_sizes(now - views[computed][s])
+            source[f].append(computed if apart <= threshold else f)
+            change[f].append(float(apart))
+    return source, change
+
+
+def active_places(source: Table) -> list[tuple[int, int]]:
+    return [(f, s) for f, row in enumerate(source) for s, g in enumerate(row) if g == f]
+
+
+def noise_of_pixels(views: list[list[np.ndarray]], prefix: int) -> np.float32:
+    found = []
+    for before, now in zip(views, views[1:], strict=False):
+        for one, other in zip(before[prefix:], now[prefix:], strict=True):
+            apart = other - one
+            blocks = [
+                (apart[c, i, j] - apart[c, i, j + 1] - apart[c, i + 1, j] + apart[c, i + 1, j + 1]) / np.float32(2)
+                for c in range(apart.shape[0])
+                for i in range(0, apart.shape[1] - 1, 2)
+                for j in range(0, apart.shape[2] - 1, 2)
+            ]
+            if blocks:
+                found.append(mean_of_sizes(np.array(blocks)))
+    return sorted(found)[(len(found) - 1) // 4] if found else np.float32(0)
+
+
+def fill_places(source: Table, change: Changes, total: int) -> None:
+    """More active places, one by one: always the last of a run."""
+    frames = len(source)
+    while len(active_places(source)) < total:
+        ends = [
+            (-change[f][s], s, -f)
+            for f, row in enumerate(source)
+            for s, g in enumerate(row)
+            if g != f and (f + 1 == frames or source[f + 1][s] == f + 1)
+        ]
+        _, s, minus_f = min(ends)
+        source[-minus_f][s] = -minus_f
+
+
+def rounded_up(active: int, frames: int, places: int) -> int:
+    if active > 0.8 * frames * places:
+        return frames * places
+    sizes = [places + i * math.ceil((frames - 1) * places / 16) for i in range(17)]
+    return min(min(size for size in sizes if size >= active), frames * places)
+
+
+def plan_reuse(
+    pixels: np.ndarray, grid: list[int], patch: list[int], prefix: int, tau: float, budget: int
+) -> tuple[Table, Changes, np.float32, np.float32]:
+    """(source, change, noise, threshold) of one video, float32 [F, C, H, W]."""
+    places = prefix + grid[0] * grid[1]
+    views = [[pixels_of(frame, grid, patch, prefix, s) for s in range(places)] for frame in pixels]
+    noise = noise_of_pixels(views, prefix)
+    spread = pixels.max() - pixels.min()
+    threshold = threshold_of_budget(views, budget, spread) if budget else np.float32(tau) + noise
+    source, change = scan_places(views, threshold)
+    active = len(active_places(source))
+    fill_places(source, change, budget or rounded_up(active, len(pixels), places))
+    return source, change, noise, threshold
+
+
+def threshold_of_budget(views: list[list[np.ndarray]], budget: int, high: np.float32) -> np.float32:
+    low = np.float32(0)
+    if len(active_places(scan_places(views, low)[0])) <= budget:
+        return low
+    for _ in range(12):
+        middle = (low + high) / np.float32(2)
+        if len(active_places(scan_places(views, middle)[0])) <= budget:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def packed_places(videos: list[Table]) -> tuple[list[int], Table, list[int]]:
+    """index, rows and offsets of all videos' sources."""
+    row_of, index, offsets = {}, [], [0]
+    for v, source in enumerate(videos):
+        for f, frame in enumerate(source):
+            for s, g in enumerate(frame):
+                if g == f:
+                    row_of[v, f, s] = len(index)
+                    index.append((v * len(source) + f) * len(frame) + s)
+            offsets.append(len(index))
+    rows = [[row_of[v, g, s] for s, g in enumerate(frame)] for v, source in enumerate(videos) for frame in source]
+    return index, rows, offsets
+
+
+def reuse_attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, rows: Table, offsets: list[int], scale: float
+) -> np.ndarray:
+    """[H, T, d] three times -> [H, T, d]."""
+    out = np.zeros_like(query)
+    for head in range(len(query)):
+        for frame, answering in enumerate(rows):
+            for asking in range(offsets[frame], offsets[frame + 1]):
+                scores = np.array([scale * float(query[head, asking] @ key[head, row]) for row in answering])
+                shares = np.exp(scores - scores.max())
+                for share, row in zip(shares / shares.sum(), answering, strict=True):
+                    out[head, asking] += share * value[head, row]
+    return out

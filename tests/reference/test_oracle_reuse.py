@@ -15,13 +15,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from earlytom_compile.config import EarlyTomConfig
+
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 26, "patch_size": 4}
 TOWERS = {
     "SigLIP": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES, intermediate_size=64)),
     "CLIP": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, intermediate_size=64)),
     "DINOv2": lambda: Dinov2Model(Dinov2Config(**SIZES, layerscale_value=0.7)),
 }
-REUSE = {"retain_ratio": 0.25, "variant": "plus", "reuse": True}
+REUSE = {"retain_ratio": 0.25, "variant": "plus", "full_layers": ()}
 
 
 def tower_of(name):
@@ -45,7 +47,9 @@ def pixels_of(frames, changing, seed=0):
 
 @torch.no_grad()
 def encoded(tower, pixels, **options):
-    encoder = ReusingEncoder(layers_of(tower), pixels, 4, **{"tau_reuse": 0.03, "importance_layer": 2, **options})
+    encoder = ReusingEncoder(
+        layers_of(tower), pixels, 4, **{"tau_reuse": 0.06, "full_layers": (), "importance_layer": 2, **options}
+    )
     with encoder.hooked():
         return encoder, tower(pixels).last_hidden_state
 
@@ -71,7 +75,7 @@ def test_everything_active_is_the_tower_itself(name):
 def test_a_still_video_is_its_first_frame(name):
     tower, pixels = tower_of(name), pixels_of(4, changing=0.0)
     encoder, hidden = encoded(tower, pixels, full_layers=(1,))
-    assert encoder.plan.computed == hidden.shape[1]
+    assert encoder.plan.computed == 36 + 4 * (hidden.shape[1] - 36), "a class token is computed in every frame"
     with torch.no_grad():
         alone = tower(pixels[:1]).last_hidden_state
     torch.testing.assert_close(hidden, alone.expand_as(hidden), atol=1e-5, rtol=0)
@@ -125,7 +129,7 @@ def model():
 def test_everything_active_and_kept_is_the_model_itself(make):
     model = make()
     inputs = video_inputs(model, frames=6, changing=0.4)
-    everything = {"retain_ratio": 1.0, "variant": "plus", "reuse": True, "encode_ratio": 1.0}
+    everything = {"retain_ratio": 1.0, "variant": "plus", "encode_ratio": 1.0}
     torch.testing.assert_close(compressed_forward(model, inputs, **everything).logits, model(**inputs).logits)
 
 
@@ -133,7 +137,7 @@ def test_everything_active_and_kept_is_the_model_itself(make):
 @torch.no_grad()
 def test_a_video_alone_is_the_same_video_in_a_batch(model, variant):
     inputs = video_inputs(model, frames=8, videos_per_row=(1, 1), changing=0.3)
-    options = {**REUSE, "variant": variant, "full_layers": (3,)}
+    options = {**REUSE, "variant": variant, "reuse": True, "full_layers": (3,)}
     both = compressed_videos(model, inputs, **options)
     for number, pixels in enumerate(inputs["pixel_values_videos"]):
         alone = compressed_videos(model, {**video_inputs(model, 8), "pixel_values_videos": pixels[None]}, **options)
@@ -145,7 +149,7 @@ def test_a_video_alone_is_the_same_video_in_a_batch(model, variant):
 @torch.no_grad()
 def test_no_frames_merge_and_the_budget_of_tokens_stays(model, variant):
     inputs = video_inputs(model, frames=8, changing=0.3)
-    (video,) = compressed_videos(model, inputs, **{**REUSE, "variant": variant})
+    (video,) = compressed_videos(model, inputs, **{**REUSE, "variant": variant, "reuse": True})
     assert video.frames_after == []
     assert int(video.kept[:, 0].max()) == 7
     if variant != "released":
@@ -161,6 +165,25 @@ def test_the_inputs_of_the_tests_are_reused_and_logits_differ(model):
     for options in ({}, {"full_layers": (2,)}, {"full_layers": (5,)}, {"encode_ratio": 0.3}, {"encode_ratio": 0.7}):
         logits.append(compressed_forward(model, inputs, **{**REUSE, **options}).logits)
         assert all((logits[-1] - others).abs().max() > 1e-2 for others in logits[:-1]), options
+
+
+@torch.no_grad()
+def test_defaults_are_those_of_the_options(model):
+    """``plus`` reuses, and the others do not."""
+    inputs = video_inputs(model, frames=8, changing=0.3)
+
+    def logits(**options):
+        return compressed_forward(model, inputs, retain_ratio=0.25, **options).logits
+
+    plus = logits(variant="plus")
+    assert torch.equal(plus, logits(variant="plus", reuse=True, **defaults(6)))
+    assert not torch.equal(plus, logits(variant="plus", reuse=False))
+    assert torch.equal(logits(variant="paper"), logits(variant="paper", reuse=False))
+
+
+def defaults(layers):
+    config = EarlyTomConfig(variant="plus")
+    return {"full_layers": config.resolve_full_layers(layers), "tau_reuse": config.tau_reuse}
 
 
 @torch.no_grad()

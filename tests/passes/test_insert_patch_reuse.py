@@ -1,0 +1,218 @@
+"""Only patches that changed go through the layers that reuse, however tower and layers are spelled."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hand_made import VideoModel, rewrite
+from oracle_reuse import ReusingEncoder
+from scenes import standing_camera
+from spelled_towers import PATCH, SIDE, Layer, Tower
+from test_spelled_towers import SPELLINGS
+from torch._dynamo.exc import BackendCompilerFailed
+
+from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
+from earlytom_compile.backend import compile_graph
+from earlytom_compile.passes.find_patch_grid import PatchGrid
+from earlytom_compile.reference import select_representatives, select_tokens
+from earlytom_compile.stages import CompressedGraph
+
+R = 0.3
+REUSE = {"variant": "plus", "reuse": None, "merge_layers": None}  # where everything else of hand_made.py merges
+OURS = ("plan_reuse", "pack_places", "take_places", "reuse_attention", "return_places", "spread_places")
+
+
+def pixels_of(frames, videos=1, changing=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    kinds = {"patch": PATCH, "changing": changing, "generator": generator}
+    return torch.stack([standing_camera(frames, SIDE, **kinds) for _ in range(videos)])
+
+
+@torch.no_grad()
+def expected_rows(tower, pixels, *, variant, full_layers, encode_ratio=None):
+    """([V * K, C], places that were computed of each video), by hooks on the tower's layers."""
+    found, computed, scored = [], [], 2
+    for frames in pixels:
+        encoder = ReusingEncoder(
+            tower.layers,
+            frames,
+            PATCH,
+            tau_reuse=0.03,
+            full_layers=full_layers,
+            encode_ratio=encode_ratio,
+            importance_layer=scored,
+            received=received,
+            segmentation={"variant": variant if variant == "released" else "paper", "tau_seg": 0.0},
+        )
+        h = tower.embed(frames)
+        with encoder.hooked():
+            for layer in tower.layers:
+                h = layer(h)
+        features = tower.finish(h)
+        if variant == "plus":
+            kept = select_representatives(features, frames_in=len(frames), retain_ratio=R)
+        else:
+            scores = encoder.importance[:, tower.how.specials :]
+            if tower.how.tokens != "all":
+                scores = F.avg_pool2d(scores.view(-1, 1, 4, 4), 2).flatten(1)
+            kept = select_tokens(scores, encoder.segments, frames_in=len(frames), retain_ratio=R, variant=variant)
+        found.append(features[kept[:, 0], kept[:, 1]])
+        computed.append(encoder.plan.computed)
+    return torch.cat(found), computed
+
+
+def received(layer, h):
+    q, k, _ = layer.qkv(h)
+    return (q.float() @ k.float().mT * q.shape[-1] ** -0.5).softmax(-1).mean((1, 2))
+
+
+def check(tower, pixels, *, variant="plus", full_layers=(2,), any_length=False, **options):
+    """Compile one tower, compare with the oracle; returns the graph."""
+    graphs = []
+    chosen = {"variant": variant, "retain_ratio": R, "full_layers": full_layers, "lowering": "eager", **options}
+    if variant != "plus":
+        chosen |= {"reuse": True, "tau_seg": 0.0, "merge_layers": (0, 2)}
+    config = EarlyTomConfig.from_options(chosen)
+
+    def backend(graph_module, example_inputs):
+        graphs.append(compile_graph(graph_module, example_inputs, config, features_only=True))
+        return graphs[-1]
+
+    torch._dynamo.reset()
+    run = torch.compile(tower, backend=backend, fullgraph=True)
+    if any_length:
+        torch._dynamo.maybe_mark_dynamic(pixels, 1)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", EarlyTomFallbackWarning)
+        rows = run(pixels)
+    expected, computed = expected_rows(
+        tower, pixels, variant=variant, full_layers=full_layers, encode_ratio=options.get("encode_ratio")
+    )
+    (graph,) = graphs
+    assert isinstance(graph, CompressedGraph)
+    torch.testing.assert_close(rows.flatten(0, -2), expected, atol=2e-5, rtol=1e-4)
+    assert graph.record.last_counts.reuse.computed.tolist() == computed
+    assert graph.record.last_counts.frames[-1].tolist() == [pixels.shape[1]] * len(pixels), "no frame merges"
+    return graph
+
+
+@pytest.mark.parametrize("how", SPELLINGS)
+def test_every_spelling(how):
+    graph = check(Tower(**SPELLINGS[how]), pixels_of(6))
+    assert graph.record.last_counts.reuse.computed.item() < 6 * 16
+    assert [graph.record.inserted.get(name, 0) for name in OURS] == [1, 1, 2, 3, 2, 0]
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("full_layers", [(), (2,), (0, 3)])
+@pytest.mark.parametrize("how", ["linear: lora", "class token", "tokens: merger"])
+def test_selection_by_attention_knows_nothing_of_it(how, full_layers, variant):
+    graph = check(Tower(**SPELLINGS[how]), pixels_of(5), variant=variant, full_layers=full_layers)
+    assert graph.record.inserted.get("spread_places", 0) == (0 if 2 in full_layers else 2)
+
+
+@pytest.mark.parametrize("how", ["linear: dynamic int8", "class token", "joined: rows", "RoPE"])
+def test_several_videos_and_budgets(how):
+    tower = Tower(**SPELLINGS[how])
+    check(tower, pixels_of(5, videos=3))
+    check(tower, pixels_of(4, videos=2), encode_ratio=0.5)
+    check(tower, pixels_of(7, changing=0.0))
+    check(tower, pixels_of(4, changing=1.0), full_layers=())
+
+
+@pytest.mark.parametrize("how", ["linear: addmm", "RoPE", "all of it"])
+@pytest.mark.parametrize("encode_ratio", [None, 0.4])
+def test_one_graph_for_videos_of_every_length(how, encode_ratio):
+    assert check(Tower(**SPELLINGS[how]), pixels_of(6), any_length=True, encode_ratio=encode_ratio).any_length
+
+
+@pytest.mark.parametrize("how", ["linear: packed", pytest.param("all of it", marks=pytest.mark.long)])
+@pytest.mark.parametrize("lowering", ["staged", "whole"])
+def test_through_inductor(how, lowering):
+    assert check(Tower(**SPELLINGS[how]), pixels_of(6), lowering=lowering).record.reasons == []
+
+
+class WithPlaces(Layer):
+    """Adds something of its own to each place, in every layer."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.own = torch.nn.Parameter(0.5 * torch.randn(16, 16))
+
+    def qkv(self, h):
+        return super().qkv(h + self.own)
+
+
+def test_what_differs_from_place_to_place_is_taken_by_the_packed_places():
+    tower = Tower()
+    tower.layers = torch.nn.ModuleList(WithPlaces(16, 2, tower.how) for _ in range(4))
+    assert check(tower.eval(), pixels_of(6)).record.inserted["at_places"] == 3
+
+
+def waits(state):
+    return [node for node in state.graph_module.graph.nodes if node.target == "item"]
+
+
+def test_a_budget_needs_no_wait_for_the_host():
+    state = rewrite(VideoModel(), VideoModel().example(), **REUSE, encode_ratio=0.5)
+    assert not waits(state)
+    free = rewrite(VideoModel(), VideoModel().example(), **REUSE)
+    assert free.patches == PatchGrid((4, 4), (2, 2), 0)
+    (wait,) = waits(free)
+    layers = [node for node in free.graph_module.graph.nodes if "reuse_attention" in str(node.target)]
+    assert wait < layers[0], "before the encoder"
+
+
+def test_a_single_frame_and_reuse_false_leave_the_layers_alone():
+    for frames, options in ((1, {}), (8, {"reuse": False})):
+        model = VideoModel()
+        state = rewrite(model, model.example(frames=frames), **{**REUSE, **options})
+        assert not any(name in state.inserted for name in OURS)
+
+
+def test_what_leaves_a_layer_in_the_middle_is_of_all_places():
+    """The caller takes the last layer's norm too, whose input is packed otherwise."""
+    model = VideoModel(tail="scatter", beside="returned", after=1)
+    state = rewrite(model, model.example(), **REUSE, full_layers=())
+    assert state.inserted["return_places"] == 1
+
+
+class OverlappingTower(Tower):
+    def _patches(self, frames):
+        smooth = F.avg_pool2d(frames, 3, 1, 1)
+        return self.conv2d(smooth).flatten(2).transpose(1, 2)
+
+
+class ReorderedTower(Tower):
+    def _patches(self, frames):
+        return self.conv2d(frames).flatten(2).transpose(1, 2).flip(1)
+
+
+class NormedTower(Tower):
+    def _patches(self, frames):
+        return self.conv2d(frames / frames.abs().amax((1, 2, 3), keepdim=True)).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("tower", [OverlappingTower, ReorderedTower, NormedTower])
+def test_must_not_fire_where_a_place_is_made_of_other_pixels(tower):
+    with pytest.warns(EarlyTomFallbackWarning, match=r"16 places .* not made of one patch .* reuse=False"):
+        graphs = []
+        config = EarlyTomConfig(variant="plus", lowering="eager")
+
+        def backend(graph_module, example_inputs):
+            graphs.append(compile_graph(graph_module, example_inputs, config, features_only=True))
+            return graphs[-1]
+
+        torch._dynamo.reset()
+        model, pixels = tower(), pixels_of(5)
+        with torch.no_grad():
+            rows = torch.compile(model, backend=backend, fullgraph=True)(pixels)
+            torch.testing.assert_close(rows, model(pixels))
+    assert not isinstance(graphs[0], CompressedGraph)
+
+
+def test_must_not_fire_with_grouped_heads():
+    model = VideoModel(attention="grouped")
+    with pytest.raises(BackendCompilerFailed, match=r"queries \(8, 2, 16, 8\), keys \(8, 1, 16, 8\).*reuse=False"):
+        rewrite(model, model.example(), **REUSE)
