@@ -26,6 +26,12 @@ ops = torch.ops.earlytom
 RETAIN_RATIO = 0.1
 
 
+SHARE_COMPUTED = 0.3
+"""Of the places of a video, by the layers that reuse."""
+PATCH = 14
+"""Pixels of a side."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """Of one video: SigLIP-so400m at 384 pixels, features as wide as a 7B language model."""
@@ -80,6 +86,17 @@ def scenes(frames: int, *shape: int) -> Tensor:
     return torch.randn((frames + 7) // 8, *shape).repeat_interleave(8, 0)[:frames] + 0.1 * torch.randn(frames, *shape)
 
 
+def clip(frames: int, tokens: int) -> Tensor:
+    """Pixels [F, 3, H, W] of a square grid of patches, and a strip beside it: of each frame 3 of 10 patches are new."""
+    side = math.isqrt(tokens)
+    patches = torch.randn(frames, 3, side, PATCH, side, PATCH)
+    for frame in range(1, frames):
+        still = torch.rand(side, 1, side, 1) >= SHARE_COMPUTED
+        patches[frame] = torch.where(still, patches[frame - 1], patches[frame])
+    pixels = patches.flatten(4).flatten(2, 3) + 0.01 * torch.randn(frames, 3, side * PATCH, side * PATCH)
+    return F.pad(pixels, (0, 6, 0, 6))
+
+
 def cases(frames: int, shape: Shape, dtype: torch.dtype, device: str, inductor: bool) -> Iterator[Case]:
     """Built one after the other: not all inputs of 128 frames need to be on the device at once."""
     config = EarlyTomConfig(retain_ratio=RETAIN_RATIO)
@@ -89,7 +106,7 @@ def cases(frames: int, shape: Shape, dtype: torch.dtype, device: str, inductor: 
 
     def case(op: str, inputs: tuple[Any, ...], options: dict[str, Any], formula: str, **facts: Any) -> Case:
         arms: dict[str, Callable[..., Any]] = {"earlytom": functools.partial(getattr(ops, op), **options)}
-        if inductor:
+        if inductor and hasattr(formulas, f"plain_{formula}"):
             plain = torch.compile(getattr(formulas, f"plain_{formula}"), dynamic=False)
             arms["inductor"] = functools.partial(plain, **options)
         arms["naive"] = functools.partial(getattr(formulas, f"naive_{formula}"), **options)
@@ -136,6 +153,48 @@ def cases(frames: int, shape: Shape, dtype: torch.dtype, device: str, inductor: 
         selector.notes[place] = "" if device == "cuda" else "= device: no GPU"
     yield selector
     yield one_after_the_other(planner, selector, target=TOGETHER)
+    del planner, selector
+    yield from cases_of_reuse(frames, shape, dtype, case)
+
+
+def cases_of_reuse(frames: int, shape: Shape, dtype: torch.dtype, case: Callable[..., Case]) -> Iterator[Case]:
+    """The operators of the layers that reuse, on the plan of a budget."""
+    side, total = math.isqrt(shape.tokens), round(SHARE_COMPUTED * frames * shape.tokens)
+    pixels = clip(frames, shape.tokens).to(dtype)
+    planning: dict[str, Any] = {"grid": [side, side], "patch": [PATCH, PATCH], "prefix": 0, "tau": 0.03}
+    for budget in (0, max(total, shape.tokens)):
+        source, *_ = ops.plan_reuse(pixels, **planning, budget=budget)
+        planner = case("plan_reuse", (pixels,), {**planning, "budget": budget}, "plan_reuse",
+                       expected=(source,), bytes=pixels.nbytes)  # fmt: skip
+        yield dataclasses.replace(planner, op="plan_reuse, budget") if budget else planner
+    del planner
+
+    index, rows, offsets = packing = ops.pack_places(source, budget)
+    moved = source.nbytes + sum(x.nbytes for x in packing)
+    yield case("pack_places", (source,), {"total": budget}, "pack", expected=packing, bytes=moved)
+    hidden = torch.randn(frames, shape.tokens, shape.channels).to(dtype)
+    before = ops.take_places(hidden, index)
+    yield case("take_places", (hidden, index), {}, "take", expected=(before,), bytes=2 * before.nbytes)
+    packed = before + torch.randn(before.shape).to(dtype)
+    back = ops.return_places(hidden, packed, index, rows)
+    moved = before.nbytes + packed.nbytes + (hidden.nbytes - before.nbytes) + back.nbytes
+    yield case("return_places", (hidden, packed, index, rows), {}, "return", expected=(back,), bytes=moved)
+
+    query, key = queries_and_keys(1, dataclasses.replace(shape, tokens=budget), dtype)
+    spread = ops.spread_places(query, rows)
+    yield case("spread_places", (query, rows), {}, "spread", expected=(spread,), bytes=query.nbytes + spread.nbytes)
+    scale, value = (shape.channels // shape.heads) ** -0.5, torch.randn(key.transpose(1, 2).shape).to(dtype)
+    inputs = (query, key, value.transpose(1, 2), rows, offsets)
+    share = budget / (frames * shape.tokens)
+    target = Target("times_sdpa", 1.2 * share, f"<= {1.2 * share:.2f} x sdpa")
+    attention = case("reuse_attention", inputs, {"scale": scale}, "reuse_attention",
+                     expected=(ops.reuse_attention(*inputs, scale),), flops=4 * query.numel() * shape.tokens,
+                     target=target)  # fmt: skip
+    every, _ = queries_and_keys(frames, shape, dtype)
+    every = every.to(attention.inputs[0].device)
+    attention.arms["sdpa"] = lambda *_: F.scaled_dot_product_attention(every, every, every, scale=scale)
+    attention.notes["sdpa"] = "every place of every frame"
+    yield attention
 
 
 def queries_and_keys(frames: int, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -161,5 +220,7 @@ def error(result: Any, expected: Sequence[Tensor]) -> float:
         actual, right = actual.double().cpu().flatten()[: right.numel()], right.double().flatten()
         if actual.shape != right.shape or actual.isnan().any():
             return math.inf
-        worst = max(worst, float((actual - right).abs().max() / right.abs().max().clamp_min(1e-30)))
+        apart = torch.where(actual == right, 0.0, (actual - right).abs())  # infinities too
+        largest = torch.where(right.isfinite(), right, 0.0).abs().max()
+        worst = max(worst, float(apart.max() / largest.clamp_min(1e-30)))
     return worst

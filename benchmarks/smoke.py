@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from earlytom_compile import EarlyTomConfig
 from earlytom_compile.benchmarks import markdown
 from earlytom_compile.benchmarks.environment import environment
-from earlytom_compile.benchmarks.operators import SMALL, Shape, error, queries_and_keys, scenes
+from earlytom_compile.benchmarks.operators import (
+    PATCH,
+    SHARE_COMPUTED,
+    SMALL,
+    Shape,
+    clip,
+    error,
+    queries_and_keys,
+    scenes,
+)
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from earlytom_compile.kernels.providers import provider_of
 
@@ -105,6 +114,35 @@ def checks(frames: int, shape: Shape, dtype: torch.dtype) -> Iterator[Check]:
         yield Check(f"select_tokens, {place}", "select_tokens", operands, options, 0)
     released = {"frames": frames, "retain_ratio": RETAIN_RATIO}
     yield Check("select_tokens_released", "select_tokens_released", operands, released, 0)
+    yield from _checks_of_reuse(frames, shape, dtype)
+
+
+def _checks_of_reuse(frames: int, shape: Shape, dtype: torch.dtype) -> Iterator[Check]:
+    """Sums of a plan are exact but for their rounding to float32: it must be the same, and so must what is copied."""
+    pixels, side = clip(frames, shape.tokens).to(dtype), math.isqrt(shape.tokens)
+    planning: dict[str, Any] = {"grid": [side, side], "patch": [PATCH, PATCH], "tau": 0.03}
+    budget = max(shape.tokens, round(SHARE_COMPUTED * frames * shape.tokens))
+    for name, options in (
+        ("plan_reuse", {**planning, "prefix": 1, "budget": 0}),
+        ("plan_reuse, budget", {**planning, "prefix": 0, "budget": budget}),
+    ):
+        yield Check(name, "plan_reuse", (pixels,), options, 0)
+    source, *_ = ops.plan_reuse(pixels, **planning, prefix=0, budget=budget)
+    yield Check("pack_places", "pack_places", (source,), {"total": budget}, 0)
+    index, rows, offsets = ops.pack_places(source, budget)
+    hidden = torch.randn(frames, shape.tokens, shape.channels).to(dtype)
+    yield Check("take_places", "take_places", (hidden, index), {}, 0)
+    packed = ops.take_places(hidden, index) + torch.randn(1, budget, shape.channels).to(dtype)
+    # A difference and a sum in float32, then one rounding to the dtype.
+    allowed = torch.finfo(dtype).eps + 4 * _EPS
+    yield Check("return_places", "return_places", (hidden, packed, index, rows), {}, allowed)
+    query, key = queries_and_keys(1, replace(shape, tokens=budget), dtype)
+    yield Check("spread_places", "spread_places", (query, rows), {}, 0)
+    scale = (shape.channels // shape.heads) ** -0.5
+    # Weights, whose exponentials are off by so much, are rounded to the dtype, and so is the sum of their values.
+    allowed = _of_attention(query[:, :, : shape.tokens], key, scale) + 4 * torch.finfo(dtype).eps
+    inputs = (query, key, torch.randn(key.transpose(1, 2).shape).to(dtype).transpose(1, 2), rows, offsets)
+    yield Check("reuse_attention", "reuse_attention", inputs, {"scale": scale}, allowed)
 
 
 def _of_attention(query: Tensor, key: Tensor, scale: float) -> float:

@@ -14,10 +14,11 @@ from earlytom_compile.benchmarks import formulas, kernels
 
 OPS = {
     "frame_similarity", "merge_frames", "attention_received", "plan_merge", "dynamic_frames", "select_tokens",
-    "plan_merge + select_tokens",
+    "plan_merge + select_tokens", "plan_reuse", "plan_reuse, budget", "pack_places", "take_places", "return_places",
+    "spread_places", "reuse_attention",
 }  # fmt: skip
 LATENCY_BOUND = {"plan_merge", "dynamic_frames", "plan_merge + select_tokens"}
-MORE_ARMS = {"attention_received": {"sdpa"}, "select_tokens": {"host", "auto"}}
+MORE_ARMS = {"attention_received": {"sdpa"}, "reuse_attention": {"sdpa"}, "select_tokens": {"host", "auto"}}
 
 
 def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path, monkeypatch, capsys):
@@ -143,3 +144,48 @@ def test_what_inductor_gets_of_the_decisions_is_what_the_operators_decide(seed, 
     torch.testing.assert_close(formulas.plain_plan(similarity, counts, **planning), expected)
     dynamic = torch.ops.earlytom.dynamic_frames(similarity, counts, **segmentation)
     assert torch.equal(formulas.plain_dynamic(similarity, counts, **segmentation), dynamic)
+
+
+@some
+@given(
+    seed=seeds,
+    frames=st.integers(1, 6),
+    places=st.integers(1, 7),
+    share=st.sampled_from([0.0, 0.4, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_what_inductor_gets_of_reuse_is_the_operators(seed, frames, places, share, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.zeros(1, frames, places, dtype=torch.int64)
+    for frame in range(1, frames):
+        active = torch.rand(places, generator=generator) < share
+        source[0, frame] = torch.where(active, frame, source[0, frame - 1])
+    total = int((source[0] == torch.arange(frames)[:, None]).sum())
+    index, rows, offsets = expected = torch.ops.earlytom.pack_places(source, total)
+    assert all(map(torch.equal, formulas.plain_pack(source, total), expected))
+    hidden = torch.randn(frames, places, 6, generator=generator).to(dtype)
+    before = torch.ops.earlytom.take_places(hidden, index)
+    after = before + torch.randn(before.shape, generator=generator).to(dtype)
+    back = torch.ops.earlytom.return_places(hidden, after, index, rows)
+    heads = after.unflatten(2, (2, 3)).transpose(1, 2)
+    spread = torch.ops.earlytom.spread_places(heads, rows)
+    attended = torch.ops.earlytom.reuse_attention(heads, heads, heads, rows, offsets, 0.5)
+    for way in ("plain", "naive"):
+        assert torch.equal(getattr(formulas, f"{way}_take")(hidden, index), before)
+        assert torch.equal(getattr(formulas, f"{way}_return")(hidden, after, index, rows), back)
+        assert torch.equal(getattr(formulas, f"{way}_spread")(heads, rows), spread)
+        actual = getattr(formulas, f"{way}_reuse_attention")(heads, heads, heads, rows, offsets, 0.5)
+        torch.testing.assert_close(actual, attended)
+
+
+@some
+@given(seed=seeds, frames=st.integers(2, 5), steps=st.sampled_from([2, 100]), share=st.floats(0, 1))
+def test_the_naive_plan_of_reuse_is_the_operators(seed, frames, steps, share):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(1, 2, 9, 7, generator=generator) + 0.1 * torch.randn(frames, 2, 9, 7, generator=generator)
+    pixels = (pixels * steps).round() / steps
+    for budget in (0, 6 + round(share * (frames - 1) * 6)):
+        options = {"grid": [2, 3], "patch": [4, 2], "prefix": 0, "tau": 0.05, "budget": budget}
+        expected = torch.ops.earlytom.plan_reuse(pixels, **options)
+        for a, b in zip(formulas.naive_plan_reuse(pixels, **options), expected, strict=True):
+            assert torch.equal(a, b)
