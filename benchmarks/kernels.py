@@ -9,7 +9,8 @@
 
     inductor   torch.compile of the formula in plain PyTorch (formulas.py)
     naive      what one would write first
-    sdpa       one forward of scaled_dot_product_attention on the same queries and keys
+    sdpa       one forward of scaled_dot_product_attention on the same queries and keys; beside reuse_attention, of
+               every place of every frame
     host       select_tokens with static_selection="host"; without a GPU the same as on the device
     auto       with static_selection="auto", likewise
 

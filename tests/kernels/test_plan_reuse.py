@@ -211,6 +211,14 @@ def test_what_is_not_finite_counts_as_changed(value, budget):
     assert computed.tolist() == [active.sum()]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_range_of_thresholds_is_that_of_the_finite_pixels(value):
+    pixels = clip(2, 6, 1, 8, 8)
+    pixels[2, 0, 5, 1] = value
+    _, _, computed, measured = planned(pixels, budget=14)
+    assert computed.tolist() == [14] and 0 < measured[0, 1] < pixels.nan_to_num(0, 0, 0).abs().max() * 2
+
+
 def test_a_whole_frame_that_is_not_finite_changes_leading_places_too():
     pixels = torch.zeros(3, 1, 8, 8)
     pixels[1, 0, 0, 0] = float("nan")
