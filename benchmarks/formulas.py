@@ -3,6 +3,8 @@
 plain_*   in plain PyTorch that Inductor can fuse, float32 where the operator is; where decisions follow one another,
           unrolled over the frames of one video (the native body takes them on the host, which Dynamo cannot trace)
 naive_*   what one would write first: loops over frames, decisions on the host, whole attention maps
+
+plan_reuse has no plain way: its scans go through the frames one after the other, 14 times with a budget.
 """
 
 import itertools
@@ -152,3 +154,132 @@ def naive_select(features: Tensor, importance: Tensor, dynamic: Tensor, counts: 
             places = torch.stack(best) if best else importance.new_empty(0, dtype=torch.int64)
         kept.append(features[t, places])
     return torch.cat(kept)
+
+
+def plain_pack(source: Tensor, total: int) -> tuple[Tensor, ...]:
+    frame = torch.arange(source.shape[1], device=source.device)[:, None]
+    active = source == frame
+    row = (active.flatten().cumsum(0) - 1).view_as(source)
+    slot = torch.where(active, row, total).flatten()
+    index = slot.new_empty(total + 1).scatter_(0, slot, torch.arange(len(slot), device=slot.device))[:total]
+    ends = active.flatten(0, 1).sum(1).cumsum(0)
+    return index, row.gather(1, source).flatten(0, 1), torch.cat([ends.new_zeros(1), ends])
+
+
+def plain_take(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.flatten(0, 1)[index].unsqueeze(0)
+
+
+def plain_return(hidden: Tensor, packed: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    source, new = index[rows], packed[0][rows]
+    before = hidden.flatten(0, 1)[source]
+    moved = (hidden.float() + (new.float() - before.float())).to(hidden.dtype)
+    own = torch.arange(rows.numel(), device=rows.device).view_as(rows)
+    return torch.where((source == own)[..., None], new, moved)
+
+
+def plain_spread(packed: Tensor, rows: Tensor) -> Tensor:
+    return packed[0].transpose(0, 1)[rows].transpose(1, 2)
+
+
+def plain_reuse_attention(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, offsets: Tensor, scale: float
+) -> Tensor:
+    """Every place asks, as if it were active; the answers of those that are not are thrown away."""
+    q, k, v = (plain_spread(x, rows) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
+    own = torch.arange(rows.numel(), device=rows.device)
+    frame = torch.bucketize(torch.arange(query.shape[2], device=rows.device), offsets, right=True) - 1
+    # The place of a packed row: the one of its frame that reads it.
+    place = own.new_zeros(query.shape[2]).scatter_(0, rows.flatten(), own % rows.shape[1])
+    return attended[frame * rows.shape[1] + place].transpose(0, 1).unsqueeze(0)
+
+
+def naive_plan_reuse(
+    pixels: Tensor, *, grid: Sequence[int], patch: Sequence[int], prefix: int, tau: float, budget: int
+) -> tuple[Tensor, ...]:
+    """One video of two frames or more, without leading places: [F, C, H, W]."""
+    (rows, columns), (height, width) = grid, patch
+    inside = pixels[:, :, : rows * height, : columns * width].float()
+    patches = inside.unflatten(2, (rows, height)).unflatten(4, (columns, width)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    frames, places = patches.shape[:2]
+
+    def mean(x: Tensor) -> Tensor:
+        return x.abs().double().flatten(-3).mean(-1).float()
+
+    def scan(threshold: Tensor) -> tuple[Tensor, Tensor]:
+        source = torch.zeros(frames, places, dtype=torch.int64, device=pixels.device)
+        change = torch.full((frames, places), math.inf, device=pixels.device)
+        held = patches[0].clone()
+        for frame in range(1, frames):
+            change[frame] = mean(patches[frame] - held)
+            changed = ~(change[frame] <= threshold)
+            held[changed] = patches[frame][changed]
+            source[frame] = torch.where(changed, frame, source[frame - 1])
+        return source, change
+
+    def count(source: Tensor) -> int:
+        return int((source == torch.arange(frames, device=source.device)[:, None]).sum())
+
+    apart = patches[1:] - patches[:-1]
+    a, b, c, d = (apart[..., i : height // 2 * 2 : 2, j : width // 2 * 2 : 2] for i in (0, 1) for j in (0, 1))
+    quiet = mean((a - b - c + d) / 2).flatten().sort().values
+    noise = quiet[(len(quiet) - 1) // 4]
+    if budget:
+        low, high = torch.zeros_like(noise), (pixels.max() - pixels.min()).float()
+        if count(scan(low)[0]) <= budget:
+            high = low
+        for _ in range(12 if high > 0 else 0):
+            middle = (low + high) / 2
+            low, high = (low, middle) if count(scan(middle)[0]) <= budget else (middle, high)
+        threshold, total = high, budget
+        source, change = scan(threshold)
+    else:
+        threshold = noise + tau
+        source, change = scan(threshold)
+        step = math.ceil((frames - 1) * places / 16)
+        total = min(places + math.ceil((count(source) - places) / step) * step, frames * places)
+        total = frames * places if count(source) > 0.8 * frames * places else total
+    active = source == torch.arange(frames, device=source.device)[:, None]
+    least = torch.where(active, math.inf, change)
+    for frame in range(frames - 2, 0, -1):
+        goes_on = torch.minimum(least[frame], least[frame + 1])
+        least[frame] = torch.where(active[frame] | active[frame + 1], least[frame], goes_on)
+    order = torch.where(active, -1.0, least).flip(0).t().flatten().argsort(descending=True, stable=True)
+    taken = order[: max(0, total - count(source))]
+    frame = frames - 1 - taken % frames
+    source[frame, taken // frames] = frame
+    return source[None], change[None], torch.tensor([total]), torch.stack([noise, threshold])[None]
+
+
+def naive_pack(source: Tensor, total: int) -> tuple[Tensor, ...]:
+    plan = ops.pack_places(source.cpu(), total)
+    return tuple(part.to(source.device) for part in plan)
+
+
+def naive_take(hidden: Tensor, index: Tensor) -> Tensor:
+    return torch.stack([hidden[index // hidden.shape[1], index % hidden.shape[1]]])
+
+
+def naive_return(hidden: Tensor, packed: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    update = packed[0].to(wide) - hidden.flatten(0, 1)[index].to(wide)
+    moved = [state.to(wide) + update[row] for state, row in zip(hidden, rows, strict=True)]
+    out = torch.stack(moved).to(hidden.dtype)
+    out.view(-1, hidden.shape[2])[index] = packed[0]
+    return out
+
+
+def naive_spread(packed: Tensor, rows: Tensor) -> Tensor:
+    return torch.stack([packed[0][:, row] for row in rows])
+
+
+def naive_reuse_attention(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, offsets: Tensor, scale: float
+) -> Tensor:
+    borders = offsets.tolist()
+    return torch.cat([
+        F.scaled_dot_product_attention(query[:, :, start:stop], key[:, :, row], value[:, :, row], scale=scale)
+        for row, start, stop in zip(rows, borders, borders[1:], strict=False)
+        if start < stop
+    ], 2)  # fmt: skip

@@ -167,13 +167,14 @@ def _noise_of_patches(pixels, found, video_stride, frame_stride, channel_stride,
     row = patch // columns * height + 2 * row
     column = patch % columns * width + 2 * column
     before = pixels + video * video_stride + frame * frame_stride
-    before += channel * channel_stride + row.to(tl.int64) * row_stride + column * column_stride
+    before += channel.to(tl.int64) * channel_stride + row.to(tl.int64) * row_stride
+    before += column.to(tl.int64) * column_stride
     mask = block < blocks
     a = _apart(before, frame_stride, mask)
     b = _apart(before + column_stride, frame_stride, mask)
     c = _apart(before + row_stride, frame_stride, mask)
     d = _apart(before + row_stride + column_stride, frame_stride, mask)
-    mixed = tl.abs((a - b - c + d) / 2)
+    mixed = tl.abs((a - b - c + d) * 0.5)
     tl.store(found + tl.program_id(0), (tl.sum(mixed.to(tl.float64)) / blocks).to(tl.float32))
 
 
@@ -207,7 +208,8 @@ def _sum_pairs(pixels, sums, video_stride, frame_stride, channel_stride, row_str
             pixel = start + tl.arange(0, BLOCK)
             mask = pixel < count
             channel, row, column = pixel // (height * width), pixel // width % height, pixel % width
-            offset = channel.to(tl.int64) * channel_stride + row * row_stride + column * column_stride
+            offset = channel.to(tl.int64) * channel_stride + row.to(tl.int64) * row_stride
+            offset += column.to(tl.int64) * column_stride
             x = _tile(pixels, one, one < frames, frame_stride, offset, mask)
             y = _tile(pixels, other, other < frames, frame_stride, offset, mask)
             total += tl.abs(x[:, None, :] - y[None, :, :]).to(tl.float64)
@@ -281,7 +283,7 @@ def _halve(active, low, high, threshold, places, budget, LAST: tl.constexpr, BLO
     below = tl.where(fits, below, now)
     tl.store(low + video, below)
     tl.store(high + video, above)
-    tl.store(threshold + video, above if LAST else (below + above) / 2)
+    tl.store(threshold + video, above if LAST else (below + above) * 0.5)
 
 
 @triton.jit(do_not_specialize=["frames", "budget"])

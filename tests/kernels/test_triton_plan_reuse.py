@@ -26,7 +26,7 @@ def run(pixels, *options):
 
 
 @examples(8)
-@given(call=calls(dtypes), layout=layouts)
+@given(call=calls(dtypes, side=3), layout=layouts)
 def test_is_the_native_operator(call, layout):
     """Sums are float64, in another order, and rounded to float32: to the same."""
     laid = replace(call, pixels=laid_out(call.pixels.to(DEVICE), layout))
