@@ -143,7 +143,7 @@ class EarlyTomConfig:
         self._check_reuse()
 
     def _check_reuse(self) -> None:
-        if self.reuse not in (None, True, False):
+        if self.reuse is not None and not isinstance(self.reuse, bool):
             raise bad_option("reuse", self.reuse, "True, False or None")
         enough = 0 <= _float(self.tau_reuse) < math.inf
         _require_number("tau_reuse", self.tau_reuse, enough, "a number that is not negative, such as 0.06")
@@ -156,9 +156,11 @@ class EarlyTomConfig:
                     "Leave one of them out."
                 )
         without_effect = ["tau_merge"] if self.reuses() else ["tau_reuse", "full_layers", "encode_ratio"]
-        if self.reuses() and self.variant == "plus" and self.preset is None:
+        if self.reuses() and self.variant == "plus":
             without_effect.append("merge_layers")  # by which the others select
-        given = [name for name in without_effect if getattr(self, name) != getattr(type(self), name)]
+        row = {} if self.preset is None else _preset(self.preset, self.retain_ratio)
+        not_given = {name: (getattr(type(self), name), row.get(name)) for name in without_effect}
+        given = [name for name in without_effect if getattr(self, name) not in not_given[name]]
         if given:
             name, value = given[0], getattr(self, given[0])
             if self.reuses():
