@@ -2,7 +2,8 @@
 
 Draw the videos of a split -> ask about each, with all tokens and with what each method leaves -> table.
 
-``--tasks``, a checkpoint of one's own and benchmarks of lmms-eval, is in :mod:`.eval_tasks`.
+``--tasks``, a checkpoint of one's own and benchmarks of lmms-eval, is in :mod:`.eval_tasks`; ``--fidelity``, features
+of a vision encoder without any question, in :mod:`.eval_fidelity`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from ..benchmarks.environment import environment
 from ..benchmarks.forecast import compilation, in_words
 from ..errors import EarlyTomConfigError
 from ..words import counted
-from . import eval_tasks
+from . import eval_fidelity, eval_tasks
 from .loading import open_checkpoint, progress_bars
 from .outputs import output_console, write_text
 from .resume import check_resume, saved_content, stopped
@@ -26,19 +27,27 @@ from .resume import check_resume, saved_content, stopped
 _FILE_WIDTH = 130  # columns, where nobody watches
 _MERGING = ("earlytom", "only", "top-k", "random")
 """Beginnings of methods that merge frames, or look at segments of them."""
-_OF_TOY = ("methods", "videos", "split", "first", "plot")
-"""Options that mean nothing to benchmarks."""
 _NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selection", "strict")
 """Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
-_OF_TASKS = ("frames", "dtype", "batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS)
-"""Options that mean nothing to the toy world."""
+_KINDS = ("toy", "tasks", "fidelity")
+_ONLY_WITH: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("methods", "videos", "split", "first"), ("toy",)),
+    **dict.fromkeys(("batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS), ("tasks",)),
+    **dict.fromkeys(("video", *eval_fidelity.OPTIONS), ("fidelity",)),
+    **dict.fromkeys(("frames", "dtype"), ("tasks", "fidelity")),
+    "plot": ("toy", "fidelity"),
+    **dict.fromkeys(("retain_ratios", "only_variant"), ("toy", "tasks")),
+}
+"""Kinds of evaluation to which an option means something, where not to all."""
 _PIECE = 20  # videos that are timed to say how long all take
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Evaluate what is asked for; print and write what came out."""
     _check(arguments)
-    if arguments.tasks:
+    if arguments.fidelity:
+        eval_fidelity.execute(arguments, options)
+    elif arguments.tasks:
         chosen = {"variant": arguments.only_variant} if arguments.only_variant else {}
         eval_tasks.execute(arguments, {**options, **chosen})
     else:
@@ -136,20 +145,22 @@ def _say_how_long(model: Any, questions: Any, arms: list[tuple[str, float | None
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.toy == bool(arguments.tasks):
+    chosen = [kind for kind in _KINDS if getattr(arguments, kind)]
+    if len(chosen) != 1:
         raise EarlyTomConfigError(
-            "give one of --toy (the toy world that comes along) and --tasks (benchmarks of lmms-eval, with --model)."
+            "give one of --toy (the toy world that comes along), --tasks (benchmarks of lmms-eval, with --model) and "
+            "--fidelity (features of a vision encoder)."
         )
-    if arguments.video:
+    if arguments.video and not arguments.fidelity:
         raise EarlyTomConfigError(
-            f"video={arguments.video!r}: right answers are known for the videos that eval draws or a benchmark has. "
+            f"video={arguments.video[0]!r}: right answers are known for the videos that eval draws or a benchmark has. "
             "What compression changes in answers about your own, earlytom run --compare shows for one and earlytom "
-            "compare for many."
+            "compare for many; what it changes in features of them, earlytom eval --fidelity."
         )
-    other, taken = ("--tasks", _OF_TASKS) if arguments.toy else ("--toy", _OF_TOY)
-    for name in taken:
-        if name in arguments.given:
-            raise EarlyTomConfigError(f"{name}={getattr(arguments, name)!r}: that goes with {other}; leave it out.")
+    for name, kinds in _ONLY_WITH.items():
+        if name in arguments.given and chosen[0] not in kinds:
+            with_them = " and ".join(f"--{kind}" for kind in kinds)
+            raise EarlyTomConfigError(f"{name}={getattr(arguments, name)!r}: that goes with {with_them}; leave it out.")
     wrong = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
     if wrong:
         raise EarlyTomConfigError(f"retain_ratios: {wrong[0]} must be in (0, 1].")
