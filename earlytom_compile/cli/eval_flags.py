@@ -30,8 +30,8 @@ def add_eval(parser: CommandParser) -> None:
     parser.add_argument(
         "--model",
         metavar="PATH_OR_HUB_ID",
-        help="with --tasks: the checkpoint; with --toy: one trained on it; with --fidelity: one that is or has a vision "
-        "encoder (default: DINOv2 ViT-S/14)",
+        help="with --tasks: the checkpoint; with --toy: one trained on it; with --fidelity: one that is or has a "
+        "vision encoder (default: DINOv2 ViT-S/14)",
     )
     parser.add_argument(
         "--video",
