@@ -1,6 +1,6 @@
 """All that only a GPU can tell, in order of worth, for a machine that is there for minutes and has no network.
 
-    make gpu OUT=results             every stage: smoke, prefill, kernels, tests, load
+    make gpu OUT=results             every stage: smoke, prefill, kernels, encoder, tests, load
     make gpu OUT=results FROM=c      goes on with the third
     make gpu-page OUT="results"      writes docs/gpu.md; several folders, the later one counts
 
@@ -66,11 +66,16 @@ STAGES = {
     ),
     "c": Stage("kernels", 100, f"{_BENCHMARKS}.kernels", dry=("--quick", "--device", "cpu", "--frames", "5")),
     "d": Stage(
-        "tests", 150, f"{_BENCHMARKS}.gpu_tests",
-        dry=("tests/kernels/test_triton_merge_frames.py", "-k", "refuses", "-n", "0"),
+        "encoder", 90, f"{_BENCHMARKS}.encoder",
+        dry=("--shape", "cpu-tiny", "--frames", "4", "--ratios", "1", "0.5", "--repeats", "1", "--device", "cpu",
+             "--lowering", "eager"),
     ),
     "e": Stage(
-        "load", 200, "earlytom_compile.cli.main",
+        "tests", 130, f"{_BENCHMARKS}.gpu_tests",
+        dry=("tests/kernels/test_triton_merge_frames.py", "-k", "refuses", "-n", "0"),
+    ),
+    "f": Stage(
+        "load", 150, "earlytom_compile.cli.main",
         ("bench", "--shape", "llava-onevision-0.5b", "--frames", "64", "--max-batch", "8", "--concurrency", "1,8,32",
          "--retain-ratios", "0.1", "--repeats", "2"),
         ("bench", "--shape", "cpu-tiny", "--frames", "4", "--max-batch", "2", "--concurrency", "1,2", "--repeats", "1",

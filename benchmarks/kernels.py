@@ -9,7 +9,8 @@
 
     inductor   torch.compile of the formula in plain PyTorch (formulas.py)
     naive      what one would write first
-    sdpa       one forward of scaled_dot_product_attention on the same queries and keys
+    native     of the operators that reuse patches: their native body on the same device
+    sdpa       one forward of scaled_dot_product_attention on the same queries and keys; for reuse_attention, on all
     host       select_tokens with static_selection="host"; without a GPU the same as on the device
     auto       with static_selection="auto", likewise
 
@@ -51,6 +52,7 @@ from earlytom_compile.benchmarks.environment import environment
 from earlytom_compile.benchmarks.measure import timed
 from earlytom_compile.benchmarks.operators import OF_A_PREFILL, RETAIN_RATIO, SMALL, Case, Shape, cases, error
 from earlytom_compile.benchmarks.replay import record, replay
+from earlytom_compile.benchmarks.reuse_operators import reuse_cases
 from earlytom_compile.benchmarks.workload import make_inputs, random_model
 from earlytom_compile.shapes import config_of, shape_of
 
@@ -249,7 +251,8 @@ def main() -> int:
     prefill: dict[str, Any] = {}
     for frames in arguments.frames:
         here = []
-        for case in cases(frames, shape, dtype, device, inductor=device == "cuda" or not arguments.quick):
+        every = cases(frames, shape, dtype, device, inductor=device == "cuda" or not arguments.quick)
+        for case in itertools.chain(every, reuse_cases(frames, shape, dtype, device)):
             here += [{"frames": frames, **row} for row in measure(case, clock, ceiling, arguments.repeats)]
         console.print(table(here, f"{frames} frames, {arguments.dtype}, {shape}", TOLERANCE[dtype]))
         rows += here

@@ -24,6 +24,7 @@ from earlytom_compile.benchmarks.failures import attempt
 from earlytom_compile.benchmarks.floor import Floor
 from earlytom_compile.benchmarks.stage_marks import stage_marks, stages_of_weights
 from earlytom_compile.integrations.caches import cache_name
+from earlytom_compile.reused import ComputedPatches
 
 Progress = Callable[[str], None]
 
@@ -159,8 +160,9 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
         report = earlytom_compile.report(arm.model).to_dict()
         result.frames = [video["frames"] for video in report["videos"]]
         result.merge_layers = report["merge_layers"]
-        result.patches = [video["patches"] for video in report["videos"] if "patches" in video]
-        result.full_layers = report.get("full_layers") or []
+        counts = [ComputedPatches(**video["patches"]) for video in report["videos"] if video.get("patches")]
+        result.patches = [[each.every, each.total] for each in counts]
+        result.full_layers = list(report.get("full_layers") or ())
 
 
 def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int, stage_of: dict[int, str]) -> None:

@@ -155,11 +155,12 @@ def one_after_the_other(first: Case, second: Case, target: Target) -> Case:
 
 
 def error(result: Any, expected: Sequence[Tensor]) -> float:
-    """Largest difference over largest value; NaN and missing values count as infinite."""
+    """Largest difference over largest value; NaN, missing values and a wrong infinity count as infinite."""
     worst = 0.0
     for actual, right in zip((result,) if isinstance(result, Tensor) else result, expected, strict=False):
         actual, right = actual.double().cpu().flatten()[: right.numel()], right.double().flatten()
         if actual.shape != right.shape or actual.isnan().any():
             return math.inf
-        worst = max(worst, float((actual - right).abs().max() / right.abs().max().clamp_min(1e-30)))
+        largest = right[right.isfinite()].abs().max().clamp_min(1e-30)
+        worst = max(worst, float(torch.where(actual == right, 0.0, (actual - right).abs()).max() / largest))
     return worst

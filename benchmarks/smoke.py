@@ -30,6 +30,7 @@ from earlytom_compile import EarlyTomConfig
 from earlytom_compile.benchmarks import markdown
 from earlytom_compile.benchmarks.environment import environment
 from earlytom_compile.benchmarks.operators import SMALL, Shape, error, queries_and_keys, scenes
+from earlytom_compile.benchmarks.reuse_operators import reuse_inputs
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from earlytom_compile.kernels.providers import provider_of
 
@@ -105,6 +106,33 @@ def checks(frames: int, shape: Shape, dtype: torch.dtype) -> Iterator[Check]:
         yield Check(f"select_tokens, {place}", "select_tokens", operands, options, 0)
     released = {"frames": frames, "retain_ratio": RETAIN_RATIO}
     yield Check("select_tokens_released", "select_tokens_released", operands, released, 0)
+    yield from _of_reuse(frames, shape, dtype)
+
+
+def _of_reuse(frames: int, shape: Shape, dtype: torch.dtype) -> Iterator[Check]:
+    """The plan, once with a budget too, and what moves rows: the same to the last bit; attention as rounding allows."""
+    made = reuse_inputs(frames, shape, dtype)
+    for name, (operands, options) in made.arguments.items():
+        allowed = 0.0
+        if name == "reuse_attention":
+            allowed = _of_output(operands, options, dtype, made.expected[name])
+        yield Check(name, name, operands, options, allowed)
+    operands, options = made.arguments["plan_reuse"]
+    budget = round(0.3 * frames * shape.tokens)
+    yield Check("plan_reuse, budget", "plan_reuse", operands, {**options, "budget": max(budget, shape.tokens)}, 0)
+
+
+def _of_output(operands: tuple[Any, ...], options: dict[str, Any], dtype: torch.dtype, expected: Tensor) -> float:
+    """What rounding can change of an attention's output, in its largest value.
+
+    The native body on the CPU and the provider both round each exponential to the dtype before it multiplies a value,
+    and the result once more; scores err as :func:`_of_attention` says.
+    """
+    query, key, value, *places = operands
+    scores = _of_attention(query[..., :256, :], key[..., :1024, :], options["scale"])
+    sizes = ops.reuse_attention(query, key, value.abs(), *places, **options).float().max()
+    rounding = 2 * (2 * scores + 2 * torch.finfo(dtype).eps)
+    return float(rounding * sizes / expected.float().abs().max()) + torch.finfo(dtype).eps
 
 
 def _of_attention(query: Tensor, key: Tensor, scale: float) -> float:

@@ -22,12 +22,23 @@ def random_model(config: Any, *, device: torch.device | str, dtype: torch.dtype,
     """A LLaVA-OneVision with random weights, made where and as it is used: nothing is copied or cast."""
     from transformers import LlavaOnevisionForConditionalGeneration
 
+    return _random(LlavaOnevisionForConditionalGeneration, config, device, dtype, seed)
+
+
+def random_tower(config: Any, *, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """The same of its vision tower alone; ``config`` is that of the whole model."""
+    from transformers import SiglipVisionModel
+
+    return _random(SiglipVisionModel, config.vision_config, device, dtype, seed)
+
+
+def _random(kind: Any, config: Any, device: torch.device | str, dtype: torch.dtype, seed: int) -> Any:
     default = torch.get_default_dtype()
     torch.manual_seed(seed)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = LlavaOnevisionForConditionalGeneration(config)
+            model = kind(config)
     finally:
         torch.set_default_dtype(default)
     return model.eval().requires_grad_(False)

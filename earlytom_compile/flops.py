@@ -21,7 +21,7 @@ patches changed compares pixels and multiplies nothing.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from .config import EarlyTomConfig
 from .errors import EarlyTomConfigError
@@ -119,6 +119,14 @@ def count(
         llm=sum(_llm_layer(shape, n) for n in lengths),
         lm_head=2 * lm_head_positions * shape.llm_width * shape.vocab,
     )
+
+
+def reuse_of(report: Mapping[str, Any]) -> list[Reuse | None]:
+    """What each video of a report's last call had computed, from ``report(model).to_dict()``; None where patches were
+    not reused."""
+    found = [video.get("patches") for video in report["videos"]]
+    full = tuple(report.get("full_layers") or ())
+    return [None if patches is None else Reuse(sum(patches["by_frame"]), full) for patches in found]
 
 
 def merged_inside(tokens: int, *, layer: int = 18, drop_ratio: float = 0.5) -> dict[int, int]:

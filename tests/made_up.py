@@ -1,10 +1,13 @@
 """Observations without a model: the real operators, on features that walk and jump, with sinks in their importance."""
 
+from dataclasses import replace
+
 import torch
 
 from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.integrations.observe import Observation, _merge_step
+from earlytom_compile.integrations.observe import Observation, ReusedPatches, _merge_step
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
+from earlytom_compile.reused import computed_patches
 
 OPS = torch.ops.earlytom
 
@@ -49,6 +52,18 @@ def observation(frames, grid=(4, 4), *, seed=0, cuts=3, layers=(1, 6), sinks=1, 
         importance_decides=decides,
         kept=tuple((frame, place // grid[1], place % grid[1]) for frame, place in places),
     )
+
+
+def reused(frames, grid=(4, 4), *, prefix=0, covered=(1.0, 1.0), share=0.3, seed=0, tokens=(2, 2), **options):
+    """An observation of ``frames`` frames of which about ``share`` of the patches change from one to the next."""
+    generator = torch.Generator().manual_seed(seed)
+    change = torch.rand(1, frames, prefix + grid[0] * grid[1], generator=generator)
+    change[:, 0] = float("inf")
+    threshold = 1 - share
+    source = torch.arange(frames)[:, None] * (change[0] > threshold)
+    counts = computed_patches(source.cummax(0).values[None], change, torch.tensor([[0.0, threshold]]))
+    seen = observation(frames, tokens, seed=seed, layers=(), **{"variant": "plus", **options})
+    return replace(seen, reuse=ReusedPatches(source.cummax(0).values.numpy(), grid, covered, *counts))
 
 
 def _walk(frames, tokens, cuts, generator):

@@ -5,11 +5,15 @@ import torch
 from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from scenes import standing_camera
 from tiny_models import tiny_llava_onevision
 from torch_counter import counter
 
+import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.flops import Reuse, count
+from earlytom_compile.backend import earlytom
+from earlytom_compile.benchmarks.workload import make_inputs
+from earlytom_compile.flops import Reuse, count, reuse_of
 from earlytom_compile.kernels.attention_received import attention_received
 from earlytom_compile.kernels.frame_similarity import frame_similarity
 from earlytom_compile.shapes import ModelShape, shape_of
@@ -64,6 +68,48 @@ def test_exact_is_torchs_count_of_an_encoder_that_computes_some_places(full):
     total = int(active.sum())
     assert places < total < frames * places
     assert encoder(shape, Reuse(total, full), frames) == counted.get_total_flops()
+
+
+def reuse_attention_flops(query, key, value, rows, offsets, scale, *, out_shape=None):
+    # Each packed query with the keys and values of all places of its frame.
+    _, heads, total, width = query
+    return 2 * heads * total * rows[1] * 2 * width
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"full_layers": ()}, {"full_layers": (0, 2), "encode_ratio": 0.5}])
+def test_exact_is_torchs_count_of_the_compressed_model(options):
+    """What the compiler makes of a model, whatever it reports to have computed."""
+    model = tiny_llava_onevision(vision_layers=4, text_layers=1, vision_hidden=48, vision_intermediate=200)
+    frames, side = 9, model.config.vision_config.image_size
+    camera = standing_camera(frames, side, patch=4, changing=0.3, generator=torch.Generator().manual_seed(0))
+    inputs = make_inputs(model, frames=frames, video=camera)
+    counts = []
+
+    def counting(graph_module, example_inputs):
+        # A counter around the call would keep Dynamo from compiling it.
+        given = {"lowering": "eager", "variant": "plus", "retain_ratio": 0.3, "strict": True, **options}
+        compiled = earlytom(graph_module, example_inputs, options=given)
+
+        def run(*args):
+            with counter({torch.ops.earlytom.reuse_attention: reuse_attention_flops}) as counted:
+                result = compiled(*args)
+            counts.append(counted.get_total_flops())
+            return result
+
+        return run
+
+    torch.compile(model, backend=counting)(**inputs)
+    report = earlytom_compile.report(model).to_dict()
+    (reuse,), (_, prompt) = reuse_of(report), report["prompt"]
+    shape = ModelShape.from_config(model.config)
+    assert shape.frame_tokens < reuse.computed < 0.7 * frames * shape.frame_tokens
+    expected = count(
+        shape, protocol="exact", frames_schedule=(frames,), llm_tokens=prompt, lm_head_positions=prompt,
+        variant="plus", reuse=reuse,
+    )  # fmt: skip
+    # torch does not look into custom operators.
+    assert len(counts) == 1 and expected.total - expected.operators == pytest.approx(counts[0], rel=0.002)
 
 
 @pytest.mark.parametrize("protocol", ["paper", "exact"])

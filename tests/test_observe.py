@@ -59,6 +59,7 @@ def options(draw):
     return {
         "merge_layers": LAYERS,
         "variant": draw(st.sampled_from(["paper", "released", "plus"])),
+        "reuse": False,
         "retain_ratio": draw(st.sampled_from([0.05, 0.1, 0.3, 0.9])),
         "tau_seg": draw(st.sampled_from([0.3, 0.6, 0.8, 0.95])),
         "alpha": draw(st.sampled_from([0.3, 0.9, 1.0])),
@@ -155,7 +156,7 @@ def assert_is_equation_1(step, hidden, chosen):
 @pytest.mark.parametrize("variant", ["paper", "plus"])
 @pytest.mark.parametrize("frames", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_video_too_short_to_merge(one_trace, model, frames, variant):
-    chosen = {"merge_layers": LAYERS, "variant": variant, "retain_ratio": 0.4}
+    chosen = {"merge_layers": LAYERS, "variant": variant, "reuse": False, "retain_ratio": 0.4}
     clip = video(frames, SIZE, generator=torch.Generator().manual_seed(0))
     observation = seen(one_trace, model, clip, chosen)
     encoder, kept = specified(model, clip, chosen)

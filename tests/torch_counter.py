@@ -19,8 +19,9 @@ def product_flops(added, left, right, *args, out_shape=None, **kwargs):
     return 2 * left[0] * left[1] * right[1]
 
 
-def counter():
-    """torch's counter, with formulas for the two kernels it has none for: attention on a CPU, product in place."""
+def counter(more=None):
+    """torch's counter, with formulas for the two kernels it has none for, attention on a CPU and a product in place,
+    and ``more`` of them."""
     aten = torch.ops.aten
-    more = {aten._scaled_dot_product_flash_attention_for_cpu: attention_flops, aten.addmm_: product_flops}
-    return FlopCounterMode(display=False, custom_mapping=more)
+    own = {aten._scaled_dot_product_flash_attention_for_cpu: attention_flops, aten.addmm_: product_flops}
+    return FlopCounterMode(display=False, custom_mapping={**own, **(more or {})})

@@ -18,7 +18,9 @@ from rich.console import Console
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..picture import Asked
+from ..reused import ComputedPatches
 from ..toyworld.model import WEIGHTS
+from ..words import counted
 from .comparison import EMPTY, BothModels, Comparison, decode, timed_answer
 from .demo import require_demo_frames, write_demo_video
 from .gains import gains_of, gains_table
@@ -38,6 +40,7 @@ _CHOSEN_BY = {
 _LEGEND = """\
 frame             a picture of the video; the encoder turns each into the same number of tokens
 token             what the language model reads; a video has far more of them than a question
+patch             a small square of a frame; the vision encoder's layers compute a state of each
 merge layer       an encoder layer behind which frames that look alike become one, so that later layers do less
 segment           neighbouring frames that are compared with each other; a cut ends it
 keys and values   what the language model remembers of the prompt while it writes the answer
@@ -156,17 +159,31 @@ def _subject(arguments: argparse.Namespace, frames: int) -> str:
 
 
 def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:
-    """Frames and tokens of each video, in sentences."""
+    """Frames, patches and tokens of each video, in sentences."""
     report, lines = comparison.report, []
     for number, video in enumerate(report["videos"], start=1):
-        frames, (before, after) = video["frames"], video["tokens"]
         name = "the video" if len(report["videos"]) == 1 else f"video {number}"
-        steps = [f"{left} after layer {layer}" for layer, left in zip(report["merge_layers"], frames[1:], strict=True)]
-        merged = f"of them are left {', '.join(steps)}, since the others look like a neighbour of theirs"
-        if frames[0] == frames[-1]:
-            merged = "no two of them look enough alike to merge"
+        reused = video.get("patches")
+        said = _merged(name, video["frames"], report["merge_layers"])
+        if reused is not None:
+            said = _reused(name, ComputedPatches(**reused), config, report["encoder"]["layers"])
+        before, after = video["tokens"]
         lines.append(
-            f"The vision encoder gets {frames[0]} frames of {name}; {merged}. {after} of the video's {before} tokens "
-            f"({after / before:.1%}) go to the language model: {_CHOSEN_BY[config.variant]}."
+            f"{said} {after} of the video's {before} tokens ({after / before:.1%}) go to the language model: "
+            f"{_CHOSEN_BY[config.variant]}."
         )
     return "\n".join(textwrap.fill(line, 110) for line in lines)
+
+
+def _merged(name: str, frames: Sequence[int], layers: Sequence[int]) -> str:
+    steps = [f"{left} after layer {layer}" for layer, left in zip(layers, frames[1:], strict=True)]
+    merged = f"of them are left {', '.join(steps)}, since the others look like a neighbour of theirs"
+    if frames[0] == frames[-1]:
+        merged = "no two of them look enough alike to merge"
+    return f"The vision encoder gets {frames[0]} frames of {name}; {merged}."
+
+
+def _reused(name: str, computed: ComputedPatches, config: EarlyTomConfig, layers: int) -> str:
+    by_frame = f" Percent of each frame: {computed.frame_by_frame()}." if computed.reused else ""
+    frames = f"The vision encoder gets {counted(len(computed.by_frame), 'frame')} of {name}."
+    return f"{frames} {computed.told(config, layers)}{by_frame}"

@@ -12,6 +12,7 @@ Tokens are those of the call, and times were measured in it. Work is counted as 
 The encoder's is the same with and without compression, since the first layers see all frames.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
-from ..flops import count
+from ..flops import Reuse, count, reuse_of
 from ..shapes import ModelShape
 from .comparison import Comparison
 from .quality import faster
@@ -63,9 +64,10 @@ def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gai
         shape = ModelShape.from_config(model.config)
     except EarlyTomConfigError:
         shape = None
-    frames = [video["frames"] for video in videos]
+    frames, reuse = [video["frames"] for video in videos], reuse_of(report)
+    none: list[Reuse | None] = [None] * len(videos)
 
-    def cost(place: int, schedules: list[list[int]], seconds: float) -> Cost:
+    def cost(place: int, schedules: list[list[int]], reused: Sequence[Reuse | None], seconds: float) -> Cost:
         vision = model.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -73,7 +75,7 @@ def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gai
         return Cost(
             video_tokens=sum(video["tokens"][place] for video in videos),
             prompt_tokens=prompt[place],
-            flops=_flops(shape, schedules, prompt[place], report["merge_layers"], config) if shape else None,
+            flops=_flops(shape, schedules, reused, prompt[place], report["merge_layers"], config) if shape else None,
             seconds=seconds,
             cache_bytes=cached * prompt[place] * size,
             language_bytes=prompt[place] * text.intermediate_size * size,
@@ -81,13 +83,18 @@ def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gai
         )
 
     return Gains(
-        cost(0, [schedule[:1] for schedule in frames], comparison.full.ttft_seconds),
-        cost(1, frames, comparison.compressed.ttft_seconds),
+        cost(0, [schedule[:1] for schedule in frames], none, comparison.full.ttft_seconds),
+        cost(1, frames, reuse, comparison.compressed.ttft_seconds),
     )
 
 
 def _flops(
-    shape: ModelShape, schedules: list[list[int]], prompt: int, layers: list[int], config: EarlyTomConfig
+    shape: ModelShape,
+    schedules: list[list[int]],
+    reuse: Sequence[Reuse | None],
+    prompt: int,
+    layers: list[int],
+    config: EarlyTomConfig,
 ) -> float:
     """Work of a prompt with some videos, each of which the encoder sees by itself."""
     counts = [
@@ -98,8 +105,9 @@ def _flops(
             llm_tokens=prompt,
             merge_layers=layers if len(schedule) > 1 else None,
             variant=config.variant,
+            reuse=each,
         )
-        for schedule in schedules
+        for schedule, each in zip(schedules, reuse, strict=True)
     ]
     return counts[0].total + sum(other.total - other.llm - other.lm_head for other in counts[1:])
 

@@ -28,6 +28,7 @@ from ..frame_sources import Source, blend, parts, untouched
 from ..kernels.plan_merge import explain_segments
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
+from ..reused import ComputedPatches, computed_patches
 from .checks import check_family
 from .placement import video_path
 from .tracing import with_its_own_code
@@ -66,32 +67,22 @@ class MergeStep:
 
 
 @dataclass(frozen=True)
-class ReuseStep:
-    """Which patches of F frames were computed, and which were taken from an earlier frame."""
+class ReusedPatches:
+    """Which patches of a video of F frames were computed; the others took over what was computed of them before."""
 
     source: np.ndarray
-    """int64 [F, h, w], of the patches as the encoder has them: the frame in which each was last computed, its own where
-    it changed."""
-    computed: int
-    """T, places that were computed; class tokens among them."""
-    places: int
-    """F * S, all of them."""
-    noise: float
-    """The mean absolute difference that the video's own noise makes between two frames."""
-    threshold: float
-    """The largest difference at which a patch counts as unchanged."""
-    full_layers: tuple[int, ...]
-    """0-based layers that computed all places."""
+    """int64 [F, S]: the frame in which each place was last computed; its own, if it was computed there."""
+    grid: tuple[int, int]
+    """Rows and columns of patches, which are the last of the S places, in raster order."""
+    covered: tuple[float, float]
+    """Shares of a frame's height and width, from its upper left corner, that the patches cover."""
+    counts: ComputedPatches
 
     @property
-    def share(self) -> float:
-        """T of F * S; 1 where nothing was reused."""
-        return self.computed / self.places
-
-    @property
-    def changed(self) -> np.ndarray:
-        """bool [F, h, w], the patches that were computed."""
-        return self.source == np.arange(len(self.source))[:, None, None]
+    def computed(self) -> np.ndarray:
+        """bool [F, rows, columns]."""
+        own = self.source == np.arange(len(self.source))[:, None]
+        return own[:, own.shape[1] - self.grid[0] * self.grid[1] :].reshape(-1, *self.grid)
 
 
 @dataclass(frozen=True)
@@ -117,8 +108,8 @@ class Observation:
     """False under ``variant="plus"``, which keeps tokens without a look at ``importance``."""
     kept: tuple[tuple[int, int, int], ...]
     """(frame of N, row, column) of each token that reaches the language model, in their order there."""
-    reuse: ReuseStep | None = None
-    """None where patches are not reused, and frames merge instead."""
+    reuse: ReusedPatches | None = None
+    """What was computed, where unchanged patches are reused instead of merging frames."""
 
     @property
     def frame_counts(self) -> tuple[int, ...]:
@@ -297,21 +288,18 @@ class _Recorder(Interpreter):
             importance=None if importance is None else importance.float().cpu().numpy().reshape(-1, height, width),
             importance_decides="importance" in given,
             kept=tuple((frame, place // width, place % width) for frame, place in kept),
-            reuse=None if self._reuse is None else self._reuse_step(*self._reuse),
+            reuse=None if self._reuse is None else reused_patches(*self._reuse),
         )
 
-    def _reuse_step(self, given: dict[str, Any], plan: tuple[torch.Tensor, ...]) -> ReuseStep:
-        source, _, computed, measured = (x.cpu() for x in plan)
-        noise, threshold = measured[0].tolist()
-        patches = source[0, :, given["prefix"] :].unflatten(1, list(given["grid"]))
-        return ReuseStep(
-            source=patches.numpy(),
-            computed=int(computed.sum()),
-            places=source.numel(),
-            noise=noise,
-            threshold=threshold,
-            full_layers=self._config.resolve_full_layers(len(self._boundary.encoder.blocks)),
-        )
+
+def reused_patches(given: dict[str, Any], plan: Sequence[torch.Tensor]) -> ReusedPatches:
+    """What a call of ``plan_reuse`` with these arguments decided about the only video in it."""
+    source, change, _, measured = plan
+    (counts,) = computed_patches(source, change, measured)
+    rows, columns = given["grid"]
+    height, width = (count * side for count, side in zip((rows, columns), given["patch"], strict=True))
+    covered = height / given["pixels"].shape[-2], width / given["pixels"].shape[-1]
+    return ReusedPatches(source[0].cpu().numpy(), (rows, columns), covered, counts)
 
 
 def _merge_step(layer: int, given: dict[str, Any], plan: tuple[torch.Tensor, ...]) -> MergeStep:

@@ -5,7 +5,8 @@
     write_html("talk.html", [clip], model="llava-onevision-0.5b")
     write_png("talk.png", [clip], model="llava-onevision-0.5b")      # needs matplotlib
 
-content.py says what is shown, reading.py what can be read off it; page.py draws it as HTML, plot.py as PNG.
+content.py says what is shown, reading.py what can be read off it; page.py draws it as HTML, plot.py as PNG. Where
+patches are reused, computed.py and plot_computed.py draw what was computed.
 """
 
 from .content import Asked, Clip, Fact

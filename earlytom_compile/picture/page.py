@@ -4,6 +4,7 @@
     questions and both answers
     for each video
         frames, segments, merges         chart.py: one column a sampled frame, one panel a merge layer
+    or what was computed             computed.py: a card a sampled frame, what was reused behind a veil
         what is left                     a card for each frame left: its tokens, and what the encoder looks at
         all frames, all places           rows of the heat map; sinks are its bright columns
     options, numbers
@@ -18,6 +19,7 @@ from xml.etree.ElementTree import Element
 
 from . import reading
 from .chart import flow
+from .computed import computed_frames
 from .content import Asked, Clip, Fact
 from .images import exact, longest_side, photo
 from .markup import html, tag
@@ -140,12 +142,19 @@ def _video(index: int, clips: Sequence[Clip]) -> Element:
         if several
         else None,
         _sources(index, clip, longest),
-        _section("Frames, segments and merges", reading.merging_word(observation), flow(index, clip)),
+        _encoded(index, clip),
         _section("What is left", reading.selection_word(observation), _kept_legend(heat), _cards(index, clip, heat)),
         _heat_section(observation, heat),
         _details(clip),
         class_="video",
     )
+
+
+def _encoded(index: int, clip: Clip) -> Element:
+    """What the encoder made of the frames."""
+    reused = clip.observation.reuse is not None
+    shown = computed_frames(index, clip, _SIDE, _FINE_SIDE) if reused else [flow(index, clip)]
+    return _section(*reading.encoded(clip.observation), *shown)
 
 
 def _section(title: str, text: str, *content: Element | None) -> Element:
@@ -371,7 +380,9 @@ def _details(clip: Clip) -> Element:
     return tag(
         "section",
         tag("details", tag("summary", "Options in force"), tag("table", tag("tbody", options), class_="numbers")),
-        tag("details", tag("summary", "Similarities, segments and merges in numbers"), list(_numbers(observation))),
+        tag("details", tag("summary", "Similarities, segments and merges in numbers"), list(_numbers(observation)))
+        if observation.reuse is None
+        else None,
     )
 
 

@@ -17,6 +17,7 @@ from ..errors import EarlyTomConfigError
 from ..words import counted
 from . import reading
 from .content import Asked, Clip, Fact
+from .plot_computed import draw_computed
 
 _WIDTH, _MARGIN = 12.8, 0.45  # inches
 _DPI = 110
@@ -25,8 +26,6 @@ _LETTERS = 150  # of the body's size in a line
 _INK, _SOFT, _FAINT, _BAD = "#17191c", "#5c6370", "#b6bcc6", "#b3261e"
 _KEPT, _PAIR, _TAU, _RAW = "#12c4e6", "#d9600f", "#c2255c", "#3b82c4"
 _BANDS = ("#e8f0f9", "#f6efe2")
-_VEIL = (0x7D, 0x82, 0x8C)
-_VEIL_OPACITY = 0.72
 _SIDE, _FINE_SIDE = 1.0, 1.35  # inches, of a frame in a card were it a square; the larger one for fine grids
 # For letters that matplotlib's own font lacks; those that are not installed are left out.
 _MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "Noto Sans Arabic", "Noto Sans", "Arial")
@@ -159,10 +158,13 @@ def _video(sheet: _Sheet, clip: Clip, title: str) -> None:
     if title:
         sheet.y += 0.15
         sheet.paragraph(title, 15, fontweight="bold")
-    _part(sheet, reading.MERGES, reading.merging_word(observation))
-    if observation.merges:
-        _legend(sheet)
-    _Flow(sheet, clip).draw()
+    _part(sheet, *reading.encoded(observation))
+    if observation.reuse is not None:
+        draw_computed(sheet, clip, _SIDE, _FINE_SIDE, _MARGIN, _WIDTH - _MARGIN)
+    else:
+        if observation.merges:
+            _legend(sheet)
+        _Flow(sheet, clip).draw()
     _part(sheet, reading.LEFT, reading.selection_word(observation))
     _cards(sheet, clip, heat)
     _part(sheet, reading.LOOKS, reading.attention_word(observation, heat))
@@ -330,9 +332,7 @@ def _veiled(pixels: np.ndarray, tokens: Sequence[tuple[int, int]], grid: tuple[i
     for place in tokens:
         shown[place] = True
     rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
-    clear = shown[rows[:, None], columns[None, :], None]
-    veiled = pixels * (1 - _VEIL_OPACITY) + np.array(_VEIL) * _VEIL_OPACITY
-    return np.where(clear, pixels, veiled.round()).astype(np.uint8)
+    return reading.veiled(pixels, shown[rows[:, None], columns[None, :]])
 
 
 def _outlines(

@@ -10,13 +10,17 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..integrations.observe import MergeStep, Observation, Source
+from ..integrations.observe import MergeStep, Observation, ReusedPatches, Source
 from .content import Clip, Fact
 
 # Nine colours of matplotlib's "inferno": dark to bright, even to the eye, and to those who see fewer colours.
 _INFERNO = ("000004", "1f0c48", "550f6d", "88226a", "ba3655", "e35933", "f98e09", "f9cb35", "fcffa4")
+_VEIL, _VEIL_OPACITY = (0x7D, 0x82, 0x8C), 0.72
+"""Of pixels, what style.py has for the page."""
 MERGES, LEFT, LOOKS = "Frames, segments and merges", "What is left", "Where the encoder looks: every frame, every place"
 """The three parts of what is shown of a video."""
+COMPUTED = "What was computed"
+"""The first of them where unchanged patches are reused and no frames merge."""
 _SINK = 3.0
 """A place that receives so many times the average over all frames is called a sink."""
 _FAINTEST = 0.25
@@ -47,15 +51,29 @@ def gains(clips: Sequence[Clip]) -> list[Fact]:
     """What is gained, and at what price, of all videos together."""
     before, after = (sum(clip.observation.tokens[i] for clip in clips) for i in (0, 1))
     facts = [Fact("video tokens", f"{count(before)} → {count(after)}", f"{share(after, before)} kept")]
-    chains = [clip.observation.frame_counts for clip in clips]
-    if len(set(map(len, chains))) > 1:  # short videos have nothing to merge
-        chains = [(chain[0], chain[-1]) for chain in chains]
-    frames = " → ".join(str(sum(counts)) for counts in zip(*chains, strict=True))
-    facts.append(Fact("frames", frames, merged_word([step for clip in clips for step in clip.observation.merges])))
+    facts.append(_patches_fact(clips) or _frames_fact(clips))
     both = [asked.agree for clip in clips for asked in clip.asked if asked.agree is not None]
     if both:
         facts.append(Fact("same answer", f"{sum(both)} of {len(both)}", "with all tokens and with those kept"))
     return facts
+
+
+def _patches_fact(clips: Sequence[Clip]) -> Fact | None:
+    """What the encoder computed, where unchanged patches are reused."""
+    counts = [clip.observation.reuse.counts for clip in clips if clip.observation.reuse]
+    if len(counts) < len(clips):
+        return None
+    every, total = sum(each.every for each in counts), sum(each.total for each in counts)
+    note = f"{share(total, every)} computed" if total < every else "nothing reused"
+    return Fact("patches in the encoder", f"{count(every)} → {count(total)}", note)
+
+
+def _frames_fact(clips: Sequence[Clip]) -> Fact:
+    chains = [clip.observation.frame_counts for clip in clips]
+    if len(set(map(len, chains))) > 1:  # short videos have nothing to merge
+        chains = [(chain[0], chain[-1]) for chain in chains]
+    frames = " → ".join(str(sum(counts)) for counts in zip(*chains, strict=True))
+    return Fact("frames", frames, merged_word([step for clip in clips for step in clip.observation.merges]))
 
 
 def merged_word(steps: Sequence[MergeStep]) -> str:
@@ -104,13 +122,29 @@ def merging_word(observation: Observation) -> str:
     )
 
 
+def encoded(observation: Observation) -> tuple[str, str]:
+    """Title of the first part of what is shown of a video, and how to read it."""
+    if observation.reuse is None:
+        return MERGES, merging_word(observation)
+    return COMPUTED, observation.reuse.counts.told(observation.config, observation.layers)
+
+
+def computed_word(reuse: ReusedPatches, frame: int) -> str:
+    """``"140 of 729 patches (19%)"``."""
+    counts = reuse.counts
+    return f"{counts.by_frame[frame]} of {counts.places} patches ({counts.by_frame[frame] / counts.places:.0%})"
+
+
 def attention_word(observation: Observation, heat: "Heat | None") -> str:
     """How to read the heat map, and what is to be seen in it."""
     if heat is None:
         return "This encoder does not tell how much attention a token receives."
     unused = "" if observation.importance_decides else ' With variant="plus" it decides nothing and is only shown.'
+    layer = "the last merge layer"
+    if observation.reuse is not None:
+        layer = f"encoder layer {observation.config.scored_layer(observation.layers)}"
     return (
-        "Attention that each token receives in the last merge layer. A row is a frame that is left, a column the same "
+        f"Attention that each token receives in {layer}. A row is a frame that is left, a column the same "
         "place in all of them, row by row of the picture; bright columns are sinks, places that draw attention "
         f"whatever they show. {sinks_word(heat)}{unused}"
     )
@@ -141,10 +175,18 @@ def selection_word(observation: Observation) -> str:
 def options_in_force(observation: Observation) -> list[tuple[str, str]]:
     """Those that decide what is computed, by name, as they were resolved."""
     config = observation.config
+    always = [("variant", config.variant), ("retain_ratio", f"{config.retain_ratio:g}")]
+    if config.reuses():
+        budget = config.encode_ratio
+        return [
+            *always,
+            ("tau_reuse", f"{config.tau_reuse:g}" if budget is None else "set by the budget"),
+            ("encode_ratio", "none" if budget is None else f"{budget:g}"),
+            ("full_layers", ", ".join(map(str, config.resolve_full_layers(observation.layers))) or "none"),
+        ]
     layers = [step.layer for step in observation.merges] or config.resolve_merge_layers(observation.layers)
     return [
-        ("variant", config.variant),
-        ("retain_ratio", f"{config.retain_ratio:g}"),
+        *always,
         ("merge_layers", ", ".join(map(str, layers)) or "none"),
         ("tau_seg", f"{config.tau_seg:g}"),
         ("alpha", f"{config.alpha:g}"),
@@ -163,10 +205,21 @@ def kept_by_frame(observation: Observation) -> list[list[tuple[int, int]]]:
 
 def card_size(clip: Clip, side: float, fine_side: float) -> tuple[float, float]:
     """Width and height of a frame, as large as a square of ``side``, or ``fine_side`` where tokens are small."""
+    return picture_size(clip, clip.observation.grid, side, fine_side)
+
+
+def picture_size(clip: Clip, grid: tuple[int, int], side: float, fine_side: float) -> tuple[float, float]:
+    """The same where what is shown has another grid."""
     wider = math.sqrt(clip.width_by_height)
-    side = fine_side if max(clip.observation.grid) > _FINE else side
+    side = fine_side if max(grid) > _FINE else side
     side *= min(1.0, _LONGEST / max(wider, 1 / wider))
     return side * wider, side / wider
+
+
+def veiled(pixels: np.ndarray, clear: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3], washed out where bool [H, W] is False."""
+    behind = pixels * (1 - _VEIL_OPACITY) + np.array(_VEIL) * _VEIL_OPACITY
+    return np.where(clear[..., None], pixels, behind.round()).astype(np.uint8)
 
 
 def outline(tokens: Sequence[tuple[int, int]]) -> list[tuple[int, int, int, int]]:

@@ -54,6 +54,7 @@ th { font-size: 14px; color: var(--soft); font-weight: 600; }
 .swatch.pair { background: var(--pair); border-radius: 50%; width: 12px; height: 12px; }
 .cross::before { content: "×"; color: var(--bad); font-weight: 700; font-style: normal; font-size: 17px; }
 .swatch.kept { border: 2px solid var(--kept); } .swatch.veil { background: #7d828c; }
+.swatch.clear { border: 1px solid var(--soft); }
 .scroll { overflow-x: auto; background: var(--surface); border: 1px solid var(--line); border-radius: 12px;
   padding: 14px; }
 svg { display: block; } svg.sources { position: absolute; }

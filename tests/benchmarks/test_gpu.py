@@ -51,7 +51,7 @@ def test_every_stage_leaves_its_numbers_and_what_they_need_beside_them(tmp_path)
     assert all(beside <= entry.keys() for entry in results.values())
     assert json.loads((tmp_path / "results.json").read_text()) == results
     text = (tmp_path / "results.md").read_text()
-    assert "The number is 2." in text and "| a stage a | passed |" in text and "| d tests | has not run |" in text
+    assert "The number is 2." in text and "| a stage a | passed |" in text and "| e tests | has not run |" in text
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "log.txt"}
 
 
@@ -196,8 +196,11 @@ def test_the_whole_script_runs_dry(tmp_path, monkeypatch):
     assert names[0] == "transformers" and "earlytom 0.1, reduce-overhead" in names
     assert all(arm["breakdown"] and arm["floor"] for arm in workload["results"])
     assert results["c"]["result"]["prefill"]["share"] > 0 and results["c"]["result"]["rows"]
-    outcomes = results["d"]["result"]["outcomes"]  # skipped where Triton's interpreter and numpy do not fit
+    rows = {row["arm"]: row for row in results["d"]["result"]["rows"]}
+    assert list(rows) == ["tower", "encode_ratio 1", "encode_ratio 0.5", "as it changes"]
+    assert all(row["seconds"] and not row["failure"] for row in rows.values())
+    outcomes = results["e"]["result"]["outcomes"]  # skipped where Triton's interpreter and numpy do not fit
     assert outcomes and outcomes.keys() <= {"passed", "skipped"}
-    assert [load["concurrency"] for load in results["e"]["result"]["loads"]] == [1, 2]
+    assert [load["concurrency"] for load in results["f"]["result"]["loads"]] == [1, 2]
     text = to_markdown(results)
     assert text in done.stdout and all(f"## {key} " in text for key in STAGES)

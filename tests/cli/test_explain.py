@@ -17,7 +17,7 @@ from earlytom_compile.cli.comparison import Arm, Comparison
 from earlytom_compile.cli.gains import Cost, Gains, gains_of, gains_table
 from earlytom_compile.cli.loading import load_checkpoint, prepare_inputs
 from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.flops import count
+from earlytom_compile.flops import Reuse, count
 from earlytom_compile.integrations.caches import cache_of
 from earlytom_compile.picture import Asked
 from earlytom_compile.shapes import ModelShape
@@ -159,6 +159,33 @@ def test_work_is_counted_once_for_the_prompt_and_for_each_video(checkpoint):
     prompt = count(shape, protocol="exact", frames_schedule=(8,), llm_tokens=40)
     assert gains.compressed.flops == pytest.approx(sum(map(encoded, schedules)) + prompt.llm + prompt.lm_head)
     assert gains.full.flops > gains.compressed.flops
+
+
+def reused_call(by_frame, places, changed=0.5, **more):
+    patches = {"by_frame": by_frame, "places": places, "changed": changed, "noise": 0.01, "threshold": 0.04}
+    content = compressed_call([[len(by_frame)]], (200, 40))
+    video = {**content["videos"][0], "patches": patches}
+    return {**content, "videos": [video], "merge_layers": [], "encoder": {"layers": 4}, "full_layers": [3], **more}
+
+
+def test_work_of_reused_patches_is_that_of_those_computed(checkpoint):
+    model = load_checkpoint(str(checkpoint), device="cpu").model
+    shape = ModelShape.from_config(model.config)
+    by_frame = [shape.frame_tokens, 5, 7, 1]
+    gains = gains_of(model, comparison_of(reused_call(by_frame, shape.frame_tokens)), {"variant": "plus"})
+    given = {"protocol": "exact", "frames_schedule": (4,), "llm_tokens": 40, "variant": "plus"}
+    assert gains.compressed.flops == count(shape, **given, reuse=Reuse(sum(by_frame), (3,))).total
+    assert gains.full.flops == count(shape, **{**given, "llm_tokens": 200}).total > gains.compressed.flops
+
+
+def test_findings_say_what_was_computed_of_each_frame():
+    config = EarlyTomConfig(variant="plus", full_layers=(3,))
+    text = " ".join(explain._findings(comparison_of(reused_call([100, 20, 30], 100)), config).split())
+    assert text.startswith("The vision encoder gets 3 frames of the video. 150 of 300 patches (50.0%) are computed")
+    assert "Percent of each frame: 100 20 30." in text and "more than 0.04, which comes of tau_reuse" in text
+    assert "Encoder layer 3 computed every patch." in text and "represent all others" in text
+    text = " ".join(explain._findings(comparison_of(reused_call([9, 9], 9, changed=0.97)), config).split())
+    assert "Nothing was reused: 97.0% of the patches changed" in text and "Percent of each frame" not in text
 
 
 def test_an_uncompressed_call_gains_nothing(checkpoint):
