@@ -6,8 +6,8 @@ A place of the picture is computed once, and again only in frames in which its p
     hidden [F, S, D]    --encode_with_reuse--> hidden [F, S, D] behind every layer
 
 Plain loops over frames; nothing is packed and nothing is saved: what reuse would not compute is computed here and
-thrown away. Every function sees one video. Differences of pixels, the noise and the thresholds are float32, sums over
-pixels float64 before they are rounded to it.
+thrown away. Every function sees one video. Pixels and their differences are float32; what is made of them (changes,
+noise, thresholds) is float64 until it is done, and rounded to float32 once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch import Tensor
 from earlytom_compile.errors import EarlyTomConfigError
 
 NOTHING_REPEATS = (4, 5)  # with more than 4/5 of the places active, all are computed
-SIZES = 16  # steps between one frame and all of them
+SIZES = 16  # steps between the fewest places and all of them
 HALVINGS = 12  # of the range of thresholds, in the search for the one that keeps a budget
-NOISE_QUARTER = 4  # the noise is that of the quietest quarter of all patches
+PIXELS_PER_MEAN = 3  # of the pixels' own mean absolute difference a third counts, of that of quarters all
+LOUDEST_NOISE = 2  # noise of more than half the spread of the picture is the picture
+DEVIATIONS = 3  # of a quarter's mean that noise alone may move it by
 
 Layer = Callable[[Tensor], Tensor]
 """``[F, S, D] -> [F, S, D]``, each frame by itself."""
@@ -39,8 +41,9 @@ class ReusePlan:
 
     source: int64 ``[F, S]``; ``source[f, s] == f`` is an *active* place, which is computed in frame f. Any other has
         ``source[f, s] == source[f - 1, s]``, so a source is always an active place of the same video.
-    change: float32 ``[F, S]``, how much the place differs from what it was compared with; inf in the first frame.
-    noise: of the video, in units of ``change``.
+    change: float32 ``[F, S]``, how much the place differs from what it was compared with; inf in the first frame, and
+        for places in front of the grid.
+    noise: the mean absolute difference of an unchanged place's pixels; 0 where it cannot be told.
     threshold: up to which a change does not count.
     """
 
@@ -60,16 +63,21 @@ class ReusePlan:
         return int(self.active.sum())
 
 
-def reuse_budget(frames: int, places: int, encode_ratio: float) -> int:
-    """T = max(S, round(encode_ratio * F * S)), the places that are computed of ``frames`` x ``places``.
+def reuse_budget(frames: int, places: int, encode_ratio: float, prefix: int = 0) -> int:
+    """T = max(fewest, round(encode_ratio * F * S)), the places that are computed of ``frames`` x ``places``.
 
-    Raises EarlyTomConfigError for counts below 1 or a ratio outside (0, 1].
+    prefix: how many of the ``places`` of a frame lie in front of its grid. They are computed in every frame, the others
+        in one at least: the fewest are S + (F - 1) * prefix.
+
+    Raises EarlyTomConfigError for counts below 1, a prefix that leaves no place, or a ratio outside (0, 1].
     """
     _require(_is_count(frames, 1), f"frames={frames!r}: must be an integer of at least 1")
     _require(_is_count(places, 1), f"places={places!r}: must be an integer of at least 1")
+    fine = _is_count(prefix, 0) and prefix < places
+    _require(fine, f"prefix={prefix!r}: must be an integer from 0 to {places - 1}, one less than places")
     fine = _is_number(encode_ratio) and 0 < encode_ratio <= 1
     _require(fine, f"encode_ratio={encode_ratio!r}: must be a number in (0, 1]")
-    return max(places, round(encode_ratio * frames * places))
+    return max(_fewest(frames, places, prefix), round(encode_ratio * frames * places))
 
 
 def plan_reuse(
@@ -85,11 +93,13 @@ def plan_reuse(
 
     grid: rows and columns of patches; patch: height and width of one, in pixels. The grid begins in the upper left
         corner; what lies beside it belongs to no place.
-    prefix: places in front of those of the grid, such as a class token; their pixels are those of the whole grid.
-    tau_reuse: how much a place may differ from its source, beside the noise of the video, which is measured.
-    budget: T, exactly as many places as are to be computed; ``tau_reuse`` then has no effect, the threshold is the
-        smallest that bisection finds to leave no more than T. ``None``: what the threshold says, rounded up to one
-        of at most 17 sizes; and everything if more than 4/5 of all places change.
+    prefix: places in front of those of the grid, such as a class token. They have no pixels that could tell when
+        they change, so they are active in every frame.
+    tau_reuse: how much a place may differ from its source (:meth:`_Patches.change`), beside what the noise of the
+        video does, which is measured (:func:`_noise`).
+    budget: T, exactly as many places as are to be computed, from S + (F - 1) * prefix to F * S; ``tau_reuse`` then
+        has no effect, the threshold is the smallest that bisection finds to leave no more than T. ``None``: what the
+        threshold says, rounded up to one of at most 17 sizes; and everything if more than 4/5 of all places change.
 
     What is missing to T is filled up with the most changed places, see :func:`_fill`.
 
@@ -100,64 +110,86 @@ def plan_reuse(
     _require(_is_count(prefix, 0), f"prefix={prefix!r}: must be an integer of at least 0")
     fine = _is_number(tau_reuse) and 0 <= tau_reuse < math.inf
     _require(fine, f"tau_reuse={tau_reuse!r}: must be a finite number of at least 0")
-    views = _Views(pixels.float().cpu(), (int(grid[0]), int(grid[1])), (int(patch[0]), int(patch[1])), prefix)
-    frames, places = len(pixels), views.places
-    noise = _noise(views)
+    patches = _Patches(pixels.float().cpu(), (int(grid[0]), int(grid[1])), (int(patch[0]), int(patch[1])), prefix)
+    noise = _noise(patches)
     if budget is None:
-        threshold = torch.tensor(tau_reuse, dtype=torch.float32) + noise
-        source, change = _scan(views, threshold)
-        total = _rounded_up(_active_places(source), frames, places)
+        threshold = _float32(math.hypot(tau_reuse, DEVIATIONS * _deviation_of_a_quarter(noise, patches.patch)))
+        source, change = _scan(patches, threshold)
+        total = _rounded_up(_active_places(source), patches)
     else:
-        fine = _is_count(budget, places) and budget <= frames * places
-        _require(fine, f"budget={budget!r}: must be None or an integer from {places} to {frames * places}")
-        threshold = _smallest_threshold(views, budget)
-        source, change = _scan(views, threshold)
+        least, most = patches.fewest, patches.frames * patches.places
+        fine = _is_count(budget, least) and budget <= most
+        _require(fine, f"budget={budget!r}: must be None or an integer from {least} to {most}")
+        threshold = _smallest_threshold(patches, budget)
+        source, change = _scan(patches, threshold)
         total = budget
     _fill(source, change, total)
     return ReusePlan(
         source=torch.tensor(source, dtype=torch.int64, device=pixels.device),
         change=torch.tensor(change, dtype=torch.float32, device=pixels.device),
-        noise=noise.item(),
-        threshold=threshold.item(),
+        noise=noise,
+        threshold=threshold,
     )
 
 
-@dataclass(frozen=True)
-class _Views:
-    """The pixels of each place: ``pixels`` float32 ``[F, C, H, W]``."""
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
-    pixels: Tensor
-    grid: tuple[int, int]
-    patch: tuple[int, int]
-    prefix: int
 
-    @property
-    def places(self) -> int:
-        return self.prefix + self.grid[0] * self.grid[1]
+def _fewest(frames: int, places: int, prefix: int) -> int:
+    return places + (frames - 1) * prefix
 
-    def of(self, frame: int, place: int) -> Tensor:
+
+class _Patches:
+    """The pixels of every patch of one video: ``pixels`` float32 ``[F, C, H, W]``."""
+
+    def __init__(self, pixels: Tensor, grid: tuple[int, int], patch: tuple[int, int], prefix: int) -> None:
+        self.pixels, self.grid, self.patch, self.prefix = pixels, grid, patch, prefix
+        self.frames, self.places = len(pixels), prefix + grid[0] * grid[1]
+        self.fewest = _fewest(self.frames, self.places, prefix)
+        patches = range(self.places - prefix)
+        self._means = [[_quarter_means(self.of(f, p)) for p in patches] for f in range(self.frames)]
+
+    def of(self, frame: int, patch: int) -> Tensor:
         """``[C, height, width]``."""
-        (rows, columns), (height, width) = self.grid, self.patch
-        if place < self.prefix:
-            return self.pixels[frame, :, : rows * height, : columns * width]
-        row, column = divmod(place - self.prefix, columns)
+        height, width = self.patch
+        row, column = divmod(patch, self.grid[1])
         top, left = row * height, column * width
         return self.pixels[frame, :, top : top + height, left : left + width]
 
-    def difference(self, a: int, b: int, place: int) -> Tensor:
-        """d(a, b, place): float32 [], the mean absolute difference of its pixels between two frames."""
-        return (self.of(a, place) - self.of(b, place)).abs().double().mean().float()
+    def change(self, a: int, b: int, patch: int) -> float:
+        """d(a, b, patch): how much a patch differs between two frames.
+
+        The largest difference between the means of its quarters, over quarters and channels, or a third of the mean
+        absolute difference of its pixels if that is more. Means hardly follow noise, compression and fine texture
+        that trembles, to which features are blind as well; what moves within the quarters, such as text that scrolls,
+        may leave all of them as they were.
+        """
+        means = (self._means[a][patch] - self._means[b][patch]).abs().max()
+        pixels = (self.of(a, patch) - self.of(b, patch)).abs().double().mean() / PIXELS_PER_MEAN
+        return torch.maximum(means, pixels).float().item()
 
 
-def _scan(views: _Views, threshold: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+def _quarter_means(view: Tensor) -> Tensor:
+    """``[C, height, width]`` -> float64 ``[quarters, C]``: cut at half its height and half its width, rounded down; a
+    side of one pixel is not cut."""
+    height, width = view.shape[1] // 2, view.shape[2] // 2
+    upper, lower = view[:, :height], view[:, height:]
+    quarters = [upper[:, :, :width], upper[:, :, width:], lower[:, :, :width], lower[:, :, width:]]
+    return torch.stack([quarter.double().mean((1, 2)) for quarter in quarters if quarter.numel()])
+
+
+def _scan(patches: _Patches, threshold: float) -> tuple[list[list[int]], list[list[float]]]:
     """Source and change of every place. Compared is always with the start of the run, so slow drift adds up to one
     change, not to none."""
-    source = [[0] * views.places]
-    change = [[math.inf] * views.places]
-    for f in range(1, len(views.pixels)):
-        differences = [views.difference(f, source[-1][s], s) for s in range(views.places)]
-        source.append([source[-1][s] if d <= threshold else f for s, d in enumerate(differences)])
-        change.append([d.item() for d in differences])
+    prefix, places = patches.prefix, patches.places
+    source = [[0] * places]
+    change = [[math.inf] * places]
+    for f in range(1, patches.frames):
+        before = source[-1][prefix:]
+        changes = [patches.change(f, g, p) for p, g in enumerate(before)]
+        source.append([f] * prefix + [g if d <= threshold else f for g, d in zip(before, changes, strict=True)])
+        change.append([math.inf] * prefix + changes)
     return source, change
 
 
@@ -165,46 +197,66 @@ def _active_places(source: list[list[int]]) -> int:
     return sum(row.count(f) for f, row in enumerate(source))
 
 
-def _noise(views: _Views) -> Tensor:
-    """nu: float32 [], what the mean absolute difference of a place would be if nothing but noise had changed.
+def _noise(patches: _Patches) -> float:
+    """nu: what the mean absolute difference of a patch would be if nothing but noise had changed.
 
     Of the differences between neighbouring frames, each 2x2 block (a b / c d) of a patch says (a - b - c + d) / 2,
     which smooth changes (light, motion of what has no fine texture) leave near 0, and which has the spread of a
-    single difference if pixels are independent. nu is the lower first quartile, over patches and pairs of frames, of
-    the mean absolute value of that. 0 for one frame, and for patches of one row or column.
+    single difference if pixels are independent. nu is the lower median, over patches and pairs of frames, of the mean
+    absolute value of that.
+
+    0 for one frame, for patches of one row or column, and where it is more than half the standard deviation of all
+    pixels inside the grid: frames that have nothing in common look like noise as well.
     """
     found = []
-    for f in range(1, len(views.pixels)):
-        for s in range(views.prefix, views.places):
-            apart = views.of(f, s) - views.of(f - 1, s)
+    for f in range(1, patches.frames):
+        for p in range(patches.places - patches.prefix):
+            apart = patches.of(f, p) - patches.of(f - 1, p)
             height, width = apart.shape[1] // 2 * 2, apart.shape[2] // 2 * 2
             blocks = apart[:, :height, :width]
             a, b, c, d = blocks[:, ::2, ::2], blocks[:, ::2, 1::2], blocks[:, 1::2, ::2], blocks[:, 1::2, 1::2]
             if a.numel():
-                found.append(((a - b - c + d) / 2).abs().double().mean().float())
-    return sorted(found)[(len(found) - 1) // NOISE_QUARTER] if found else torch.tensor(0.0)
+                found.append(((a - b - c + d) / 2).abs().double().mean().float().item())
+    if not found:
+        return 0.0
+    (rows, columns), (height, width) = patches.grid, patches.patch
+    inside = patches.pixels[:, :, : rows * height, : columns * width].double()
+    n, total, squares = inside.numel(), inside.sum().item(), inside.square().sum().item()
+    median = sorted(found)[(len(found) - 1) // 2]
+    # The deviation is sqrt(squares / n - (total / n)**2); without a root and a quotient, whole numbers stay exact.
+    return median if (LOUDEST_NOISE * n * median) ** 2 <= n * squares - total**2 else 0.0
 
 
-def _rounded_up(active: int, frames: int, places: int) -> int:
+def _deviation_of_a_quarter(noise: float, patch: tuple[int, int]) -> float:
+    """The standard deviation of the difference between two means of the smallest quarter of a patch, of n pixels.
+
+    White noise of standard deviation sigma makes it sigma * sqrt(2 / n), and nu = 2 * sigma / sqrt(pi).
+    """
+    n = max(1, patch[0] // 2) * max(1, patch[1] // 2)
+    return noise * math.sqrt(math.pi / (2 * n))
+
+
+def _rounded_up(active: int, patches: _Patches) -> int:
     """T for that many active places: few sizes, so that what was compiled for one is met again."""
+    everything, fewest = patches.frames * patches.places, patches.fewest
     share, whole = NOTHING_REPEATS
-    if active * whole > frames * places * share:
-        return frames * places
-    step = math.ceil((frames - 1) * places / SIZES)
-    return min(places + math.ceil((active - places) / step) * step, frames * places)
+    if active * whole > everything * share:
+        return everything
+    step = math.ceil((everything - fewest) / SIZES)
+    return min(fewest + math.ceil((active - fewest) / step) * step, everything)
 
 
-def _smallest_threshold(views: _Views, budget: int) -> Tensor:
-    """float32 []: bisection between 0 and the range of the pixels, at which no place ever changes."""
+def _smallest_threshold(patches: _Patches, budget: int) -> float:
+    """Bisection between 0 and the range of the pixels, at which no patch ever changes."""
 
-    def fits(threshold: Tensor) -> bool:
-        return _active_places(_scan(views, threshold)[0]) <= budget
+    def fits(threshold: float) -> bool:
+        return _active_places(_scan(patches, threshold)[0]) <= budget
 
-    low, high = torch.tensor(0.0), views.pixels.max() - views.pixels.min()
+    low, high = 0.0, (patches.pixels.max() - patches.pixels.min()).item()
     if fits(low):
         return low
     for _ in range(HALVINGS):
-        middle = (low + high) / 2
+        middle = _float32((low + high) / 2)
         if fits(middle):
             high = middle
         else:

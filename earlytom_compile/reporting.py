@@ -3,8 +3,8 @@
 >>> earlytom_compile.report(model)             # the same in print(); a table in a notebook
 state            compressing; the last call was compressed
 options          retain_ratio=0.1, variant='plus', the others at their defaults
-vision encoder   model.vision_tower.encoder.layers (26 layers), merges after 6, 21, 23
-video 0          frames 32 -> 27 -> 22 -> 19, tokens 6272 -> 627
+vision encoder   model.vision_tower.encoder.layers (26 layers), reuses patches but in layers 19, 22, 25
+video 0          frames 32, patches 23328 -> 7290 (changed beyond 0.06), tokens 6272 -> 627
 prompt           6310 -> 665 tokens
 """
 
@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,16 +23,10 @@ import torch
 from .config import NOT_YET, EarlyTomConfig
 from .errors import EarlyTomConfigError
 from .families.registry import has_family
+from .report_lines import COMPRESSING, NEVER_COMPILED, NOT_CALLED, NOTHING_YET, RESTORED, lines_of
+from .reused import computed_patches
 
 log = logging.getLogger(__name__)
-
-NEVER_COMPILED = "never compiled"
-NOT_CALLED = "compiled, not called yet"
-COMPRESSING = "compressing"
-NOTHING_YET = "called, nothing compressed so far"
-RESTORED = "restored"
-STATES = (NEVER_COMPILED, NOT_CALLED, COMPRESSING, NOTHING_YET, RESTORED)
-"""What a report can say of a model; :func:`report` says which is which."""
 
 
 @dataclass
@@ -87,18 +81,23 @@ class GraphRecord:
         if reason not in self.reasons:
             self.reasons.append(reason)
 
-    def describe(self, counts: "Counts") -> list[dict[str, list[int]]]:
-        """Frames and tokens of each video of a call."""
+    def describe(self, counts: "Counts") -> list[dict[str, Any]]:
+        """Frames and tokens of each video of a call, and its patches where they are reused."""
         videos = torch.stack(list(counts.frames), dim=1).tolist()
         if self.budget is not None:
             kept = [self.budget(frames[0], self.tokens_per_frame) for frames in videos]
         else:
             assert counts.tokens is not None
             kept = counts.tokens.tolist()
-        return [
+        described: list[dict[str, Any]] = [
             {"frames": frames, "tokens": [frames[0] * self.tokens_per_frame, tokens]}
             for frames, tokens in zip(videos, kept, strict=True)
         ]
+        if (plan := counts.reuse) is not None:
+            found = computed_patches(plan.source, plan.change, plan.measured)
+            for video, patches in zip(described, found, strict=True):
+                video["patches"] = asdict(patches)
+        return described
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,7 @@ class ReusePlan:
     """What one call computed of its V videos of F frames with S places each, and what it reused, as device tensors."""
 
     source: torch.Tensor  # int64 [V, F, S], the frame in which each place was last computed
+    change: torch.Tensor  # float32 [V, F, S], how much it differed from then
     computed: torch.Tensor  # int64 [V], places that were computed
     measured: torch.Tensor  # float32 [V, 2], the video's own noise and the threshold that followed from it
 
@@ -192,7 +192,7 @@ class Report:
     prompt: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     state: str = NOT_CALLED
-    """One of :data:`STATES`."""
+    """One of :data:`report_lines.STATES`."""
     config: EarlyTomConfig | None = None
     """The options in force; None where none are."""
     last_call: str | None = None
@@ -216,6 +216,7 @@ class Report:
             "options": _options(self.config) if self.config is not None else None,
             "encoder": {"layers": last.layers, "module": last.encoder} if last else None,
             "merge_layers": list(last.merge_layers) if last else [],
+            "full_layers": list(_full_layers(last)) if last else [],
             "inserted": dict(last.inserted) if last else {},
             "providers": dict(last.providers) if last else {},
             "lowering": last.lowering if last else None,
@@ -247,69 +248,17 @@ class Report:
 
     def _lines(self) -> list[tuple[str, str]]:
         """(heading, text), line by line."""
-        content = self.to_dict()
-        lines = [("state", _STATE_TEXTS[self.state].format(last_call=_LAST_CALL_TEXTS[self.last_call]))]
-        if self.config is not None:
-            lines.append(("options", _describe_options(self.config)))
-        if encoder := content["encoder"]:
-            layers = ", ".join(map(str, content["merge_layers"])) or "none"
-            operators = ", ".join(f"{count} {name}" for name, count in content["inserted"].items())
-            lines += [
-                ("vision encoder", f"{encoder['module']} ({encoder['layers']} layers), merges after {layers}"),
-                ("inserted", operators),
-                ("computed by", _describe_providers(content["providers"])),
-                ("lowering", f"{content['lowering']}{_describe_stages(content['stages'])}"),
-            ]
-        if graphs := content["cuda_graphs"]:
-            used = sum(graph["used"] for graph in graphs)
-            lines.append(("CUDA graphs", f"{used} of {len(graphs)} measured faster"))
-        for index, video in enumerate(content["videos"]):
-            frames = " -> ".join(map(str, video["frames"]))
-            lines.append((f"video {index}", "frames {}, tokens {} -> {}".format(frames, *video["tokens"])))
-        if content["prompt"]:
-            lines.append(("prompt", "{} -> {} tokens".format(*content["prompt"])))
-        if self.records:
-            summary = (
-                f"{content['graphs']} graphs in {content['compile_seconds']} s, {content['recompiles']} recompiles, "
-                f"{content['graph_breaks']} graph breaks in this process"
-            )
-            lines.append(("compiled", summary))
-            lines += [("", _describe_compilation(compilation)) for compilation in content["compilations"]]
-        lines += [("left alone", reason) for reason in content["reasons"]]
-        return lines
+        return lines_of(self.to_dict(), self.config)
 
 
-_STATE_TEXTS = {
-    NEVER_COMPILED: "never compiled: earlytom_compile.compile(model) makes it compress its videos",
-    NOT_CALLED: "compiled, not called yet: the first call with a video takes longer, since it compiles",
-    COMPRESSING: "compressing; {last_call}",
-    NOTHING_YET: "called, nothing compressed so far; {last_call}",
-    RESTORED: "restored: the model's own code, as if it had never been compiled",
-}
-_LAST_CALL_TEXTS = {
-    None: "no call since",
-    "compressed": "the last call was compressed",
-    "encoded": "the last call encoded videos for calls to come",
-    "given": "the last call took videos that were encoded before",
-    "no video": "the last call had no video and ran the model's own code",
-    "uncompressed": "the last call kept all tokens",
-    "failed": "the last call ended in an error",
-}
+def _full_layers(record: GraphRecord) -> tuple[int, ...]:
+    """Those that compute every patch where others reuse some."""
+    config = record.config
+    return config.resolve_full_layers(record.layers) if config is not None and config.reuses() else ()
 
 
 def _options(config: EarlyTomConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in NOT_YET}
-
-
-def _describe_options(config: EarlyTomConfig) -> str:
-    """What a reader looks for first, and whatever else somebody has chosen."""
-    always = ("retain_ratio", "variant")
-    chosen = [
-        f"{option.name}={value!r}"
-        for option in fields(config)
-        if (value := getattr(config, option.name)) != option.default or option.name in always
-    ]
-    return ", ".join(chosen) + ", the others at their defaults"
 
 
 def _compilation(record: GraphRecord) -> dict[str, Any]:
@@ -321,25 +270,6 @@ def _compilation(record: GraphRecord) -> dict[str, Any]:
         "cause": record.cause,
         "seconds": round(sum(record.seconds.values()), 3),
     }
-
-
-def _describe_compilation(compilation: dict[str, Any]) -> str:
-    again = " again" if compilation["recompile"] else ""
-    cause = f": {compilation['cause']}" if compilation["cause"] else ""
-    return f"{compilation['part']}{again}, {compilation['seconds']} s{cause}"
-
-
-def _describe_providers(providers: dict[str, str]) -> str:
-    operators: dict[str, list[str]] = {}
-    for operator, provider in providers.items():
-        operators.setdefault(provider, []).append(operator)
-    if len(operators) == 1:
-        return next(iter(operators))
-    return "; ".join(f"{provider}: {', '.join(names)}" for provider, names in operators.items())
-
-
-def _describe_stages(stages: list[int] | None) -> str:
-    return f", {stages[0]} pieces of which {stages[1]} kinds are compiled" if stages else ""
 
 
 def report(model: torch.nn.Module) -> Report:

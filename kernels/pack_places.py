@@ -15,6 +15,10 @@
 import torch
 from torch import Tensor
 
+from earlytom_compile.kernels.providers import Provider, provide
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 @torch.library.custom_op("earlytom::pack_places", mutates_args=())
 def pack_places(source: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,9 +37,8 @@ def pack_places(source: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: wrong rank or dtype, a ``total`` that is not the plan's, or sources that are not active. A
             provider that does not read values stays inside ``total`` rows instead.
     """
-    _check_source(source)
-    frames, places = source.shape[1:]
-    frame = torch.arange(frames, device=source.device)[:, None]
+    check_pack(source, total)
+    frame = torch.arange(source.shape[1], device=source.device)[:, None]
     active = source == frame
     if not ((source >= 0) & (source <= frame)).all() or not active.gather(1, source).all():
         raise ValueError(
@@ -80,7 +83,7 @@ def take_places(hidden: Tensor, index: Tensor) -> Tensor:
     Raises:
         ValueError: wrong rank or dtype, or places outside ``hidden``.
     """
-    _check_take(hidden, index)
+    check_take(hidden, index)
     _check_inside(index, hidden.shape[0] * hidden.shape[1], "take_places", "index")
     return hidden.flatten(0, 1).index_select(0, index).unsqueeze(0)
 
@@ -146,7 +149,7 @@ def spread_places(packed: Tensor, rows: Tensor) -> Tensor:
     Raises:
         ValueError: wrong rank or dtype, or rows outside ``packed``.
     """
-    _check_spread(packed, rows)
+    check_spread(packed, rows)
     _check_inside(rows, packed.shape[2], "spread_places", "rows")
     spread = packed[0].transpose(0, 1).index_select(0, rows.flatten())
     return spread.view(*rows.shape, *spread.shape[1:]).transpose(1, 2)
@@ -167,12 +170,31 @@ def _check_source(source: Tensor) -> None:
         )
 
 
+def check_pack(source: Tensor, total: int) -> None:
+    """What a provider has to refuse, all of it known without a look at the values."""
+    _check_source(source)
+    videos, frames, places = source.shape
+    least = videos * places
+    if not 1 <= least <= total <= least * frames:
+        raise ValueError(
+            f"earlytom::pack_places: total={total} for source {list(source.shape)}; between {least}, the first frame "
+            f"of each video, and {least * frames} places are active; pass total=int(computed.sum()) of the same plan"
+        )
+
+
 def _check_take(hidden: Tensor, index: Tensor) -> None:
     if hidden.dim() != 3 or index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(
             f"earlytom::take_places: hidden must be [frames, places, channels] and index int64 [rows] as pack_places "
             f"returns it, got {hidden.dim()} axes, and {index.dtype} with {index.dim()}"
         )
+
+
+def check_take(hidden: Tensor, index: Tensor) -> None:
+    """What a provider has to refuse, all of it known without a look at the values."""
+    _check_take(hidden, index)
+    if 0 in hidden.shape:
+        raise ValueError(f"earlytom::take_places: hidden {list(hidden.shape)} is empty; no axis may be 0")
 
 
 def _check_return(hidden: Tensor, packed: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -192,11 +214,11 @@ def check_return(hidden: Tensor, packed: Tensor, index: Tensor, rows: Tensor) ->
     """What a provider has to refuse, all of it known without a look at the values."""
     _check_return(hidden, packed, index, rows)
     expected = (1, index.shape[0], hidden.shape[2])
-    if packed.shape != expected or rows.shape != hidden.shape[:2]:
+    if packed.shape != expected or rows.shape != hidden.shape[:2] or 0 in (*hidden.shape, *packed.shape):
         raise ValueError(
             f"earlytom::return_places: packed {list(packed.shape)}, rows {list(rows.shape)} for hidden "
             f"{list(hidden.shape)} and {index.shape[0]} packed rows; packed must be {list(expected)} and rows "
-            f"{list(hidden.shape[:2])}, all of one plan"
+            f"{list(hidden.shape[:2])}, all of one plan, without empty axes"
         )
 
 
@@ -205,6 +227,16 @@ def _check_spread(packed: Tensor, rows: Tensor) -> None:
         raise ValueError(
             f"earlytom::spread_places: packed must be [1, heads, rows, head_dim] and rows int64 [frames, places] as "
             f"pack_places returns them, got {packed.dim()} axes, and {rows.dtype} with {rows.dim()}"
+        )
+
+
+def check_spread(packed: Tensor, rows: Tensor) -> None:
+    """What a provider has to refuse, all of it known without a look at the values."""
+    _check_spread(packed, rows)
+    if packed.shape[0] != 1 or 0 in packed.shape:
+        raise ValueError(
+            f"earlytom::spread_places: packed {list(packed.shape)} must be [1, heads, rows, head_dim] without empty "
+            f"axes, the rows of all frames in one"
         )
 
 
@@ -217,3 +249,21 @@ def _check_inside(numbers: Tensor, limit: int, op: str, name: str) -> None:
             f"earlytom::{op}: {name} runs from {low} to {high}, but there are {limit} to choose from; pass what "
             f"pack_places returned for these frames"
         )
+
+
+def _triton_packs(source: Tensor, total: int) -> bool:
+    return source.dtype == torch.int64 and source.dim() == 3
+
+
+def _triton_copies(x: Tensor, numbers: Tensor) -> bool:
+    return x.dtype in _TRITON_DTYPES
+
+
+def _triton_returns(hidden: Tensor, packed: Tensor, index: Tensor, rows: Tensor) -> bool:
+    return hidden.dtype in _TRITON_DTYPES
+
+
+provide(pack_places, Provider("triton", ".triton_pack_places", supports=_triton_packs))
+provide(take_places, Provider("triton", ".triton_take_places", supports=_triton_copies))
+provide(return_places, Provider("triton", ".triton_return_places", supports=_triton_returns))
+provide(spread_places, Provider("triton", ".triton_spread_places", supports=_triton_copies))

@@ -6,12 +6,17 @@
     keys of frame 1    0 4 2 5             those of its places, wherever they were computed: rows[1]
     queries            4 5
 
-No query is padded to the frame with the most; keys and values are gathered one frame at a time.
+No query is padded to the frame with the most; keys and values are gathered one frame at a time, and not at all where
+a frame computed everything.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from earlytom_compile.kernels.providers import Provider, provide
+
+_WIDEST_HEAD_BYTES = 320  # of the Triton kernel, whose tiles must fit into shared memory
 
 
 @torch.library.custom_op("earlytom::reuse_attention", mutates_args=())
@@ -35,23 +40,24 @@ def reuse_attention(
             0 to T, or rows outside. A provider that does not read values stays inside the T rows instead.
     """
     check_shapes(query, key, value, rows, offsets)
+    # Of any other strides another kernel would compute it.
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     _, heads, total, width = query.shape
-    borders = _borders(rows, offsets, total)
-    # [T, H, d]: what is gathered are whole rows of all heads.
-    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
     out = query.new_empty((1, total, heads, width))
+    key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # [T, H, d]
     keys, values = (query.new_empty((rows.shape[1], heads, width)) for _ in range(2))
+    borders = _borders(rows, offsets, total)
     for frame, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
         if start == stop:
             continue
-        if _are_in_order(rows[frame], start, stop):
-            own_keys, own_values = key[start:stop], value[start:stop]
+        if torch.equal(rows[frame], torch.arange(start, stop, device=rows.device)):
+            own = key[start:stop], value[start:stop]
         else:
-            own_keys = torch.index_select(key, 0, rows[frame], out=keys)
-            own_values = torch.index_select(value, 0, rows[frame], out=values)
-        attended = F.scaled_dot_product_attention(
-            query[:, :, start:stop], own_keys.transpose(0, 1)[None], own_values.transpose(0, 1)[None], scale=scale
-        )
+            torch.index_select(key, 0, rows[frame], out=keys)
+            torch.index_select(value, 0, rows[frame], out=values)
+            own = keys, values
+        k, v = (x.transpose(0, 1).unsqueeze(0) for x in own)
+        attended = F.scaled_dot_product_attention(query[:, :, start:stop], k, v, scale=scale)
         out[:, start:stop] = attended.transpose(1, 2)
     return out.transpose(1, 2)
 
@@ -111,6 +117,14 @@ def _borders(rows: Tensor, offsets: Tensor, total: int) -> list[int]:
     return borders
 
 
-def _are_in_order(rows: Tensor, start: int, stop: int) -> bool:
-    """Whether a frame's keys are its own packed rows, one after the other, so that none need be gathered."""
-    return stop - start == len(rows) and torch.equal(rows, torch.arange(start, stop, device=rows.device))
+def _triton_supports(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, offsets: Tensor, scale: float
+) -> bool:
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or query.dim() != 4:
+        return False
+    if query.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False  # too little shared memory for the tiles
+    return query.shape[3] * query.element_size() <= _WIDEST_HEAD_BYTES
+
+
+provide(reuse_attention, Provider("triton", ".triton_reuse_attention", supports=_triton_supports))

@@ -28,6 +28,8 @@ _ELEMENTWISE = frozenset(("add", "sub", "mul", "truediv", "div", "neg", "pow", "
 # Computing across frames would take the number of frames as an argument, or have it on another axis than the first.
 _FRAME_WISE = _ELEMENTWISE | ACTIVATIONS | NORMS | {"linear", "chunk", "split"}
 _SIZES = frozenset(("size", "sym_size", "sym_size.int"))
+_WITHOUT_WAITING = frozenset(("earlytom.reuse_attention.default",))
+"""Operators of ours in the middle of a layer, which read nothing on the host on a GPU."""
 
 
 @dataclass
@@ -73,7 +75,8 @@ def find_runs(pieces: Sequence[Piece], compiled: Container[str]) -> tuple[list[R
 def reason_not_to_capture(piece: Piece) -> str | None:
     """None if a graph can replay the piece; empty if it cannot and nobody would expect it."""
     nodes = list(piece.graph_module.graph.nodes)
-    if any(str(node.target).startswith("earlytom.") for node in nodes):
+    ours = {str(node.target) for node in nodes if str(node.target).startswith("earlytom.")}
+    if ours - _WITHOUT_WAITING:
         return ""
     if any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in nodes):
         return "it holds higher-order operators"
@@ -89,6 +92,8 @@ def reason_not_to_capture(piece: Piece) -> str | None:
     if not all(memory_of(node) and memory_of(node) not in inputs for node in output.all_input_nodes):
         return "it hands out sizes or its inputs"
     sizes = _unknown_sizes(piece)
+    if ours and sizes:
+        return "how many patches it computes depends on the video; encode_ratio=... fixes their number"
     if free_unbacked_symbols(values) - sizes:
         return "it makes a size that depends on the data"
     if sizes and not (len(sizes) == 1 and all(is_frame_wise(node, *sizes) for node in nodes)):

@@ -42,6 +42,7 @@ class ReusedPlaces:
 
     path: VideoPath  # whose blocks read what they read now
     source: Node  # int64 [V, F, S], the frame in which each place was last computed
+    change: Node  # float32 [V, F, S], how much it differed from then
     computed: Node  # int64 [V], places of each video that are computed
     measured: Node  # float32 [V, 2], the video's noise and the threshold that followed from it
     index: Node  # int64 [T], which place each packed one is
@@ -97,11 +98,11 @@ def _insert_plan(
     budget = _budget(graph, path, count, grid.prefix, sizes, config)
     arguments = (path.pixels, list(grid.grid), list(grid.patch), grid.prefix, float(config.tau_reuse), budget)
     plan = insert(graph, ops.plan_reuse.default, *arguments)
-    source, _, computed, measured = (insert(graph, operator.getitem, plan, i) for i in range(4))
+    source, change, computed, measured = (insert(graph, operator.getitem, plan, i) for i in range(4))
     total = _times(graph, path.videos, budget) if budget else _read_total(graph, path, count, sizes, computed)
     packing = insert(graph, ops.pack_places.default, source, total)
     index, rows, offsets = (insert(graph, operator.getitem, packing, i) for i in range(3))
-    return ReusedPlaces(path, source, computed, measured, index, rows, offsets, total)
+    return ReusedPlaces(path, source, change, computed, measured, index, rows, offsets, total)
 
 
 def _read_total(graph: Graph, path: VideoPath, count: int, sizes: VideoSizes, computed: Node) -> Node:

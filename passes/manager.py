@@ -98,7 +98,8 @@ class Rewrite:
         positions of the prompt that stay, which tokens were kept, and how many where that depends on the content; of a
         tower, what its frames are made of and their importance."""
         assert self.video is not None
-        reused = () if self.reused is None else (self.reused.source, self.reused.computed, self.reused.measured)
+        plan = self.reused
+        reused = () if plan is None else (plan.source, plan.change, plan.computed, plan.measured)
         if self.frames_only:
             importance = () if self.video.importance is None else (self.video.importance,)
             plans = (node for plan in self.video.plans for node in plan)

@@ -10,7 +10,7 @@ import earlytom_compile
 from earlytom_compile.integrations import video_encoder, vision_path
 from earlytom_compile.integrations.caches import cache_name
 
-OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
+OPTIONS = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 NEW = 6
 LAYOUTS = {
     "one": {},

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import earlytom_compile
 
-OPTIONS: dict[str, Any] = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
+OPTIONS: dict[str, Any] = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 VARIANTS = ("paper", "released", "plus")
 NEWLINES = ("one_token", "no_token", "frame", "grid")
 POOLS = ("average", "bilinear", "max")

@@ -3,7 +3,7 @@
 Hooks let each layer see what its places' sources are and give its updates to those that did not change, by the
 functions of ``reference.py``; one video at a time, nothing packed, nothing saved.
 
-    encoder = ReusingEncoder(layers, pixels, patch=14, tau_reuse=0.03, full_layers=(20,), importance_layer=23)
+    encoder = ReusingEncoder(layers, pixels, patch=14, tau_reuse=0.06, full_layers=(20,), importance_layer=23)
     with encoder.hooked():
         hidden = tower(pixels).last_hidden_state
     encoder.plan.computed, encoder.outputs[3], encoder.importance
@@ -108,15 +108,16 @@ class ReusingEncoder:
     def _make_plan(self, hidden: Tensor) -> None:
         grid = [side // patch for side, patch in zip(self.pixels.shape[-2:], self.patch, strict=True)]
         frames, places = hidden.shape[:2]
+        prefix = places - grid[0] * grid[1]
         assert frames == len(self.pixels), f"{frames} frames in the encoder, {len(self.pixels)} of pixels"
         ratio = self.encode_ratio
         self.plan = plan_reuse(
             self.pixels,
             grid,
             self.patch,
-            prefix=places - grid[0] * grid[1],
+            prefix=prefix,
             tau_reuse=self.tau_reuse,
-            budget=None if ratio is None else reuse_budget(frames, places, ratio),
+            budget=None if ratio is None else reuse_budget(frames, places, ratio, prefix),
         )
 
     def _seen(self, index: int) -> Tensor:

@@ -52,7 +52,11 @@ def places_of(arguments):
     return arguments["prefix"] + arguments["grid"][0] * arguments["grid"][1]
 
 
+def fewest_of(arguments):
+    """Each patch once, places in front of them in every frame."""
+    return places_of(arguments) + (len(arguments["pixels"]) - 1) * arguments["prefix"]
+
+
 @st.composite
 def budgets(draw, arguments):
-    frames, places = len(arguments["pixels"]), places_of(arguments)
-    return draw(st.integers(places, frames * places))
+    return draw(st.integers(fewest_of(arguments), len(arguments["pixels"]) * places_of(arguments)))

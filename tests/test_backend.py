@@ -26,7 +26,7 @@ from earlytom_compile.integrations.caches import cache_of
 from earlytom_compile.kernels.providers import _TABLE
 
 _LOWER = stages.lower
-MERGE = {"merge_layers": (0, 2), "tau_seg": 0.3}
+MERGE = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3}
 
 
 def compress(model, **options):

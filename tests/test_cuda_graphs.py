@@ -282,7 +282,7 @@ def test_inference_mode_and_none_share_a_graph(modes):
 
 # --- Whole models ---------------------------------------------------------------------------------
 
-MERGE = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2}
+MERGE = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +328,25 @@ def test_videos_through_graphs_are_what_they_are_without(model, one_trace, varia
     assert sum("frames" in part for part in parts) >= 3 and len(parts) == len(device.captured) < device.replays
     assert any("language_model" in part for part in parts) == (variant != "released")
     assert content["recompiles"] == 0 and f"CUDA graphs      {len(parts)} of" in str(report(model))
+
+
+def test_a_budget_of_patches_lets_layers_that_reuse_be_replayed(model, one_trace):
+    """Without one their sizes depend on the video, and the report says what would help."""
+    options = {"variant": "plus", "retain_ratio": 0.2, "full_layers": (3,), "encode_ratio": 0.5}
+    inputs = [video_inputs(model, 6, seed=seed, changing=0.3) for seed in range(3)]
+    device = FakeGraphs()
+    compiled = one_trace.through(partial(earlytom, options={"mode": "reduce-overhead", **options}))
+    with fake_graphs(device), torch.no_grad():
+        for video in inputs * 3:
+            expected = compressed_forward(model, video, **options).logits
+            torch.testing.assert_close(compiled(**video).logits, expected, atol=1e-4, rtol=1e-4)
+    parts = [graph["part"] for graph in report(model).to_dict()["cuda_graphs"] if graph["used"]]
+    assert any("encoder.layers.0" in part for part in parts), parts
+    del options["encode_ratio"]
+    compiled = one_trace.through(partial(earlytom, options={"mode": "reduce-overhead", **options}))
+    with fake_graphs(FakeGraphs()), torch.no_grad():
+        compiled(**inputs[0])
+    assert any("encode_ratio" in reason for reason in report(model).to_dict()["reasons"])
 
 
 def test_generate_replays_the_encoder_and_the_prompt(model):

@@ -8,6 +8,7 @@ Draw the videos of a split -> ask about each, with all tokens and with what each
 import argparse
 import functools
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,17 @@ from rich.console import Console
 
 from ..benchmarks.environment import environment
 from ..benchmarks.forecast import compilation, in_words
+from ..config import bad_option
 from ..errors import EarlyTomConfigError
 from ..words import counted
 from . import eval_tasks
-from .loading import open_checkpoint, progress_bars
+from .loading import open_checkpoint, progress_bars, require_layers
+from .options import read_settings
 from .outputs import output_console, write_text
 from .resume import check_resume, saved_content, stopped
 
-_FILE_WIDTH = 130  # columns, where nobody watches
-_MERGING = ("earlytom", "only", "top-k", "random")
-"""Beginnings of methods that merge frames, or look at segments of them."""
-_OF_TOY = ("methods", "videos", "split", "first", "plot")
+_FILE_WIDTH = 160  # columns, where nobody watches
+_OF_TOY = ("methods", "videos", "split", "first", "try_", "mp4", "noise", "plot")
 """Options that mean nothing to benchmarks."""
 _NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selection", "strict")
 """Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
@@ -39,10 +40,10 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Evaluate what is asked for; print and write what came out."""
     _check(arguments)
     if arguments.tasks:
-        chosen = {"variant": arguments.only_variant} if arguments.only_variant else {}
-        eval_tasks.execute(arguments, {**options, **chosen})
+        eval_tasks.execute(arguments, options)
     else:
-        _execute_toy(arguments, {name: value for name, value in options.items() if name not in _NOT_OF_METHODS})
+        not_here = (*_NOT_OF_METHODS, "variant")  # which says what rows there are
+        _execute_toy(arguments, {name: value for name, value in options.items() if name not in not_here})
 
 
 def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -53,20 +54,23 @@ def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None
     except ImportError as error:
         raise EarlyTomConfigError(f"{error}: pip install '.[toy]' in the repository brings what it needs.") from error
     progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
-    arms = evaluate.arms(arguments.retain_ratios, _methods(arguments))
+    settings = [read_settings(text) for text in arguments.try_]
+    arms = evaluate.arms(arguments.retain_ratios, _methods(arguments), settings)
     _refuse_what_does_nothing(arguments, options, arms)
     name = str(arguments.model or WEIGHTS)
-    checkpoint = open_checkpoint(name, device=arguments.device, options=options)
+    checkpoint = open_checkpoint(name, device=arguments.device)
+    for arm in arms:
+        require_layers(checkpoint.config, evaluate.options_of(arm, options))
     about = {**environment(checkpoint.device), **_asked(arguments, options)}
     saved = saved_content(arguments, about, progress_on)
-    known = {_key(content): evaluate.Result.from_dict(content) for content in saved.get("results", ())}
+    known = {row.arm: row for row in map(evaluate.Result.from_dict, saved.get("results", ()))}
     model: Any = checkpoint.load(progress_on).model
     results: list[Any] = []
 
     def write(last: bool = False) -> None:
         if arguments.json and (last or arguments.json != "-"):
             # What the file has from before stays in it, whatever this run comes to.
-            done = {(row.method, row.retain_ratio) for row in results}
+            done = {row.arm for row in results}
             rows = [*results, *(row for arm, row in known.items() if arm not in done)]
             write_text(arguments.json, json.dumps(report.to_dict(rows, questions, about), indent=2) + "\n")
 
@@ -74,7 +78,12 @@ def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None
         with progress_bars(progress_on) as progress:
             task = progress.add_task("drawing videos", total=arguments.videos)
             questions = evaluate.load_questions(
-                arguments.split, arguments.first, arguments.videos, lambda: progress.advance(task)
+                arguments.split,
+                arguments.first,
+                arguments.videos,
+                lambda: progress.advance(task),
+                mp4=arguments.mp4,
+                noise=arguments.noise,
             )
             progress.add_task(f"timing {_PIECE} videos", total=None)
             _say_how_long(model, questions, [arm for arm in arms if arm not in known], progress_on)
@@ -82,10 +91,10 @@ def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None
                 if arm in known:
                     results.append(known[arm])
                     continue
-                method, ratio = arm
-                task = progress.add_task(method if ratio is None else f"{method}, {ratio:.0%}", total=arguments.videos)
+                ratio = "" if arm.retain_ratio is None else f", {arm.retain_ratio:.0%}"
+                task = progress.add_task(report.label(arm) + ratio, total=arguments.videos)
                 answered = functools.partial(progress.advance, task)
-                results.append(evaluate.evaluate(model, questions, method, ratio, options, answered))
+                results.append(evaluate.evaluate(model, questions, arm, options, answered))
                 write()
     except KeyboardInterrupt:
         rows = f"{len(results)} of {counted(len(arms), 'row')}" if results else ""
@@ -99,33 +108,32 @@ def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None
             console.print(f"wrote {path}")
 
 
-def _key(content: dict[str, Any]) -> tuple[str, float | None]:
-    return content["method"], content["retain_ratio"]
-
-
 def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """What an answer depends on beside the machine and the row."""
     return {
         "split": arguments.split,
         "first video": arguments.first,
         "videos": arguments.videos,
+        "mp4": arguments.mp4,
+        "noise": arguments.noise,
         "model": arguments.model or "the one that comes along",
         "options": options,
     }
 
 
-def _say_how_long(model: Any, questions: Any, arms: list[tuple[str, float | None]], progress_on: Console) -> None:
+def _say_how_long(model: Any, questions: Any, arms: list[Any], progress_on: Console) -> None:
     """A few videos are asked about with all tokens, which costs about what other rows do."""
     from ..toyworld import evaluate
 
     few = questions.first(_PIECE)
-    evaluate.evaluate(model, questions.first(1), evaluate.ALL_TOKENS, None)  # the first call is no measure
+    everything = evaluate.Arm(evaluate.ALL_TOKENS)
+    evaluate.evaluate(model, questions.first(1), everything)  # the first call is no measure
     start = time.perf_counter()
-    evaluate.evaluate(model, few, evaluate.ALL_TOKENS, None)
+    evaluate.evaluate(model, few, everything)
     row = (time.perf_counter() - start) / len(few.asked) * len(questions.asked)
     layers = model.config.vision_config.num_hidden_layers
-    seconds = sum(row + compilation(name, layers, "eager") for name, _ in arms if name.startswith("earlytom"))
-    seconds += sum(row for name, _ in arms if not name.startswith("earlytom"))
+    compiled = sum(arm.method in evaluate.INSTALLED for arm in arms)
+    seconds = row * len(arms) + compiled * compilation("earlytom", layers, "eager")
     progress_on.print(
         f"{counted(len(arms), 'row')}, {counted(len(questions.asked), 'video')}: {in_words(seconds)} (measured with "
         f"{len(few.asked)} of them)",
@@ -163,25 +171,25 @@ def _check_toy(arguments: argparse.Namespace) -> None:
         raise EarlyTomConfigError(
             f"videos={arguments.videos}, first={arguments.first}: at least 1 video, counted from 0."
         )
-    if arguments.only_variant and arguments.methods:
+    if not 0 <= arguments.noise < math.inf:
+        raise bad_option("noise", arguments.noise, "a number that is not negative, such as 0.05")
+    if "variant" in arguments.given and arguments.methods:
         raise EarlyTomConfigError(
-            f"variant={arguments.only_variant!r} with --methods: give one, such as --methods "
-            f"'earlytom {arguments.only_variant}'."
+            f"variant={arguments.variant!r} with --methods: give one, such as --methods 'earlytom {arguments.variant}'."
         )
 
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, ...] | None:
-    return (f"earlytom {arguments.only_variant}",) if arguments.only_variant else arguments.methods
+    return (f"earlytom {arguments.variant}",) if "variant" in arguments.given else arguments.methods
 
 
-def _refuse_what_does_nothing(
-    arguments: argparse.Namespace, options: dict[str, Any], arms: list[tuple[str, float | None]]
-) -> None:
+def _refuse_what_does_nothing(arguments: argparse.Namespace, options: dict[str, Any], arms: list[Any]) -> None:
     """Raise :class:`EarlyTomConfigError` for options that no chosen method takes."""
-    names = ", ".join(dict.fromkeys(name for name, _ in arms))
-    if "retain_ratios" in arguments.given and all(ratio is None for _, ratio in arms):
+    from ..toyworld.methods import taken
+
+    names = ", ".join(dict.fromkeys(arm.method for arm in arms))
+    if "retain_ratios" in arguments.given and all(arm.retain_ratio is None for arm in arms):
         raise EarlyTomConfigError(f"retain_ratios: none of these has a ratio: {names}.")
     for option in options:
-        takers = ("earlytom",) if option == "max_window" else _MERGING
-        if not any(name.startswith(takers) for name, _ in arms):
+        if not any(option in taken(arm.method, options) for arm in arms):
             raise EarlyTomConfigError(f"{option}={options[option]!r}: none of these takes it: {names}.")

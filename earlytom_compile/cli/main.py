@@ -363,11 +363,19 @@ def _add_eval(parser: CommandParser) -> None:
     )
     parser.add_argument(
         "--variant",
-        dest="only_variant",  # `variant` would be an option of every method
+        default=argparse.SUPPRESS,
         choices=("paper", "released", "plus"),
         help="with --toy: the same as --methods 'earlytom VARIANT'; with --tasks: EarlyTom's (paper)",
     )
     add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens")
+    parser.add_argument(
+        "--try",
+        dest="try_",
+        action="append",
+        default=[],
+        metavar="'NAME=VALUE ...'",
+        help="with --toy: methods that take these options are tried with them once more; may be repeated",
+    )
     parser.add_argument("--videos", type=int, default=1000, metavar="N", help="with --toy: how many (%(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
     add_json(parser, "every number, after every row or task")
@@ -384,6 +392,14 @@ def _add_eval(parser: CommandParser) -> None:
     parser.add_rare("--include-path", metavar="DIR", help="a folder of tasks of your own, for --tasks")
     parser.add_rare("--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)")
     parser.add_rare("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
+    parser.add_rare("--mp4", action="store_true", help="the toy world's frames as they come out of an H.264 file")
+    parser.add_rare(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="SIGMA",
+        help="standard deviation of noise in the toy world's pixels, of which black is -1 and white 1 (%(default)s)",
+    )
     # Asked for by name, and refused with what to do instead.
     parser.add_argument("--video", help=argparse.SUPPRESS)
     add_documents(parser, "the table")

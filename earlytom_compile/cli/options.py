@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config import NOT_YET, EarlyTomConfig
+from ..config import NOT_YET, EarlyTomConfig, unknown_option
 from ..errors import EarlyTomConfigError
 from .parser import CommandParser
 
@@ -72,6 +72,22 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
             "one out."
         )
     return options
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """``"tau_reuse=0.06 full_layers=5,7"`` as the options they are; raises :class:`EarlyTomConfigError` for others."""
+    hints = {name: hint for name, hint in typing.get_type_hints(EarlyTomConfig).items() if name not in NOT_YET}
+    settings: dict[str, Any] = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if name not in hints:
+            raise unknown_option(name, list(hints))
+        if not equals or name in settings:
+            raise EarlyTomConfigError(f"settings {text!r}: {name} must be there once, as {name}=VALUE.")
+        settings[name] = {"true": True, "false": False}.get(value, reader(hints[name])(value))
+    if not settings:
+        raise EarlyTomConfigError("settings '': name at least one option, such as tau_reuse=0.06.")
+    return settings
 
 
 def require_effect(options: Mapping[str, Any], device: str) -> None:

@@ -44,6 +44,8 @@ class MergedFrames:
     computed_in: Tensor | None = None
     """int64 [F, S] with ``reuse``: the frame in which each token was last computed, its own for one that changed; None
     where every token of every frame was. No frames merge then."""
+    frame_counts: tuple[int, ...] = ()
+    """Frames at first, and after each merge layer; only the first where the call ran uncompressed."""
 
 
 def compile_tower(tower: nn.Module, *, hidden: Hidden | None = None, **options: Any) -> "CompiledTower":
@@ -145,11 +147,12 @@ def _told(hidden: Tensor, frames: int, merges: Any) -> MergedFrames:
     """Put together what the operators of a call told; waits for the device."""
     made = untouched(frames)
     if merges is None:
-        return MergedFrames(hidden, None, made)
+        return MergedFrames(hidden, None, made, frame_counts=(frames,))
     counts, rest, reuse = merges
     plans = rest[: len(rest) - len(rest) % 2]
     for left, source, weight in zip(counts[len(counts) - len(plans) // 2 :], plans[::2], plans[1::2], strict=True):
         rows = zip(source.tolist(), weight.tolist(), strict=True)
         made = tuple(blend(made, tuple(parts(*row))) for row in list(rows)[: int(left)])
     computed_in = None if reuse is None else reuse.source[0]
-    return MergedFrames(hidden, rest[-1] if len(rest) % 2 else None, made, computed_in)
+    frame_counts = tuple(int(count) for count in counts)
+    return MergedFrames(hidden, rest[-1] if len(rest) % 2 else None, made, computed_in, frame_counts)

@@ -1,16 +1,18 @@
 """Accuracy by method, ratio and category, with confidence intervals over videos.
 
     questions = load_questions("test", first=0, videos=1000)
-    results = [evaluate(model, questions, "earlytom paper", ratio) for ratio in (0.25, 0.1)]
-    results[0].accuracy(), results[0].interval()
+    results = [evaluate(model, questions, Arm("earlytom paper", ratio)) for ratio in (0.25, 0.1)]
+    results[0].accuracy(), results[0].interval(), results[0].work
 
 An answer is right if it is the word that greedy ``generate`` says, of all words there are. For each video there
 is at most one question of each category.
 """
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +21,37 @@ from scipy import stats
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.toyworld.answers import answer_logits, normalized
 from earlytom_compile.toyworld.batches import IGNORED, rows_of
-from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, Model, method
+from earlytom_compile.toyworld.methods import (
+    ALL_TOKENS,
+    INSTALLED,
+    METHODS,
+    NO_TOKENS,
+    REUSE,
+    STAGE_1,
+    Model,
+    method,
+    taken,
+)
 from earlytom_compile.toyworld.questions import CATEGORIES, Question, ask
-from earlytom_compile.toyworld.world import HELD_OUT, rng_of, sample_video
+from earlytom_compile.toyworld.world import HELD_OUT, Video, read_sampled, rng_of, sample_video, write_mp4
 
 RATIOS = (0.25, 0.20, 0.15, 0.10)
-FIXED = (ALL_TOKENS, NO_TOKENS, STAGE_1)
+FIXED = (ALL_TOKENS, NO_TOKENS, STAGE_1, REUSE)
 """Methods without a ratio."""
 _AT_ONCE = 50
+_ANY_RATIO = 0.1  # of methods without a ratio; it bounds how far frames may merge
 _RIGHT, _WRONG, _NO = "1", "0", "-"
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
+
+
+class Arm(NamedTuple):
+    """What is compared: a method, its ratio (None where the video decides), and the options of
+    :func:`earlytom_compile.compile` that this row alone has, as (name, value)."""
+
+    method: str
+    retain_ratio: float | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,11 +81,12 @@ class Questions:
 
 @dataclass(frozen=True)
 class Result:
-    """``right`` and ``asked``: bool [V, 5], by video and category; ``tokens``: video tokens a video, on average."""
+    """``right`` and ``asked``: bool [V, 5], by video and category; ``tokens``: video tokens a video, ``work``: share of
+    the work of the vision encoder's layers that was done for it, both on average."""
 
-    method: str
-    retain_ratio: float | None
+    arm: Arm
     tokens: float
+    work: float
     right: np.ndarray
     asked: np.ndarray
 
@@ -96,7 +119,7 @@ class Result:
     def from_dict(cls, content: dict[str, Any]) -> "Result":
         """The result that :meth:`to_dict` made a dictionary of."""
         answers = np.array([list(video) for video in content["answers"].split()])
-        return cls(content["method"], content["retain_ratio"], content["tokens"], answers == _RIGHT, answers != _NO)
+        return cls(arm_of(content), content["tokens"], content["work"], answers == _RIGHT, answers != _NO)
 
     def of(self, videos: np.ndarray) -> "Result":
         """The same for some of the videos, bool [V]."""
@@ -115,9 +138,11 @@ class Result:
         0 wrong, - not asked."""
         low, high = self.interval()
         return {
-            "method": self.method,
-            "retain_ratio": self.retain_ratio,
+            "method": self.arm.method,
+            "retain_ratio": self.arm.retain_ratio,
+            "settings": dict(self.arm.settings),
             "tokens": self.tokens,
+            "work": self.work,
             "accuracy": self.accuracy(),
             "interval": [low, high],
             "answers": self._answers(),
@@ -125,55 +150,105 @@ class Result:
         }
 
 
-def arms(
-    ratios: tuple[float, ...] = RATIOS, beginnings: tuple[str, ...] | None = None
-) -> list[tuple[str, float | None]]:
-    """What is compared: (method, ratio), without a ratio where the video decides.
+def arm_of(content: Mapping[str, Any]) -> Arm:
+    """The row that :meth:`Result.to_dict` made this dictionary of."""
+    settings = ((name, tuple(x) if isinstance(x, list) else x) for name, x in content["settings"].items())
+    return Arm(content["method"], content["retain_ratio"], tuple(settings))
 
-    ``beginnings``: beside all tokens only methods whose names begin so; raises :class:`EarlyTomConfigError` for one
-    that no name has.
+
+def arms(
+    ratios: tuple[float, ...] = RATIOS,
+    beginnings: tuple[str, ...] | None = None,
+    settings: Sequence[Mapping[str, Any]] = (),
+) -> list[Arm]:
+    """What is compared, all tokens first.
+
+    ``beginnings``: beside all tokens only methods whose names begin so. ``settings``: options that each of those
+    methods that take all of them is tried with once more. Raises :class:`EarlyTomConfigError` for a beginning that no
+    name has, and for settings that no method takes.
     """
-    fixed: list[tuple[str, float | None]] = [(name, None) for name in FIXED]
-    every = fixed + [(name, ratio) for name in METHODS for ratio in ratios]
-    if beginnings is None:
-        return every
-    for beginning in beginnings:
-        if not any(name.startswith(beginning) for name, _ in every):
+    every = [Arm(name) for name in FIXED] + [Arm(name, ratio) for name in METHODS for ratio in ratios]
+    for beginning in beginnings or ():
+        if not any(arm.method.startswith(beginning) for arm in every):
             names = ", ".join((*FIXED, *METHODS))
             raise EarlyTomConfigError(f"methods={beginning!r}: no method begins so; there are {names}.")
-    return [(name, ratio) for name, ratio in every if name == ALL_TOKENS or name.startswith(beginnings)]
+    chosen = [arm for arm in every if arm.method == ALL_TOKENS or arm.method.startswith(beginnings or "")]
+    for options in settings:
+        if not any(taken(arm.method, options) == options for arm in chosen):
+            given = " ".join(f"{name}={value!r}" for name, value in options.items())
+            names = ", ".join(dict.fromkeys(arm.method for arm in chosen))
+            raise EarlyTomConfigError(f"settings {given}: none of these takes all of it: {names}.")
+    return [row for arm in chosen for row in (arm, *_tried(arm, settings))]
 
 
-def load_questions(split: str, first: int, videos: int, advance: Callable[[], None] = lambda: None) -> Questions:
-    """Videos ``first`` to ``first + videos - 1`` of ``split``, and one question of each category about each."""
+def _tried(arm: Arm, settings: Sequence[Mapping[str, Any]]) -> list[Arm]:
+    """The same once more with each of the ``settings`` that it takes."""
+    return [arm._replace(settings=tuple(s.items())) for s in settings if taken(arm.method, s) == s]
+
+
+def load_questions(
+    split: str,
+    first: int,
+    videos: int,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    mp4: bool = False,
+    noise: float = 0.0,
+) -> Questions:
+    """Videos ``first`` to ``first + videos - 1`` of ``split``, and one question of each category about each.
+
+    ``mp4``: frames as they come out of an encoded file. ``noise``: standard deviation of what is added to each pixel
+    of each frame, in the model's units, in which black is -1 and white 1.
+    """
     frames, asked, held_out = [], [], []
     for seed in range(first, first + videos):
         video = sample_video(split, seed)
-        frames.append(torch.from_numpy(video.frames()))
+        drawn = _through_mp4(video) if mp4 else video.frames()
+        frames.append(torch.from_numpy(_noisy(drawn, noise, rng_of(split, seed, stream=4)) if noise else drawn))
         asked.append(list(ask(video, rng_of(split, seed, stream=3)).values()))
         held_out.append(any(thing.pair in HELD_OUT for thing in video.things))
         advance()
     return Questions(torch.stack(frames), asked, np.array(held_out))
 
 
+def _through_mp4(video: Video) -> np.ndarray:
+    with tempfile.TemporaryDirectory(prefix="earlytom-eval-") as folder:
+        write_mp4(video, Path(folder) / "video.mp4")
+        return read_sampled(Path(folder) / "video.mp4")
+
+
+def _noisy(frames: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    noisy = frames + 127.5 * noise * rng.standard_normal(frames.shape)
+    return noisy.round().clip(0, 255).astype(np.uint8)
+
+
+def options_of(arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that its method is made with; of ``options`` those that it takes and its settings do not replace."""
+    known = INSTALLED.get(arm.method, {})
+    ratio = _ANY_RATIO if arm.retain_ratio is None else arm.retain_ratio
+    return {"retain_ratio": ratio, **known, **taken(arm.method, {**options, **dict(arm.settings)})}
+
+
 @torch.no_grad()
 def evaluate(
     model: Model,
     questions: Questions,
-    name: str,
-    retain_ratio: float | None,
-    options: dict[str, Any] | None = None,
+    arm: Arm,
+    options: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda videos: None,
 ) -> Result:
-    """Ask everything, with the tokens that ``name`` leaves of each video."""
-    compress = method(name, model, 0.1 if retain_ratio is None else retain_ratio, **(options or {}))
+    """Ask everything, with the tokens that the method of ``arm`` leaves of each video; of ``options`` it gets those
+    that it takes and ``arm`` does not set."""
+    compress = method(arm.method, model, **options_of(arm, options or {}))
     device = next(model.parameters()).device
     right, asked = (np.zeros((len(questions.asked), len(CATEGORIES)), bool) for _ in range(2))
-    tokens = 0
+    tokens, work = 0, 0.0
     for first in range(0, len(questions.asked), _AT_ONCE):
         chunk = questions.asked[first : first + _AT_ONCE]
-        videos = [compress(normalized(f.to(device))) for f in questions.frames[first : first + _AT_ONCE]]
+        left = [compress(normalized(f.to(device))) for f in questions.frames[first : first + _AT_ONCE]]
+        videos = [compressed.tokens for compressed in left]
         tokens += sum(map(len, videos))
+        work += sum(compressed.work for compressed in left)
         rows = rows_of(chunk).to(device)
         logits, labels = answer_logits(model, videos, rows)
         hits = (logits.argmax(-1) == labels)[::2].tolist()  # every other label is the end of an answer
@@ -183,4 +258,4 @@ def evaluate(
             asked[first + video, which] = True
             right[first + video, which] = hit
         advance(len(chunk))
-    return Result(name, retain_ratio, tokens / len(questions.asked), right, asked)
+    return Result(arm, tokens / len(questions.asked), work / len(questions.asked), right, asked)

@@ -1,10 +1,11 @@
 """What ``earlytom eval --toy`` prints and writes: a table of all rows, the same as JSON and Markdown, and plots.
 
-| method         | ratio | tokens | accuracy          | of all tokens' | appearance | motion | ...
-| all tokens     |       |    128 | 97.1 (96.5-97.7)  |                |       99.0 |   93.0 | ...
-| earlytom paper |   10% |     13 | 90.2 (89.1-91.3)  |          92.9% |       97.0 |   70.0 | ...
+| method         | ratio | tokens | encoder | accuracy          | of all tokens' | appearance | motion | ...
+| all tokens     |       |    128 |  100.0% | 97.1 (96.5-97.7)  |                |       99.0 |   93.0 | ...
+| earlytom paper |   10% |     13 |   79.6% | 90.2 (89.1-91.3)  |          92.9% |       97.0 |   70.0 | ...
 
-(made-up numbers; "–" where nothing was asked, or for an interval of too few videos, which is null in JSON)
+(made-up numbers; "encoder": the work of the vision encoder's layers; "–" where nothing was asked, or for an interval of
+too few videos, which is null in JSON)
 """
 
 import math
@@ -16,32 +17,40 @@ from rich import box
 from rich.table import Table
 
 from earlytom_compile.benchmarks import markdown
-from earlytom_compile.toyworld.evaluate import Questions, Result
+from earlytom_compile.toyworld.evaluate import Arm, Questions, Result
 from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS
 from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.words import counted
 
 _NOTHING = "–"
-HEADINGS = ("method", "ratio", "tokens", "accuracy (95% CI)", "of all tokens'", *CATEGORIES)
+HEADINGS = ("method", "ratio", "tokens", "encoder", "accuracy (95% CI)", "of all tokens'", *CATEGORIES)
+
+
+def label(arm: Arm) -> str:
+    """The method, and the options that this row alone has: ``only reuse, tau_reuse=0.06, full_layers=5,7``."""
+    values = ((name, ",".join(map(str, value)) if isinstance(value, tuple) else value) for name, value in arm.settings)
+    return ", ".join([arm.method, *(f"{name}={value}" for name, value in values)])
 
 
 def rows(results: Sequence[Result], questions: Questions) -> list[tuple[str, ...]]:
     """Cells: accuracies in percent, a row for each result, and guessing last."""
-    full = next((result.accuracy() for result in results if result.method == ALL_TOKENS), 0.0)
+    full = next((result.accuracy() for result in results if result.arm.method == ALL_TOKENS), 0.0)
     cells = []
     for result in results:
+        arm = result.arm
         cells.append(
             (
-                result.method,
-                "" if result.retain_ratio is None else f"{result.retain_ratio:.0%}",
+                label(arm),
+                "" if arm.retain_ratio is None else f"{arm.retain_ratio:.0%}",
                 f"{result.tokens:.0f}",
+                f"{result.work:.1%}",
                 _with_interval(result),
-                f"{result.accuracy() / full:.1%}" if full and result.method != ALL_TOKENS else "",
+                f"{result.accuracy() / full:.1%}" if full and arm.method != ALL_TOKENS else "",
                 *(_percent(result.accuracy(category)) for category in CATEGORIES),
             )
         )
     chance = questions.chance
-    guessing = ("guessing", "", "", _percent(questions.overall_chance), "")
+    guessing = ("guessing", "", "", "", _percent(questions.overall_chance), "")
     return [*cells, (*guessing, *(_percent(chance[category]) for category in CATEGORIES))]
 
 
@@ -63,7 +72,7 @@ def unseen_pairs(results: Sequence[Result], questions: Questions) -> dict[str, A
 
 
 def _parts(results: Sequence[Result], questions: Questions) -> dict[str, Result]:
-    full = next(result for result in results if result.method == ALL_TOKENS)
+    full = next(result for result in results if result.arm.method == ALL_TOKENS)
     return {"with an unseen pair": full.of(questions.held_out), "without": full.of(~questions.held_out)}
 
 
@@ -112,7 +121,8 @@ def _without_nan(content: Any) -> Any:
 
 
 def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
-    """accuracy.png: accuracy against ratio. categories.png: the same for each category."""
+    """accuracy.png: accuracy against ratio. categories.png: the same for each category. encoder.png: accuracy against
+    the work of the vision encoder, where every token stays."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,21 +142,34 @@ def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     grid[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(folder / "categories.png", dpi=120)
     plt.close(figure)
-    return [folder / "accuracy.png", folder / "categories.png"]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    _draw_work(axes, [result for result in results if result.arm.retain_ratio is None and result.tokens])
+    axes.set(title=_title(results), ylabel="right answers (95 % interval)", xlabel="work of the encoder's layers")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(folder / "encoder.png", dpi=120)
+    plt.close(figure)
+    return [folder / name for name in ("accuracy.png", "categories.png", "encoder.png")]
+
+
+def _draw_work(axes: Any, results: Sequence[Result]) -> None:
+    """A point with its interval for each row."""
+    for result in results:
+        low, high = result.interval()
+        bounds = [[result.accuracy() - low], [high - result.accuracy()]]
+        axes.errorbar(result.work, result.accuracy(), yerr=bounds, fmt="o", capsize=2, label=label(result.arm))
+    axes.grid(alpha=0.3)
 
 
 def _draw(axes: Any, results: Sequence[Result], category: str | None) -> None:
-    """A line with its interval for each method; all tokens as a line across."""
-    for name in METHODS:
-        of_method = [result for result in results if result.method == name and result.retain_ratio is not None]
-        if not of_method:
-            continue
-        ratios = [result.retain_ratio for result in of_method]
+    """A line with its interval for each method and its settings; all tokens as a line across."""
+    for name in dict.fromkeys(label(result.arm) for result in results if result.arm.method in METHODS):
+        of_method = [result for result in results if label(result.arm) == name]
+        ratios = [result.arm.retain_ratio for result in of_method]
         bounds = [result.interval(category) for result in of_method]
         (line,) = axes.plot(ratios, [result.accuracy(category) for result in of_method], marker="o", label=name)
         axes.fill_between(ratios, *zip(*bounds, strict=True), color=line.get_color(), alpha=0.12)
     for result in results:
-        if result.method == ALL_TOKENS:
+        if result.arm.method == ALL_TOKENS:
             axes.axhline(result.accuracy(category), color="black", linestyle="--", label=ALL_TOKENS)
     axes.grid(alpha=0.3)
 

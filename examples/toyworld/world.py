@@ -204,6 +204,13 @@ def write_mp4(video: Video, path: str | Path, *, lossless: bool = False) -> None
         container.mux(stream.encode(None))
 
 
+def read_sampled(path: str | Path) -> np.ndarray:
+    """The sampled frames of what :func:`write_mp4` wrote, uint8 RGB [8, 96, 96, 3]."""
+    with av.open(str(path)) as container:
+        decoded = list(container.decode(video=0))
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in decoded[::FRAMES_BETWEEN]])
+
+
 # --- Sampling ----------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,8 @@ from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.cli import eval as command
 from earlytom_compile.cli.main import main
 from earlytom_compile.toyworld import evaluate
-from earlytom_compile.toyworld.evaluate import Result, arms
-from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS
+from earlytom_compile.toyworld.evaluate import Arm, Result, arms
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, PLUS_MERGING, REUSE
 from earlytom_compile.toyworld.questions import CATEGORIES
 
 VIDEOS = 4
@@ -22,20 +22,24 @@ TOY = ["eval", "--toy", "--videos", str(VIDEOS), "--device", "cpu"]
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Rows that were asked for, in their order; answers are drawn. ``counted.stop_at`` is where Ctrl-C comes."""
+    """Rows that were asked for, in their order; answers are drawn. ``counted.stop_at`` is where Ctrl-C comes,
+    ``counted.options`` what each row was asked for with."""
 
     class Rows(list):
         stop_at: int | None = None
+        options: list[dict] = []
 
     rows = Rows()
+    rows.options = []
 
-    def evaluated(model, questions, name, ratio, options, answered):
+    def evaluated(model, questions, arm, options, answered):
         if len(rows) == rows.stop_at:
             raise KeyboardInterrupt
-        rows.append((name, ratio))
-        rng = np.random.default_rng(len(name))
+        rows.append(arm)
+        rows.options.append(evaluate.options_of(arm, options))
+        rng = np.random.default_rng(len(arm.method))
         asked = np.array([[c in {q.category for q in asked} for c in CATEGORIES] for asked in questions.asked])
-        return Result(name, ratio, 13.0, asked & (rng.random(asked.shape) < 0.7), asked)
+        return Result(arm, 13.0, 0.5, asked & (rng.random(asked.shape) < 0.7), asked)
 
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
     monkeypatch.setattr(command, "_say_how_long", lambda *given: None)
@@ -44,8 +48,8 @@ def counted(monkeypatch):
 
 def test_rows_are_chosen_by_the_beginnings_of_their_names():
     every = arms((0.25, 0.1))
-    plus = [("earlytom plus", 0.25), ("earlytom plus", 0.1)]
-    assert arms((0.25, 0.1), ("earlytom plus",)) == [(ALL_TOKENS, None), *plus]
+    plus = [Arm(name, ratio) for name in ("earlytom plus", PLUS_MERGING) for ratio in (0.25, 0.1)]
+    assert arms((0.25, 0.1), ("earlytom plus",)) == [Arm(ALL_TOKENS), *plus]
     assert arms((0.25, 0.1), ("e", "a", "o", "t", "r", "f", "n")) == every
     with pytest.raises(EarlyTomConfigError, match="methods='pluss': no method begins so; there are all tokens"):
         arms((0.1,), ("earlytom", "pluss"))
@@ -57,43 +61,86 @@ def test_chosen_rows_are_those_of_the_full_table_in_its_order(names, data):
     beginnings = tuple(name[: data.draw(st.integers(1, len(name)))] for name in names)
     found = arms((0.25, 0.1), beginnings)
     expected = [
-        (name, ratio)
-        for name, ratio in arms((0.25, 0.1))
-        if name == ALL_TOKENS or any(name[: len(beginning)] == beginning for beginning in beginnings)
+        arm
+        for arm in arms((0.25, 0.1))
+        if arm.method == ALL_TOKENS or any(arm.method[: len(beginning)] == beginning for beginning in beginnings)
     ]
-    assert found == expected and found[0] == (ALL_TOKENS, None)
+    assert found == expected and found[0] == Arm(ALL_TOKENS)
+
+
+def test_settings_are_tried_with_every_method_that_takes_them_behind_its_own_row():
+    settings = [{"tau_reuse": 0.06}, {"tau_reuse": 0.06, "full_layers": (7,)}, {"tau_merge": 0.9}]
+    reuse = [tuple(some.items()) for some in settings[:2]]
+    found = arms((0.1,), ("only", "earlytom plus"), settings)
+    expected = [
+        Arm(ALL_TOKENS),
+        *(Arm("only stage 1", None, more) for more in ((), (("tau_merge", 0.9),))),
+        *(Arm(REUSE, None, more) for more in ((), *reuse)),
+        *(Arm("earlytom plus", 0.1, more) for more in ((), *reuse)),
+        *(Arm(PLUS_MERGING, 0.1, more) for more in ((), (("tau_merge", 0.9),))),
+        *(Arm("only stage 2", 0.1, more) for more in ((), (("tau_merge", 0.9),))),
+    ]
+    assert found == expected
+    with pytest.raises(EarlyTomConfigError, match="settings tau_reuse=0.06: none of these takes all of it: all tokens"):
+        arms((0.1,), ("random",), settings)
 
 
 @pytest.mark.parametrize(
     "more, rows",
     [
-        (["--variant", "plus"], [(ALL_TOKENS, None), ("earlytom plus", 0.1)]),
-        (["--methods", "no,random"], [(ALL_TOKENS, None), ("no tokens", None), ("random tokens", 0.1)]),
+        (["--variant", "paper"], [Arm(ALL_TOKENS), Arm("earlytom paper", 0.1)]),
+        (["--methods", "no,random"], [Arm(ALL_TOKENS), Arm("no tokens"), Arm("random tokens", 0.1)]),
     ],
 )
 def test_only_chosen_rows_are_counted_and_shown(more, rows, counted, capsys):
     assert main([*TOY, "--retain-ratios", "0.1", *more]) == 0
     printed = capsys.readouterr().out
-    assert counted == rows and all(name in printed for name, _ in rows) and "average pooling" not in printed
+    assert counted == rows and all(arm.method in printed for arm in rows) and "average pooling" not in printed
+
+
+def test_settings_of_a_row_win_over_options_of_all_and_stand_beside_it(counted, tmp_path, capsys):
+    file = tmp_path / "eval.json"
+    words = [*TOY, "--methods", "only reuse", "--json", str(file), "--try", "tau_reuse=0.06 full_layers=5,7"]
+    assert main([*words, "--try", "encode_ratio=0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "only reuse, tau_reuse=0.06, full_layers=5,7" in printed and "only reuse, encode_ratio=0.5" in printed
+    of_reuse = {"variant": "plus", "retain_ratio": 1.0}
+    assert counted.options[1:] == [
+        of_reuse,
+        {**of_reuse, "tau_reuse": 0.06, "full_layers": (5, 7)},
+        {**of_reuse, "encode_ratio": 0.5},
+    ]
+    rows = json.loads(file.read_text())["results"]
+    assert [row["settings"] for row in rows[1:]] == [
+        {},
+        {"tau_reuse": 0.06, "full_layers": [5, 7]},
+        {"encode_ratio": 0.5},
+    ]
+    # What is known already is not counted again, whatever else is tried.
+    assert main([*words, "--try", "tau_reuse=0.02", "--resume"]) == 0
+    assert counted[4:] == [Arm(REUSE, None, (("tau_reuse", 0.02),))]
+    plus = ["--variant", "plus", "--retain-ratios", "0.1", "--full-layers", "5", "--try", "full_layers=7"]
+    assert main([*TOY, *plus]) == 0
+    assert [given.get("full_layers") for given in counted.options[-4:]] == [None, (5,), (7,), None]
 
 
 def test_ctrl_c_saves_finished_rows_and_resume_counts_the_rest(counted, tmp_path, capsys):
-    file, words = tmp_path / "eval.json", [*TOY, "--variant", "plus", "--retain-ratios", "0.25,0.1", "--json"]
+    file, words = tmp_path / "eval.json", [*TOY, "--variant", "paper", "--retain-ratios", "0.25,0.1", "--json"]
     counted.stop_at = 2
     assert main([*words, str(file)]) == 130
     assert f"stopped: {file} has 2 of 3 rows;" in " ".join(capsys.readouterr().err.split())
     saved = json.loads(file.read_text())["results"]
-    assert [(row["method"], row["retain_ratio"]) for row in saved] == [(ALL_TOKENS, None), ("earlytom plus", 0.25)]
+    assert [evaluate.arm_of(row) for row in saved] == [Arm(ALL_TOKENS), Arm("earlytom paper", 0.25)]
     counted.stop_at = None
     assert main([*words, str(file), "--resume"]) == 0
-    assert counted == [(ALL_TOKENS, None), ("earlytom plus", 0.25), ("earlytom plus", 0.1)]
+    assert counted == [Arm(ALL_TOKENS), Arm("earlytom paper", 0.25), Arm("earlytom paper", 0.1)]
     resumed, table = json.loads(file.read_text()), capsys.readouterr().out
     assert resumed["results"][:2] == saved
     # Another ratio, another method: rows do not depend on each other.
-    others = ["--methods", "earlytom plus,random", "--retain-ratios", "0.1"]
+    others = ["--methods", "earlytom paper,random", "--retain-ratios", "0.1"]
     assert main([*TOY, *others, "--json", str(file), "--resume"]) == 0
-    assert counted[3:] == [("random tokens", 0.1)]
-    kept = {(row["method"], row["retain_ratio"]) for row in json.loads(file.read_text())["results"]}
+    assert counted[3:] == [Arm("random tokens", 0.1)]
+    kept = {evaluate.arm_of(row) for row in json.loads(file.read_text())["results"]}
     assert kept == {*counted}
     # In one go, the same numbers and the same table.
     del counted[:]
@@ -107,9 +154,11 @@ def test_ctrl_c_saves_finished_rows_and_resume_counts_the_rest(counted, tmp_path
 def test_a_row_comes_back_as_it_was(seed, videos):
     rng = np.random.default_rng(seed)
     asked = rng.random((videos, len(CATEGORIES))) < 0.6
-    row = Result("only stage 1", None, 12.5, asked & (rng.random(asked.shape) < 0.5), asked)
+    settings = (("tau_reuse", 0.06), ("full_layers", (5, 7)))[: rng.integers(3)]
+    arm = Arm("only reuse", 0.1 if rng.integers(2) else None, settings)
+    row = Result(arm, 12.5, 0.4, asked & (rng.random(asked.shape) < 0.5), asked)
     again = Result.from_dict(json.loads(json.dumps({**row.to_dict(), "interval": None, "categories": None})))
-    assert (again.method, again.retain_ratio, again.tokens) == (row.method, row.retain_ratio, row.tokens)
+    assert (again.arm, again.tokens, again.work) == (row.arm, row.tokens, row.work)
     assert np.array_equal(again.right, row.right) and np.array_equal(again.asked, row.asked)
 
 
@@ -118,11 +167,13 @@ def test_a_row_comes_back_as_it_was(seed, videos):
     [
         (["--videos", "5"], "videos=4, and this would be videos=5"),
         (["--split", "validation"], "split='test', and this would be split='validation'"),
-        (["--tau-merge", "0.9"], "tau_merge"),
+        (["--tau-merge", "0.9"], "tau_merge=None, and this would be tau_merge=0.9"),
+        (["--noise", "0.1"], "noise=0.0, and this would be noise=0.1"),
+        (["--mp4"], "mp4=False, and this would be mp4=True"),
     ],
 )
 def test_rows_of_other_videos_or_options_are_refused(more, says, counted, tmp_path, capsys):
-    words = [*TOY, "--variant", "plus", "--retain-ratios", "0.1", "--json", str(tmp_path / "eval.json")]
+    words = [*TOY, "--variant", "paper", "--retain-ratios", "0.1", "--json", str(tmp_path / "eval.json")]
     assert main(words) == 0
     words = words[:2] + words[4:] if more[0] == "--videos" else words
     assert main([*words, *more, "--resume"]) == 2
@@ -139,6 +190,16 @@ def test_rows_of_other_videos_or_options_are_refused(more, says, counted, tmp_pa
         (["--methods", "average", "--tau-seg", "0.5"], "tau_seg=0.5: none of these takes it"),
         (["--methods", "random", "--max-window", "4"], "max_window=4: none of these takes it"),
         (["--merge-layers", "2,8"], "layer 8 does not exist"),
+        (["--variant", "plus", "--full-layers", "8"], "full_layers=(8,): layer 8 does not exist"),
+        (["--try", "full_layers=7,9"], "full_layers=(7, 9): layer 9 does not exist"),
+        (["--variant", "plus", "--tau-merge", "0.9"], "tau_merge=0.9 with variant="),
+        (["--tau-reuse", "0.1"], "tau_reuse=0.1 without reuse"),
+        (["--try", "tau_reuse=-1"], "tau_reuse=-1.0: must be"),
+        (["--try", "tau=1"], "unknown option 'tau'; did you mean"),
+        (["--try", "tau_reuse"], "tau_reuse must be there once, as tau_reuse=VALUE"),
+        (["--try", ""], "name at least one option"),
+        (["--try", "retain_ratio=0.5"], "none of these takes all of it"),
+        (["--noise", "-1"], "noise=-1.0: must be"),
         (["--resume"], "--resume without --json FILE"),
     ],
 )
@@ -154,10 +215,10 @@ def test_mistakes_are_found_first(more, says, counted, monkeypatch, capsys):
 def test_how_long_it_takes_is_measured_and_said(monkeypatch, capsys):
     done = []
 
-    def evaluated(model, questions, name, ratio, options=None, answered=lambda videos: None):
-        done.append((name, ratio, len(questions.asked)))
+    def evaluated(model, questions, arm, options=None, answered=lambda videos: None):
+        done.append((*arm[:2], len(questions.asked)))
         asked = np.ones((len(questions.asked), len(CATEGORIES)), bool)
-        return Result(name, ratio, 1.0, asked, asked)
+        return Result(arm, 1.0, 1.0, asked, asked)
 
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
     assert main([*TOY, "--methods", "random", "--retain-ratios", "0.1"]) == 0

@@ -17,7 +17,7 @@ from earlytom_compile.families.registry import BUILT_IN, all_families, family_of
 from earlytom_compile.integrations.observe import observe
 from earlytom_compile.reference import select_representatives, select_tokens
 
-OPTIONS = {"retain_ratio": 0.2, "variant": "paper", "merge_layers": (0, 2), "tau_seg": 0.3}
+OPTIONS = {"retain_ratio": 0.2, "variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3}
 TOKENS = 9  # of a frame
 
 

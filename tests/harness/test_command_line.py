@@ -17,7 +17,7 @@ pytest.importorskip("lmms_eval.evaluator", reason="lmms-eval is not installed: m
 
 from transformers import LlavaOnevisionForConditionalGeneration  # noqa: E402
 
-from earlytom_compile.toyworld.evaluate import evaluate, load_questions  # noqa: E402
+from earlytom_compile.toyworld.evaluate import Arm, evaluate, load_questions  # noqa: E402
 from earlytom_compile.toyworld.lmms_task import TASK, write_task  # noqa: E402
 from earlytom_compile.toyworld.methods import ALL_TOKENS  # noqa: E402
 from earlytom_compile.toyworld.model import WEIGHTS  # noqa: E402
@@ -81,7 +81,7 @@ def toy():
     questions = load_questions("test", 0, VIDEOS)
 
     def found(method: str, ratio: float | None) -> tuple[float, list[bool]]:
-        result = evaluate(model, questions, method, ratio)
+        result = evaluate(model, questions, Arm(method, ratio))
         return result.accuracy(), result.right[result.asked].tolist()
 
     return found

@@ -64,7 +64,7 @@ def test_towers(name):
 
 @newer
 def test_without_importance():
-    check(tiny(TOWERS["DINOv2"]), variant="plus")
+    check(tiny(TOWERS["DINOv2"]), variant="plus", reuse=False)
 
 
 @newer

@@ -1,6 +1,8 @@
 """Inputs for the operator tests: videos whose frames resemble each other, and plans, from a seed.
 
-video(seed, 8, 5, 6)   ->   [8, 5, 6], scenes that drift and cut, similarities from about 0 to 1
+video(seed, 8, 5, 6)      ->   [8, 5, 6], scenes that drift and cut, similarities from about 0 to 1
+clip(seed, 8, 3, 28, 28)  ->   [8, 3, 28, 28], pixels of which a part changes from frame to frame
+sources(seed, 2, 8, 5)    ->   [2, 8, 5], a plan of plan_reuse
 """
 
 import math
@@ -48,6 +50,49 @@ def video(seed: int, frames: int, tokens: int, channels: int, dtype: torch.dtype
             now = now + 0.7 * step * noise(tokens, channels)
         out.append(base + 2 * scene + now)
     return torch.stack(out).to(dtype)
+
+
+def clip(seed: int, frames: int, channels: int, height: int, width: int, steps: int = 0) -> Tensor:
+    """[frames, channels, height, width]: a still scene, a rectangle that changes in most frames, some cuts, noise.
+
+    With ``steps`` pixels are multiples of 1 / steps, so that changes are often equal, and often none.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    grain = 0.1 * torch.rand(1, generator=generator)
+    now, out = noise(channels, height, width), []
+    for step in torch.rand(frames, generator=generator).tolist():
+        top, left = (torch.rand(2, generator=generator) * torch.tensor([height, width])).long().tolist()
+        if step > 0.9:
+            now = noise(channels, height, width)
+        elif step > 0.2:
+            now = now.clone()
+            now[:, top : top + height // 2 + 1, left : left + width // 2 + 1] += step * noise(channels, 1, 1)
+        out.append(now + grain * noise(channels, height, width))
+    pixels = torch.stack(out)
+    return (pixels * steps).round() / steps if steps else pixels
+
+
+def sources(seed: int, videos: int, frames: int, places: int, share: float = 0.3) -> Tensor:
+    """int64 [videos, frames, places] as ``plan_reuse`` gives them, of which ``share`` are active behind the first frame
+    of a video; none in some frames, and all in others."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.zeros(videos, frames, places, dtype=torch.int64)
+    for video in range(videos):
+        for frame in range(1, frames):
+            kind = torch.rand(1, generator=generator).item()
+            here = 0.0 if kind < 0.1 else 1.0 if kind > 0.9 and share else share
+            active = torch.rand(places, generator=generator) < here
+            source[video, frame] = torch.where(active, frame, source[video, frame - 1])
+    return source
+
+
+def active_places(source: Tensor) -> int:
+    """Of all videos of [videos, frames, places]."""
+    return int((source == torch.arange(source.shape[1], device=source.device)[:, None]).sum())
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

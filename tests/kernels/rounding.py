@@ -59,6 +59,41 @@ def attention_received(
     return error.mean((1, 2)) + gamma(heads * tokens + 2) * probability.mean((1, 2))
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, unit: float = UNIT) -> Tensor:
+    """float64 [H, Q, d], of one computation of softmax(q k^T scale) v from [H, Q, d], [H, S, d] and [H, S, d].
+
+    score           as in attention_received
+    e^(s - max)     likewise, of an exponential good to 20 units (what vectorised ones on a CPU promise)
+    p_ij            and a sum of S of them, rescaled as the largest score grows; rounded, or cut off, to 16 bits where
+                    the values have no more
+    output          a sum of S products, and rounded, or cut off, to the dtype
+    """
+    dtype = query.dtype
+    step = torch.finfo(dtype).eps
+    small = unit if dtype != torch.float64 else step / 2
+    query, key, value = query.double(), key.double(), value.double()
+    tokens, width = key.shape[1:]
+    scores = query @ key.transpose(-1, -2) * scale
+    sizes = (query.abs() @ key.abs().transpose(-1, -2) * abs(scale)).amax(-1, keepdim=True)
+    exponent = gamma(width + 6, small) * sizes + small * (scores.amax(-1, keepdim=True) - scores) + 20 * small
+    share = torch.softmax(scores, -1)
+    wrong = share * (torch.expm1(2 * exponent.amax(-1, keepdim=True)) + gamma(2 * tokens + 4, small) + step)
+    # Below the smallest normal number a rounding is a fixed step.
+    wrong = wrong + torch.finfo(dtype).smallest_normal * step + torch.finfo(torch.float32).tiny
+    attended = share @ value.abs()
+    error = wrong @ value.abs() + gamma(2 * tokens + 2, small) * attended
+    return error + step * (attended + error) + torch.finfo(dtype).smallest_normal * step
+
+
+def return_places(hidden: Tensor, packed: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """float64 [N, S, D], of one computation: a difference and a sum in float32, rounded, or cut off, to the dtype."""
+    info = torch.finfo(hidden.dtype)
+    before = hidden.double().flatten(0, 1)[index[rows]].abs()
+    sizes = hidden.double().abs() + packed[0].double()[rows].abs() + before
+    unit = UNIT if hidden.dtype != torch.float64 else info.eps
+    return gamma(2, unit) * sizes + info.eps * (1 + gamma(2, unit)) * sizes + info.smallest_normal * info.eps
+
+
 def frame_similarity(hidden: Tensor) -> float:
     """Of one native computation from [T, S, D], for every pair of frames.
 

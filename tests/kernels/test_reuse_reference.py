@@ -9,7 +9,7 @@ from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import ops
-from pixel_strategies import places_of, reuse_arguments, thresholds
+from pixel_strategies import budgets, places_of, reuse_arguments, thresholds
 from plain_blocks import encoder, states
 from torch import Tensor
 
@@ -67,8 +67,7 @@ def calls(draw):
     arguments["pixels"] = torch.stack(pixels)
     if draw(st.booleans()):
         return {**arguments, "tau_reuse": draw(thresholds)}
-    frames, places = len(pixels[0]), places_of({**arguments, "pixels": pixels[0]})
-    return {**arguments, "budget": reuse_budget(frames, places, draw(st.floats(0.01, 1.0)))}
+    return {**arguments, "budget": draw(budgets({**arguments, "pixels": pixels[0]}))}
 
 
 @st.composite
@@ -125,18 +124,19 @@ def test_importance_is_that_of_the_reference(encoding):
         torch.testing.assert_close(received[own], expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("ratio", [None, 0.4])
-def test_real_sizes(ratio):
+@pytest.mark.parametrize(("ratio", "prefix"), [(None, 0), (0.4, 0), (0.4, 5)])
+def test_real_sizes(ratio, prefix):
     """27 x 27 patches of 14 x 14 in 384 x 384 pixels with 6 beside the grid: a picture of which a part moves."""
     generator = torch.Generator().manual_seed(0)
     picture = torch.nn.functional.interpolate(torch.randn(1, 3, 24, 24, generator=generator), (384, 384))[0]
     pixels = picture + 0.02 * torch.randn(4, 3, 384, 384, generator=generator)
     for f in range(4):
         pixels[f, :, 100 : 200 + 9 * f, 30 * f : 30 * f + 120] = torch.randn(3, 100 + 9 * f, 120, generator=generator)
-    budget = None if ratio is None else reuse_budget(4, 729, ratio)
-    options = {"prefix": 0, "tau_reuse": 0.03, "budget": budget}
+    places = prefix + 729
+    budget = None if ratio is None else reuse_budget(4, places, ratio, prefix)
+    options = {"prefix": prefix, "tau_reuse": 0.06, "budget": budget}
     plan = plan_reuse(pixels, (27, 27), (14, 14), **options)
     packed = pack(pixels[None], (27, 27), (14, 14), **options)
-    assert 729 < plan.computed < 4 * 729 * 0.6
+    assert places < plan.computed < 4 * places * 0.6
     assert torch.equal(packed.source[0], plan.source) and torch.equal(packed.change[0], plan.change)
     assert packed.measured[0].tolist() == [plan.noise, plan.threshold]

@@ -36,8 +36,9 @@ def test_every_other_operator_that_touches_frames_has_a_provider():
     assert providers.provider_of("select_representatives", "cuda", features, counts, 1) == providers.NATIVE
     assert {provider.name for provider in providers._TABLE.values()} == {"triton"}
     assert providers._TABLE.keys() == {
-        "attention_received", "dynamic_frames", "frame_similarity", "merge_frames", "plan_merge", "select_tokens",
-        "select_tokens_released",
+        "attention_received", "dynamic_frames", "frame_similarity", "merge_frames", "pack_places", "plan_merge",
+        "plan_reuse", "return_places", "reuse_attention", "select_tokens", "select_tokens_released", "spread_places",
+        "take_places",
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from earlytom_compile.reference import select_representatives, select_tokens
 from earlytom_compile.stages import CompressedGraph
 
 R = 0.3
+REUSE = {"variant": "plus", "reuse": None, "merge_layers": None}  # where everything else of hand_made.py merges
 OURS = ("plan_reuse", "pack_places", "take_places", "reuse_attention", "return_places", "spread_places")
 
 
@@ -154,9 +155,9 @@ def waits(state):
 
 
 def test_a_budget_needs_no_wait_for_the_host():
-    state = rewrite(VideoModel(), VideoModel().example(), merge_layers=None, variant="plus", encode_ratio=0.5)
+    state = rewrite(VideoModel(), VideoModel().example(), **REUSE, encode_ratio=0.5)
     assert not waits(state)
-    free = rewrite(VideoModel(), VideoModel().example(), merge_layers=None, variant="plus")
+    free = rewrite(VideoModel(), VideoModel().example(), **REUSE)
     assert free.patches == PatchGrid((4, 4), (2, 2), 0)
     (wait,) = waits(free)
     layers = [node for node in free.graph_module.graph.nodes if "reuse_attention" in str(node.target)]
@@ -166,14 +167,14 @@ def test_a_budget_needs_no_wait_for_the_host():
 def test_a_single_frame_and_reuse_false_leave_the_layers_alone():
     for frames, options in ((1, {}), (8, {"reuse": False})):
         model = VideoModel()
-        state = rewrite(model, model.example(frames=frames), merge_layers=None, variant="plus", **options)
+        state = rewrite(model, model.example(frames=frames), **{**REUSE, **options})
         assert not any(name in state.inserted for name in OURS)
 
 
 def test_what_leaves_a_layer_in_the_middle_is_of_all_places():
     """The caller takes the last layer's norm too, whose input is packed otherwise."""
     model = VideoModel(tail="scatter", beside="returned", after=1)
-    state = rewrite(model, model.example(), merge_layers=None, variant="plus", full_layers=())
+    state = rewrite(model, model.example(), **REUSE, full_layers=())
     assert state.inserted["return_places"] == 1
 
 
@@ -214,4 +215,4 @@ def test_must_not_fire_where_a_place_is_made_of_other_pixels(tower):
 def test_must_not_fire_with_grouped_heads():
     model = VideoModel(attention="grouped")
     with pytest.raises(BackendCompilerFailed, match=r"queries \(8, 2, 16, 8\), keys \(8, 1, 16, 8\).*reuse=False"):
-        rewrite(model, model.example(), merge_layers=None, variant="plus")
+        rewrite(model, model.example(), **REUSE)

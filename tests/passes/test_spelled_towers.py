@@ -19,7 +19,8 @@ R = 0.3
 def compiled(tower, **options):
     """(the tower, compiled as the in-place spelling compiles it; the graphs it got)."""
     graphs = []
-    config = EarlyTomConfig.from_options({"merge_layers": (0, 2), "tau_seg": 0.0, "lowering": "eager", **options})
+    merging = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.0, "lowering": "eager"}
+    config = EarlyTomConfig.from_options({**merging, **options})
 
     def backend(graph_module, example_inputs):
         graphs.append(compile_graph(graph_module, example_inputs, config, features_only=True))

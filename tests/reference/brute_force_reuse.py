@@ -5,35 +5,43 @@
 
 import heapq
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
 
 
-def cut(pixels, grid, patch, prefix):
-    """float32 [F, S, n]: the pixels of every place, those of prefixes with NaN behind them where others have fewer."""
+def cut(pixels, grid, patch):
+    """float32 [F, P, C, height, width]: the pixels of every patch."""
     pixels = pixels.float().numpy()
     frames, channels = pixels.shape[:2]
     (rows, columns), (height, width) = grid, patch
-    whole = pixels[:, :, : rows * height, : columns * width]
-    tiles = whole.reshape(frames, channels, rows, height, columns, width).transpose(0, 2, 4, 1, 3, 5)
-    tiles = tiles.reshape(frames, rows * columns, -1)
-    if not prefix:
-        return tiles
-    padded = np.full((frames, rows * columns, whole[0].size), np.nan, np.float32)
-    padded[:, :, : tiles.shape[2]] = tiles
-    return np.concatenate([np.repeat(whole.reshape(frames, 1, -1), prefix, axis=1), padded], axis=1)
+    inside = pixels[:, :, : rows * height, : columns * width]
+    tiles = inside.reshape(frames, channels, rows, height, columns, width).transpose(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(frames, rows * columns, channels, height, width)
+
+
+def mean(numbers):
+    numbers = [float(number) for number in np.ravel(numbers)]
+    return math.fsum(numbers) / len(numbers)
 
 
 def apart(a, b):
-    return np.float32(np.nanmean(np.abs(a - b).astype(np.float64)))
+    """Of two [C, height, width], pixel by pixel sorted into quarters."""
+    channels, height, width = a.shape
+    quarters = {}
+    for c, y, x in np.ndindex(channels, height, width):
+        quarters.setdefault((c, y < height // 2, x < width // 2), []).append((a[c, y, x], b[c, y, x]))
+    moved = [abs(mean(old) - mean(new)) for old, new in (zip(*pairs, strict=True) for pairs in quarters.values())]
+    return np.float32(max(*moved, mean(np.abs(a - b)) / 3))
 
 
-def runs(of_place, threshold):
-    """``[[(frame, change), ...], ...]`` of one place [F, n]: a new run where it differs from the first of the last."""
+def runs(of_patch, threshold):
+    """``[[(frame, change), ...], ...]`` of one patch [F, C, height, width]: a new run where it differs from the first
+    of the last."""
     found = [[(0, math.inf)]]
-    for f in range(1, len(of_place)):
-        change = apart(of_place[f], of_place[found[-1][0][0]])
+    for f in range(1, len(of_patch)):
+        change = apart(of_patch[f], of_patch[found[-1][0][0]])
         if change <= np.float32(threshold):
             found[-1].append((f, float(change)))
         else:
@@ -57,7 +65,20 @@ def noise(pixels, grid, patch):
                 ]
                 if seen:
                     found.append(np.float32(math.fsum(map(float, seen)) / len(seen)))
-    return np.sort(found)[math.floor(0.25 * (len(found) - 1))] if found else np.float32(0)
+    if not found:
+        return np.float32(0)
+    quiet = np.sort(found)[math.floor(0.5 * (len(found) - 1))]
+    inside = [Fraction(float(value)) for value in np.ravel(pixels[:, :, : rows * height, : columns * width])]
+    variance = sum(value**2 for value in inside) / len(inside) - (sum(inside) / len(inside)) ** 2
+    return np.float32(0) if (2 * Fraction(float(quiet))) ** 2 > variance else quiet
+
+
+def shaken(quiet, patch):
+    """Three standard deviations of what white noise with a mean absolute difference of ``quiet`` does to the difference
+    of two means over the smallest quarter of a patch."""
+    smallest = math.prod(side // 2 if side > 1 else 1 for side in patch)
+    sigma = float(quiet) * math.sqrt(math.pi) / 2
+    return 3 * sigma * math.sqrt(2 / smallest)
 
 
 def fill(of_places, missing):
@@ -80,20 +101,21 @@ def fill(of_places, missing):
 
 def plan(pixels, grid, patch, *, prefix=0, tau_reuse=0.0, budget=None):
     """(source [F, S] as lists, change [F, S] as lists, noise, threshold)."""
-    places = cut(pixels, grid, patch, prefix)
-    frames, count, _ = places.shape
+    patches = cut(pixels, grid, patch)
+    frames, count = len(patches), prefix + patches.shape[1]
     quiet = noise(pixels, grid, patch)
 
     def scanned(threshold):
-        return [runs(places[:, s], threshold) for s in range(count)]
+        leading = [[[(f, math.inf)] for f in range(frames)] for _ in range(prefix)]
+        return leading + [runs(patches[:, p], threshold) for p in range(count - prefix)]
 
     def active(found):
         return sum(map(len, found))
 
     if budget is None:
-        threshold = np.float32(tau_reuse) + quiet
+        threshold = np.float32(math.sqrt(tau_reuse**2 + shaken(quiet, patch) ** 2))
         found = scanned(threshold)
-        total = size_of(active(found), frames, count)
+        total = size_of(active(found), frames, count, prefix)
     else:
         low, threshold = np.float32(0), pixels.float().numpy().max() - pixels.float().numpy().min()
         if active(scanned(low)) <= budget:
@@ -116,18 +138,18 @@ def plan(pixels, grid, patch, *, prefix=0, tau_reuse=0.0, budget=None):
     return source, change, float(quiet), float(threshold)
 
 
-def size_of(active, frames, places):
+def size_of(active, frames, places, prefix):
     """The smallest allowed number of computed places that holds ``active``."""
-    return min(size for size in sizes(frames, places, active) if size >= active)
+    return min(size for size in sizes(frames, places, prefix, active) if size >= active)
 
 
-def sizes(frames, places, active=0):
+def sizes(frames, places, prefix, active=0):
     """At most 17; beyond four fifths only all of them."""
     everything = frames * places
     if active > everything * 4 / 5:
         return {everything}
-    step = -(-(frames - 1) * places // 16)
-    return {min(places + k * step, everything) for k in range(17)}
+    changing = (frames - 1) * (places - prefix)
+    return {min(everything - changing + k * -(-changing // 16), everything) for k in range(17)}
 
 
 def packed_encoder(hidden, layers, source, full_layers=()):

@@ -8,7 +8,7 @@ import torch
 from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from pixel_strategies import budgets, places_of, reuse_arguments, thresholds
+from pixel_strategies import budgets, fewest_of, places_of, reuse_arguments, thresholds
 
 from earlytom_compile import reference
 from earlytom_compile.errors import EarlyTomConfigError
@@ -55,6 +55,7 @@ def test_a_source_is_that_of_the_frame_before_or_the_frame_itself(arguments):
     plan = plan_reuse(**arguments)
     source = plan.source.tolist()
     assert source[0] == [0] * places_of(arguments)
+    assert all(row[: arguments["prefix"]] == [f] * arguments["prefix"] for f, row in enumerate(source))
     for f in range(1, len(source)):
         assert all(now in (before, f) for now, before in zip(source[f], source[f - 1], strict=True))
     active = [(f, s) for f, row in enumerate(source) for s, g in enumerate(row) if g == f]
@@ -65,11 +66,12 @@ def test_a_source_is_that_of_the_frame_before_or_the_frame_itself(arguments):
 @given(planned())
 def test_what_is_not_computed_differs_by_no_more_than_the_threshold_from_its_source(arguments):
     plan = plan_reuse(**arguments)
-    cut = brute_force_reuse.cut(*(arguments[name] for name in ("pixels", "grid", "patch", "prefix")))
-    for f, row in enumerate(plan.source.tolist()):
-        for s, g in enumerate(row):
+    patches = brute_force_reuse.cut(*(arguments[name] for name in ("pixels", "grid", "patch")))
+    for f, row in enumerate(plan.source[:, arguments["prefix"] :].tolist()):
+        for p, g in enumerate(row):
             if g != f:
-                assert brute_force_reuse.apart(cut[f, s], cut[g, s]) == plan.change[f, s] <= plan.threshold
+                change = plan.change[f, arguments["prefix"] + p]
+                assert brute_force_reuse.apart(patches[f, p], patches[g, p]) == change <= plan.threshold
 
 
 @some
@@ -83,7 +85,8 @@ def test_a_budget_is_kept_exactly(arguments, data):
 @given(reuse_arguments(), thresholds)
 def test_without_a_budget_the_size_is_one_of_few(arguments, tau_reuse):
     frames, places = len(arguments["pixels"]), places_of(arguments)
-    allowed = brute_force_reuse.sizes(frames, places)
+    allowed = brute_force_reuse.sizes(frames, places, arguments["prefix"])
+    assert min(allowed) == fewest_of(arguments) and max(allowed) == frames * places
     assert len(allowed) <= 17 and plan_reuse(**arguments, tau_reuse=tau_reuse).computed in allowed
 
 
@@ -142,15 +145,16 @@ def test_what_lies_beside_the_grid_belongs_to_nobody(arguments, tau_reuse):
 
 
 @some
-@given(reuse_arguments(min_frames=2), thresholds)
-def test_a_prefix_has_the_pixels_of_the_whole_grid(arguments, tau_reuse):
-    (rows, columns), (height, width) = arguments["grid"], arguments["patch"]
-    everything = len(arguments["pixels"]) * (1 + rows * columns)
-    arguments["prefix"] = 1
-    plan = plan_reuse(**arguments, budget=everything)
-    whole = plan_reuse(arguments["pixels"], (1, 1), (rows * height, columns * width), budget=len(arguments["pixels"]))
-    assert plan.threshold == whole.threshold == 0.0
-    assert torch.equal(plan.change[:, :1], whole.change)
+@given(reuse_arguments(), thresholds, st.integers(1, 3))
+def test_prefixes_are_active_in_every_frame_and_change_nothing_else(arguments, tau_reuse, prefix):
+    """With a budget, since sizes and the share that is too much count them."""
+    patches = plan_reuse(**{**arguments, "prefix": 0}, tau_reuse=tau_reuse)
+    budget = patches.computed + prefix * len(arguments["pixels"])
+    plan = plan_reuse(**{**arguments, "prefix": prefix}, budget=budget)
+    alone = plan_reuse(**{**arguments, "prefix": 0}, budget=patches.computed)
+    assert plan.active[:, :prefix].all() and plan.change[:, :prefix].isinf().all()
+    assert torch.equal(plan.source[:, prefix:], alone.source) and torch.equal(plan.change[:, prefix:], alone.change)
+    assert (plan.noise, plan.threshold) == (alone.noise, alone.threshold)
 
 
 # --- Known answers --------------------------------------------------------------------------------
@@ -161,7 +165,7 @@ def test_a_prefix_has_the_pixels_of_the_whole_grid(arguments, tau_reuse):
 def test_a_still_video_is_computed_once(frames, prefix):
     pixels = torch.randn(1, 3, 13, 11).expand(frames, -1, -1, -1)
     plan = plan_reuse(pixels, (3, 2), (4, 5), prefix=prefix, tau_reuse=0.0)
-    assert plan.computed == 6 + prefix and not plan.source.any()
+    assert plan.computed == 6 + prefix * frames and not plan.source[:, prefix:].any()
     assert (plan.noise, plan.threshold) == (0.0, 0.0)
 
 
@@ -256,6 +260,79 @@ def test_a_budget_finds_the_threshold_between_large_changes_and_small_ones():
     assert not plan.source[:, :3].any() and 0.16 <= plan.threshold < 1.0
 
 
+# --- What counts as change ------------------------------------------------------------------------
+
+
+def change_of(before, after):
+    """Of one patch, ``[C, height, width]`` each."""
+    plan = plan_reuse(torch.stack([before, after]), (1, 1), before.shape[1:], budget=2)
+    return plan.change[1, 0].item()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(slice(0, 2), slice(0, 3)), (slice(2, 5), slice(3, 7))])
+def test_a_quarter_of_a_channel_is_enough(rows, columns):
+    """5 x 7 pixels are cut behind 2 rows and 3 columns."""
+    before = torch.zeros(3, 5, 7)
+    after = before.clone()
+    after[1, rows, columns] = -0.5
+    assert change_of(before, after) == 0.5
+    after[1, rows, columns] = 0.0
+    after[1, rows.start, columns.start] = 6.0
+    assert change_of(before, after) == 6.0 / ((rows.stop - rows.start) * (columns.stop - columns.start))
+
+
+@pytest.mark.parametrize("patch", [(1, 4), (4, 1), (1, 1)])
+def test_a_side_of_one_pixel_is_not_cut(patch):
+    before, after = torch.zeros(1, *patch), torch.zeros(1, *patch)
+    after[0, 0, 0] = 1.0
+    assert change_of(before, after) == 1.0 / max(1, max(patch) // 2)
+
+
+def test_of_pixels_that_change_within_quarters_a_third_counts():
+    """Signs that change places within a quarter leave its mean; all pixels differ by 2."""
+    board = (torch.arange(4)[:, None] + torch.arange(6)).remainder(2).mul(2.0).sub(1.0).expand(3, -1, -1)
+    assert change_of(board[:, :, :4], -board[:, :, :4]) == pytest.approx(2 / 3)
+    both = -board[:, :, :4].clone()
+    both[:, :2, :2] += 1.0
+    assert change_of(board[:, :, :4], both) == 1.0, "the larger of the two, not their sum"
+
+
+def textured(frames, generator):
+    """A still picture of 6 x 6 patches of 14 x 14."""
+    return smooth(84, 84, generator).expand(frames, -1, -1, -1).clone()
+
+
+def test_text_that_scrolls_within_a_patch_is_computed_again():
+    """Seven lines, once in each half of the patch, that come in again above as they go out below: no mean moves."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = textured(5, generator)
+    line = torch.where(torch.rand(14, generator=generator) < 0.5, -1.0, 1.0)
+    text = torch.stack([line, -line] * 3 + [torch.zeros(14)])  # [7, 14], twice in a patch
+    for f in range(5):
+        pixels[f, :, 28:42, 14:28] = text.roll(f, 0).repeat(2, 1)
+    halves = pixels[:, :, 28:42, 14:28].unflatten(2, (2, 7)).unflatten(4, (2, 7)).mean((3, 5))
+    assert torch.allclose(halves, halves[:1], atol=1e-6)
+    plan = plan_reuse(pixels, (6, 6), (14, 14), tau_reuse=0.06)
+    scrolling = 2 * 6 + 1
+    assert plan.active[:, scrolling].all() and (plan.change[1:, scrolling] > 0.2).all()
+    still = [p for p in range(36) if p != scrolling]
+    assert (plan.change[1:, still] == 0).all()
+
+
+def test_fine_texture_that_trembles_is_not_computed_again_but_light_is():
+    """The same mean absolute difference in two patches: from pixel to pixel, and of a quarter that becomes brighter."""
+    generator = torch.Generator().manual_seed(4)
+    pixels = textured(2, generator)
+    board = (torch.arange(14)[:, None] + torch.arange(14)).remainder(2).mul(2.0).sub(1.0)
+    pixels[1, :, :14, :14] += 0.1 * board
+    pixels[1, :, 14:21, 14:21] += 0.4
+    plan = plan_reuse(pixels, (6, 6), (14, 14), tau_reuse=0.06, budget=37)
+    assert plan.active[1].nonzero().flatten().tolist() == [7]
+    assert plan.change[1, 0].item() == pytest.approx(0.1 / 3) and plan.change[1, 7].item() == pytest.approx(0.4)
+    assert (pixels[1] - pixels[0]).abs()[:, :14, :14].mean() == pytest.approx(0.1)
+    assert (pixels[1] - pixels[0]).abs()[:, 14:28, 14:28].mean() == pytest.approx(0.1)
+
+
 # --- Noise ----------------------------------------------------------------------------------------
 
 
@@ -271,18 +348,47 @@ def smooth(height, width, generator):
 
 @pytest.mark.parametrize("sigma", [0.01, 0.1])
 def test_white_noise_is_measured(sigma):
-    """2 sigma / sqrt(pi) is the mean absolute difference of two samples; the quietest quarter lies a little below."""
+    """2 sigma / sqrt(pi) is the mean absolute difference of two samples."""
     generator = torch.Generator().manual_seed(0)
-    picture = smooth(84, 84, generator)
-    pixels = picture + sigma * torch.randn(6, 3, 84, 84, generator=generator)
-    expected = 2 * sigma / math.sqrt(math.pi)
-    assert 0.9 * expected < noise_of(pixels) < expected
-    still = plan_reuse(pixels, (6, 6), (14, 14), tau_reuse=0.2 * expected)
-    assert still.computed == 36, "noise alone changes nothing"
+    pixels = smooth(84, 84, generator) + sigma * torch.randn(6, 3, 84, 84, generator=generator)
+    assert noise_of(pixels) == pytest.approx(2 * sigma / math.sqrt(math.pi), rel=0.02)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_a_still_picture_with_noise_is_computed_once(sigma, prefix):
+    generator = torch.Generator().manual_seed(0)
+    pixels = textured(6, generator) + sigma * torch.randn(6, 3, 84, 84, generator=generator)
+    plan = plan_reuse(pixels, (6, 6), (14, 14), prefix=prefix, tau_reuse=0.06)
+    assert plan.computed == 36 + 6 * prefix
+    assert plan.change[1:, prefix:].max() > 0.5 * sigma, "there was noise"
+
+
+def test_the_threshold_has_three_deviations_of_a_quarter_in_quadrature():
+    """Of 3 x 5 pixels; one in each 2 x 2 block of a picture of zeros and ones changes by 1 / 4."""
+    picture = (torch.arange(12) >= 6).float()[:, None].expand(12, 10)
+    dots = torch.zeros(12, 10)
+    dots[::2, ::2] = 0.25
+    pixels = torch.stack([picture, picture + dots, picture])[:, None]
+    plan = plan_reuse(pixels, (2, 1), (6, 10), tau_reuse=0.25)
+    assert plan.noise == 0.125
+    sigma = 0.125 * math.sqrt(math.pi) / 2
+    assert plan.threshold == pytest.approx(math.sqrt(0.25**2 + (3 * sigma * math.sqrt(2 / 15)) ** 2), rel=1e-6)
+
+
+def test_noise_does_not_hide_what_changes():
+    """A change of twice the threshold is found through noise that changes every pixel by more than that."""
+    generator = torch.Generator().manual_seed(5)
+    pixels = textured(6, generator)
+    pixels[3:, :, 42:56, 42:56] += 0.12
+    pixels += 0.1 * torch.randn(6, 3, 84, 84, generator=generator)
+    plan = plan_reuse(pixels, (6, 6), (14, 14), tau_reuse=0.06)
+    assert plan.change[3, 21] > plan.threshold >= plan.change[1:3].max()
+    assert plan.source[3:, 21].tolist() == [3, 3, 3]
 
 
 def test_noise_is_measured_where_something_moves():
-    """A third of the picture has other content in every frame; the quietest quarter says what the noise is."""
+    """A third of the picture has other content in every frame; the quieter half says what the noise is."""
     generator = torch.Generator().manual_seed(1)
     pixels = smooth(84, 84, generator) + 0.05 * torch.randn(6, 3, 84, 84, generator=generator)
     quiet = noise_of(pixels)
@@ -290,7 +396,31 @@ def test_noise_is_measured_where_something_moves():
     assert quiet <= noise_of(pixels) < 1.1 * quiet
 
 
+@pytest.mark.parametrize("scale", [0.1, 10.0])
+@pytest.mark.parametrize("patch", [2, 14])
+def test_frames_that_have_nothing_in_common_are_not_noise(scale, patch):
+    """They look like white noise: blocks say 2 / sqrt(pi) of their deviation, which is more than half of it."""
+    generator = torch.Generator().manual_seed(6)
+    pixels = scale * torch.randn(5, 3, 4 * patch, 4 * patch, generator=generator)
+    plan = plan_reuse(pixels, (4, 4), (patch, patch), tau_reuse=0.06 * scale)
+    assert plan.noise == 0.0 and plan.active.all()
+
+
+def test_noise_as_loud_as_half_the_picture_is_the_last_that_counts():
+    """Its deviation counts inside the grid alone."""
+    generator = torch.Generator().manual_seed(7)
+    grain = torch.randn(6, 3, 90, 90, generator=generator)
+    stripes = torch.where(torch.arange(90) % 28 < 14, -1.0, 1.0).expand(3, 90, -1)
+    for sigma, heard in ((0.4, True), (0.6, False)):
+        pixels = stripes + sigma * grain
+        pixels[:, :, 84:] = pixels[:, :, :, 84:] = 1000.0
+        expected = 2 * sigma / math.sqrt(math.pi)
+        assert heard == (expected < 0.5 * math.sqrt(1 + sigma**2))
+        assert noise_of(pixels) == (pytest.approx(expected, rel=0.02) if heard else 0.0)
+
+
 def test_light_and_a_smooth_pan_are_not_noise():
+    """But they are changes, of every place: a pan, and light that grows by more than the threshold."""
     generator = torch.Generator().manual_seed(2)
     wide = smooth(84, 120, generator)
     pan = torch.stack([wide[:, :, 3 * f : 3 * f + 84] for f in range(6)])
@@ -298,15 +428,29 @@ def test_light_and_a_smooth_pan_are_not_noise():
     for pixels in (pan, brighter):
         change = (pixels[1:] - pixels[:-1]).abs().mean()
         assert change > 0.09 and noise_of(pixels) < 0.02 * change
+        assert plan_reuse(pixels, (6, 6), (14, 14), tau_reuse=0.06).active.all()
+
+
+def test_flicker_below_the_threshold_is_no_change_and_a_fade_is_one_in_the_end():
+    generator = torch.Generator().manual_seed(2)
+    light = torch.tensor([0.0, 0.05, -0.05, 0.05, 0.0, -0.05]).view(6, 1, 1, 1)
+    picture = textured(6, generator)
+    assert plan_reuse(picture + light, (6, 6), (14, 14), tau_reuse=0.06).computed == 36
+    fading = picture + 0.025 * torch.arange(6.0).view(6, 1, 1, 1)
+    assert plan_reuse(fading, (6, 6), (14, 14), tau_reuse=0.06).source[:, 0].tolist() == [0, 0, 0, 3, 3, 3]
 
 
 @pytest.mark.parametrize("patch", [(1, 4), (4, 1)])
 def test_patches_of_a_row_or_a_column_have_no_noise(patch):
-    assert plan_reuse(torch.randn(4, 3, 8, 8), (2, 2), patch, tau_reuse=0.0).noise == 0.0
+    """In a picture beside which it would be small."""
+    pixels = torch.randn(1, 3, 8, 8) + 0.01 * torch.randn(4, 3, 8, 8)
+    assert plan_reuse(pixels, (2, 2), patch, tau_reuse=0.0).noise == 0.0
+    assert plan_reuse(pixels, (2, 2), (4, 4), tau_reuse=0.0).noise > 0.0
 
 
 def test_an_odd_last_row_and_column_do_not_count():
-    pixels = torch.randn(3, 2, 10, 10)
+    """For the noise; changes of a quarter have them in."""
+    pixels = torch.randn(1, 2, 10, 10) + 0.01 * torch.randn(3, 2, 10, 10)
     other = pixels.clone()
     other[:, :, 4::5] = other[:, :, :, 4::5] = 0.0
     assert noise_of(pixels, 5) == noise_of(other, 5) > 0
@@ -323,6 +467,17 @@ def test_the_budget_of_a_ratio(frames, places, ratio, budget):
     assert reuse_budget(frames, places, ratio) == budget
 
 
+@pytest.mark.parametrize(("ratio", "budget"), [(0.1, 730 + 7), (0.126, 737), (0.127, 742), (0.5, 2920), (1.0, 5840)])
+def test_a_budget_holds_the_prefixes_of_every_frame(ratio, budget):
+    assert reuse_budget(8, 730, ratio, prefix=1) == budget
+
+
+def test_a_budget_of_the_fewest_is_each_patch_once_and_its_prefixes_in_every_frame():
+    arguments = {"pixels": torch.randn(4, 1, 4, 4), "grid": (2, 2), "patch": (2, 2), "prefix": 2}
+    plan = plan_reuse(**arguments, budget=reuse_budget(4, 6, 0.01, prefix=2))
+    assert plan.computed == 12 and not plan.source[:, 2:].any()
+
+
 PIXELS = torch.zeros(2, 3, 8, 8)
 BAD_INPUT = {
     "no frames": ({"pixels": torch.zeros(0, 3, 8, 8)}, "pixels has shape"),
@@ -337,6 +492,7 @@ BAD_INPUT = {
     "NaN tau": ({"tau_reuse": math.nan}, "tau_reuse=nan"),
     "tau that is none": ({"tau_reuse": True}, "tau_reuse=True"),
     "budget below a frame": ({"budget": 3}, "budget=3.* from 4 to 8"),
+    "budget without the prefix of every frame": ({"prefix": 1, "budget": 5}, "budget=5.* from 6 to 10"),
     "budget above all": ({"budget": 9}, "budget=9.* from 4 to 8"),
     "budget in parts": ({"budget": 4.0}, "budget=4.0"),
 }
@@ -349,7 +505,10 @@ def test_bad_input_is_an_error(name):
         plan_reuse(**{"pixels": PIXELS, "grid": (2, 2), "patch": (4, 4), **changes})
 
 
-@pytest.mark.parametrize("bad", [(0, 4, 0.5), (2, 0, 0.5), (2, 4, 0.0), (2, 4, 1.1), (2, 4, math.nan)])
+@pytest.mark.parametrize(
+    "bad",
+    [(0, 4, 0.5), (2, 0, 0.5), (2, 4, 0.0), (2, 4, 1.1), (2, 4, math.nan), (2, 4, 0.5, 4), (2, 4, 0.5, -1)],
+)
 def test_bad_ratios_are_errors(bad):
     with pytest.raises(EarlyTomConfigError, match="must be"):
         reuse_budget(*bad)

@@ -15,9 +15,9 @@ from earlytom_compile.cli.main import main
 from earlytom_compile.toyworld import report
 from earlytom_compile.toyworld.answers import answer_logits
 from earlytom_compile.toyworld.checkpoint import build_model
-from earlytom_compile.toyworld.evaluate import Result, arms, evaluate, load_questions
+from earlytom_compile.toyworld.evaluate import Arm, Result, arms, evaluate, load_questions
 from earlytom_compile.toyworld.language import build_tokenizer
-from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, method
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, REUSE, STAGE_1, method
 from earlytom_compile.toyworld.model import SHAPE, save
 from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.toyworld.world import sample_video
@@ -35,13 +35,34 @@ def questions():
 
 
 def result_of(right, asked):
-    return Result("some", 0.1, 13.0, np.array(right, bool), np.array(asked, bool))
+    return Result(Arm("some", 0.1), 13.0, 0.5, np.array(right, bool), np.array(asked, bool))
 
 
 def test_questions_are_the_same_in_every_run(questions):
     again = load_questions("validation", first=7, videos=12)
     assert torch.equal(questions.frames, again.frames) and questions.asked == again.asked
     assert all(len({q.category for q in asked}) == len(asked) > 0 for asked in questions.asked)
+
+
+def test_frames_of_a_file_are_near_the_drawn_ones_and_questions_stay(questions):
+    encoded = load_questions("validation", first=7, videos=3, mp4=True)
+    assert encoded.asked == questions.asked[:3] and encoded.frames.dtype == torch.uint8
+    apart = (encoded.frames.float() - questions.frames[:3].float()).abs().mean((2, 3, 4))  # [3, 8]
+    assert 0 < apart.max() < 8
+    # Each is nearest to the frame that it is sampled from, or as near to one that looks the same.
+    for video, drawn in zip(encoded.frames.float(), questions.frames.float(), strict=False):
+        distances = (video[:, None] - drawn[None]).abs().mean((2, 3, 4))
+        assert (distances.diagonal() <= distances.min(1).values + 1).all()
+
+
+def test_noise_has_the_spread_that_was_asked_for_and_is_the_same_in_every_run(questions):
+    noisy = load_questions("validation", first=7, videos=3, noise=0.05)
+    apart = (noisy.frames.float() - questions.frames[:3].float()) / 127.5
+    inside = (questions.frames[:3] > 40) & (questions.frames[:3] < 215)  # where nothing is cut off
+    assert apart[inside].std() == pytest.approx(0.05, rel=0.02) and abs(apart[inside].mean()) < 1e-3
+    assert torch.equal(noisy.frames, load_questions("validation", first=7, videos=3, noise=0.05).frames)
+    first, second = apart[0, :2]
+    assert not torch.equal(first, second)
 
 
 def test_chance_is_one_over_the_choices(questions):
@@ -80,7 +101,7 @@ def test_a_model_that_always_says_one_word_is_right_where_that_is_the_answer(mod
         return logits, labels
 
     monkeypatch.setattr("earlytom_compile.toyworld.evaluate.answer_logits", only)
-    found = evaluate(model, questions, ALL_TOKENS, None)
+    found = evaluate(model, questions, Arm(ALL_TOKENS))
     expected = [[q.answer == said for q in asked] for asked in questions.asked]
     assert found.right.sum() == sum(map(sum, expected)) > 0
     assert found.asked.sum() == sum(map(len, expected))
@@ -92,21 +113,22 @@ def test_a_model_that_always_says_one_word_is_right_where_that_is_the_answer(mod
 
 
 def test_arms_are_all_methods_at_all_ratios():
-    expected = {(ALL_TOKENS, None), (NO_TOKENS, None), (STAGE_1, None)}
-    expected |= {(name, ratio) for name in METHODS for ratio in (0.25, 0.1)}
+    expected = {Arm(ALL_TOKENS), Arm(NO_TOKENS), Arm(STAGE_1), Arm(REUSE)}
+    expected |= {Arm(name, ratio) for name in METHODS for ratio in (0.25, 0.1)}
     found = arms((0.25, 0.1))
     assert set(found) == expected and len(found) == len(expected)
 
 
 def test_options_reach_the_methods(model, questions):
-    never = evaluate(model, questions, STAGE_1, None, {"tau_merge": 2.0})
-    assert never.tokens == 128 > evaluate(model, questions, STAGE_1, None).tokens
+    never = evaluate(model, questions, Arm(STAGE_1), {"tau_merge": 2.0})
+    sometimes = evaluate(model, questions, Arm(STAGE_1))
+    assert never.tokens == 128 > sometimes.tokens and never.work == 1 > sometimes.work
 
 
 def test_tokens_and_accuracy_of_a_chunked_run_are_those_of_one_chunk(model, questions, monkeypatch):
-    whole = evaluate(model, questions, "random tokens", 0.25)
+    whole = evaluate(model, questions, Arm("random tokens", 0.25))
     monkeypatch.setattr("earlytom_compile.toyworld.evaluate._AT_ONCE", 5)
-    parts = evaluate(model, questions, "random tokens", 0.25)
+    parts = evaluate(model, questions, Arm("random tokens", 0.25))
     assert np.array_equal(whole.right, parts.right) and np.array_equal(whole.asked, parts.asked)
 
 
@@ -149,9 +171,9 @@ def test_what_was_not_asked_is_a_dash_and_one_is_not_many(questions):
     asked = np.zeros((3, 5), bool)
     asked[:, 0] = True
     few.asked[:] = [[q for q in asked_about if q.category == CATEGORIES[0]] for asked_about in few.asked]
-    full = replace(result_of(asked, asked), method=ALL_TOKENS)
+    full = replace(result_of(asked, asked), arm=Arm(ALL_TOKENS))
     cells, guessing = report.rows([full], few)
-    assert cells[3:] == ("100.0 (100.0-100.0)", "", "100.0", "–", "–", "–", "–")
+    assert cells[3:] == ("50.0%", "100.0 (100.0-100.0)", "", "100.0", "–", "–", "–", "–")
     assert guessing[-4:] == ("–",) * 4
     text = report.to_markdown([full], few, {"command": "c"})
     assert "nan" not in text and "3 questions about 3 videos" in text
@@ -173,18 +195,19 @@ def test_the_command_evaluates_every_arm_and_writes_what_it_prints(model, tmp_pa
     command = ["eval", "--toy", "--model", str(folder), "--videos", "6", "--retain-ratios", ratios]
     assert main([*command, "--device", "cpu", "--json", files[0], "--markdown", files[1], "--plot", files[2]]) == 0
     content = json.loads((tmp_path / "a.json").read_text())
-    found = {(result["method"], result["retain_ratio"]): result for result in content["results"]}
+    found = {Arm(result["method"], result["retain_ratio"]): result for result in content["results"]}
     assert list(found) == arms(tuple(map(float, ratios.split(",")))) and len(found) == len(content["results"])
-    assert found[ALL_TOKENS, None]["tokens"] == 128
-    assert found[NO_TOKENS, None]["tokens"] == 0
-    assert found["earlytom paper", 0.1]["tokens"] == 13
+    assert found[Arm(ALL_TOKENS)]["tokens"] == 128
+    assert found[Arm(NO_TOKENS)]["tokens"] == 0
+    assert found[Arm("earlytom paper", 0.1)]["tokens"] == 13
+    assert found[Arm(REUSE)]["tokens"] == 128 and found[Arm(REUSE)]["work"] < found[Arm(ALL_TOKENS)]["work"] == 1
     assert content["split"] == "test" and content["torch"] == torch.__version__
     assert sum(part["videos"] for part in content["unseen pairs"].values()) == 6
     table = (tmp_path / "a.md").read_text()
     printed = capsys.readouterr().out
     for name in (ALL_TOKENS, NO_TOKENS, STAGE_1, *METHODS, "guessing"):
         assert name in printed and f"| {name} |" in table
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"accuracy.png", "categories.png"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"accuracy.png", "categories.png", "encoder.png"}
 
 
 @pytest.mark.parametrize(
@@ -204,4 +227,4 @@ def test_mistakes_are_named(wrong, word, capsys):
 
 
 def test_a_method_without_tokens_still_answers(model, questions):
-    assert len(method(NO_TOKENS, model, 0.1)(torch.zeros(8, 3, 96, 96))) == 0
+    assert len(method(NO_TOKENS, model, 0.1)(torch.zeros(8, 3, 96, 96)).tokens) == 0

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracle_reuse import ReusingEncoder
 
+from earlytom_compile import reference
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.toyworld import methods
@@ -55,18 +57,80 @@ QUICK = {(0.2, "released"), (0.15, "plus"), (0.1, "paper")}
 )
 @torch.no_grad()
 def test_the_installed_code_agrees_with_hooks_and_specification(shallow, videos, variant, ratio):
-    compress = methods.method(f"earlytom {variant}", shallow, ratio)
-    config = EarlyTomConfig(retain_ratio=ratio, variant=variant)
+    name = methods.PLUS_MERGING if variant == "plus" else f"earlytom {variant}"
+    compress = methods.method(name, shallow, ratio)
+    config = EarlyTomConfig(retain_ratio=ratio, variant=variant, reuse=False)
     for pixels in videos:
-        expected = methods.two_stages(shallow, config, pixels)
-        torch.testing.assert_close(compress(pixels), expected, rtol=1e-5, atol=1e-6)
+        found, expected = compress(pixels), methods.two_stages(shallow, config, pixels)
+        torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-5, atol=1e-6)
+        assert found.work == expected.work < 1
+
+
+def reused(model, pixels, **options):
+    """Tokens [8, 16, C] and the share of the layers' work, by the oracle's hooks on the tower's own layers."""
+    layers = methods._encoder_layers(model)
+    encoder = ReusingEncoder(layers, pixels, SHAPE.patch, **options)
+    with encoder.hooked():
+        model.model.vision_tower(pixels)
+    shares = [1 if i in encoder.full_layers else int(encoder.plan.computed) / 512 for i in range(len(layers))]
+    return model.model.apply_pooling(model.model.multi_modal_projector(encoder.output)), sum(shares) / len(layers)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tau_reuse": 0.06, "full_layers": (1,)},
+        pytest.param({"encode_ratio": 0.3, "full_layers": ()}, marks=pytest.mark.long),
+    ],
+)
+@torch.no_grad()
+def test_reuse_alone_keeps_every_token_and_costs_what_is_computed(shallow, videos, given):
+    compress = methods.method(methods.REUSE, shallow, 0.1, **given)
+    for pixels in videos:
+        tokens, work = reused(shallow, pixels, **{"tau_reuse": 0.03, **given})
+        found = compress(pixels)
+        torch.testing.assert_close(found.tokens, tokens.flatten(0, 1), rtol=1e-4, atol=1e-5)
+        assert found.work == pytest.approx(work, abs=1e-12) and work < 1
+
+
+@torch.no_grad()
+def test_plus_reuses_and_selects_what_represents_the_rest(shallow, videos):
+    compress = methods.method("earlytom plus", shallow, 0.15, full_layers=(3,))
+    for pixels in videos:
+        tokens, work = reused(shallow, pixels, tau_reuse=EarlyTomConfig.tau_reuse, full_layers=(3,))
+        kept = reference.select_representatives(tokens, frames_in=8, retain_ratio=0.15)
+        found = compress(pixels)
+        torch.testing.assert_close(found.tokens, tokens[kept[:, 0], kept[:, 1]], rtol=1e-4, atol=1e-5)
+        assert found.work == pytest.approx(work, abs=1e-12)
+
+
+EVERY = {"tau_seg": 0.5, "max_window": 4, "tau_merge": 0.9, "tau_reuse": 0.1, "full_layers": (7,)}
+
+
+@pytest.mark.parametrize(
+    "names, reuse, takes",
+    [
+        (("earlytom paper", "earlytom released"), {}, {"tau_seg", "max_window", "tau_merge"}),
+        (("earlytom paper",), {"reuse": True}, {"reuse", "tau_seg", "max_window", "tau_reuse", "full_layers"}),
+        (("earlytom plus", methods.REUSE), {}, {"tau_reuse", "full_layers"}),
+        (("earlytom plus",), {"reuse": False}, {"reuse", "tau_seg", "max_window", "tau_merge"}),
+        ((methods.PLUS_MERGING,), {"reuse": True}, {"tau_seg", "max_window", "tau_merge"}),
+        ((methods.STAGE_1, "only stage 2", "random tokens"), {"reuse": True}, {"tau_seg", "tau_merge"}),
+        ((methods.ALL_TOKENS, "frame subsampling", "average pooling"), {"reuse": True}, set()),
+    ],
+)
+def test_each_method_takes_what_means_something_to_it(names, reuse, takes):
+    for name in names:
+        found = methods.taken(name, {**EVERY, **reuse})
+        assert found == {option: value for option, value in {**EVERY, **reuse}.items() if option in takes}
+        EarlyTomConfig.from_options({**methods.INSTALLED.get(name, {}), **found})  # refuses what has no effect
 
 
 @pytest.mark.long  # compiles twice; the ratio and the variant reach it in the test above
 @torch.no_grad()
 def test_options_reach_the_installed_code(shallow, videos):
     none, many = (methods.method("earlytom paper", shallow, 0.25, merge_layers=layers) for layers in ((0,), (0, 1, 2)))
-    assert not torch.equal(none(videos[0]), many(videos[0]))
+    assert not torch.equal(none(videos[0]).tokens, many(videos[0]).tokens)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -81,30 +145,34 @@ def test_how_many_tokens_each_leaves(model, videos, ratio):
     }
     for name, count in expected.items():
         compress = methods.method(name, model, ratio)
-        assert {len(compress(pixels)) for pixels in videos} == {count}, name
+        assert {len(compress(pixels).tokens) for pixels in videos} == {count}, name
 
 
 def test_all_tokens_are_the_models_own(model, videos):
     compress = methods.method(methods.ALL_TOKENS, model, 0.1)
-    torch.testing.assert_close(compress(videos[0]), uncompressed(model, videos[0]), rtol=1e-5, atol=1e-6)
-    assert len(methods.method(methods.NO_TOKENS, model, 0.1)(videos[0])) == 0
+    tokens, work = compress(videos[0])
+    torch.testing.assert_close(tokens, uncompressed(model, videos[0]), rtol=1e-5, atol=1e-6)
+    nothing = methods.method(methods.NO_TOKENS, model, 0.1)(videos[0])
+    assert work == 1 and len(nothing.tokens) == nothing.work == 0
 
 
 def test_frame_subsampling_takes_whole_frames_from_the_middle_of_equal_parts(model, videos):
-    kept = methods.method("frame subsampling", model, 0.25)(videos[1])
+    kept, work = methods.method("frame subsampling", model, 0.25)(videos[1])
+    assert work == 2 / 8
     every = uncompressed(model, videos[1]).view(8, 16, -1)
     torch.testing.assert_close(kept, every[[2, 6]].flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_average_pooling_averages_blocks(model, videos):
-    kept = methods.method("average pooling", model, 0.25)(videos[1])
+    kept, _ = methods.method("average pooling", model, 0.25)(videos[1])
     every = uncompressed(model, videos[1]).view(8, 2, 2, 2, 2, -1)  # frame, row, in block, column, in block
     torch.testing.assert_close(kept, every.mean((2, 4)).flatten(0, 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["only stage 2", "frame subsampling"])
 def test_what_selects_without_merging_takes_tokens_as_they_are(model, videos, name):
-    kept = methods.method(name, model, 0.1)(videos[2])
+    kept, work = methods.method(name, model, 0.1)(videos[2])
+    assert work == (1 if name == "only stage 2" else 1 / 8)
     # Through a matrix product, as cdist computes large ones, equal rows would be 1e-2 apart.
     distances = torch.cdist(kept, uncompressed(model, videos[2]), compute_mode="donot_use_mm_for_euclid_dist")
     assert distances.min(1).values.max() < 1e-3
@@ -112,8 +180,9 @@ def test_what_selects_without_merging_takes_tokens_as_they_are(model, videos, na
 
 def test_random_tokens_differ_by_video_and_not_by_run(model, videos):
     compress = methods.method("random tokens", model, 0.1)
-    torch.testing.assert_close(compress(videos[0]), compress(videos[0]), rtol=0, atol=0)
-    assert not torch.allclose(compress(videos[0]), compress(videos[1]))
+    first, again, other = (compress(pixels).tokens for pixels in (videos[0], videos[0], videos[1]))
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert not torch.allclose(first, other)
 
 
 def test_top_k_takes_the_most_attended_of_every_frame(model, videos):
@@ -126,14 +195,17 @@ def test_top_k_takes_the_most_attended_of_every_frame(model, videos):
     for index in range(frames):
         best = encoded.importance[index].argsort(descending=True, stable=True)[: base + (index < spare)]
         expected.append(encoded.tokens[index, best.sort().values])
-    torch.testing.assert_close(methods.method("top-k without decoupling", model, 0.25)(videos[0]), torch.cat(expected))
+    found = methods.method("top-k without decoupling", model, 0.25)(videos[0])
+    torch.testing.assert_close(found.tokens, torch.cat(expected))
 
 
 def test_only_stage_1_keeps_every_token_of_the_frames_left(model):
     still = normalized(torch.from_numpy(sample_video("test", 0).frames()))[:1].expand(8, -1, -1, -1)
-    kept = methods.method(methods.STAGE_1, model, 0.1)(still)
+    kept, work = methods.method(methods.STAGE_1, model, 0.1)(still)
     # 8 equal frames: 6 middle ones pair to 3, then 5 -> (1 + 1 + 1 of 3) 4.
     assert len(kept) == 16 * 4
+    # Frames merge behind layers 1 and 6 of 0 to 7.
+    assert work == (8 * 2 + 5 * 5 + 4) / 64
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
-from earlytom_compile.toyworld.evaluate import evaluate, load_questions
+from earlytom_compile.toyworld.evaluate import Arm, evaluate, load_questions
 from earlytom_compile.toyworld.language import CHAT_TEMPLATE, build_tokenizer
 from earlytom_compile.toyworld.methods import ALL_TOKENS, NO_TOKENS
 from earlytom_compile.toyworld.model import SHAPE, WEIGHTS
@@ -23,19 +23,19 @@ def questions(request):
 
 
 def test_it_answers(model, questions):
-    found = evaluate(model, questions, ALL_TOKENS, None)
+    found = evaluate(model, questions, Arm(ALL_TOKENS))
     assert found.accuracy() >= 0.9
     for category in CATEGORIES:
         assert found.accuracy(category) >= 0.8, category
 
 
 def test_its_answers_come_from_the_video(model, questions):
-    blind = evaluate(model, questions, NO_TOKENS, None)
+    blind = evaluate(model, questions, Arm(NO_TOKENS))
     assert blind.accuracy() < questions.overall_chance + 0.1
 
 
 def test_compressed_it_still_answers_most(model, questions):
-    assert evaluate(model, questions, "earlytom plus", 0.25).accuracy() >= 0.85
+    assert evaluate(model, questions, Arm("earlytom plus", 0.25)).accuracy() >= 0.85
 
 
 def test_tokenizer_and_chat_template_are_those_of_the_language():
