@@ -27,7 +27,7 @@ from .outputs import output_console, write_text
 from .resume import check_resume, saved_content, stopped
 
 _FILE_WIDTH = 160  # columns, where nobody watches
-_OF_TOY = ("methods", "videos", "split", "first", "try_", "mp4", "noise", "plot")
+_OF_TOY = ("methods", "videos", "split", "first", "try_", "encoded", "noise", "plot")
 """Options that mean nothing to benchmarks."""
 _NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selection", "strict")
 """Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
@@ -82,7 +82,7 @@ def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None
                 arguments.first,
                 arguments.videos,
                 lambda: progress.advance(task),
-                mp4=arguments.mp4,
+                encoded=arguments.encoded,
                 noise=arguments.noise,
             )
             progress.add_task(f"timing {_PIECE} videos", total=None)
@@ -114,7 +114,7 @@ def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
         "split": arguments.split,
         "first video": arguments.first,
         "videos": arguments.videos,
-        "mp4": arguments.mp4,
+        "encoded": arguments.encoded,
         "noise": arguments.noise,
         "model": arguments.model or "the one that comes along",
         "options": options,
