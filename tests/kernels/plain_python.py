@@ -6,6 +6,7 @@ Each function sees one video, one frame or one row. Thresholds and the moving av
 """
 
 import math
+import statistics
 
 import numpy as np
 
@@ -205,30 +206,46 @@ Table = list[list[int]]
 Changes = list[list[float]]
 
 
-def pixels_of(frame: np.ndarray, grid: list[int], patch: list[int], prefix: int, place: int) -> np.ndarray:
-    """[C, height, width] of one place of a frame [C, H, W]."""
-    if place < prefix:
-        return frame[:, : grid[0] * patch[0], : grid[1] * patch[1]]
-    top, left = (place - prefix) // grid[1] * patch[0], (place - prefix) % grid[1] * patch[1]
+def pixels_of(frame: np.ndarray, grid: list[int], patch: list[int], number: int) -> np.ndarray:
+    """[C, height, width] of one patch of a frame [C, H, W]."""
+    top, left = number // grid[1] * patch[0], number % grid[1] * patch[1]
     return frame[:, top : top + patch[0], left : left + patch[1]]
 
 
-def mean_of_sizes(x: np.ndarray) -> np.float32:
+def mean_of_sizes(x: np.ndarray) -> float:
     values = [abs(float(value)) for value in x.ravel()]
-    return np.float32(math.fsum(values) / len(values))
+    return math.fsum(values) / len(values)
 
 
-def scan_places(views: list[list[np.ndarray]], threshold: np.float32) -> tuple[Table, Changes]:
-    """``views[f][s]`` float32 are the pixels of place s in frame f."""
-    source, change = [[0] * len(views[0])], [[math.inf] * len(views[0])]
+def quarters_of(patch: np.ndarray) -> list[np.ndarray]:
+    """Of every channel; fewer where a side cannot be cut."""
+    _, height, width = patch.shape
+    cuts = [
+        (i, j)
+        for i in (slice(height // 2), slice(height // 2, height))
+        for j in (slice(width // 2), slice(width // 2, width))
+    ]
+    return [channel[cut] for channel in patch for cut in cuts if channel[cut].size]
+
+
+def change_of_patch(one: np.ndarray, other: np.ndarray) -> np.float32:
+    of_means = [
+        abs(math.fsum([*map(float, a.ravel()), *map(float, -b.ravel())])) / a.size
+        for a, b in zip(quarters_of(one), quarters_of(other), strict=True)
+    ]
+    return np.float32(max(*of_means, mean_of_sizes(one - other) / 3))
+
+
+def scan_places(views: list[list[np.ndarray]], prefix: int, threshold: np.float32) -> tuple[Table, Changes]:
+    """``views[f][p]`` float32 are the pixels of patch p in frame f."""
+    source = [[f] * prefix + [0] * len(views[0]) for f in range(len(views))]
+    change = [[math.inf] * (prefix + len(views[0])) for _ in views]
     for f in range(1, len(views)):
-        source.append([])
-        change.append([])
-        for s, now in enumerate(views[f]):
-            computed = source[f - 1][s]
-            apart = mean_of_sizes(now - views[computed][s])
-            source[f].append(computed if apart <= threshold else f)
-            change[f].append(float(apart))
+        for p, now in enumerate(views[f]):
+            computed = source[f - 1][prefix + p]
+            apart = change_of_patch(now, views[computed][p])
+            source[f][prefix + p] = computed if apart <= threshold else f
+            change[f][prefix + p] = float(apart)
     return source, change
 
 
@@ -236,10 +253,10 @@ def active_places(source: Table) -> list[tuple[int, int]]:
     return [(f, s) for f, row in enumerate(source) for s, g in enumerate(row) if g == f]
 
 
-def noise_of_pixels(views: list[list[np.ndarray]], prefix: int) -> np.float32:
+def noise_of_pixels(views: list[list[np.ndarray]]) -> np.float32:
     found = []
     for before, now in zip(views, views[1:], strict=False):
-        for one, other in zip(before[prefix:], now[prefix:], strict=True):
+        for one, other in zip(before, now, strict=True):
             apart = other - one
             blocks = [
                 (apart[c, i, j] - apart[c, i, j + 1] - apart[c, i + 1, j] + apart[c, i + 1, j + 1]) / np.float32(2)
@@ -248,8 +265,10 @@ def noise_of_pixels(views: list[list[np.ndarray]], prefix: int) -> np.float32:
                 for j in range(0, apart.shape[2] - 1, 2)
             ]
             if blocks:
-                found.append(mean_of_sizes(np.array(blocks)))
-    return sorted(found)[(len(found) - 1) // 4] if found else np.float32(0)
+                found.append(np.float32(mean_of_sizes(np.array(blocks))))
+    noise = statistics.median_low(found) if found else np.float32(0)
+    loudness = statistics.pstdev(float(value) for frame in views for patch in frame for value in patch.ravel())
+    return noise if noise <= loudness / 2 else np.float32(0)
 
 
 def fill_places(source: Table, change: Changes, total: int) -> None:
@@ -266,35 +285,41 @@ def fill_places(source: Table, change: Changes, total: int) -> None:
         source[-minus_f][s] = -minus_f
 
 
-def rounded_up(active: int, frames: int, places: int) -> int:
-    if active > 0.8 * frames * places:
-        return frames * places
-    sizes = [places + i * math.ceil((frames - 1) * places / 16) for i in range(17)]
-    return min(min(size for size in sizes if size >= active), frames * places)
+def rounded_up(active: int, frames: int, places: int, prefix: int) -> int:
+    every, fewest = frames * places, places + (frames - 1) * prefix
+    if active > 0.8 * every:
+        return every
+    sizes = [fewest + i * math.ceil((every - fewest) / 16) for i in range(17)]
+    return min(min(size for size in sizes if size >= active), every)
 
 
 def plan_reuse(
     pixels: np.ndarray, grid: list[int], patch: list[int], prefix: int, tau: float, budget: int
 ) -> tuple[Table, Changes, np.float32, np.float32]:
     """(source, change, noise, threshold) of one video, float32 [F, C, H, W]."""
-    places = prefix + grid[0] * grid[1]
-    views = [[pixels_of(frame, grid, patch, prefix, s) for s in range(places)] for frame in pixels]
-    noise = noise_of_pixels(views, prefix)
-    spread = pixels.max() - pixels.min()
-    threshold = threshold_of_budget(views, budget, spread) if budget else np.float32(tau) + noise
-    source, change = scan_places(views, threshold)
-    active = len(active_places(source))
-    fill_places(source, change, budget or rounded_up(active, len(pixels), places))
+    views = [[pixels_of(frame, grid, patch, p) for p in range(grid[0] * grid[1])] for frame in pixels]
+    noise = noise_of_pixels(views)
+    if budget:
+        threshold = threshold_of_budget(views, prefix, budget, pixels.max() - pixels.min())
+    else:
+        smallest = min(quarter.size for quarter in quarters_of(views[0][0]))
+        threshold = np.float32(math.hypot(tau, 3 * float(noise) * math.sqrt(math.pi / (2 * smallest))))
+    source, change = scan_places(views, prefix, threshold)
+    active, places = len(active_places(source)), prefix + len(views[0])
+    fill_places(source, change, budget or rounded_up(active, len(pixels), places, prefix))
     return source, change, noise, threshold
 
 
-def threshold_of_budget(views: list[list[np.ndarray]], budget: int, high: np.float32) -> np.float32:
+def threshold_of_budget(views: list[list[np.ndarray]], prefix: int, budget: int, high: np.float32) -> np.float32:
+    def fits(threshold: np.float32) -> bool:
+        return len(active_places(scan_places(views, prefix, threshold)[0])) <= budget
+
     low = np.float32(0)
-    if len(active_places(scan_places(views, low)[0])) <= budget:
+    if fits(low):
         return low
     for _ in range(12):
         middle = (low + high) / np.float32(2)
-        if len(active_places(scan_places(views, middle)[0])) <= budget:
+        if fits(middle):
             high = middle
         else:
             low = middle

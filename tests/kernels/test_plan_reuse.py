@@ -30,6 +30,14 @@ class Call:
     def places(self):
         return self.prefix + math.prod(self.grid)
 
+    @property
+    def fewest(self):
+        return self.places + (self.pixels.shape[1] - 1) * self.prefix
+
+    @property
+    def every(self):
+        return self.pixels.shape[1] * self.places
+
     def of(self, video):
         """The same of one video alone."""
         return replace(self, pixels=self.pixels[video])
@@ -45,10 +53,8 @@ def calls(draw, dtype=native_dtypes):
     height, width = (grid[i] * patch[i] + margin[i] for i in range(2))
     seed, steps = draw(st.integers(0, 2**31)), draw(st.sampled_from([0, 2, 16]))
     pixels = torch.stack([clip(seed + v, frames, channels, height, width, steps) for v in range(videos)])
-    places = prefix + grid[0] * grid[1]
-    budget = draw(st.one_of(st.just(0), st.integers(places, frames * places)))
-    tau = draw(st.sampled_from([0.0, 0.03, 0.125, 0.5]))
-    return Call(pixels.to(draw(dtype)), grid, patch, prefix, tau, budget)
+    call = Call(pixels.to(draw(dtype)), grid, patch, prefix, draw(st.sampled_from([0.0, 0.03, 0.125, 0.5])), 0)
+    return replace(call, budget=draw(st.one_of(st.just(0), st.integers(call.fewest, call.every))))
 
 
 def assert_plans_equal(one, other):
@@ -89,6 +95,7 @@ def test_what_is_not_computed_reads_what_was_and_differs_by_at_most_the_threshol
     frames = source.shape[1]
     frame = torch.arange(frames)[:, None]
     assert (source[:, 0] == 0).all() and change[:, 0].isinf().all()
+    assert (source == frame)[..., : call.prefix].all() and change[..., : call.prefix].isinf().all()
     assert ((source[:, 1:] == source[:, :-1]) | (source[:, 1:] == frame[1:])).all()
     active = source == frame
     assert torch.equal(active.flatten(1).sum(1), computed)
@@ -96,8 +103,8 @@ def test_what_is_not_computed_reads_what_was_and_differs_by_at_most_the_threshol
     if call.budget:
         assert (computed == call.budget).all()
     else:
-        step = math.ceil((frames - 1) * call.places / 16)
-        sizes = {min(call.places + i * step, frames * call.places) for i in range(17)}
+        step = math.ceil((call.every - call.fewest) / 16)
+        sizes = {min(call.fewest + i * step, call.every) for i in range(17)}
         assert set(computed.tolist()) <= sizes
 
 
@@ -106,8 +113,8 @@ def test_what_is_not_computed_reads_what_was_and_differs_by_at_most_the_threshol
 def test_a_larger_budget_with_the_same_threshold_computes_more_of_the_same(call, share):
     """Filling up goes on where it would have stopped."""
     frames = call.pixels.shape[1]
-    budget = call.places + int(share * (frames - 1) * call.places)
-    small, large = (replace(call.of(0), budget=b).plan() for b in (budget, min(budget + 1, frames * call.places)))
+    budget = call.fewest + int(share * (call.every - call.fewest))
+    small, large = (replace(call.of(0), budget=b).plan() for b in (budget, min(budget + 1, call.every)))
     if torch.equal(small[3], large[3]):
         frame = torch.arange(frames)[:, None]
         assert ((large[0] == frame) | (small[0] != frame)).all()
@@ -122,14 +129,16 @@ def planned(pixels, grid=(2, 2), patch=(4, 4), prefix=0, tau=0.0, budget=0):
 def test_a_still_video_is_one_frame(frames, prefix):
     pixels = torch.randn(1, 3, 9, 10).expand(frames, 3, 9, 10)
     source, change, computed, measured = planned(pixels, prefix=prefix)
-    places = prefix + 4
-    assert (source == 0).all() and (change[:, 1:] == 0).all()
-    assert computed.tolist() == [places] and measured.tolist() == [[0, 0]]
+    assert (source[..., prefix:] == 0).all() and (change[:, 1:, prefix:] == 0).all()
+    assert torch.equal(source[..., :prefix], torch.arange(frames)[None, :, None].expand(1, frames, prefix))
+    assert change[..., :prefix].isinf().all()
+    assert computed.tolist() == [frames * prefix + 4] and measured.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("budget", [0, 5 * 7])
 def test_where_everything_changes_everything_is_computed(budget):
-    source, _, computed, _ = planned(torch.randn(7, 3, 9, 10).cumsum(0), prefix=1, budget=budget)
+    pixels = torch.randn(3, 9, 10) + torch.arange(7)[:, None, None, None]
+    source, _, computed, _ = planned(pixels, prefix=1, budget=budget)
     assert torch.equal(source, torch.arange(7)[None, :, None].expand(1, 7, 5)) and computed.tolist() == [35]
 
 
@@ -160,29 +169,66 @@ def test_a_change_of_exactly_the_threshold_is_none():
 def test_what_lies_beside_the_grid_belongs_to_no_place():
     pixels = torch.zeros(3, 2, 9, 11)
     pixels[1, :, 8:], pixels[2, :, :, 8:] = 1, 2
-    assert planned(pixels, prefix=1)[2].tolist() == [5]
+    assert planned(pixels, prefix=1)[2].tolist() == [3 + 4]
 
 
-def test_a_leading_place_has_the_pixels_of_the_whole_grid():
-    pixels = torch.zeros(2, 1, 8, 8)
-    pixels[1, :, :4, :4] = 1  # of one patch of four
-    source, change, _, _ = planned(pixels, prefix=2, tau=0.25)
-    assert change[0, 1].tolist() == [0.25, 0.25, 1, 0, 0, 0] and source[0, 1].tolist() == [0, 0, 1, 0, 0, 0]
-    assert planned(pixels, prefix=2, tau=0.24)[0][0, 1].tolist() == [1, 1, 1, 0, 0, 0]
+def test_a_change_of_one_quarter_counts_in_full():
+    pixels = torch.zeros(2, 2, 5, 7)
+    pixels[1, 1, 2:, 3:] = 0.5  # rows 2 to 4 and columns 3 to 6 are a quarter of 5 x 7
+    assert planned(pixels, (1, 1), (5, 7), tau=0.5)[1][0, 1].tolist() == [0.5]
+    pixels[1, 1, 2, 3] = -11 * 0.5
+    assert planned(pixels, (1, 1), (5, 7))[1][0, 1].tolist() == [np.float32(11 / 70 / 3)], "their mean is 0"
+
+
+def test_what_moves_inside_a_quarter_counts_a_third():
+    """Text that scrolls: columns of 1 and -1 change places, and no mean changes."""
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 8, 8)
+    pixels = torch.stack([stripes, -stripes])
+    source, change, _, _ = planned(pixels, tau=0.5)
+    assert source[0, 1].tolist() == [1] * 4
+    assert change[0, 1].tolist() == [np.float32(2 / 3)] * 4
+
+
+def test_a_side_of_one_pixel_is_not_cut():
+    pixels = torch.zeros(2, 1, 1, 4)
+    pixels[1] = torch.tensor([0.5, 0, 0, 0])
+    assert planned(pixels, (1, 1), (1, 4))[1][0, 1].tolist() == [0.25]
+    assert planned(pixels.transpose(2, 3), (1, 1), (4, 1))[1][0, 1].tolist() == [0.25]
+    assert planned(pixels, (1, 4), (1, 1))[1][0, 1].tolist() == [0.5, 0, 0, 0]
+
+
+def noisy(sigma, size=112, seed=0):
+    """Six frames of one picture."""
+    generator = torch.Generator().manual_seed(seed)
+    scene = torch.randn(1, 3, size, size, generator=generator).expand(6, 3, size, size)
+    return scene + sigma * torch.randn(6, 3, size, size, generator=generator)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.3])
-def test_white_noise_is_measured_as_the_change_that_it_makes(sigma):
+def test_white_noise_is_measured_and_does_not_count(sigma):
     """The difference of two frames has the standard deviation sigma sqrt(2), of which the mean size is 2 sigma /
-    sqrt(pi); so has (a - b - c + d) / 2 of four of them."""
-    generator = torch.Generator().manual_seed(0)
-    scene = torch.randn(1, 3, 112, 112, generator=generator).expand(6, 3, 112, 112)
-    pixels = scene + sigma * torch.randn(6, 3, 112, 112, generator=generator)
-    _, change, _, measured = planned(pixels, (8, 8), (14, 14), tau=0.1 * sigma)
-    noise = measured[0, 0].item()
-    assert noise == pytest.approx(2 * sigma / math.sqrt(math.pi), rel=0.06)  # a lower quartile, not the mean
-    assert change[0, 1:].mean().item() == pytest.approx(2 * sigma / math.sqrt(math.pi), rel=0.02)
-    assert measured[0, 1].item() == np.float32(0.1 * sigma) + np.float32(noise)
+    sqrt(pi); so has (a - b - c + d) / 2 of four of them. Means of 49 pixels have a seventh of it."""
+    tau = 0.1 * sigma
+    source, _, _, measured = planned(noisy(sigma), (8, 8), (14, 14), tau=tau)
+    noise, threshold = measured[0].tolist()
+    assert noise == pytest.approx(2 * sigma / math.sqrt(math.pi), rel=0.01)
+    assert threshold == pytest.approx(math.hypot(tau, 3 * math.sqrt(2) * sigma / 7), rel=0.01)
+    assert (source[0, 1:] != 0).float().mean() < 0.15  # a sixteenth is rounding up
+
+
+def test_noise_as_loud_as_the_picture_is_none():
+    """Of noise alone, nu is 2 / sqrt(pi) of the standard deviation; with a picture of the same it is 0.8 of both's."""
+    assert planned(noisy(0.4), (8, 8), (14, 14))[3][0, 0] > 0.4  # nu 0.45 of 1.08
+    assert planned(noisy(1.0), (8, 8), (14, 14), tau=0.25)[3].tolist() == [[0, 0.25]]
+
+
+@pytest.mark.parametrize("other, noise", [(1.0, 0.5), (0.999, 0.0)])
+def test_noise_of_exactly_half_the_standard_deviation_is_noise(other, noise):
+    """Three pairs of patches, each the negative of the other, of pixels that are 1 and -1 in one channel."""
+    channel = torch.tensor([[[1.0, 1, -1, -1], [-1, 1, -1, -1]], [[other, other, -other, -other]] * 2]).transpose(0, 1)
+    patch = channel.view(2, 2, 2, 2)  # one of eight pixels changes by 2
+    pixels = torch.cat([patch, -patch] * 3, 3) + 0.375
+    assert planned(pixels, (1, 6), (2, 2))[3][0, 0] == noise
 
 
 def test_light_that_changes_is_no_noise():
@@ -208,13 +254,6 @@ def test_what_is_not_finite_counts_as_changed(value, budget):
     assert active[2:5, 2].all(), "also in the frame behind"
     assert not change[0, 2:5, 2].isfinite().any()
     assert computed.tolist() == [active.sum()]
-
-
-def test_a_whole_frame_that_is_not_finite_changes_leading_places_too():
-    pixels = torch.zeros(3, 1, 8, 8)
-    pixels[1, 0, 0, 0] = float("nan")
-    source, _, _, _ = planned(pixels, prefix=2)
-    assert source[0, :, 0].tolist() == source[0, :, 1].tolist() == [0, 1, 2]
 
 
 def test_a_budget_that_what_is_not_finite_does_not_fit_is_refused():
@@ -307,7 +346,8 @@ def test_counts_places_as_the_plan_says_on_a_real_grid():
         ({"tau": -0.1}, "tau=-0.1"),
         ({"tau": math.nan}, "tau=nan"),
         ({"tau": math.inf}, "tau=inf"),
-        ({"budget": 3}, "budget=3; 2 frames of 4 places .* from 4, .* to 8"),
+        ({"budget": 3}, "budget=3; 2 frames of 4 places.* from 4, .* to 8"),
+        ({"prefix": 2, "budget": 7}, "budget=7; 2 frames of 6 places, 2 of them leading, .* from 8, .* to 12"),
         ({"budget": 9}, "budget=9"),
         ({"budget": -4}, "budget=-4"),
     ],
