@@ -1,4 +1,4 @@
-"""Weights out of an ONNX graph into transformers' DINOv2, whose names differ; the files themselves are no part of it."""
+"""Weights out of an ONNX graph into transformers' DINOv2, whose names differ; the real files are not needed."""
 
 import importlib.util
 
@@ -10,7 +10,12 @@ from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmarks import pretrained
 from earlytom_compile.cli.eval_flags import KNOWN_VIDEOS
 
-OLD_NAMES = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense"}
+OLD_NAMES = {
+    "q_proj": "attention.query",
+    "k_proj": "attention.key",
+    "v_proj": "attention.value",
+    "o_proj": "output.dense",
+}
 
 
 def tiny(image_size):
