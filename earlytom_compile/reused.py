@@ -27,6 +27,8 @@ class ComputedPatches:
     """Of the video, in normalised pixels, as ``plan_reuse`` measures it."""
     threshold: float
     """The change up to which a patch counted as unchanged."""
+    distinct: int | None = None
+    """Frames that layers in full computed: those that repeat no other to the last pixel. None: all F."""
 
     @property
     def total(self) -> int:
@@ -79,19 +81,24 @@ class ComputedPatches:
         )
 
 
-def computed_patches(source: Tensor, change: Tensor, measured: Tensor) -> list[ComputedPatches]:
+def computed_patches(
+    source: Tensor, change: Tensor, measured: Tensor, distinct: Tensor | None = None
+) -> list[ComputedPatches]:
     """What ``plan_reuse`` decided about each video; waits for the device.
 
     Args:
         source: int64 [V, F, S], the frame in which each place was last computed.
         change: float32 [V, F, S], how much each place differed from then.
         measured: float32 [V, 2], noise and threshold.
+        distinct: int64 [V], frames that layers in full computed; None: all F.
     """
     own = source == torch.arange(source.shape[1], device=source.device)[:, None]
     unchanged = change <= measured[:, 1, None, None]  # what is not finite never is
+    frames = [None] * len(source) if distinct is None else distinct.tolist()
+    shares = (~unchanged).double().mean((1, 2)).tolist()
     return [
-        ComputedPatches(tuple(by_frame), source.shape[2], changed, noise, threshold)
-        for by_frame, changed, (noise, threshold) in zip(
-            own.sum(2).tolist(), (~unchanged).double().mean((1, 2)).tolist(), measured.tolist(), strict=True
+        ComputedPatches(tuple(by_frame), source.shape[2], changed, noise, threshold, count)
+        for by_frame, changed, (noise, threshold), count in zip(
+            own.sum(2).tolist(), shares, measured.tolist(), frames, strict=True
         )
     ]

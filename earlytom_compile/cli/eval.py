@@ -32,7 +32,7 @@ _NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selectio
 """Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
 _KINDS = ("toy", "tasks", "fidelity")
 _NOT_WITH_ALL: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("methods", "videos", "split", "first", "try_", "mp4", "noise"), ("toy",)),
+    **dict.fromkeys(("methods", "videos", "split", "first", "try_", "encoded", "noise"), ("toy",)),
     **dict.fromkeys(("batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS), ("tasks",)),
     **dict.fromkeys(eval_fidelity.OPTIONS, ("fidelity",)),
     **dict.fromkeys(("frames", "dtype"), ("tasks", "fidelity")),
@@ -91,7 +91,7 @@ def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None
                 arguments.first,
                 arguments.videos,
                 lambda: progress.advance(task),
-                mp4=arguments.mp4,
+                encoded=arguments.encoded,
                 noise=arguments.noise,
             )
             progress.add_task(f"timing {_PIECE} videos", total=None)
@@ -123,7 +123,7 @@ def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
         "split": arguments.split,
         "first video": arguments.first,
         "videos": arguments.videos,
-        "mp4": arguments.mp4,
+        "encoded": arguments.encoded,
         "noise": arguments.noise,
         "model": arguments.model or "the one that comes along",
         "options": options,

@@ -81,7 +81,7 @@ def add_eval(parser: CommandParser) -> None:
     parser.add_rare("--include-path", metavar="DIR", help="a folder of tasks of your own, for --tasks")
     parser.add_rare("--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)")
     parser.add_rare("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
-    parser.add_rare("--mp4", action="store_true", help="the toy world's frames as they come out of an H.264 file")
+    parser.add_rare("--encoded", action="store_true", help="the toy world's frames as they come out of an H.264 file")
     parser.add_rare(
         "--noise",
         type=float,
