@@ -5,7 +5,9 @@ ComputedPatches(by_frame=(729, 140, 152), places=729, changed=0.45, noise=0.007,
 -> "1,021 of 2,187 patches (46.7%) are computed: all of the first frame, then those that changed. ..."
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,13 +47,17 @@ class ComputedPatches:
         """Whether any patch was taken over."""
         return self.total < self.every
 
+    def in_short(self) -> str:
+        """``"1,021 of 2,187 patches (46.7%)"``."""
+        return f"{self.total:,} of {self.every:,} patches ({self.total / self.every:.1%})"
+
     def told(self, config: EarlyTomConfig, layers: int) -> str:
         """What was computed and why, in sentences; ``layers``: of the vision encoder."""
         if not self.reused:
             return self._why_nothing(config)
         text = (
-            f"{self.total:,} of {self.every:,} patches ({self.total / self.every:.1%}) are computed: all of the first "
-            "frame, then those that changed. The others take over what was computed of them then. "
+            f"{self.in_short()} are computed: all of the first frame, then those that changed. The others take over "
+            "what was computed of them then. "
         )
         full = config.resolve_full_layers(layers)
         named = f" Encoder layer{'s' if len(full) > 1 else ''} {', '.join(map(str, full))} computed every patch."
@@ -81,9 +87,18 @@ class ComputedPatches:
         )
 
 
+<<<<<<< HEAD
 def computed_patches(
     source: Tensor, change: Tensor, measured: Tensor, distinct: Tensor | None = None
 ) -> list[ComputedPatches]:
+=======
+def patches_of(report: Mapping[str, Any]) -> list[ComputedPatches]:
+    """Of each video of a report's last call, from ``report(model).to_dict()``; empty where patches were not reused."""
+    return [ComputedPatches(**video["patches"]) for video in report["videos"] if "patches" in video]
+
+
+def computed_patches(source: Tensor, change: Tensor, measured: Tensor) -> list[ComputedPatches]:
+>>>>>>> h-tools
     """What ``plan_reuse`` decided about each video; waits for the device.
 
     Args:
