@@ -161,14 +161,9 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
         report = earlytom_compile.report(arm.model).to_dict()
         result.frames = [video["frames"] for video in report["videos"]]
         result.merge_layers = report["merge_layers"]
-<<<<<<< HEAD
-        counts = [ComputedPatches(**video["patches"]) for video in report["videos"] if video.get("patches")]
+        counts = patches_of(report)
         result.patches = [[each.every, each.total, each.distinct or len(each.by_frame)] for each in counts]
-        result.full_layers = list(report.get("full_layers") or ())
-=======
-        result.patches = [[each.every, each.total] for each in patches_of(report)]
         result.full_layers = report["full_layers"]
->>>>>>> h-tools
 
 
 def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int, stage_of: dict[int, str]) -> None:

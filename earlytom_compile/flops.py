@@ -127,15 +127,10 @@ def reuse_of(report: Mapping[str, Any]) -> list[Reuse | None]:
     """What each video of a report's last call had computed, from ``report(model).to_dict()``; None where patches were
     not reused."""
     found = [video.get("patches") for video in report["videos"]]
-<<<<<<< HEAD
-    full = tuple(report.get("full_layers") or ())
+    full = tuple(report["full_layers"])
     return [
         None if patches is None else Reuse(sum(patches["by_frame"]), full, patches.get("distinct")) for patches in found
     ]
-=======
-    full = tuple(report["full_layers"])
-    return [None if patches is None else Reuse(sum(patches["by_frame"]), full) for patches in found]
->>>>>>> h-tools
 
 
 def merged_inside(tokens: int, *, layer: int = 18, drop_ratio: float = 0.5) -> dict[int, int]:

@@ -87,18 +87,14 @@ class ComputedPatches:
         )
 
 
-<<<<<<< HEAD
-def computed_patches(
-    source: Tensor, change: Tensor, measured: Tensor, distinct: Tensor | None = None
-) -> list[ComputedPatches]:
-=======
 def patches_of(report: Mapping[str, Any]) -> list[ComputedPatches]:
     """Of each video of a report's last call, from ``report(model).to_dict()``; empty where patches were not reused."""
     return [ComputedPatches(**video["patches"]) for video in report["videos"] if "patches" in video]
 
 
-def computed_patches(source: Tensor, change: Tensor, measured: Tensor) -> list[ComputedPatches]:
->>>>>>> h-tools
+def computed_patches(
+    source: Tensor, change: Tensor, measured: Tensor, distinct: Tensor | None = None
+) -> list[ComputedPatches]:
     """What ``plan_reuse`` decided about each video; waits for the device.
 
     Args:

@@ -198,8 +198,8 @@ def test_selection_by_attention_keeps_its_layer_and_its_segments(variant):
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
-        (1, (0,)), (2, (1,)), (3, (1, 2)), (4, (2, 3)), (8, (5, 6, 7)), (12, (8, 9, 11)), (26, (19, 22, 25)),
-        (27, (19, 23, 26)),
+        (1, (0,)), (2, (1,)), (3, (2,)), (4, (2, 3)), (5, (3, 4)), (6, (3, 4, 5)), (8, (5, 6, 7)), (12, (9, 10, 11)),
+        (26, (23, 24, 25)), (27, (24, 25, 26)),
     ],
 )  # fmt: skip
 def test_layers_in_full_by_default(layers, expected):
