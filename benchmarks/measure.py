@@ -46,7 +46,8 @@ class Result:
     recompiles: int = 0  # graphs compiled after the first call
     frames: list[list[int]] = field(default_factory=list)  # of each video: at first, then after each merge layer
     merge_layers: list[int] = field(default_factory=list)
-    patches: list[list[int]] = field(default_factory=list)  # of each video: all, and those that were computed
+    # Of each video: all, those that were computed, and its distinct frames.
+    patches: list[list[int]] = field(default_factory=list)
     full_layers: list[int] = field(default_factory=list)  # which compute all of them
     breakdown: Breakdown | None = None  # of a call of its own, under a profiler
     floor: Floor | None = None
@@ -98,7 +99,7 @@ class Result:
         """Share of the patches that were computed, over all videos; None for arms that compute all."""
         if not self.patches:
             return None
-        return sum(computed for _, computed in self.patches) / sum(every for every, _ in self.patches)
+        return sum(video[1] for video in self.patches) / sum(video[0] for video in self.patches)
 
 
 def measure(
@@ -160,7 +161,8 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
         report = earlytom_compile.report(arm.model).to_dict()
         result.frames = [video["frames"] for video in report["videos"]]
         result.merge_layers = report["merge_layers"]
-        result.patches = [[each.every, each.total] for each in patches_of(report)]
+        counts = patches_of(report)
+        result.patches = [[each.every, each.total, each.distinct or len(each.by_frame)] for each in counts]
         result.full_layers = report["full_layers"]
 
 

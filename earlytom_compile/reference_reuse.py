@@ -24,9 +24,9 @@ from earlytom_compile.errors import EarlyTomConfigError
 NOTHING_REPEATS = (4, 5)  # with more than 4/5 of the places active, all are computed
 SIZES = 16  # steps between the fewest places and all of them
 HALVINGS = 12  # of the range of thresholds, in the search for the one that keeps a budget
-PIXELS_PER_MEAN = 3  # of the pixels' own mean absolute difference a third counts, of that of quarters all
-LOUDEST_NOISE = 2  # noise of more than half the spread of the picture is the picture
-DEVIATIONS = 3  # of a quarter's mean that noise alone may move it by
+PIXELS_PER_MEAN = 3  # of the mean absolute difference of pixels a third counts, of that of means all
+LOUDEST_NOISE = 2  # noise of more than half the deviation of the picture is the picture
+DEVIATIONS = 3  # of what noise does to a mean are let pass
 
 Layer = Callable[[Tensor], Tensor]
 """``[F, S, D] -> [F, S, D]``, each frame by itself."""
@@ -114,30 +114,19 @@ def plan_reuse(
     noise = _noise(patches)
     if budget is None:
         threshold = _float32(math.hypot(tau_reuse, DEVIATIONS * _deviation_of_a_quarter(noise, patches.patch)))
-        source, change = _scan(patches, threshold)
-        total = _rounded_up(_active_places(source), patches)
     else:
         least, most = patches.fewest, patches.frames * patches.places
         fine = _is_count(budget, least) and budget <= most
         _require(fine, f"budget={budget!r}: must be None or an integer from {least} to {most}")
         threshold = _smallest_threshold(patches, budget)
-        source, change = _scan(patches, threshold)
-        total = budget
-    _fill(source, change, total)
+    source, change = _scan(patches, threshold)
+    _fill(source, change, _rounded_up(_active_places(source), patches) if budget is None else budget)
     return ReusePlan(
         source=torch.tensor(source, dtype=torch.int64, device=pixels.device),
         change=torch.tensor(change, dtype=torch.float32, device=pixels.device),
         noise=noise,
         threshold=threshold,
     )
-
-
-def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
-
-
-def _fewest(frames: int, places: int, prefix: int) -> int:
-    return places + (frames - 1) * prefix
 
 
 class _Patches:
@@ -154,16 +143,14 @@ class _Patches:
         """``[C, height, width]``."""
         height, width = self.patch
         row, column = divmod(patch, self.grid[1])
-        top, left = row * height, column * width
-        return self.pixels[frame, :, top : top + height, left : left + width]
+        return self.pixels[frame, :, row * height : (row + 1) * height, column * width : (column + 1) * width]
 
     def change(self, a: int, b: int, patch: int) -> float:
-        """d(a, b, patch): how much a patch differs between two frames.
+        """d(a, b, patch): the largest difference of the means of its quarters, over quarters and channels, or a third
+        of the mean absolute difference of its pixels if that is more.
 
-        The largest difference between the means of its quarters, over quarters and channels, or a third of the mean
-        absolute difference of its pixels if that is more. Means hardly follow noise, compression and fine texture
-        that trembles, to which features are blind as well; what moves within the quarters, such as text that scrolls,
-        may leave all of them as they were.
+        Means hardly follow noise, compression and fine texture, as features do not; what moves within the quarters,
+        such as text that scrolls, may leave all of them as they were.
         """
         means = (self._means[a][patch] - self._means[b][patch]).abs().max()
         pixels = (self.of(a, patch) - self.of(b, patch)).abs().double().mean() / PIXELS_PER_MEAN
@@ -183,8 +170,7 @@ def _scan(patches: _Patches, threshold: float) -> tuple[list[list[int]], list[li
     """Source and change of every place. Compared is always with the start of the run, so slow drift adds up to one
     change, not to none."""
     prefix, places = patches.prefix, patches.places
-    source = [[0] * places]
-    change = [[math.inf] * places]
+    source, change = [[0] * places], [[math.inf] * places]
     for f in range(1, patches.frames):
         before = source[-1][prefix:]
         changes = [patches.change(f, g, p) for p, g in enumerate(before)]
@@ -203,10 +189,8 @@ def _noise(patches: _Patches) -> float:
     Of the differences between neighbouring frames, each 2x2 block (a b / c d) of a patch says (a - b - c + d) / 2,
     which smooth changes (light, motion of what has no fine texture) leave near 0, and which has the spread of a
     single difference if pixels are independent. nu is the lower median, over patches and pairs of frames, of the mean
-    absolute value of that.
-
-    0 for one frame, for patches of one row or column, and where it is more than half the standard deviation of all
-    pixels inside the grid: frames that have nothing in common look like noise as well.
+    absolute value of that. 0 for one frame, for patches of one row or column, and where it is more than half the
+    standard deviation of all pixels inside the grid: frames that have nothing in common look like noise as well.
     """
     found = []
     for f in range(1, patches.frames):
@@ -228,10 +212,7 @@ def _noise(patches: _Patches) -> float:
 
 
 def _deviation_of_a_quarter(noise: float, patch: tuple[int, int]) -> float:
-    """The standard deviation of the difference between two means of the smallest quarter of a patch, of n pixels.
-
-    White noise of standard deviation sigma makes it sigma * sqrt(2 / n), and nu = 2 * sigma / sqrt(pi).
-    """
+    """That of the difference of two means over its n pixels: sigma * sqrt(2 / n), with noise = 2 * sigma / sqrt(pi)."""
     n = max(1, patch[0] // 2) * max(1, patch[1] // 2)
     return noise * math.sqrt(math.pi / (2 * n))
 
@@ -283,6 +264,14 @@ def _fill(source: list[list[int]], change: list[list[float]], total: int) -> Non
         last.remove((f, s))
         if ends_a_run(f - 1, s):
             last.append((f - 1, s))
+
+
+def _fewest(frames: int, places: int, prefix: int) -> int:
+    return places + (frames - 1) * prefix
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 # --- The layers -----------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ class ComputedPatches:
     """Of the video, in normalised pixels, as ``plan_reuse`` measures it."""
     threshold: float
     """The change up to which a patch counted as unchanged."""
+    distinct: int | None = None
+    """Frames that layers in full computed: those that repeat no other to the last pixel. None: all F."""
 
     @property
     def total(self) -> int:
@@ -57,9 +59,11 @@ class ComputedPatches:
             f"{self.in_short()} are computed: all of the first frame, then those that changed. The others take over "
             "what was computed of them then. "
         )
-        full = config.resolve_full_layers(layers)
-        named = f" Encoder layer{'s' if len(full) > 1 else ''} {', '.join(map(str, full))} computed every patch."
-        return text + self._limit(config) + (named if full else "")
+        full, frames = config.resolve_full_layers(layers), len(self.by_frame)
+        named = f" Encoder layer{'s' if len(full) > 1 else ''} {', '.join(map(str, full))} computed every patch"
+        if self.distinct not in (None, frames):
+            named += f" of {self.distinct} of the {frames} frames; the others repeat one of these to the last pixel"
+        return text + self._limit(config) + (f"{named}." if full else "")
 
     def frame_by_frame(self) -> str:
         """Percent of each frame, such as ``"100 19 21"``."""
@@ -90,19 +94,24 @@ def patches_of(report: Mapping[str, Any]) -> list[ComputedPatches]:
     return [ComputedPatches(**video["patches"]) for video in report["videos"] if "patches" in video]
 
 
-def computed_patches(source: Tensor, change: Tensor, measured: Tensor) -> list[ComputedPatches]:
+def computed_patches(
+    source: Tensor, change: Tensor, measured: Tensor, distinct: Tensor | None = None
+) -> list[ComputedPatches]:
     """What ``plan_reuse`` decided about each video; waits for the device.
 
     Args:
         source: int64 [V, F, S], the frame in which each place was last computed.
         change: float32 [V, F, S], how much each place differed from then.
         measured: float32 [V, 2], noise and threshold.
+        distinct: int64 [V], frames that layers in full computed; None: all F.
     """
     own = source == torch.arange(source.shape[1], device=source.device)[:, None]
     unchanged = change <= measured[:, 1, None, None]  # what is not finite never is
+    frames = [None] * len(source) if distinct is None else distinct.tolist()
+    shares = (~unchanged).double().mean((1, 2)).tolist()
     return [
-        ComputedPatches(tuple(by_frame), source.shape[2], changed, noise, threshold)
-        for by_frame, changed, (noise, threshold) in zip(
-            own.sum(2).tolist(), (~unchanged).double().mean((1, 2)).tolist(), measured.tolist(), strict=True
+        ComputedPatches(tuple(by_frame), source.shape[2], changed, noise, threshold, count)
+        for by_frame, changed, (noise, threshold), count in zip(
+            own.sum(2).tolist(), shares, measured.tolist(), frames, strict=True
         )
     ]

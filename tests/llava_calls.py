@@ -1,8 +1,8 @@
 """Calls of LLaVA's own code, for the real model and for one written by hand: prompts, videos, pictures, layouts.
 
-    call = Call.of(model, [["text", "video", "text", "image"], ["video"]])
-    model(**call.arguments())                      # forward(); generate() takes the ids first
-    compressed_prompt(model, **call.oracle(), retain_ratio=0.2, variant="paper")
+call = Call.of(model, [["text", "video", "text", "image"], ["video"]])
+model(**call.arguments())                      # forward(); generate() takes the ids first
+compressed_prompt(model, **call.oracle(), retain_ratio=0.2, variant="paper")
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,19 @@ from oracle_llava import (
     compressed_video,
     grid_side,
 )
-from scenes import video
+from scenes import standing_camera, video
 from torch import Tensor
 
 import earlytom_compile
 
 OPTIONS: dict[str, Any] = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 VARIANTS = ("paper", "released", "plus")
+WAYS_TO_REUSE: dict[str, dict[str, Any]] = {
+    "plus": {"variant": "plus", "reuse": None, "merge_layers": None},
+    "paper and reuse": {"variant": "paper", "reuse": True},
+    "released and reuse": {"variant": "released", "reuse": True},
+}
+"""What to say instead of :data:`OPTIONS` where unchanged patches are reused."""
 NEWLINES = ("one_token", "no_token", "frame", "grid")
 POOLS = ("average", "bilinear", "max")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -52,9 +58,15 @@ def side_of(model) -> int:
     return model.get_vision_tower().image_size
 
 
-def clip(model, frames: int = 6, *, scenes: int = 2, seed: int = 1) -> Tensor:
-    """``[F, 3, H, W]`` in the dtype of the model, some of whose frames are alike."""
-    pixels = video(frames, side_of(model), scenes=scenes, generator=torch.Generator().manual_seed(seed))
+def clip(model, frames: int = 6, *, scenes: int = 2, changing: float | None = None, seed: int = 1) -> Tensor:
+    """``[F, 3, H, W]`` in the dtype of the model, some of whose frames are alike; with ``changing``, the camera stands
+    and this share of the patches changes from frame to frame."""
+    side, generator = side_of(model), torch.Generator().manual_seed(seed)
+    if changing is None:
+        pixels = video(frames, side, scenes=scenes, generator=generator)
+    else:
+        patch = model.get_vision_tower().config.patch_size
+        pixels = standing_camera(frames, side, patch=patch, changing=changing, generator=generator)
     return pixels.to(model.dtype)
 
 
@@ -82,10 +94,16 @@ class Call:
 
     @staticmethod
     def of(
-        model, rows: Sequence[Sequence[str]], *, frames: int | Sequence[int] = 6, left: bool = False, seed: int = 1
+        model,
+        rows: Sequence[Sequence[str]],
+        *,
+        frames: int | Sequence[int] = 6,
+        changing: float | None = None,
+        left: bool = False,
+        seed: int = 1,
     ) -> "Call":
         """Rows of ``"text"`` (3 words), ``"video"``, ``"image"`` and ``"crops"`` (two, above one another); shorter
-        rows are padded, and a mask given, where there are several."""
+        rows are padded, and a mask given, where there are several. ``changing``: as in :func:`clip`."""
         ids, images, modalities, sizes, side = [], [], [], [], side_of(model)
         lengths = iter([frames] * 99 if isinstance(frames, int) else frames)
         for row in rows:
@@ -99,7 +117,7 @@ class Call:
                 modalities.append("video" if part == "video" else "image")
                 sizes.append((side, 2 * side if part == "crops" else side))
                 if part == "video":
-                    images.append(clip(model, next(lengths), seed=seed))
+                    images.append(clip(model, next(lengths), changing=changing, seed=seed))
                 else:
                     images.append(picture(model, crops=2 if part == "crops" else 0, seed=seed))
         longest = max(map(len, ids))

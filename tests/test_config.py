@@ -1,7 +1,11 @@
 """Options: what is allowed, what the defaults become, and Table 8."""
 
+import re
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
 from earlytom_compile.config import PRESETS
@@ -18,6 +22,22 @@ from earlytom_compile.config import PRESETS
         {"merge_layers": "6"},
         {"merge_layers": (6, 6)},
         {"merge_layers": (-1,)},
+        {"reuse": 1},
+        {"reuse": "on"},
+        {"tau_reuse": -0.01, "reuse": True},
+        {"tau_reuse": float("inf"), "reuse": True},
+        {"tau_reuse": float("nan"), "reuse": True},
+        {"tau_reuse": True, "reuse": True},
+        {"tau_reuse": "0.1", "reuse": True},
+        {"full_layers": 3, "reuse": True},
+        {"full_layers": "3", "reuse": True},
+        {"full_layers": (3, 3), "reuse": True},
+        {"full_layers": (-1,), "reuse": True},
+        {"full_layers": (1.5,), "reuse": True},
+        {"encode_ratio": 0, "reuse": True},
+        {"encode_ratio": 1.01, "reuse": True},
+        {"encode_ratio": float("nan"), "reuse": True},
+        {"encode_ratio": True, "reuse": True},
         {"tau_seg": "high"},
         {"alpha": 0},
         {"max_window": 1},
@@ -34,8 +54,8 @@ from earlytom_compile.config import PRESETS
     ],
 )
 def test_bad_values_name_the_option_and_what_is_allowed(options):
-    name = next(iter(options))
-    with pytest.raises(EarlyTomConfigError, match=name):
+    name, value = next(iter(options.items()))
+    with pytest.raises(EarlyTomConfigError, match=rf"^{name}={re.escape(repr(value))}.*(must be|rows for)"):
         EarlyTomConfig.from_options(options)
 
 
@@ -122,3 +142,134 @@ def test_what_a_variant_means(variant, merges_as, exactly, by_attention):
     assert config.merge_variant() == merges_as
     assert (config.keeps_exactly(), config.selects_by_attention()) == (exactly, by_attention)
     assert config.window() == EarlyTomConfig(variant=merges_as).window()
+
+
+# --- Reuse of unchanged patches -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["paper", "released", "plus"])
+@pytest.mark.parametrize("reuse", [None, True, False])
+def test_who_reuses_patches_merges_no_frames(variant, reuse):
+    config = EarlyTomConfig(variant=variant, reuse=reuse)
+    assert config.reuses() == (variant == "plus" if reuse is None else reuse)
+    assert config.resolve_merge_layers(26) == (() if config.reuses() else (6, 21, 23))
+    assert config.scored_layer(26) == 23, "whether frames merge there or not"
+    assert EarlyTomConfig.from_options({"variant": variant, "reuse": reuse}) == config
+
+
+@pytest.mark.parametrize(
+    "option", [{"tau_reuse": 0.1}, {"full_layers": ()}, {"full_layers": (1,)}, {"encode_ratio": 1}]
+)
+@pytest.mark.parametrize("given", [{}, {"variant": "released"}, {"variant": "plus", "reuse": False}])
+def test_options_of_reuse_without_it_are_refused(given, option):
+    ((name, value),) = option.items()
+    for make in (EarlyTomConfig.from_options, lambda options: EarlyTomConfig(**options)):
+        with pytest.raises(EarlyTomConfigError, match=rf"{name}={re.escape(repr(value))} without reuse.*reuse=True"):
+            make({**given, **option})
+        assert make({**given, "reuse": True, **option}).reuses()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"variant": "plus", "merge_layers": (1, 2)}, r'merge_layers=\(1, 2\) with variant="plus", which'),
+        ({"variant": "plus", "reuse": True, "merge_layers": ()}, r"merge_layers=\(\) with reuse=True"),
+        ({"variant": "plus", "tau_merge": 0.5}, r'tau_merge=0.5 with variant="plus"'),
+        ({"variant": "paper", "reuse": True, "tau_merge": 0.5}, "tau_merge=0.5 with reuse=True"),
+        ({"variant": "released", "reuse": True, "tau_merge": 0.5}, "tau_merge=0.5 with reuse=True"),
+        ({"variant": "plus", "preset": "videomme", "merge_layers": (1, 2)}, r"merge_layers=\(1, 2\)"),
+    ],
+)
+def test_options_of_merging_with_reuse_are_refused(given, says):
+    for make in (EarlyTomConfig.from_options, lambda options: EarlyTomConfig(**options)):
+        with pytest.raises(EarlyTomConfigError, match=f"{says}.*no frames merge.*reuse=False"):
+            make(given)
+        assert not make({**given, "reuse": False}).reuses()
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_selection_by_attention_keeps_its_layer_and_its_segments(variant):
+    config = EarlyTomConfig(variant=variant, reuse=True, merge_layers=(2, 5), tau_seg=0.4, alpha=0.5, max_window=6)
+    assert config.scored_layer(8) == 5 and config.resolve_merge_layers(8) == ()
+    with pytest.raises(EarlyTomConfigError, match="layer 5 does not exist"):
+        config.require_layers(5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (1, (0,)), (2, (1,)), (3, (1, 2)), (4, (2, 3)), (8, (5, 6, 7)), (12, (8, 9, 11)), (26, (19, 22, 25)),
+        (27, (19, 23, 26)),
+    ],
+)  # fmt: skip
+def test_layers_in_full_by_default(layers, expected):
+    assert EarlyTomConfig(variant="plus").resolve_full_layers(layers) == expected
+
+
+@pytest.mark.parametrize("layers", range(1, 60))
+def test_layers_in_full_by_default_are_in_the_last_third_and_end_with_the_last(layers):
+    full = EarlyTomConfig(variant="plus").resolve_full_layers(layers)
+    assert list(full) == sorted(set(full)) and 1 <= len(full) <= 3 and full[-1] == layers - 1
+    for share, layer in zip((0.75, 0.875, 1.0), full if len(full) == 3 else (), strict=False):
+        assert abs(layer + 1 - share * layers) <= 0.5
+    assert all(layer + 1 >= 0.75 * layers - 0.5 for layer in full)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [((), ()), ((4, 0), (0, 4)), ([3], (3,)), (np.array([2, 1]), (1, 2)), (range(3), (0, 1, 2))]
+)
+def test_layers_in_full_as_they_are_given(given, expected):
+    config = EarlyTomConfig.from_options({"variant": "plus", "full_layers": given})
+    assert config.resolve_full_layers(5) == expected == config.full_layers
+
+
+def test_layers_in_full_that_do_not_exist():
+    config = EarlyTomConfig(variant="plus", full_layers=(1, 8))
+    for look in (config.resolve_full_layers, config.require_layers):
+        with pytest.raises(EarlyTomConfigError, match=r"full_layers=\(1, 8\): layer 8 does not exist.*0 to 7.*None"):
+            look(8)
+    config.require_layers(9)
+
+
+@pytest.mark.parametrize(
+    ("encode_ratio", "frames", "places", "prefix", "expected"),
+    [
+        (None, 8, 729, 0, 0), (None, 8, 730, 1, 0),
+        (1.0, 8, 729, 0, 5832), (1, 1, 729, 0, 729), (0.5, 8, 729, 0, 2916), (0.35, 8, 729, 0, 2041),
+        (0.01, 8, 729, 0, 729), (1e-9, 300, 729, 0, 729),
+        (0.01, 8, 730, 1, 737),  # a frame, and the class token of the seven others
+        (0.01, 8, 261, 5, 296), (0.5, 8, 730, 1, 2920), (1.0, 8, 730, 1, 5840), (0.3, 1, 730, 1, 730),
+        (0.25, 2, 5, 0, 5), (0.5, 5, 5, 0, 12),  # of 12.5, the even neighbour
+    ],
+)  # fmt: skip
+def test_an_exact_budget_of_places(encode_ratio, frames, places, prefix, expected):
+    config = EarlyTomConfig(variant="plus", encode_ratio=encode_ratio)
+    assert config.place_budget(frames, places, prefix) == expected
+
+
+@given(ratio=st.floats(0, 1, exclude_min=True), frames=st.integers(1, 500), places=st.integers(2, 800), data=st.data())
+def test_a_budget_of_places_is_one_that_a_plan_can_keep(ratio, frames, places, data):
+    prefix = data.draw(st.integers(0, places - 1))
+    budget = EarlyTomConfig(variant="plus", encode_ratio=ratio).place_budget(frames, places, prefix)
+    assert places + (frames - 1) * prefix <= budget <= frames * places
+    assert budget >= ratio * frames * places - 0.5
+    assert budget == EarlyTomConfig(reuse=True, encode_ratio=ratio).place_budget(frames, places, prefix)
+
+
+@pytest.mark.parametrize("variant", ["paper", "plus"])
+def test_presets_with_reuse_say_how_to_select(variant):
+    """Their layers of merging are those by whose attention ``paper`` selects."""
+    for make in (EarlyTomConfig.from_options, lambda options: EarlyTomConfig(**options)):
+        config = make({"preset": "videomme", "retain_ratio": 0.1, "variant": variant, "reuse": True})
+        assert config.reuses() and config.tau_seg == 0.3 and config.resolve_merge_layers(26) == ()
+        assert config.scored_layer(26) == 23 and config.scored_layer(8) == 6
+        assert config.resolve_full_layers(8) == (5, 6, 7)
+        merging = make({"preset": "videomme", "retain_ratio": 0.1, "variant": variant, "reuse": False})
+        assert merging.resolve_merge_layers(26) == (10, 21, 23)
+
+
+def test_numpy_numbers_are_numbers_of_reuse_too():
+    assert EarlyTomConfig(reuse=True, tau_reuse=np.float32(0.5)).tau_reuse == 0.5
+    assert EarlyTomConfig(reuse=True, encode_ratio=np.float64(0.25)).place_budget(8, 10) == 20
+    with pytest.raises(EarlyTomConfigError, match="tau_reuse=0.5 with encode_ratio=0.25: a budget .* Leave one"):
+        EarlyTomConfig(reuse=True, tau_reuse=0.5, encode_ratio=0.25)

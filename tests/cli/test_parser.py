@@ -61,7 +61,7 @@ def flags_of(command):
         (["run", "--vidoe", "v.mp4"], "--video"),
         (["run", "--max_new_tokens=3"], "--max-new-tokens"),
         (["run", "--retain_ratio", "0.1"], "--retain-ratio"),
-        (["explain", "--layers", "6"], "--merge-layers"),
+        (["explain", "--merge-layer", "6"], "--merge-layers"),
         (["eval", "--method", "plus"], "--methods"),
         (["--verson"], "--version"),
     ],

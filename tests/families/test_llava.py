@@ -17,6 +17,7 @@ from llava_calls import (
     NEWLINES,
     POOLS,
     VARIANTS,
+    WAYS_TO_REUSE,
     Call,
     check_forward,
     check_generate,
@@ -216,6 +217,64 @@ class TestLeftAlone:
         earlytom_compile.restore(model)
         assert model.__dict__.keys() == before.keys()
         assert all(model.__dict__[name] is value for name, value in before.items())
+
+
+class TestReuse:
+    """Of unchanged patches, instead of merging frames; a newline still ends a line that has a token."""
+
+    @pytest.mark.parametrize(
+        "newline, way",
+        cases(
+            ("grid", "plus"), ("frame", "released and reuse"), ("one_token", "plus"), ("no_token", "paper and reuse"),
+            among=list(product(NEWLINES, WAYS_TO_REUSE)),
+        ),
+    )  # fmt: skip
+    def test_rows(self, each_pooling, newline, way):
+        each_pooling.config.mm_newline_position = newline
+        computed = []
+        for changing in (0.0, 0.3, 1.0):
+            check_rows(each_pooling, clip(each_pooling, 8, changing=changing), **WAYS_TO_REUSE[way])
+            (told,) = report(each_pooling).to_dict()["videos"]
+            computed.append(sum(told["patches"]["by_frame"]))
+        assert computed[0] == 49 < computed[1] < 8 * 49 == computed[2]
+
+    @settings(examples(8), suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        newline=st.sampled_from(NEWLINES),
+        way=st.sampled_from(list(WAYS_TO_REUSE)),
+        more=st.sampled_from([{}, {"encode_ratio": 0.3}, {"encode_ratio": 1.0}, {"full_layers": ()}, {"tau_reuse": 2}]),
+        ratio=st.sampled_from([0.1, 0.25, 1.0]),
+        frames=st.integers(2, 12),
+        changing=st.floats(0, 1),
+        seed=st.integers(0, 2**20),
+    )
+    def test_drawn_videos(self, each_pooling, newline, way, more, ratio, frames, changing, seed):
+        each_pooling.config.mm_newline_position = newline
+        pixels = clip(each_pooling, frames, changing=changing, seed=seed)
+        check_rows(each_pooling, pixels, **{**WAYS_TO_REUSE[way], **more, "retain_ratio": ratio})
+
+    @pytest.mark.parametrize("way", cases(("plus",), among=[(way,) for way in WAYS_TO_REUSE]))
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_prompts(self, model, layout, way):
+        model.config.tokenizer_padding_side = "left"
+        call = Call.of(model, LAYOUTS[layout], changing=0.3, left=True)
+        check_forward(model, call.but(labels=torch.where(call.ids < 0, -100, call.ids)), **WAYS_TO_REUSE[way])
+        check_generate(model, call, **WAYS_TO_REUSE[way])
+
+    def test_videos_of_different_lengths(self, model):
+        call = Call.of(model, [[TEXT, VIDEO, VIDEO, TEXT, VIDEO]], frames=(7, 1, 4), changing=0.3)
+        check_forward(model, call, **WAYS_TO_REUSE["plus"])
+
+    def test_lowered(self, model):
+        call = Call.of(model, [[TEXT, VIDEO, TEXT]], changing=0.3)
+        check_generate(model, call, lowering="staged", **WAYS_TO_REUSE["plus"])
+
+    def test_where_everything_moves_and_stays_it_is_the_models_own(self, model):
+        call = Call.of(model, LAYOUTS["rows with different numbers"], changing=1.0)
+        with torch.no_grad():
+            own = model(**call.forward()).logits
+            got = compiled(model, **WAYS_TO_REUSE["plus"], retain_ratio=1.0)(**call.forward()).logits
+        torch.testing.assert_close(got, own, **CLOSE_LOGITS)
 
 
 def test_two_models_with_different_options():

@@ -125,3 +125,66 @@ class TestCompressed:
         assert [(frame, row * side + column) for frame, row, column in observation.kept] == [
             tuple(place) for place in oracle.kept.tolist()
         ]
+
+
+PLACES = 37  # 36 patches and a class token, which is computed in every frame
+REUSE = {
+    "plus": {"variant": "plus", "reuse": None, "merge_layers": None},
+    "paper": {"variant": "paper", "reuse": True},
+    "released": {"variant": "released", "reuse": True},
+}
+
+
+def rows(model, inputs):
+    (encoded,) = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])
+    (told,) = report(model).to_dict()["videos"]
+    return encoded, told["patches"]["by_frame"]
+
+
+class TestReused:
+    """Patches that do not change are computed once; the class token, which sees all of them, in every frame."""
+
+    @pytest.mark.parametrize("variant", REUSE)
+    def test_every_pooling_gives_the_tokens_of_the_oracle(self, pooled, variant):
+        inputs = video_inputs(pooled, 6, videos_per_row=(1, 1), changing=0.3)
+        expected = oracle_tokens(pooled, inputs, **REUSE[variant])
+        assert torch.equal(new_tokens(compiled(pooled, **REUSE[variant]), inputs), expected)
+        content = report(pooled).to_dict()
+        assert content["full_layers"] == [2, 3], "of the four that are used"
+        for video in content["videos"]:
+            first, *others = video["patches"]["by_frame"]
+            assert first == PLACES and all(1 < count < PLACES for count in others) and video["frames"] == [6]
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts(self, model, layout):
+        inputs = video_inputs(model, 5, changing=0.3, **LAYOUTS[layout])
+        expected = oracle_tokens(model, inputs, **REUSE["plus"])
+        assert torch.equal(new_tokens(compiled(model, **REUSE["plus"]), inputs), expected)
+
+    @pytest.mark.parametrize("full_layers", [(), (1,), (0, 1, 2, 3)])
+    @pytest.mark.parametrize("variant", REUSE)
+    def test_any_layers_in_full(self, model, variant, full_layers):
+        inputs, options = video_inputs(model, 5, changing=0.3), {**REUSE[variant], "full_layers": full_layers}
+        got, _ = rows(compiled(model, **options), inputs)
+        (oracle,) = compressed_videos(earlytom_compile.restore(model), inputs, **{**OPTIONS, **options})
+        torch.testing.assert_close(got, oracle.features, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("encode_ratio, places", [(0.01, PLACES + 5), (0.5, 111), (1.0, 6 * PLACES)])
+    def test_a_budget_has_room_for_the_class_token_of_every_frame(self, model, encode_ratio, places):
+        options = {**REUSE["plus"], "encode_ratio": encode_ratio}
+        for changing in (0.0, 0.3, 1.0):
+            inputs = video_inputs(model, 6, changing=changing)
+            got, computed = rows(compiled(model, **options), inputs)
+            assert sum(computed) == places
+            (oracle,) = compressed_videos(earlytom_compile.restore(model), inputs, **{**OPTIONS, **options})
+            torch.testing.assert_close(got, oracle.features, atol=1e-5, rtol=1e-5)
+
+    def test_a_video_that_stands_still(self, model):
+        inputs = video_inputs(model, 6, changing=0.0)
+        _, computed = rows(compiled(model, **REUSE["plus"]), inputs)
+        assert computed == (PLACES, 1, 1, 1, 1, 1)
+
+    def test_lowered(self, model):
+        inputs = video_inputs(model, 6, changing=0.3)
+        expected = oracle_tokens(model, inputs, **REUSE["plus"])
+        assert torch.equal(new_tokens(compiled(model, lowering="staged", **REUSE["plus"]), inputs), expected)

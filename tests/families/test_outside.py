@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
-from handwritten import SIDE, VIDEO, HandWritten, VideoModel
-from oracle import MergingEncoder, Options
+from handwritten import PATCH, SIDE, VIDEO, HandWritten, VideoModel
+from oracle import MergingEncoder, Options, encoder_of
+from scenes import standing_camera
 from tiny_models import video
 
 import earlytom_compile
@@ -50,10 +51,10 @@ def prompt(*frames, before=2, after=3):
 
 
 @torch.no_grad()
-def oracle_rows(model, clip, variant="paper"):
+def oracle_rows(model, clip, variant="paper", **more):
     """[K, C] of one video [F, 3, H, W], by hooks on the model's own layers."""
-    options = Options(**{**OPTIONS, "variant": variant})
-    encoder = MergingEncoder(model.layers, OPTIONS["merge_layers"], len(clip), options)
+    options = Options(**{**OPTIONS, "variant": variant, **more})
+    encoder = encoder_of(model.layers, OPTIONS["merge_layers"], clip, PATCH, options)
     with encoder.hooked():
         model.encode(clip)
     side = int(encoder.importance.shape[1] ** 0.5)
@@ -143,6 +144,28 @@ def test_every_variant_gives_the_rows_of_the_oracle(model, variant):
     earlytom_compile.compile(model, lowering="eager", **{**OPTIONS, "variant": variant})
     (rows,) = earlytom_compile.encode_videos(model, clip[None])
     torch.testing.assert_close(rows, oracle_rows(model, clip, variant), atol=1e-5, rtol=1e-5)
+
+
+REUSE = {
+    "plus": {"variant": "plus", "reuse": None, "merge_layers": None},
+    "paper": {"variant": "paper", "reuse": True},
+    "released": {"variant": "released", "reuse": True},
+}
+
+
+@pytest.mark.parametrize("variant", REUSE)
+@pytest.mark.parametrize("more", [{}, {"encode_ratio": 0.5}, {"full_layers": (1,)}])
+def test_patches_are_reused_in_it_too(model, variant, more):
+    camera = {"patch": PATCH, "changing": 0.3, "generator": torch.Generator().manual_seed(0)}
+    clip = standing_camera(6, SIDE, **camera)
+    options = {**REUSE[variant], **more}
+    earlytom_compile.compile(model, lowering="eager", strict=True, **{**OPTIONS, **options})
+    (rows,) = earlytom_compile.encode_videos(model, clip[None])
+    expected = oracle_rows(model, clip, **{**options, "merge_layers": (0, 2)})
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-5)
+    (told,) = report(model).to_dict()["videos"]
+    computed = sum(told["patches"]["by_frame"])
+    assert computed == 108 if "encode_ratio" in more else 36 < computed < 216
 
 
 def test_a_call_without_a_video_runs_its_own_code(model):

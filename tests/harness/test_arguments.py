@@ -11,6 +11,10 @@ from earlytom_compile.integrations.lmms_eval.arguments import read_arguments, re
 VALUES = {
     "retain_ratio": ("0.15", 0.15),
     "variant": ("plus", "plus"),
+    "reuse": (True, True),
+    "tau_reuse": ("0.1", 0.1),
+    "full_layers": ("[3,7]", (3, 7)),
+    "encode_ratio": ("0.4", 0.4),
     "merge_layers": ("[6,21,23]", (6, 21, 23)),
     "tau_seg": ("0.5", 0.5),
     "alpha": ("0.8", 0.8),
@@ -24,6 +28,8 @@ VALUES = {
     "preset": ("videomme", "videomme"),
 }
 """Option -> what lmms-eval hands over, or a text, and what it means."""
+BESIDE = {name: {"reuse": True} for name in ("tau_reuse", "full_layers", "encode_ratio")}
+"""Option -> those without which it would have no effect."""
 
 
 def test_all_options_of_the_compiler_are_known():
@@ -33,7 +39,7 @@ def test_all_options_of_the_compiler_are_known():
 @pytest.mark.parametrize("name", VALUES)
 def test_each_option_reaches_the_compiler_as_it_is_meant(name):
     text, meant = VALUES[name]
-    read = read_arguments({"pretrained": "x", name: text})
+    read = read_arguments({"pretrained": "x", **BESIDE.get(name, {}), name: text})
     options = {"retain_ratio": read.retain_ratio, **read.options}
     assert options[name] == meant and type(options[name]) is type(meant)
     assert getattr(EarlyTomConfig.from_options(options), name) == meant
@@ -58,6 +64,13 @@ def test_the_full_model_by_the_same_command(full):
 def test_layers_may_be_written_as_a_shell_leaves_them(spelled):
     assert read_options({"merge_layers": spelled})[1]["merge_layers"] == (6, 21, 23)
     assert read_options({"merge_layers": 6})[1]["merge_layers"] == (6,)
+    assert read_options({"variant": "plus", "full_layers": spelled})[1]["full_layers"] == (6, 21, 23)
+    assert read_options({"variant": "plus", "full_layers": 6})[1]["full_layers"] == (6,)
+
+
+@pytest.mark.parametrize("spelled", ["", "[]", "()", ()])
+def test_no_layer_at_all_may_be_said(spelled):
+    assert read_options({"variant": "plus", "full_layers": spelled})[1]["full_layers"] == ()
 
 
 @pytest.mark.parametrize("given, meant", [("4", 4), (4, 4), ("1", 1)])
@@ -76,6 +89,9 @@ def test_numbers_that_come_as_text(given, meant):
         ({"retain_ratio": "all"}, "retain_ratio='all': .* or full"),
         ({"preset": "videomme", "retain_ratio": 0.3}, "Table 8 has rows for 0.25, 0.2, 0.15, 0.1"),
         ({"lowering": "eager", "mode": "default"}, "nothing is compiled; leave one out"),
+        ({"encode_ratio": 0.5}, r"encode_ratio=0.5 without reuse, .*reuse=True"),
+        ({"variant": "plus", "merge_layers": 3}, r"merge_layers=\(3,\) with variant=.plus.*reuse=False"),
+        ({"reuse": "yes"}, "reuse='yes': must be True, False or None"),
         ({"dtype": "int8"}, "dtype='int8': must be one of 'auto', 'float32'"),
         ({"dtype": "float16", "torch_dtype": "float16"}, "left out beside dtype"),
         ({"batch_size": "auto"}, "batch_size='auto': must be a whole number, at least 1"),

@@ -142,6 +142,27 @@ def test_through_inductor():
         assert torch.equal(new_tokens(wrapped, inputs), oracle_tokens(tiny(), inputs, **OPTIONS))
 
 
+REUSE = {"variant": "plus", "retain_ratio": 0.3, "full_layers": (2,)}
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "on some layers"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("staged", marks=pytest.mark.long)])
+def test_with_patches_reused(kind, lowering):
+    """On layers that compute some of the places, on those that compute all, and on the projector behind them."""
+    wrapped = adapted(KINDS[kind]())
+    reference, model = merged(wrapped), wrapped.get_base_model()
+    inputs = video_inputs(model, 6, changing=0.3)
+    earlytom_compile.compile(model, strict=True, lowering=lowering, **REUSE)
+    got = rows(model, inputs)
+    (told,) = earlytom_compile.report(model).to_dict()["videos"]
+    assert 36 < sum(told["patches"]["by_frame"]) < 6 * 36
+    (expected,), (plain,) = (compressed_videos(each, inputs, **REUSE) for each in (reference, tiny()))
+    torch.testing.assert_close(got, expected.features, atol=2e-5, rtol=1e-4)
+    assert (plain.features - got).abs().max() > 0.01
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(rows(model, inputs), plain.features, atol=2e-5, rtol=1e-4)
+
+
 def test_torch_compile_of_the_wrapper():
     wrapped = adapted(lora(EVERYWHERE))
     reference, inputs = merged(wrapped), video_inputs(wrapped.get_base_model(), 8)

@@ -118,6 +118,38 @@ def test_layers_that_differ_in_their_weights_alone_are_compiled_apart():
     torch.testing.assert_close(got, expected.features, atol=2e-5, rtol=1e-4)
 
 
+REUSE = {"variant": "plus", "retain_ratio": 0.3, "full_layers": (2,)}
+
+
+def check_reuse(model, *, atol=2e-5, lowering="eager"):
+    """As :func:`check`, where unchanged patches are reused."""
+    inputs = video_inputs(model, 6, changing=0.3)
+    got = rows(earlytom_compile.compile(model, strict=True, lowering=lowering, **REUSE), inputs)
+    (told,) = earlytom_compile.report(model).to_dict()["videos"]
+    earlytom_compile.restore(model)
+    assert 36 < sum(told["patches"]["by_frame"]) < 6 * 36
+    (expected,), (plain,) = (compressed_videos(each, inputs, **REUSE) for each in (model, tiny()))
+    torch.testing.assert_close(got, expected.features, atol=atol, rtol=1e-4)
+    assert (plain.features - got).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_alone_with_patches_reused(kind):
+    check_reuse(quantised(torchao(**WEIGHTS[kind])))
+
+
+def test_weights_and_activations_with_patches_reused():
+    """A row is rounded by its own largest value, whatever rows it is packed with."""
+    check_reuse(quantised(torchao(**W8A8)), atol=ROUNDED)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*WEIGHTS, "int8 weights and activations"])
+def test_patches_reused_through_inductor(kind):
+    model = quantised(torchao(**WEIGHTS.get(kind, W8A8)))
+    check_reuse(model, lowering="staged", atol=2e-5 if kind in WEIGHTS else ROUNDED)
+
+
 # --- Others ------------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +220,11 @@ def test_opaque_linears(how):
     check(model, inputs)
     tokens = compressed_generate(model, inputs, 3, variant="paper", **OPTIONS)
     assert torch.equal(new_tokens(compiled(model), inputs, max_new_tokens=3), tokens)
+
+
+@pytest.mark.parametrize("how", ["matmul_4bit", "dequantised"])
+def test_opaque_linears_with_patches_reused(how):
+    check_reuse(packed(how))
 
 
 @pytest.mark.long

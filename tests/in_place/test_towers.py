@@ -67,6 +67,39 @@ def test_without_importance():
     check(tiny(TOWERS["DINOv2"]), variant="plus", reuse=False)
 
 
+@pytest.mark.parametrize("name", ["CLIP", pytest.param("DINOv2", marks=newer), pytest.param("ViT", marks=newer)])
+@pytest.mark.parametrize("way", [{"variant": "plus"}, {"variant": "paper", "reuse": True}])
+def test_towers_that_reuse_patches(name, way):
+    """The class token is computed in every frame, and everything else when it changes."""
+    check_reuse(tiny(TOWERS[name]), **way)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["CLIP", pytest.param("DINOv2", marks=newer), pytest.param("ViT", marks=newer)])
+def test_towers_that_reuse_patches_through_inductor(name):
+    check_reuse(tiny(TOWERS[name]), variant="plus", lowering="staged")
+
+
+@pytest.mark.parametrize("layer", [-2, pytest.param([-2, -1], id="two")])
+@pytest.mark.parametrize("full_layers", [(), (2,), None])
+def test_reused_patches_in_an_earlier_layer_and_in_several(layer, full_layers):
+    """What leaves a layer in the middle of those that reuse is of all places, too."""
+    check_reuse(tiny(CLIP, vision_feature_layer=layer), variant="plus", full_layers=full_layers)
+
+
+def check_reuse(model, **options):
+    options = {"retain_ratio": 0.3, **options}
+    inputs = video_inputs(model, 6, changing=0.3)
+    got = rows(compiled(model, strict=True, **options), inputs)
+    told = earlytom_compile.report(model).to_dict()["videos"][0]
+    earlytom_compile.restore(model)
+    options.pop("lowering", None)
+    (expected,) = compressed_videos(model, inputs, **{**OPTIONS, **options})
+    torch.testing.assert_close(got, expected.features, atol=2e-5, rtol=1e-4)
+    first, *others = told["patches"]["by_frame"]
+    assert first == 37 and all(1 < count < 37 for count in others) and told["frames"] == [6]
+
+
 @newer
 @pytest.mark.long
 def test_through_inductor():

@@ -44,12 +44,13 @@ class Call:
 
 
 @st.composite
-def calls(draw, dtype=native_dtypes):
-    """Odd grids, patches and margins; budgets from one frame to all of them, and none."""
-    grid, patch = ([draw(st.integers(1, 4)), draw(st.integers(1, 4))] for _ in range(2))
+def calls(draw, dtype=native_dtypes, side=4):
+    """Odd grids, patches and margins, at most ``side`` of each; budgets from one frame to all of them, and none."""
+    grid, patch = ([draw(st.integers(1, side)), draw(st.integers(1, side))] for _ in range(2))
     margin = [draw(st.integers(0, 3)), draw(st.integers(0, 3))]
     prefix = draw(st.sampled_from([0, 0, 1, 5]))
-    videos, frames, channels = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    videos, frames = draw(st.integers(1, side - 1)), draw(st.integers(1, 2 * side - 2))
+    channels = draw(st.integers(1, 3))
     height, width = (grid[i] * patch[i] + margin[i] for i in range(2))
     seed, steps = draw(st.integers(0, 2**31)), draw(st.sampled_from([0, 2, 16]))
     pixels = torch.stack([clip(seed + v, frames, channels, height, width, steps) for v in range(videos)])
@@ -254,6 +255,14 @@ def test_what_is_not_finite_counts_as_changed(value, budget):
     assert active[2:5, 2].all(), "also in the frame behind"
     assert not change[0, 2:5, 2].isfinite().any()
     assert computed.tolist() == [active.sum()]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_range_of_thresholds_is_that_of_the_finite_pixels(value):
+    pixels = clip(2, 6, 1, 8, 8)
+    pixels[2, 0, 5, 1] = value
+    _, _, computed, measured = planned(pixels, budget=14)
+    assert computed.tolist() == [14] and 0 < measured[0, 1] < pixels.nan_to_num(0, 0, 0).abs().max() * 2
 
 
 def test_a_budget_that_what_is_not_finite_does_not_fit_is_refused():

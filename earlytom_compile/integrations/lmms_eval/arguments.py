@@ -115,7 +115,7 @@ def _require_ratio(ratio: Any) -> None:
 
 def _read(name: str, value: Any) -> Any:
     """Text as the command line reads it; lmms-eval has made numbers and truth values of some."""
-    if name == "merge_layers" and is_whole_number(value):
+    if name in ("merge_layers", "full_layers") and is_whole_number(value):
         return (value,)
     return reader(_HINTS[name])(value.strip("'\"[]() ")) if isinstance(value, str) else value
 
