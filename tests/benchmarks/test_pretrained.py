@@ -1,4 +1,4 @@
-"""Weights of an ONNX graph in DINOv2 of transformers, whose names differ; the files are no part of it."""
+"""Weights out of an ONNX graph into transformers' DINOv2, whose names differ; the real files are not needed."""
 
 import importlib.util
 
@@ -11,8 +11,11 @@ from earlytom_compile.benchmarks import pretrained
 from earlytom_compile.cli.eval_flags import KNOWN_VIDEOS
 
 OLD_NAMES = {
-    "q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense",
-}  # fmt: skip
+    "q_proj": "attention.query",
+    "k_proj": "attention.key",
+    "v_proj": "attention.value",
+    "o_proj": "output.dense",
+}
 
 
 def tiny(image_size):
