@@ -59,9 +59,11 @@ class ComputedPatches:
             f"{self.in_short()} are computed: all of the first frame, then those that changed. The others take over "
             "what was computed of them then. "
         )
-        full = config.resolve_full_layers(layers)
-        named = f" Encoder layer{'s' if len(full) > 1 else ''} {', '.join(map(str, full))} computed every patch."
-        return text + self._limit(config) + (named if full else "")
+        full, frames = config.resolve_full_layers(layers), len(self.by_frame)
+        named = f" Encoder layer{'s' if len(full) > 1 else ''} {', '.join(map(str, full))} computed every patch"
+        if self.distinct not in (None, frames):
+            named += f" of {self.distinct} of the {frames} frames; the others repeat one of these to the last pixel"
+        return text + self._limit(config) + (f"{named}." if full else "")
 
     def frame_by_frame(self) -> str:
         """Percent of each frame, such as ``"100 19 21"``."""
