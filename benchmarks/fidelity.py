@@ -120,6 +120,7 @@ def arms(
 @torch.no_grad()
 def full_features(tower: Tower, pixels: Tensor, frames_at_once: int = 8) -> Tensor:
     """[F, S, D] of pixels [F, 3, H, W]; a few frames at once, which need less memory."""
+    pixels = pixels.to(next(tower.module.parameters()).dtype)
     return torch.cat([tower.module(part).last_hidden_state for part in pixels.split(frames_at_once)])
 
 

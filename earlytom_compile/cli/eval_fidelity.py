@@ -7,7 +7,7 @@ No question is asked: where no large model can be had, this says what compressio
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     about = {
         **environment(device),
         "model": tower.name,
+        "videos": videos,
         "frames": arguments.frames or "32 at most",
         "size": pixels.size["width"],
     }
@@ -54,6 +55,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     # Rows that were not asked for stay in the file.
     done = {row.key: row for row in map(fidelity_report.row_of, saved.get("rows", ()))}
     asked = [(name, *arm.key) for name in videos for arm in arms]
+    encoders = {arm.key: fidelity.compiled(tower, arm) for arm in arms}  # at their first call, for all videos
 
     def write(last: bool = False) -> None:
         if arguments.json and (last or arguments.json != "-"):
@@ -67,7 +69,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
                 continue
             video = decoded(file, pixels, arguments.frames, _FRAMES, progress_on).to(device)
             with progress_bars(progress_on) as progress:
-                for row in _measured(tower, name, video, wanted, progress):
+                for row in _measured(tower, name, video, wanted, encoders, progress):
                     done[row.key] = row
                     write()
     except KeyboardInterrupt:
@@ -78,14 +80,19 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
 
 
 def _measured(
-    tower: fidelity.Tower, name: str, video: Tensor, arms: Sequence[fidelity.Arm], progress: Progress
+    tower: fidelity.Tower,
+    name: str,
+    video: Tensor,
+    arms: Sequence[fidelity.Arm],
+    encoders: Mapping[Any, Any],
+    progress: Progress,
 ) -> Iterator[fidelity.Row]:
-    """A row for each arm, as soon as it is known."""
+    """A row for each arm, as soon as it is known; ``encoders``: by its key."""
     task = progress.add_task(f"{name}: all features", total=len(arms) + 1)
     full = fidelity.full_features(tower, video)
     for arm in arms:
         progress.update(task, advance=1, description=f"{name}: {arm.method}, {arm.setting}")
-        yield fidelity.measure(tower, fidelity.compiled(tower, arm), name, video, full, arm)
+        yield fidelity.measure(tower, encoders[arm.key], name, video, full, arm)
 
 
 def _show(

@@ -55,7 +55,7 @@ def tables(rows: Sequence[Row], default: Layers) -> list[Table]:
 
 def to_markdown(rows: Sequence[Row], default: Layers, about: dict[str, Any]) -> str:
     """The command, where it ran, and the tables."""
-    lines = markdown.heading(about)
+    lines = markdown.heading({name: value for name, value in about.items() if name != "videos"})  # rows name them
     for title, headings, cells, words in _sections(rows, default):
         if cells:
             lines += [*markdown.table(title, headings, cells), words, ""]

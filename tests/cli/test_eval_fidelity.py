@@ -105,6 +105,20 @@ def test_ctrl_c_saves_finished_rows_and_resume_measures_the_rest(stand_in, words
     assert status == 2 and "frames=8, and this would be frames=6" in " ".join(err.split())
 
 
+def test_files_of_one_name_are_not_mistaken_for_each_other(stand_in, words, clip, tmp_path, earlytom):
+    file, other = tmp_path / "a.json", tmp_path / clip.name
+    other.write_bytes(clip.read_bytes())
+    assert earlytom(*words, "--json", file)[0] == 0
+    status, _, err = earlytom(*(other if word == clip else word for word in words), "--json", file, "--resume")
+    assert status == 2 and "rows of both do not belong into one table" in " ".join(err.split())
+
+
+def test_half_precision(words, earlytom):
+    short = [word for word in words if word not in ("--encode-ratios", "0.5", "0.02,0.1", "--tau-reuses")]
+    status, out, err = earlytom(*short[:-1], "last1", "--tau-reuses", "0.1", "--dtype", "bfloat16")
+    assert status == 0 and "tau_reuse 0.1" in out, err
+
+
 def test_json_to_the_standard_output_is_json_alone(stand_in, words, earlytom):
     status, out, err = earlytom(*words, "--json", "-")
     assert status == 0 and len(json.loads(out)["rows"]) == 7 and "beside the full encoder" in err
