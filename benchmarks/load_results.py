@@ -2,9 +2,9 @@
 
 The numbers here are made up:
 
-| model        | requests/s | range     | speed | TTFT p50/p90/p99 ms | answer p50/p90/p99 ms | batch | frames left | ...
-| inductor     |       1.81 | 1.79-1.84 | 1.00x | 4102 / 4210 / 4220  | 4391 / 4480 / 4492    |     8 |             | ...
-| earlytom 0.1 |       5.21 | 5.18-5.23 | 2.88x | 1407 / 1433 / 1440  | 1530 / 1552 / 1559    |     8 |         75% | ...
+| model        | requests/s | range     | speed | TTFT p50/p90/p99 ms | answer p50/p90/p99 ms | batch | frames left | ..
+| inductor     |       1.81 | 1.79-1.84 | 1.00x | 4102 / 4210 / 4220  | 4391 / 4480 / 4492    |     8 |             | ..
+| earlytom 0.1 |       5.21 | 5.18-5.23 | 2.88x | 1407 / 1433 / 1440  | 1530 / 1552 / 1559    |     8 |         75% | ..
 """
 
 import dataclasses
