@@ -5,7 +5,7 @@ ComputedPatches(by_frame=(729, 140, 152), places=729, changed=0.45, noise=0.007,
 -> "1,021 of 2,187 patches (46.7%) are computed: all of the first frame, then those that changed. ..."
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,11 @@ class ComputedPatches:
 def patches_of(report: Mapping[str, Any]) -> list[ComputedPatches]:
     """Of each video of a report's last call, from ``report(model).to_dict()``; empty where patches were not reused."""
     return [ComputedPatches(**video["patches"]) for video in report["videos"] if "patches" in video]
+
+
+def share_computed(counts: Sequence[ComputedPatches]) -> float | None:
+    """Of the patches of all these videos; None without any."""
+    return sum(each.total for each in counts) / sum(each.every for each in counts) if counts else None
 
 
 def computed_patches(
