@@ -4,7 +4,8 @@ A place whose pixels did not change is not computed again (insert_patch_reuse.py
 guessed. Some places are made of no pixels: class and register tokens, in front of the patches. What a convolution or
 the sizes suggest is tried out with the model's own weights: each patch has a number, and one picture for each binary
 digit of it is changed in the patches that have this digit. Place s is made of patch s and nothing else if it changes
-in exactly these pictures, and in the others where the patches without the digit change.
+in exactly these pictures, and in the others where the patches without the digit change. Frames of equal pixels must
+have equal places too, since layers in full leave out frames that repeat: no embedding of the frame's number.
 """
 
 from collections.abc import Iterator
@@ -43,7 +44,8 @@ def find_patch_grid(view: GraphView, path: VideoPath, probe: Probe) -> PatchGrid
     shape = "x".join(map(str, shape_of(path.pixels) or ()))
     raise NotApplicable(
         f"the {shape_of(first)[1]} places of the vision encoder {path.encoder.name} are not made "  # type: ignore[index]
-        f"of one patch of the pixels {shape} each, in raster order, so that it is unknown which of them did not change",
+        f"of one patch of the pixels {shape} each and of nothing else, in raster order, so that it is unknown which of "
+        "them did not change",
         "Merge frames instead: reuse=False",
     )
 
@@ -88,6 +90,9 @@ def _try_out(found: PatchGrid, pixels: Node, first: Node, probe: Probe) -> bool 
         x = probe.random(pixels)
         frames = x.flatten(0, -4)
         before = probe.run(pixels, first, x)
+        alike = probe.run(pixels, first, frames[:1].expand_as(frames).contiguous().view_as(x))
+        if bool(_moved(alike[:1], alike).any()):
+            return False
         for masks in _masks(found, len(frames)):
             masks = masks.to(x.device)
             changed = torch.where(_pixels_of(masks, found, frames), probe.random(pixels).view_as(frames), frames)
@@ -117,5 +122,10 @@ def _pixels_of(masks: Tensor, found: PatchGrid, frames: Tensor) -> Tensor:
 
 
 def _changes_where(before: Tensor, after: Tensor, masks: Tensor, prefix: int) -> bool:
-    moved = (before.float() - after.float()).abs().amax(-1) > 1e-4 * before.float().abs().amax().clamp_min(1e-6)
+    moved = _moved(before, after)
     return not bool(moved[:, :prefix].any()) and torch.equal(moved[:, prefix:], masks)
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """Bool [frames, places], which differ by more than rounding."""
+    return (before.float() - after.float()).abs().amax(-1) > 1e-4 * before.float().abs().amax().clamp_min(1e-6)

@@ -215,7 +215,16 @@ class NormedTower(Tower):
         return self.conv2d(frames / frames.abs().amax((1, 2, 3), keepdim=True)).flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("tower", [OverlappingTower, ReorderedTower, NormedTower])
+class CountingTower(Tower):
+    """Two frames of equal pixels differ, so that layers in full must not leave one of them out."""
+
+    def _patches(self, frames):
+        patches = super()._patches(frames)
+        numbers = torch.arange(len(patches))[:, None, None] * torch.arange(patches.shape[2])
+        return patches + numbers.sin()
+
+
+@pytest.mark.parametrize("tower", [OverlappingTower, ReorderedTower, NormedTower, CountingTower])
 def test_must_not_fire_where_a_place_is_made_of_other_pixels(tower):
     with pytest.warns(EarlyTomFallbackWarning, match=r"16 places .* not made of one patch .* reuse=False"):
         graphs = []
