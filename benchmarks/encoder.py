@@ -77,7 +77,7 @@ def encoders(tower: Any, ratios: Sequence[float], options: dict[str, Any]) -> En
     compiled = options["lowering"] != "eager"
     whole = torch.compile(tower, dynamic=False) if compiled else tower
     made: Encoders = {"inductor" if compiled else "tower": lambda pixels: whole(pixels).last_hidden_state}
-    reusing = functools.partial(earlytom_compile.compile_tower, tower, reuse=True, **options)
+    reusing = functools.partial(earlytom_compile.compile_tower, tower, variant="plus", **options)
     for ratio in ratios:
         made[f"encode_ratio {ratio:g}"] = reusing(encode_ratio=ratio)
     made[_FREE] = reusing()

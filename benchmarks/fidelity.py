@@ -1,6 +1,6 @@
 """How far a cheaper vision encoder is from the full one: its features of real clips, and its share of the work.
 
-    rows = [measure(tower, "talk", pixels, full, arm) for arm in arms((0.6, 0.8), (0.02, 0.04), (), (None,))]
+    rows = [measure(tower, "talk", pixels, full, arm) for arm in arms((0.6, 0.8), (0.04, 0.06), (), ((11,),))]
     rows[0]                      # merging at tau_seg 0.6: cost 0.70, mean cosine 0.945
     equal_fidelity(rows)[0]      # reuse costs 0.63 of what merging does where it is as near to the full features
 
@@ -9,7 +9,7 @@ rows that go through a layer. Fidelity is the cosine of each place of each frame
 weighting. Where frames merged, the merged one stands for each of its frames.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,13 @@ class Arm:
     """:data:`MERGING` or :data:`REUSING`."""
     setting: str
     """What decides its cost, such as ``tau_seg 0.6``."""
-    full_layers: tuple[int, ...] | None
-    """Of :data:`REUSING`: layers that compute every place; None: the default."""
+    full_layers: tuple[int, ...]
+    """Of :data:`REUSING`: layers that compute every place."""
     options: dict[str, Any]
     """Those of ``compile_tower``."""
 
     @property
-    def key(self) -> tuple[str, str, tuple[int, ...] | None]:
+    def key(self) -> tuple[str, str, tuple[int, ...]]:
         """What tells it from others."""
         return self.method, self.setting, self.full_layers
 
@@ -60,7 +60,7 @@ class Row:
     clip: str
     method: str
     setting: str
-    full_layers: tuple[int, ...] | None
+    full_layers: tuple[int, ...]
     """As the arm's."""
     cost: float
     """Share of the full encoder's layer work."""
@@ -72,7 +72,7 @@ class Row:
     """The lowest mean of a frame."""
 
     @property
-    def key(self) -> tuple[str, str, str, tuple[int, ...] | None]:
+    def key(self) -> tuple[str, str, str, tuple[int, ...]]:
         """What tells it from others."""
         return self.clip, self.method, self.setting, self.full_layers
 
@@ -85,7 +85,7 @@ class EqualFidelity:
     setting: str
     """Of merging."""
     cosine: float
-    full_layers: tuple[int, ...] | None
+    full_layers: tuple[int, ...]
     """Of reuse."""
     merging: float
     """Cost of merging."""
@@ -101,17 +101,14 @@ class EqualFidelity:
 
 
 def arms(
-    tau_segs: Sequence[float],
-    tau_reuses: Sequence[float],
-    encode_ratios: Sequence[float],
-    full_layers: Sequence[tuple[int, ...] | None],
+    tau_segs: Iterable[float],
+    tau_reuses: Iterable[float],
+    encode_ratios: Iterable[float],
+    full_layers: Iterable[tuple[int, ...]],
 ) -> list[Arm]:
-    """Merging at each ``tau_segs``; reuse at each threshold and each budget with each set of full layers.
-
-    None among ``full_layers`` is the default set, () none at all.
-    """
+    """Merging at each ``tau_segs``; reuse at each threshold and each budget with each set of full layers."""
     merging = {"variant": "paper", "reuse": False, "retain_ratio": _NO_FLOOR}
-    found = [Arm(MERGING, f"tau_seg {tau:g}", None, {**merging, "tau_seg": tau}) for tau in tau_segs]
+    found = [Arm(MERGING, f"tau_seg {tau:g}", (), {**merging, "tau_seg": tau}) for tau in tau_segs]
     chosen = [("tau_reuse", tau) for tau in tau_reuses] + [("encode_ratio", ratio) for ratio in encode_ratios]
     for layers in full_layers:
         for name, value in chosen:
@@ -123,6 +120,7 @@ def arms(
 @torch.no_grad()
 def full_features(tower: Tower, pixels: Tensor, frames_at_once: int = 8) -> Tensor:
     """[F, S, D] of pixels [F, 3, H, W]; a few frames at once, which need less memory."""
+    pixels = pixels.to(next(tower.module.parameters()).dtype)
     return torch.cat([tower.module(part).last_hidden_state for part in pixels.split(frames_at_once)])
 
 
@@ -176,7 +174,7 @@ def equal_fidelity(rows: Sequence[Row]) -> list[EqualFidelity]:
     """
     found = []
     for merging in (row for row in rows if row.method == MERGING):
-        curves: dict[tuple[int, ...] | None, list[tuple[float, float]]] = {}
+        curves: dict[tuple[int, ...], list[tuple[float, float]]] = {}
         for row in rows:
             if row.clip == merging.clip and row.method == REUSING and row.setting.startswith("tau_reuse"):
                 curves.setdefault(row.full_layers, []).append((row.cost, row.cosine))

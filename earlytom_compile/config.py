@@ -21,8 +21,8 @@ RELEASED_MAX_WINDOW = 8
 
 DEFAULT_MERGE_LAYERS = (6, 21, 23)
 """Where frames merge in an encoder of 26 layers: 7, 22 and 24 of them are done."""
-DEFAULT_FULL_SHARES = (0.75, 0.875, 1.0)
-"""Shares of the depth behind which every place has seen what is new: the layers that end there run in full."""
+DEFAULT_FULL_LAYERS = 3
+"""How many of the last layers compute every place, so that what stands still sees what is new around it."""
 
 # Table 8 of the paper: tau_seg and merge layers for a retain ratio; every row has alpha = 0.9.
 PRESET_RATIOS = (0.25, 0.20, 0.15, 0.10)
@@ -70,7 +70,7 @@ class EarlyTomConfig:
     difference of the means of its quarters, or a third of the mean absolute difference (docs/reuse.md)."""
     full_layers: tuple[int, ...] | None = None
     """0-based encoder layers that compute unchanged patches too, so that what is new around them reaches them; None =
-    those where 3/4, 7/8 and all of the depth are done."""
+    the last three, or the second half of fewer than six."""
     encode_ratio: float | None = None
     """An exact budget for ``reuse`` in (0, 1]: the share of a video's patches that is computed, those that changed
     most, one frame at least. None: as many as changed."""
@@ -217,7 +217,8 @@ class EarlyTomConfig:
         one does not exist."""
         if self.full_layers is not None:
             return _existing("full_layers", self.full_layers, num_layers)
-        return tuple(sorted({max(0, round(share * num_layers) - 1) for share in DEFAULT_FULL_SHARES}))
+        last = max(1, min(DEFAULT_FULL_LAYERS, num_layers // 2))
+        return tuple(range(num_layers - last, num_layers))
 
     def reuses(self) -> bool:
         """Whether unchanged patches are not computed again, and no frames merge."""

@@ -44,7 +44,9 @@ class Reuse:
     computed: float
     """T, patches that are computed, of F frames with S each."""
     full_layers: tuple[int, ...] = ()
-    """0-based layers that compute all F·S."""
+    """0-based layers that compute all places of every frame."""
+    distinct: float | None = None
+    """Frames that these compute, where others repeat them exactly; None: all F."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ def reuse_of(report: Mapping[str, Any]) -> list[Reuse | None]:
     """What each video of a report's last call had computed, from ``report(model).to_dict()``; None where patches were
     not reused."""
     found = [video.get("patches") for video in report["videos"]]
-    full = tuple(report.get("full_layers") or ())
-    return [None if patches is None else Reuse(sum(patches["by_frame"]), full) for patches in found]
+    full = tuple(report["full_layers"])
+    return [
+        None if patches is None else Reuse(sum(patches["by_frame"]), full, patches.get("distinct")) for patches in found
+    ]
 
 
 def merged_inside(tokens: int, *, layer: int = 18, drop_ratio: float = 0.5) -> dict[int, int]:
@@ -142,7 +146,8 @@ def _computed(shape: ModelShape, frames: Sequence[float], reuse: Reuse | None) -
     every = [f * shape.frame_tokens for f in frames]
     if reuse is None:
         return every
-    return [whole if layer in reuse.full_layers else reuse.computed for layer, whole in enumerate(every)]
+    whole = every[0] if reuse.distinct is None else reuse.distinct * shape.frame_tokens
+    return [whole if layer in reuse.full_layers else reuse.computed for layer in range(len(every))]
 
 
 def _paper_layer(tokens: float, width: int, mlp: int, *, places: float) -> float:

@@ -24,9 +24,10 @@ from earlytom_compile.errors import EarlyTomConfigError
 NOTHING_REPEATS = (4, 5)  # with more than 4/5 of the places active, all are computed
 SIZES = 16  # steps between the fewest places and all of them
 HALVINGS = 12  # of the range of thresholds, in the search for the one that keeps a budget
-PIXELS_PER_MEAN = 3  # of the pixels' own mean absolute difference a third counts, of that of quarters all
-LOUDEST_NOISE = 2  # noise of more than half the spread of the picture is the picture
-DEVIATIONS = 3  # of a quarter's mean that noise alone may move it by
+PIXELS_PER_MEAN = 3  # of the mean absolute difference of pixels a third counts, of that of means all
+LOUDEST_NOISE = 2  # noise of more than half the deviation of the picture is the picture
+DEVIATIONS = 4  # of what noise does to a mean are let pass
+NOISE_OF_PIXELS = 0.4  # of the noise is let pass at least; it makes a third of itself, as the difference of pixels
 
 Layer = Callable[[Tensor], Tensor]
 """``[F, S, D] -> [F, S, D]``, each frame by itself."""
@@ -77,7 +78,7 @@ def reuse_budget(frames: int, places: int, encode_ratio: float, prefix: int = 0)
     _require(fine, f"prefix={prefix!r}: must be an integer from 0 to {places - 1}, one less than places")
     fine = _is_number(encode_ratio) and 0 < encode_ratio <= 1
     _require(fine, f"encode_ratio={encode_ratio!r}: must be a number in (0, 1]")
-    return max(_fewest(frames, places, prefix), round(encode_ratio * frames * places))
+    return max(places + (frames - 1) * prefix, round(encode_ratio * frames * places))
 
 
 def plan_reuse(
@@ -101,7 +102,7 @@ def plan_reuse(
         has no effect, the threshold is the smallest that bisection finds to leave no more than T. ``None``: what the
         threshold says, rounded up to one of at most 17 sizes; and everything if more than 4/5 of all places change.
 
-    What is missing to T is filled up with the most changed places, see :func:`_fill`.
+    What is missing to T is filled up with the most changed places (:func:`_fill`); without a budget with no others.
 
     Raises EarlyTomConfigError for pixels of another shape or dtype or that are not finite, a grid that they do not
     hold, or an option out of range.
@@ -113,17 +114,15 @@ def plan_reuse(
     patches = _Patches(pixels.float().cpu(), (int(grid[0]), int(grid[1])), (int(patch[0]), int(patch[1])), prefix)
     noise = _noise(patches)
     if budget is None:
-        threshold = _float32(math.hypot(tau_reuse, DEVIATIONS * _deviation_of_a_quarter(noise, patches.patch)))
-        source, change = _scan(patches, threshold)
-        total = _rounded_up(_active_places(source), patches)
+        threshold = _float32(math.hypot(tau_reuse, _let_pass(noise, patches.patch)))
     else:
         least, most = patches.fewest, patches.frames * patches.places
         fine = _is_count(budget, least) and budget <= most
         _require(fine, f"budget={budget!r}: must be None or an integer from {least} to {most}")
         threshold = _smallest_threshold(patches, budget)
-        source, change = _scan(patches, threshold)
-        total = budget
-    _fill(source, change, total)
+    source, change = _scan(patches, threshold)
+    size = _rounded_up(_active_places(source), patches) if budget is None else budget
+    _fill(source, change, size, only_changed=budget is None and size < patches.frames * patches.places)
     return ReusePlan(
         source=torch.tensor(source, dtype=torch.int64, device=pixels.device),
         change=torch.tensor(change, dtype=torch.float32, device=pixels.device),
@@ -132,21 +131,13 @@ def plan_reuse(
     )
 
 
-def _float32(value: float) -> float:
-    return torch.tensor(value, dtype=torch.float32).item()
-
-
-def _fewest(frames: int, places: int, prefix: int) -> int:
-    return places + (frames - 1) * prefix
-
-
 class _Patches:
     """The pixels of every patch of one video: ``pixels`` float32 ``[F, C, H, W]``."""
 
     def __init__(self, pixels: Tensor, grid: tuple[int, int], patch: tuple[int, int], prefix: int) -> None:
         self.pixels, self.grid, self.patch, self.prefix = pixels, grid, patch, prefix
         self.frames, self.places = len(pixels), prefix + grid[0] * grid[1]
-        self.fewest = _fewest(self.frames, self.places, prefix)
+        self.fewest = self.places + (self.frames - 1) * prefix
         patches = range(self.places - prefix)
         self._means = [[_quarter_means(self.of(f, p)) for p in patches] for f in range(self.frames)]
 
@@ -154,16 +145,14 @@ class _Patches:
         """``[C, height, width]``."""
         height, width = self.patch
         row, column = divmod(patch, self.grid[1])
-        top, left = row * height, column * width
-        return self.pixels[frame, :, top : top + height, left : left + width]
+        return self.pixels[frame, :, row * height : (row + 1) * height, column * width : (column + 1) * width]
 
     def change(self, a: int, b: int, patch: int) -> float:
-        """d(a, b, patch): how much a patch differs between two frames.
+        """d(a, b, patch): the largest difference of the means of its quarters, over quarters and channels, or a third
+        of the mean absolute difference of its pixels if that is more.
 
-        The largest difference between the means of its quarters, over quarters and channels, or a third of the mean
-        absolute difference of its pixels if that is more. Means hardly follow noise, compression and fine texture
-        that trembles, to which features are blind as well; what moves within the quarters, such as text that scrolls,
-        may leave all of them as they were.
+        Means hardly follow noise, compression and fine texture, as features do not; what moves within the quarters,
+        such as text that scrolls, may leave all of them as they were.
         """
         means = (self._means[a][patch] - self._means[b][patch]).abs().max()
         pixels = (self.of(a, patch) - self.of(b, patch)).abs().double().mean() / PIXELS_PER_MEAN
@@ -183,8 +172,7 @@ def _scan(patches: _Patches, threshold: float) -> tuple[list[list[int]], list[li
     """Source and change of every place. Compared is always with the start of the run, so slow drift adds up to one
     change, not to none."""
     prefix, places = patches.prefix, patches.places
-    source = [[0] * places]
-    change = [[math.inf] * places]
+    source, change = [[0] * places], [[math.inf] * places]
     for f in range(1, patches.frames):
         before = source[-1][prefix:]
         changes = [patches.change(f, g, p) for p, g in enumerate(before)]
@@ -203,10 +191,8 @@ def _noise(patches: _Patches) -> float:
     Of the differences between neighbouring frames, each 2x2 block (a b / c d) of a patch says (a - b - c + d) / 2,
     which smooth changes (light, motion of what has no fine texture) leave near 0, and which has the spread of a
     single difference if pixels are independent. nu is the lower median, over patches and pairs of frames, of the mean
-    absolute value of that.
-
-    0 for one frame, for patches of one row or column, and where it is more than half the standard deviation of all
-    pixels inside the grid: frames that have nothing in common look like noise as well.
+    absolute value of that. 0 for one frame, for patches of one row or column, and where it is more than half the
+    standard deviation of all pixels inside the grid: frames that have nothing in common look like noise as well.
     """
     found = []
     for f in range(1, patches.frames):
@@ -227,17 +213,14 @@ def _noise(patches: _Patches) -> float:
     return median if (LOUDEST_NOISE * n * median) ** 2 <= n * squares - total**2 else 0.0
 
 
-def _deviation_of_a_quarter(noise: float, patch: tuple[int, int]) -> float:
-    """The standard deviation of the difference between two means of the smallest quarter of a patch, of n pixels.
-
-    White noise of standard deviation sigma makes it sigma * sqrt(2 / n), and nu = 2 * sigma / sqrt(pi).
-    """
+def _let_pass(noise: float, patch: tuple[int, int]) -> float:
+    """Two means over the n pixels of a quarter differ by sigma * sqrt(2 / n), with noise = 2 * sigma / sqrt(pi)."""
     n = max(1, patch[0] // 2) * max(1, patch[1] // 2)
-    return noise * math.sqrt(math.pi / (2 * n))
+    return noise * max(DEVIATIONS * math.sqrt(math.pi / (2 * n)), NOISE_OF_PIXELS)
 
 
 def _rounded_up(active: int, patches: _Patches) -> int:
-    """T for that many active places: few sizes, so that what was compiled for one is met again."""
+    """Few sizes, so that what was compiled for one is met again; all places only where nothing repeats."""
     everything, fewest = patches.frames * patches.places, patches.fewest
     share, whole = NOTHING_REPEATS
     if active * whole > everything * share:
@@ -264,8 +247,8 @@ def _smallest_threshold(patches: _Patches, budget: int) -> float:
     return high
 
 
-def _fill(source: list[list[int]], change: list[list[float]], total: int) -> None:
-    """Make the most changed places active, in place, until there are ``total``.
+def _fill(source: list[list[int]], change: list[list[float]], total: int, *, only_changed: bool = False) -> None:
+    """Make the most changed places active, in place, until there are ``total``; ``only_changed``: no unchanged ones.
 
     A run is an active place and the inactive ones behind it that read it. Only the last one of a run may be taken:
     then nobody reads another source than before. Of the last ones of all runs it is always the one of the largest
@@ -279,10 +262,16 @@ def _fill(source: list[list[int]], change: list[list[float]], total: int) -> Non
     last = [(f, s) for f in range(frames) for s in range(places) if ends_a_run(f, s)]
     for _ in range(total - _active_places(source)):
         f, s = max(last, key=lambda end: (change[end[0]][end[1]], -end[1], end[0]))
+        if only_changed and change[f][s] == 0:
+            return
         source[f][s] = f
         last.remove((f, s))
         if ends_a_run(f - 1, s):
             last.append((f - 1, s))
+
+
+def _float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 # --- The layers -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 >>> earlytom_compile.report(model)             # the same in print(); a table in a notebook
 state            compressing; the last call was compressed
 options          retain_ratio=0.1, variant='plus', the others at their defaults
-vision encoder   model.vision_tower.encoder.layers (26 layers), reuses patches but in layers 19, 22, 25
+vision encoder   model.vision_tower.encoder.layers (26 layers), reuses patches but in layers 23, 24, 25
 video 0          frames 32, patches 23328 -> 7290 (changed beyond 0.06), tokens 6272 -> 627
 prompt           6310 -> 665 tokens
 """
@@ -94,7 +94,7 @@ class GraphRecord:
             for frames, tokens in zip(videos, kept, strict=True)
         ]
         if (plan := counts.reuse) is not None:
-            found = computed_patches(plan.source, plan.change, plan.measured)
+            found = computed_patches(plan.source, plan.change, plan.measured, plan.distinct)
             for video, patches in zip(described, found, strict=True):
                 video["patches"] = asdict(patches)
         return described
@@ -107,6 +107,7 @@ class ReusePlan:
     source: torch.Tensor  # int64 [V, F, S], the frame in which each place was last computed
     change: torch.Tensor  # float32 [V, F, S], how much it differed from then
     computed: torch.Tensor  # int64 [V], places that were computed
+    distinct: torch.Tensor  # int64 [V], frames that layers in full computed: those that repeat no other exactly
     measured: torch.Tensor  # float32 [V, 2], the video's own noise and the threshold that followed from it
 
 

@@ -387,8 +387,8 @@ class CompressedGraph:
 
     def _note(self, counts: Sequence[Any], args: tuple[Any, ...]) -> None:
         record = self.record
-        reuse = ReusePlan(*counts[:4]) if self._reuses else None
-        counts = counts[4:] if self._reuses else counts
+        reuse = ReusePlan(*counts[:5]) if self._reuses else None
+        counts = counts[5:] if self._reuses else counts
         frames, rest = counts[: self._num_counts], list(counts[self._num_counts :])
         record.last_call = time.monotonic()
         if self._frames_only:

@@ -1,21 +1,21 @@
-"""plan_reuse on a GPU: a program goes through the frames of one place, and no decision waits for the host.
+"""plan_reuse on a GPU: a program goes through the frames of one patch, and no decision waits for the host.
 
 ::
 
-    pixels [V, F, C, H, W]   ->   noise of each patch       [V, (F - 1) * P]   a sort: its first quartile   [V]
+    pixels [V, F, C, H, W]   ->   sums of quarters, squares [V, F, P]
+                                  noise of each patch       [V, (F - 1) * P]   a sort: its median, the threshold  [V]
                                   source, change            [V, F, S]          frame after frame, the patch of the
-                                                                               source frame in registers
-                                  active places, total      [V]
+                                                                               source frame and its sums in registers
+                                  waiting                   [V, S, F]          from the last frame to the first
+                                  active patches, total     [V]
                                   fill                                         a sort, for the places still missing
 
-With a budget the second line is computed 14 times, at thresholds that a kernel of one program for each video halves
-between them. Leading places see the whole grid; that would be one program for all pixels. So differences of whole
-frames are summed first, for all pairs of frames, in tiles of frames and rows of the grid; a scan then reads them.
-Sums are float64 of float32 differences, as those of the native body, and rounded once: the plan is the same.
+With a budget the third line is computed 14 times, at thresholds that a kernel of one program for each video halves
+between them. Leading places are filled in once: they are active in every frame. Sums are float64 of float32 numbers, as
+those of the native body, and rounded once: the plan is the same.
 
-Read are the pixels once for the noise, and once for each scan (frames that overlap a program's pixels come from the
-cache); the table of pairs reads them F / 4 times. Launches: 4 of this file without a budget and 30 with one, one more
-with leading places, and the sorts.
+Read are the pixels once for sums and noise, and once for each scan (frames that overlap a program's pixels come from
+the cache). Launches: 4 of this file without a budget and 30 with one, and the sorts.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from earlytom_compile.kernels.plan_reuse import HALVINGS, NOISE_QUARTER, SIZES, check_arguments, videos_of
+from earlytom_compile.kernels.plan_reuse import (
+    HALVINGS,
+    PIXELS_COUNT,
+    SIZES,
+    check_arguments,
+    halves,
+    is_noise,
+    threshold_above,
+    videos_of,
+)
 
 _PLACES = 128  # of one program, where a lane is a place
-_PAIR_TILE = 4  # frames
-_PAIR_BLOCK = 128  # pixels at a time
 
 
 def run(
@@ -39,10 +46,11 @@ def run(
     check_arguments(pixels, grid, patch, prefix, tau, budget)
     scan = _Scans(videos_of(pixels), grid, patch, prefix)
     noise = scan.noise()
-    threshold = scan.smallest_threshold(budget) if budget else noise + tau
+    threshold = scan.smallest_threshold(budget) if budget else threshold_above(tau, noise, patch)
     scan.at(threshold)
-    active, total = scan.totals(budget)
-    source = _filled(scan, total - active)
+    waiting = scan.waiting()
+    active, total = scan.totals((waiting > 0).sum((1, 2)), budget)
+    source = _filled(scan.source, waiting, total - active)
     if budget:
         source = _cut(source, budget)
         total = torch.where(active > total, -1, total)
@@ -59,45 +67,41 @@ class _Scans:
         self._patches = grid[0] * grid[1]
         self._places = prefix + self._patches
         shape = (self._videos, self._frames, self._places)
-        self.source = pixels.new_empty(shape, dtype=torch.int64)
-        self.change = pixels.new_empty(shape, dtype=torch.float32)
-        self.active = pixels.new_empty((self._videos, self._places), dtype=torch.int32)
-        self._pairs = self._sums_of_pairs() if prefix else self.change
-
-    def _sums_of_pairs(self) -> Tensor:
-        """float64 [V, rows of the grid, F, F], below the diagonal: sums of absolute differences of two frames."""
-        (rows, columns), (height, width) = self._grid, self._patch
-        frames = self._frames
-        sums = self._pixels.new_empty((self._videos, rows, frames, frames), dtype=torch.float64)
-        tiles = triton.cdiv(frames, _PAIR_TILE)
-        _sum_pairs[(tiles * tiles, rows, self._videos)](
-            self._pixels, sums, *self._pixels.stride(), frames, tiles, self._channels, height, columns * width,
-            TILE=_PAIR_TILE, BLOCK=_PAIR_BLOCK, enable_fp_fusion=False,
-        )  # fmt: skip
-        return sums
+        # Leading places stay as they are here.
+        self.source = torch.arange(self._frames, device=pixels.device)[:, None].expand(shape).contiguous()
+        self.change = torch.full(shape, float("inf"), dtype=torch.float32, device=pixels.device)
+        self.active = pixels.new_empty((self._videos, self._patches), dtype=torch.int32)
+        self._groups = self._channels * len(halves(patch[0])) * len(halves(patch[1]))
+        sums = (self._videos, self._frames, self._patches, self._groups)
+        self._sums = pixels.new_empty(sums, dtype=torch.float64)
 
     def noise(self) -> Tensor:
-        """float32 [V]."""
+        """float32 [V]; what scans need is measured with it."""
         height, width = self._patch
-        blocks = self._channels * (height // 2) * (width // 2)
-        pairs = self._frames - 1
+        pairs, blocks = self._frames - 1, self._channels * (height // 2) * (width // 2)
+        found = self._pixels.new_empty((self._videos, pairs * self._patches), dtype=torch.float32)
+        squares = self._pixels.new_empty((self._videos, self._frames * self._patches), dtype=torch.float64)
+        groups = triton.next_power_of_2(self._groups)
+        quarter = triton.next_power_of_2(triton.cdiv(height, 2) * triton.cdiv(width, 2))
+        _measure[(squares.numel(),)](
+            self._pixels, self._sums, squares, found, *self._pixels.stride(), self._frames, *self._grid, height, width,
+            self._groups, blocks, GROUPS=groups, QUARTER=quarter, BLOCK=triton.next_power_of_2(max(1, blocks)),
+            num_warps=min(32, max(4, groups * quarter // 256)), enable_fp_fusion=False,
+        )  # fmt: skip
         if not pairs or not blocks:
             return self._pixels.new_zeros((self._videos,), dtype=torch.float32)
-        found = self._pixels.new_empty((self._videos, pairs * self._patches), dtype=torch.float32)
-        _noise_of_patches[(self._videos * pairs * self._patches,)](
-            self._pixels, found, *self._pixels.stride(), pairs, *self._grid, height, width, blocks,
-            BLOCK=triton.next_power_of_2(blocks), num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-        return found.sort(dim=1).values[:, (found.shape[1] - 1) // NOISE_QUARTER].contiguous()
+        median = found.sort(dim=1).values[:, (found.shape[1] - 1) // 2]
+        count = self._frames * self._patches * self._channels * height * width
+        return torch.where(is_noise(median, self._sums.sum((1, 2, 3)), squares.sum(1), count), median, 0.0)
 
     def at(self, threshold: Tensor) -> None:
         """Scan at ``threshold`` float32 [V]."""
         height, width = self._patch
         block = triton.next_power_of_2(self._channels * height * width)
-        _scan[(self._videos * self._places,)](
-            self._pixels, self._pairs, threshold, self.source, self.change, self.active, *self._pixels.stride(),
-            self._frames, *self._grid, height, width, self._channels, self._prefix,
-            BLOCK=block, ROWS=triton.next_power_of_2(self._grid[0]), LEADING=self._prefix > 0,
+        _scan[(self._videos * self._patches,)](
+            self._pixels, self._sums, threshold, self.source, self.change, self.active, *self._pixels.stride(),
+            self._frames, *self._grid, height, width, self._channels, self._prefix, self._groups,
+            BLOCK=block, GROUPS=triton.next_power_of_2(self._groups), PIXELS_COUNT=PIXELS_COUNT,
             num_warps=max(4, block // 256), enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -106,21 +110,24 @@ class _Scans:
         finite = self._pixels.nan_to_num(0.0, 0.0, 0.0).flatten(1)
         low = self._pixels.new_zeros((self._videos,), dtype=torch.float32)
         high, threshold = finite.amax(1).float() - finite.amin(1).float(), torch.zeros_like(low)
+        of_patches = budget - self._frames * self._prefix
         for halving in range(HALVINGS + 1):  # the first scan is the one at 0
             self.at(threshold)
             _halve[(self._videos,)](
-                self.active, low, high, threshold, self._places, budget, LAST=halving == HALVINGS, BLOCK=_PLACES,
+                self.active, low, high, threshold, self._patches, of_patches, LAST=halving == HALVINGS, BLOCK=_PLACES,
                 num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
         return threshold
 
-    def totals(self, budget: int) -> tuple[Tensor, Tensor]:
-        """int64 [V] twice: active places at the threshold, and after filling up."""
+    def totals(self, changed: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+        """int64 [V] twice: active places at the threshold, and after filling up, for which ``changed`` int64 [V]
+        inactive places count that changed at all."""
         active = self.source.new_empty((self._videos,))
         total = torch.empty_like(active)
         _totals[(self._videos,)](
-            self.active, active, total, self._frames, self._places, budget, SIZES=SIZES, BLOCK=_PLACES, num_warps=1
-        )
+            self.active, changed, active, total, self._frames, self._patches, self._prefix, budget, SIZES=SIZES,
+            BLOCK=_PLACES, num_warps=1,
+        )  # fmt: skip
         return active, total
 
     def waiting(self) -> Tensor:
@@ -132,14 +139,14 @@ class _Scans:
         return least
 
 
-def _filled(scan: _Scans, missing: Tensor) -> Tensor:
+def _filled(source: Tensor, waiting: Tensor, missing: Tensor) -> Tensor:
     """Sources with ``missing`` int64 [V] more active places: those that come first in a stable sort."""
-    videos, frames, places = scan.source.shape
-    order = scan.waiting().flatten(1).sort(dim=1, descending=True, stable=True).indices
+    videos, frames, places = source.shape
+    order = waiting.flatten(1).sort(dim=1, descending=True, stable=True).indices
     rank = torch.arange(frames * places, device=order.device)
     taken = torch.empty_like(order, dtype=torch.bool).scatter_(1, order, rank < missing[:, None])
     taken = taken.view(videos, places, frames).flip(2).transpose(1, 2).contiguous()  # strides of the result, too
-    return torch.where(taken, _frame_numbers(scan.source), scan.source)
+    return torch.where(taken, _frame_numbers(source), source)
 
 
 def _cut(source: Tensor, total: int) -> Tensor:
@@ -155,26 +162,22 @@ def _frame_numbers(source: Tensor) -> Tensor:
 
 
 @triton.jit
-def _noise_of_patches(pixels, found, video_stride, frame_stride, channel_stride, row_stride, column_stride, pairs,
-                      rows, columns, height, width, blocks, BLOCK: tl.constexpr):  # fmt: skip
-    """Mean over the 2x2 blocks (a b / c d) of |a - b - c + d| / 2, of what a patch differs from the frame before."""
-    patch = tl.program_id(0) % (rows * columns)
-    pair = tl.program_id(0) // (rows * columns)
-    frame, video = (pair % pairs).to(tl.int64), (pair // pairs).to(tl.int64)
-    block = tl.arange(0, BLOCK)
-    across = width // 2
-    channel, row, column = block // (height // 2 * across), block // across % (height // 2), block % across
-    row = patch // columns * height + 2 * row
-    column = patch % columns * width + 2 * column
-    before = pixels + video * video_stride + frame * frame_stride
-    before += channel * channel_stride + row.to(tl.int64) * row_stride + column * column_stride
-    mask = block < blocks
-    a = _apart(before, frame_stride, mask)
-    b = _apart(before + column_stride, frame_stride, mask)
-    c = _apart(before + row_stride, frame_stride, mask)
-    d = _apart(before + row_stride + column_stride, frame_stride, mask)
-    mixed = tl.abs((a - b - c + d) / 2)
-    tl.store(found + tl.program_id(0), (tl.sum(mixed.to(tl.float64)) / blocks).to(tl.float32))
+def _quarters(group, height, width):
+    """Channel, first row, first column, rows and columns of each quarter of each channel."""
+    up, across = tl.minimum(height, 2), tl.minimum(width, 2)
+    i, j = group // across % up, group % across
+    top, left = i * (height // 2), j * (width // 2)
+    rows = tl.where(i + 1 < up, height // 2, height - top)
+    columns = tl.where(j + 1 < across, width // 2, width - left)
+    return group // (up * across), top, left, rows, columns
+
+
+@triton.jit
+def _offset(channel, row, column, channel_stride, row_stride, column_stride):
+    offset = channel.to(tl.int64) * channel_stride
+    offset += row.to(tl.int64) * row_stride
+    offset += column.to(tl.int64) * column_stride
+    return offset
 
 
 @triton.jit
@@ -185,98 +188,112 @@ def _apart(pointers, frame_stride, mask):
 
 
 @triton.jit
-def _tile(pixels, frame, present, frame_stride, offset, mask):
-    """Some pixels of some frames, float32 [frames, pixels]."""
-    pointers = pixels + (frame.to(tl.int64) * frame_stride)[:, None] + offset[None, :]
-    return tl.load(pointers, mask=present[:, None] & mask[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _sum_pairs(pixels, sums, video_stride, frame_stride, channel_stride, row_stride, column_stride, frames, tiles,
-               channels, height, width, TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Sums of absolute differences over one row of the grid, between the frames of two tiles."""
-    later, earlier = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if earlier <= later:
-        grid_row, video = tl.program_id(1), tl.program_id(2).to(tl.int64)
-        pixels += video * video_stride + (grid_row * height).to(tl.int64) * row_stride
-        one = later * TILE + tl.arange(0, TILE)
-        other = earlier * TILE + tl.arange(0, TILE)
-        total = tl.zeros([TILE, TILE, BLOCK], tl.float64)
-        count = channels * height * width
-        for start in range(0, count, BLOCK):
-            pixel = start + tl.arange(0, BLOCK)
-            mask = pixel < count
-            channel, row, column = pixel // (height * width), pixel // width % height, pixel % width
-            offset = channel.to(tl.int64) * channel_stride + row * row_stride + column * column_stride
-            x = _tile(pixels, one, one < frames, frame_stride, offset, mask)
-            y = _tile(pixels, other, other < frames, frame_stride, offset, mask)
-            total += tl.abs(x[:, None, :] - y[None, :, :]).to(tl.float64)
-        out = sums + (video * tl.num_programs(1) + grid_row) * frames * frames
-        out += one.to(tl.int64)[:, None] * frames + other[None, :]
-        tl.store(out, tl.sum(total, 2), mask=(one < frames)[:, None] & (other < frames)[None, :])
+def _noise_of_patch(pixels, frame_stride, channel_stride, row_stride, column_stride, height, width, blocks,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    """float32, the mean over the 2x2 blocks (a b / c d) of |a - b - c + d| / 2, of what the next frame differs."""
+    block = tl.arange(0, BLOCK)
+    up, across = height // 2, width // 2
+    channel, row, column = block // (up * across), block // across % up * 2, block % across * 2
+    pixels += _offset(channel, row, column, channel_stride, row_stride, column_stride)
+    mask = block < blocks
+    a = _apart(pixels, frame_stride, mask)
+    b = _apart(pixels + column_stride, frame_stride, mask)
+    c = _apart(pixels + row_stride, frame_stride, mask)
+    d = _apart(pixels + row_stride + column_stride, frame_stride, mask)
+    mixed = tl.abs((a - b - c + d) / 2)
+    return (tl.sum(mixed.to(tl.float64)) / blocks).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["frames"])
-def _scan(pixels, pair_sums, threshold, source_out, change_out, active_out, video_stride, frame_stride, channel_stride,
-          row_stride, column_stride, frames, rows, columns, height, width, channels, prefix, BLOCK: tl.constexpr,
-          ROWS: tl.constexpr, LEADING: tl.constexpr):  # fmt: skip
-    """Source and change of one place in every frame, and how often it is active."""
-    places = prefix + rows * columns
-    video, place = (tl.program_id(0) // places).to(tl.int64), tl.program_id(0) % places
+def _measure(pixels, sums_out, squares_out, noise_out, video_stride, frame_stride, channel_stride, row_stride,
+             column_stride, frames, rows, columns, height, width, groups, blocks, GROUPS: tl.constexpr,
+             QUARTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Of a patch in a frame: sums of the pixels of its quarters, the sum of all their squares, and the noise to the
+    next frame."""
+    program = tl.program_id(0).to(tl.int64)
+    patches = rows * columns
+    patch, frame, video = program % patches, program // patches % frames, program // patches // frames
+    pixels += video * video_stride + frame * frame_stride
+    pixels += patch // columns * height * row_stride + patch % columns * width * column_stride
+    group, pixel = tl.arange(0, GROUPS), tl.arange(0, QUARTER)
+    channel, top, left, high, wide = _quarters(group, height, width)
+    row, column = pixel[None, :] // wide[:, None], pixel[None, :] % wide[:, None]
+    mask = (group < groups)[:, None] & (row < high[:, None])
+    at = pixels + _offset(channel[:, None], top[:, None] + row, left[:, None] + column, channel_stride, row_stride,
+                          column_stride)  # fmt: skip
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+    tl.store(sums_out + program * groups + group, tl.sum(x, 1), mask=group < groups)
+    tl.store(squares_out + program, tl.sum(tl.sum(x * x, 1), 0))
+    if (frame + 1 < frames) & (blocks > 0):
+        noise = _noise_of_patch(pixels, frame_stride, channel_stride, row_stride, column_stride, height, width, blocks,
+                                BLOCK)  # fmt: skip
+        tl.store(noise_out + (video * (frames - 1) + frame) * patches + patch, noise)
+
+
+@triton.jit(do_not_specialize=["frames"])
+def _scan(pixels, sums, threshold, source_out, change_out, active_out, video_stride, frame_stride, channel_stride,
+          row_stride, column_stride, frames, rows, columns, height, width, channels, prefix, groups,
+          BLOCK: tl.constexpr, GROUPS: tl.constexpr, PIXELS_COUNT: tl.constexpr):  # fmt: skip
+    """Source and change of one patch in every frame, and how often it is active."""
+    patches = rows * columns
+    video, patch = (tl.program_id(0) // patches).to(tl.int64), tl.program_id(0) % patches
     limit = tl.load(threshold + video)
-    out = video * frames * places + place
+    out = video * frames * (prefix + patches) + prefix + patch
     tl.store(source_out + out, tl.zeros([], tl.int64))
-    tl.store(change_out + out, float("inf"))
-    patch = place - prefix
-    pixel = tl.arange(0, BLOCK)
+    pixel, count = tl.arange(0, BLOCK), channels * height * width
+    mask = pixel < count
     row = patch // columns * height + pixel // width % height
     column = patch % columns * width + pixel % width
-    offset = (pixel // (height * width)).to(tl.int64) * channel_stride
-    offset += row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    mask = (pixel < channels * height * width) & (patch >= 0)
-    count = channels * height * width * tl.where(patch < 0, rows * columns, 1)
-    at = pixels + video * video_stride + offset
-    held = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    now = tl.load(at + frame_stride, mask=mask & (frames > 1), other=0.0).to(tl.float32)
-    grid_row = tl.arange(0, ROWS)
-    sums = pair_sums + (video * rows + grid_row) * frames * frames
+    at = pixels + video * video_stride
+    at += _offset(pixel // (height * width), row, column, channel_stride, row_stride, column_stride)
+    held = tl.load(at, mask=mask, other=0.0)
+    now = tl.load(at + frame_stride, mask=mask & (frames > 1), other=0.0)
+    group = tl.arange(0, GROUPS)
+    _, _, _, high, wide = _quarters(group, height, width)
+    in_quarter = (high * wide).to(tl.float64)
+    of_group = group < groups
+    sums += (video * frames * patches + patch) * groups + group
+    held_sums = tl.load(sums, mask=of_group, other=0.0)
     source = tl.zeros([], tl.int32)
     active = tl.full([], 1, tl.int32)
     for frame in range(1, frames):
         at += frame_stride
-        after = tl.load(at + frame_stride, mask=mask & (frame + 1 < frames), other=0.0).to(tl.float32)  # is on its way
-        total = tl.sum(tl.abs(held - now).to(tl.float64))
-        if LEADING:
-            whole = tl.load(sums + frame * frames + source, mask=(grid_row < rows) & (patch < 0), other=0.0)
-            total += tl.sum(whole.to(tl.float64))
-        change = (total / count).to(tl.float32)
+        sums += patches * groups
+        now_sums = tl.load(sums, mask=of_group, other=0.0)
+        after = tl.load(at + frame_stride, mask=mask & (frame + 1 < frames), other=0.0)  # is on its way
+        of_pixels = tl.sum(tl.abs(held.to(tl.float32) - now.to(tl.float32)).to(tl.float64)) / count / PIXELS_COUNT
+        of_means = tl.abs(held_sums - now_sums) / in_quarter
+        is_number = (of_pixels == of_pixels) & (tl.max((of_means != of_means).to(tl.int32), 0) == 0)
+        largest = tl.maximum(tl.max(of_means, 0), of_pixels)
+        change = tl.where(is_number, largest, float("nan")).to(tl.float32)
         unchanged = change <= limit  # not where it is NaN
         held = tl.where(unchanged, held, now)
+        held_sums = tl.where(unchanged, held_sums, now_sums)
         now = after
         source = tl.where(unchanged, source, frame)
         active += tl.where(unchanged, 0, 1)
-        out += places
+        out += prefix + patches
         tl.store(source_out + out, source.to(tl.int64))
         tl.store(change_out + out, change)
-    tl.store(active_out + video * places + place, active)
+    tl.store(active_out + video * patches + patch, active)
 
 
 @triton.jit
-def _active_places(active, video, places, BLOCK: tl.constexpr):
+def _active_patches(active, video, patches, BLOCK: tl.constexpr):
     """int64, of one video."""
     total = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, places, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        total += tl.load(active + video * places + place, mask=place < places, other=0)
+    for start in range(0, patches, BLOCK):
+        patch = start + tl.arange(0, BLOCK)
+        total += tl.load(active + video * patches + patch, mask=patch < patches, other=0)
     return tl.sum(total)
 
 
 @triton.jit(do_not_specialize=["budget"])
-def _halve(active, low, high, threshold, places, budget, LAST: tl.constexpr, BLOCK: tl.constexpr):
+def _halve(active, low, high, threshold, patches, budget, LAST: tl.constexpr, BLOCK: tl.constexpr):
     """Move the border that the last scan was at, and choose the next threshold; the last one keeps the budget."""
     video = tl.program_id(0).to(tl.int64)
     now, below, above = tl.load(threshold + video), tl.load(low + video), tl.load(high + video)
-    fits = _active_places(active, video, places, BLOCK) <= budget
+    fits = _active_patches(active, video, patches, BLOCK) <= budget
     above = tl.where(fits, now, above)
     below = tl.where(fits, below, now)
     tl.store(low + video, below)
@@ -284,14 +301,17 @@ def _halve(active, low, high, threshold, places, budget, LAST: tl.constexpr, BLO
     tl.store(threshold + video, above if LAST else (below + above) / 2)
 
 
-@triton.jit(do_not_specialize=["frames", "budget"])
-def _totals(active, active_out, total_out, frames, places, budget, SIZES: tl.constexpr, BLOCK: tl.constexpr):
-    """Active places of one video, and the budget or the size that they are rounded up to."""
+@triton.jit(do_not_specialize=["frames", "prefix", "budget"])
+def _totals(active, changed, active_out, total_out, frames, patches, prefix, budget, SIZES: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    """Active places of one video, and the budget or the size that they are rounded up to, as far as others changed."""
     video = tl.program_id(0).to(tl.int64)
-    found = _active_places(active, video, places, BLOCK)
-    every = tl.cast(frames, tl.int64) * places
-    step = tl.maximum(((frames - 1) * places + SIZES - 1) // SIZES, 1)
-    rounded = tl.minimum(places + (found - places + step - 1) // step * step, every)
+    leading = tl.cast(frames, tl.int64) * prefix
+    found = leading + _active_patches(active, video, patches, BLOCK)
+    fewest, every = leading + patches, leading + tl.cast(frames, tl.int64) * patches
+    step = tl.maximum((every - fewest + SIZES - 1) // SIZES, 1)
+    rounded = tl.minimum(fewest + (found - fewest + step - 1) // step * step, every)
+    rounded = tl.minimum(rounded, found + tl.load(changed + video))
     rounded = tl.where(5 * found > 4 * every, every, rounded)
     tl.store(active_out + video, found)
     tl.store(total_out + video, tl.where(budget > 0, budget, rounded))

@@ -166,7 +166,10 @@ def _attention_received(graph: Graph, block: Block, reused: ReusedPlaces | None)
     heads = block.query, block.key
     if reused is not None and reused.is_packed(block):
         heads = reused.spread(graph, block.query), reused.spread(graph, block.key)
-    return insert(graph, torch.ops.earlytom.attention_received.default, *heads, scale)
+    received = insert(graph, torch.ops.earlytom.attention_received.default, *heads, scale)
+    if reused is not None and reused.has_distinct_frames(block):
+        return reused.of_all_frames(graph, received)
+    return received
 
 
 def _segmentation(config: EarlyTomConfig) -> dict[str, Any]:

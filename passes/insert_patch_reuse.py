@@ -7,16 +7,19 @@ After:  ``source, _, computed, _ = plan_reuse(pixels, ...)``                 # f
         ``x0 = take_places(h0, index)``                                       # [1, t, D], what changed
         ``x1 = layer0(x0); x2 = layer1(x1)``               # attention: reuse_attention(q, k, v, rows, offsets)
         ``h2 = return_places(h0, x2, index, rows)``                           # [V*F, S, D] again
-        ``h3 = layer2(h2)``                                                   # a layer in full
+        ``h3 = return_frames(layer2(take_frames(h2, same, n)), same)``        # a layer in full
 
 Between packing and returning the graph is the model's own: its frame axis has become 1 and its place axis t, which
 retarget_axes writes wherever a size is spelled. The finder has shown that all of it is position-wise but the attention,
 so it does not mind. Operands that differ from place to place, as rotary tables do, are taken by the packed places.
+Layers in full leave out frames that repeat one before them exactly, which changes nothing but the time; where a budget
+fixes all sizes, they compute every frame.
 """
 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from torch.fx import Graph, Node
@@ -44,31 +47,47 @@ class ReusedPlaces:
     source: Node  # int64 [V, F, S], the frame in which each place was last computed
     change: Node  # float32 [V, F, S], how much it differed from then
     computed: Node  # int64 [V], places of each video that are computed
+    distinct: Node  # int64 [V], frames of each video that layers in full compute
     measured: Node  # float32 [V, 2], the video's noise and the threshold that followed from it
     index: Node  # int64 [T], which place each packed one is
     rows: Node  # int64 [V*F, S], the packed place that each place reads
     offsets: Node  # int64 [V*F + 1], the first packed place of each frame
     total: int | Node  # T
+    frames: tuple[Node, Node] | None  # int64 [V*F], number of each among the distinct frames, and how many these are
     axes: list[ResizedAxis] = field(default_factory=list)
-    # Of what leaves a packed block: what its run was packed from, [N, S, D], and its own value in all places.
-    _inputs: dict[Node, Node] = field(default_factory=dict)
+    # Of what leaves a block: [N, S, D] that its run was taken from, and its own value of all places of all frames.
+    _packed_from: dict[Node, Node] = field(default_factory=dict)
+    _distinct_of: dict[Node, Node] = field(default_factory=dict)
     _returned: dict[Node, Node] = field(default_factory=dict)
 
     def is_packed(self, block: Block) -> bool:
         """Whether only places that changed go through ``block``."""
-        return block.output in self._inputs
+        return block.output in self._packed_from
+
+    def has_distinct_frames(self, block: Block) -> bool:
+        """Whether only frames that repeat no other go through ``block``, whole."""
+        return block.output in self._distinct_of
 
     def whole(self, graph: Graph, output: Node) -> Node:
-        """What leaves a block, of all places: [N, S, D]."""
-        if output not in self._inputs:
+        """What leaves a block, of all places of all frames: [N, S, D]."""
+        if output not in self._packed_from and output not in self._distinct_of:
             return output
         if output not in self._returned:
-            hidden = self._inputs[output]
             with graph.inserting_before(_behind(output, self.rows)):
-                arguments = (hidden, output, self.index, self.rows)
-                returned = insert(graph, torch.ops.earlytom.return_places.default, *arguments, like=value_of(hidden))
-            self._returned[output] = returned
+                self._returned[output] = self._return(graph, output)
         return self._returned[output]
+
+    def _return(self, graph: Graph, output: Node) -> Node:
+        if output in self._distinct_of:
+            return self.of_all_frames(graph, output)
+        hidden = self._packed_from[output]
+        arguments = (hidden, output, self.index, self.rows)
+        return insert(graph, torch.ops.earlytom.return_places.default, *arguments, like=value_of(hidden))
+
+    def of_all_frames(self, graph: Graph, x: Node) -> Node:
+        """[N, ...] of what was computed of distinct frames."""
+        assert self.frames is not None
+        return insert(graph, torch.ops.earlytom.return_frames.default, x, self.frames[0], like=value_of(x))
 
     def spread(self, graph: Graph, heads: Node) -> Node:
         """Queries or keys of a packed block, of all places: [N, H, S, d]."""
@@ -85,8 +104,11 @@ def insert_patch_reuse(
     flow = Dataflow(graph)
     with graph.inserting_before(blocks[0].input.next):
         places = _insert_plan(graph, path, grid, sizes, config)
-    for begin, end in _runs(len(blocks), full):
-        _pack(graph, view, flow, places, begin, end)
+    for begin, end, reuses in _runs(len(blocks), full):
+        if reuses:
+            _pack(graph, view, flow, places, blocks[begin : end + 1], begin)
+        elif places.frames is not None:
+            _leave_out_repeats(graph, flow, places, blocks[begin : end + 1], begin)
     return places
 
 
@@ -99,20 +121,32 @@ def _insert_plan(
     arguments = (path.pixels, list(grid.grid), list(grid.patch), grid.prefix, float(config.tau_reuse), budget)
     plan = insert(graph, ops.plan_reuse.default, *arguments)
     source, change, computed, measured = (insert(graph, operator.getitem, plan, i) for i in range(4))
-    total = _times(graph, path.videos, budget) if budget else _read_total(graph, path, count, sizes, computed)
+    total: int | Node
+    if budget:
+        total, frames = _times(graph, path.videos, budget), None
+        distinct = insert(graph, torch.full_like, computed, sizes.frames)
+    else:
+        found = insert(graph, ops.distinct_frames.default, source, change, grid.prefix)
+        same, distinct = (insert(graph, operator.getitem, found, i) for i in range(2))
+        sums = insert(graph, torch.sum, insert(graph, torch.stack, [computed, distinct]), 1)
+        on_host = insert(graph, "to", sums, "cpu")  # the one time that the host waits
+        likely = likely_size(path.frames)
+        share = max(1, round(_LIKELY_SHARE * likely))
+        total = _read(graph, on_host, 0, path.videos * count, sizes.frames, likely=share)
+        frames = same, _read(graph, on_host, 1, path.videos, sizes.frames, likely=likely)
     packing = insert(graph, ops.pack_places.default, source, total)
     index, rows, offsets = (insert(graph, operator.getitem, packing, i) for i in range(3))
-    return ReusedPlaces(path, source, change, computed, measured, index, rows, offsets, total)
+    return ReusedPlaces(path, source, change, computed, distinct, measured, index, rows, offsets, total, frames)
 
 
-def _read_total(graph: Graph, path: VideoPath, count: int, sizes: VideoSizes, computed: Node) -> Node:
-    total = insert(graph, "item", insert(graph, torch.sum, computed))
-    fewest = path.videos * count
-    total.meta[HINT] = max(fewest, round(_LIKELY_SHARE * fewest * likely_size(path.frames)))
-    # The range of the unbacked size: a frame a video at least, at most all there is.
-    insert(graph, torch._check, insert(graph, operator.ge, total, fewest))
-    insert(graph, torch._check, insert(graph, operator.le, total, _times(graph, fewest, sizes.frames)))
-    return total
+def _read(graph: Graph, numbers: Node, place: int, of_frame: int, frames: int | Node, *, likely: int) -> Node:
+    """A number on the host, from that ``of_frame`` to that of ``frames`` times as many."""
+    number = insert(graph, "item", insert(graph, operator.getitem, numbers, place))
+    number.meta[HINT] = of_frame * likely
+    # The range of the unbacked size.
+    insert(graph, torch._check, insert(graph, operator.ge, number, of_frame))
+    insert(graph, torch._check, insert(graph, operator.le, number, _times(graph, of_frame, frames)))
+    return number
 
 
 def _times(graph: Graph, factor: int, size: int | Node) -> int | Node:
@@ -135,19 +169,17 @@ def _budget(
     return number
 
 
-def _runs(layers: int, full: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last) of each run of layers that reuse."""
-    reusing = [layer for layer in range(layers) if layer not in full]
-    begins = [layer for layer in reusing if layer - 1 not in reusing]
-    ends = [layer for layer in reusing if layer + 1 not in reusing]
-    return list(zip(begins, ends, strict=True))
+def _runs(layers: int, full: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """(first, last, whether they reuse) of each run of layers that all do, or all do not."""
+    runs = [list(run) for _, run in groupby(range(layers), lambda layer: layer in full)]
+    return [(run[0], run[-1], run[0] not in full) for run in runs]
 
 
-def _pack(graph: Graph, view: GraphView, flow: Dataflow, places: ReusedPlaces, begin: int, end: int) -> None:
-    """Let layers ``begin`` to ``end`` run on packed places."""
-    blocks = list(places.path.encoder.blocks)
-    chosen, hidden = blocks[begin : end + 1], blocks[begin].input
-    region = flow.between(hidden, chosen[-1].output)
+def _pack(
+    graph: Graph, view: GraphView, flow: Dataflow, places: ReusedPlaces, chosen: Sequence[Block], begin: int
+) -> None:
+    """Let the blocks ``chosen``, of which the first is number ``begin``, run on packed places."""
+    region, hidden = flow.between(chosen[0].input, chosen[-1].output), places.path.encoder.blocks[begin].input
     with graph.inserting_before(_behind(hidden, places.rows)):
         packed = insert(graph, torch.ops.earlytom.take_places.default, hidden, places.index, like=value_of(hidden))
     _reroute(graph, hidden, packed, region)
@@ -157,12 +189,34 @@ def _pack(graph: Graph, view: GraphView, flow: Dataflow, places: ReusedPlaces, b
     ]
     for block in chosen:
         _attend(places, block.attention)
-        places._inputs[block.output] = hidden
-    _gather_operands(graph, view, places, hidden, region)
+        places._packed_from[block.output] = hidden
+    _gather_operands(graph, view, places, chosen[0].input, region)
     _hand_out(graph, places, region)
-    blocks[begin] = replace(chosen[0], input=packed)
-    if end + 1 < len(blocks) and blocks[end + 1].input is chosen[-1].output:
-        blocks[end + 1] = replace(blocks[end + 1], input=places.whole(graph, chosen[-1].output))
+    _note_inputs(graph, places, chosen, begin, packed)
+
+
+def _leave_out_repeats(
+    graph: Graph, flow: Dataflow, places: ReusedPlaces, chosen: Sequence[Block], begin: int
+) -> None:
+    """Let the blocks ``chosen``, of which the first is number ``begin``, run on the distinct frames."""
+    assert places.frames is not None
+    same, distinct = places.frames
+    region, hidden = flow.between(chosen[0].input, chosen[-1].output), places.path.encoder.blocks[begin].input
+    with graph.inserting_before(_behind(hidden, places.rows)):
+        taken = insert(graph, torch.ops.earlytom.take_frames.default, hidden, same, distinct, like=value_of(hidden))
+    _reroute(graph, hidden, taken, region)
+    places.axes.append(ResizedAxis(taken, 0, "distinct frames", distinct))
+    places._distinct_of |= {block.output: hidden for block in chosen}
+    _hand_out(graph, places, region)
+    _note_inputs(graph, places, chosen, begin, taken)
+
+
+def _note_inputs(graph: Graph, places: ReusedPlaces, chosen: Sequence[Block], begin: int, taken: Node) -> None:
+    """What the first block of a run reads now, and the one behind the run."""
+    blocks, behind = list(places.path.encoder.blocks), begin + len(chosen)
+    blocks[begin] = replace(chosen[0], input=taken)
+    if behind < len(blocks) and blocks[behind].input is chosen[-1].output:
+        blocks[behind] = replace(blocks[behind], input=places.whole(graph, chosen[-1].output))
     places.path = replace(places.path, encoder=Encoder(tuple(blocks)))
 
 
@@ -219,10 +273,10 @@ def _hand_out(graph: Graph, places: ReusedPlaces, region: Sequence[Node]) -> Non
     inside = set(region)
     for node in region:
         readers = [user for user in node.users if user not in inside and not _is_size(user)]
-        if readers and node not in places._inputs:
+        if readers and node not in {*places._packed_from, *places._distinct_of}:
             raise NotApplicable(
-                f"{describe(readers[0])} reads {describe(node)}, which lies inside a layer of the vision encoder that "
-                "reuses patches",
+                f"{describe(readers[0])} reads {describe(node)}, which lies inside a layer of the vision encoder whose "
+                "patches are reused",
                 "Merge frames instead: reuse=False",
             )
         if readers:

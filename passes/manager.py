@@ -99,7 +99,7 @@ class Rewrite:
         tower, what its frames are made of and their importance."""
         assert self.video is not None
         plan = self.reused
-        reused = () if plan is None else (plan.source, plan.change, plan.computed, plan.measured)
+        reused = () if plan is None else (plan.source, plan.change, plan.computed, plan.distinct, plan.measured)
         if self.frames_only:
             importance = () if self.video.importance is None else (self.video.importance,)
             plans = (node for plan in self.video.plans for node in plan)

@@ -242,7 +242,7 @@ def _work(model: Any, arm: Arm, result: Result, batch: int) -> dict[str, Work]:
         prompt=result.cache_tokens,
         merge_layers=result.merge_layers or None,
         variant=EarlyTomConfig.from_options(arm.options).variant,
-        reuse=[Reuse(computed, tuple(result.full_layers)) for _, computed in result.patches],
+        reuse=[Reuse(computed, tuple(result.full_layers), distinct) for _, computed, distinct in result.patches],
     )
 
 

@@ -2,7 +2,8 @@
 
 Draw the videos of a split -> ask about each, with all tokens and with what each method leaves -> table.
 
-``--tasks``, a checkpoint of one's own and benchmarks of lmms-eval, is in :mod:`.eval_tasks`.
+``--tasks``, a checkpoint of one's own and benchmarks of lmms-eval, is in :mod:`.eval_tasks`; ``--fidelity``, features
+of a vision encoder without any question, in :mod:`.eval_fidelity`.
 """
 
 import argparse
@@ -20,26 +21,34 @@ from ..benchmarks.forecast import compilation, in_words
 from ..config import bad_option
 from ..errors import EarlyTomConfigError
 from ..words import counted
-from . import eval_tasks
+from . import eval_fidelity, eval_tasks
 from .loading import open_checkpoint, progress_bars, require_layers
 from .options import read_settings
 from .outputs import output_console, write_text
 from .resume import check_resume, saved_content, stopped
 
 _FILE_WIDTH = 160  # columns, where nobody watches
-_OF_TOY = ("methods", "videos", "split", "first", "try_", "mp4", "noise", "plot")
-"""Options that mean nothing to benchmarks."""
 _NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selection", "strict")
 """Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
-_OF_TASKS = ("frames", "dtype", "batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS)
-"""Options that mean nothing to the toy world."""
+_KINDS = ("toy", "tasks", "fidelity")
+_NOT_WITH_ALL: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("methods", "videos", "split", "first", "try_", "encoded", "noise"), ("toy",)),
+    **dict.fromkeys(("batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS), ("tasks",)),
+    **dict.fromkeys(eval_fidelity.OPTIONS, ("fidelity",)),
+    **dict.fromkeys(("frames", "dtype"), ("tasks", "fidelity")),
+    **dict.fromkeys(("retain_ratios", "variant"), ("toy", "tasks")),
+    "plot": ("toy", "fidelity"),
+}
+"""Options that mean nothing to some kinds of evaluation, and the kinds to which they mean something."""
 _PIECE = 20  # videos that are timed to say how long all take
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Evaluate what is asked for; print and write what came out."""
     _check(arguments)
-    if arguments.tasks:
+    if arguments.fidelity:
+        eval_fidelity.execute(arguments, options)
+    elif arguments.tasks:
         eval_tasks.execute(arguments, options)
     else:
         not_here = (*_NOT_OF_METHODS, "variant")  # which says what rows there are
@@ -82,7 +91,7 @@ def _execute_toy(arguments: argparse.Namespace, options: dict[str, Any]) -> None
                 arguments.first,
                 arguments.videos,
                 lambda: progress.advance(task),
-                mp4=arguments.mp4,
+                encoded=arguments.encoded,
                 noise=arguments.noise,
             )
             progress.add_task(f"timing {_PIECE} videos", total=None)
@@ -114,7 +123,7 @@ def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
         "split": arguments.split,
         "first video": arguments.first,
         "videos": arguments.videos,
-        "mp4": arguments.mp4,
+        "encoded": arguments.encoded,
         "noise": arguments.noise,
         "model": arguments.model or "the one that comes along",
         "options": options,
@@ -144,20 +153,22 @@ def _say_how_long(model: Any, questions: Any, arms: list[Any], progress_on: Cons
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.toy == bool(arguments.tasks):
+    chosen = [kind for kind in _KINDS if getattr(arguments, kind)]
+    if len(chosen) != 1:
         raise EarlyTomConfigError(
-            "give one of --toy (the toy world that comes along) and --tasks (benchmarks of lmms-eval, with --model)."
+            "give one of --toy (the toy world that comes along), --tasks (benchmarks of lmms-eval, with --model) and "
+            "--fidelity (features of a vision encoder)."
         )
-    if arguments.video:
+    if arguments.video and not arguments.fidelity:
         raise EarlyTomConfigError(
-            f"video={arguments.video!r}: right answers are known for the videos that eval draws or a benchmark has. "
+            f"video={arguments.video[0]!r}: right answers are known for the videos that eval draws or a benchmark has. "
             "What compression changes in answers about your own, earlytom run --compare shows for one and earlytom "
-            "compare for many."
+            "compare for many; what it changes in features of them, earlytom eval --fidelity."
         )
-    other, taken = ("--tasks", _OF_TASKS) if arguments.toy else ("--toy", _OF_TOY)
-    for name in taken:
-        if name in arguments.given:
-            raise EarlyTomConfigError(f"{name}={getattr(arguments, name)!r}: that goes with {other}; leave it out.")
+    for name, kinds in _NOT_WITH_ALL.items():
+        if name in arguments.given and chosen[0] not in kinds:
+            them = " and ".join(f"--{kind}" for kind in kinds)
+            raise EarlyTomConfigError(f"{name}={getattr(arguments, name)!r}: that goes with {them}; leave it out.")
     wrong = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
     if wrong:
         raise EarlyTomConfigError(f"retain_ratios: {wrong[0]} must be in (0, 1].")

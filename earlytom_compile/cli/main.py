@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import EarlyTomError
+from .eval_flags import add_eval
 from .flags import (
-    add_device,
     add_documents,
-    add_dtype,
     add_frames,
     add_json,
     add_max_new_tokens,
@@ -126,7 +125,8 @@ def _require_videos(arguments: argparse.Namespace) -> None:
         from ..integrations.addresses import require_file
 
         for video in [videos] if isinstance(videos, str) else videos:
-            require_file(video)
+            if video not in getattr(arguments, "known_videos", ()):
+                require_file(video)
 
 
 def build_parser() -> CommandParser:
@@ -145,7 +145,7 @@ def build_parser() -> CommandParser:
     _add_compare(commands.add_parser("compare", help="measure what fewer tokens cost, on questions of your own"))
     _add_bench(commands.add_parser("bench", help="time all tokens against fewer, side by side"))
     _add_flops(commands.add_parser("flops", help="count the work of a prefill, full and compressed"))
-    _add_eval(commands.add_parser("eval", help="count right answers, with all tokens and with fewer"))
+    add_eval(commands.add_parser("eval", help="measure what compression costs in answers and features"))
     return parser
 
 
@@ -336,75 +336,6 @@ def _add_flops(parser: CommandParser) -> None:
         metavar="I,I",
         help="encoder layers that compute all patches then (default: those of the option full_layers)",
     )
-
-
-def _add_eval(parser: CommandParser) -> None:
-    parser.description = (
-        "Counts right answers, with all video tokens and with fewer. --toy: a small model, trained for it, is asked "
-        "about synthetic videos; EarlyTom stands beside parts of it and trivial ways to fewer tokens. --tasks: a "
-        "checkpoint of yours answers benchmarks of lmms-eval (pip install '.[eval]'), and the columns are those "
-        "of the paper's Table 1."
-    )
-    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld")
-    parser.add_argument(
-        "--tasks",
-        type=lambda text: tuple(text.split(",")),
-        metavar="NAME,NAME",
-        help="lmms-eval's, such as mvbench,videomme,egoschema,longvideobench_val_v; those of Table 8 have its settings",
-    )
-    parser.add_argument(
-        "--model", metavar="PATH_OR_HUB_ID", help="with --tasks: the checkpoint; with --toy: one trained on it"
-    )
-    parser.add_argument(
-        "--methods",
-        type=lambda text: tuple(text.split(",")),
-        metavar="NAME,NAME",
-        help="with --toy: beside all tokens only methods whose names begin so, such as earlytom,random (default: all)",
-    )
-    parser.add_argument(
-        "--variant",
-        default=argparse.SUPPRESS,
-        choices=("paper", "released", "plus"),
-        help="with --toy: the same as --methods 'earlytom VARIANT'; with --tasks: EarlyTom's (paper)",
-    )
-    add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens")
-    parser.add_argument(
-        "--try",
-        dest="try_",
-        action="append",
-        default=[],
-        metavar="'NAME=VALUE ...'",
-        help="with --toy: methods that take these options are tried with them once more; may be repeated",
-    )
-    parser.add_argument("--videos", type=int, default=1000, metavar="N", help="with --toy: how many (%(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
-    add_json(parser, "every number, after every row or task")
-    add_resume(parser, "what is in the file of --json is not counted again")
-    add_device(parser)
-    add_dtype(parser)
-    parser.add_rare("--frames", type=int, metavar="N", help="of each video, with --tasks (default: the checkpoint's)")
-    parser.add_rare("--batch-size", type=int, default=1, metavar="N", help="questions of a call (%(default)s)")
-    parser.add_rare(
-        "--model-args",
-        metavar="NAME=VALUE,...",
-        help="with --tasks, for checkpoints of LLaVA's own code: conv_template, add_time_instruction, ...",
-    )
-    parser.add_rare("--include-path", metavar="DIR", help="a folder of tasks of your own, for --tasks")
-    parser.add_rare("--split", default="test", choices=("validation", "test"), help="of the videos (%(default)s)")
-    parser.add_rare("--first", type=int, default=0, metavar="N", help="number of the first one (%(default)s)")
-    parser.add_rare("--mp4", action="store_true", help="the toy world's frames as they come out of an H.264 file")
-    parser.add_rare(
-        "--noise",
-        type=float,
-        default=0.0,
-        metavar="SIGMA",
-        help="standard deviation of noise in the toy world's pixels, of which black is -1 and white 1 (%(default)s)",
-    )
-    # Asked for by name, and refused with what to do instead.
-    parser.add_argument("--video", help=argparse.SUPPRESS)
-    add_documents(parser, "the table")
-    # A call that would run uncompressed must not count as a compressed one; nor is the full model compiled.
-    add_config_flags(parser, leave_out=("retain_ratio", "variant"), lowering="eager", strict=True)
 
 
 if __name__ == "__main__":

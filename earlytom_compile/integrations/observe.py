@@ -246,7 +246,11 @@ class _Recorder(Interpreter):
         scale = self._scored.scale
         scale = self.env[scale] if isinstance(scale, Node) else scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return torch.ops.earlytom.attention_received(query, key, scale)
+        received = torch.ops.earlytom.attention_received(query, key, scale)
+        if self._reused is not None and self._reused.has_distinct_frames(self._scored):
+            assert self._reused.frames is not None
+            received = torch.ops.earlytom.return_frames(received, self.env[self._reused.frames[0]])
+        return received
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().call_function(target, args, kwargs)

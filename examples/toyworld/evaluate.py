@@ -192,18 +192,18 @@ def load_questions(
     videos: int,
     advance: Callable[[], None] = lambda: None,
     *,
-    mp4: bool = False,
+    encoded: bool = False,
     noise: float = 0.0,
 ) -> Questions:
     """Videos ``first`` to ``first + videos - 1`` of ``split``, and one question of each category about each.
 
-    ``mp4``: frames as they come out of an encoded file. ``noise``: standard deviation of what is added to each pixel
+    ``encoded``: frames as they come out of an H.264 file. ``noise``: standard deviation of what is added to each pixel
     of each frame, in the model's units, in which black is -1 and white 1.
     """
     frames, asked, held_out = [], [], []
     for seed in range(first, first + videos):
         video = sample_video(split, seed)
-        drawn = _through_mp4(video) if mp4 else video.frames()
+        drawn = _through_mp4(video) if encoded else video.frames()
         frames.append(torch.from_numpy(_noisy(drawn, noise, rng_of(split, seed, stream=4)) if noise else drawn))
         asked.append(list(ask(video, rng_of(split, seed, stream=3)).values()))
         held_out.append(any(thing.pair in HELD_OUT for thing in video.things))

@@ -128,7 +128,8 @@ def _computed_frames(record: GraphRecord, counts: Counts) -> list[float]:
     assert record.config is not None
     full = record.config.resolve_full_layers(record.layers)
     changed = int(counts.reuse.computed) / counts.reuse.source.shape[-1]
-    return [frames[0] if layer in full else changed for layer in range(record.layers)]
+    distinct = int(counts.reuse.distinct)
+    return [distinct if layer in full else changed for layer in range(record.layers)]
 
 
 def _share(computed_frames: Sequence[float], frames: int) -> float:

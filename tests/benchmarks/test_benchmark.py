@@ -395,7 +395,7 @@ def test_rows_of_the_table_of_the_encoder():
     assert full == ("inductor", "", "250", "200-300", "100%", "1.6", "100%", "1.00")
     assert compressed == ("earlytom 0.1", "", "80.0", "70.0-100", "32%", "0.8", "50%", "0.64, met")
     workload = workloads()[0]
-    workload.results[1].encoder, workload.results[1].patches = [0.2], [[800, 200], [400, 160]]
+    workload.results[1].encoder, workload.results[1].patches = [0.2], [[800, 200, 8], [400, 160, 8]]
     assert workload.encoder_rows()[1][1::6] == ("30%", "1.60, MISSED")
     (content,) = to_dict([workload], {})["workloads"]
     assert content["results"][1]["encoder_shares"] == {"time": pytest.approx(0.8), "work": 0.5}

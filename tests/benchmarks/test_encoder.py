@@ -80,6 +80,6 @@ def test_the_tower_is_compiled_where_the_others_are(monkeypatch):
     tower = lambda pixels: SimpleNamespace(last_hidden_state=pixels)  # noqa: E731
     arms = encoder.encoders(tower, (0.5,), {"lowering": "staged"})
     assert list(arms) == ["inductor", "encode_ratio 0.5", "as it changes"] and compiled == [{"dynamic": False}]
-    assert arms["encode_ratio 0.5"] == {"reuse": True, "lowering": "staged", "encode_ratio": 0.5}
-    assert arms["as it changes"] == {"reuse": True, "lowering": "staged"}
+    assert arms["encode_ratio 0.5"] == {"variant": "plus", "lowering": "staged", "encode_ratio": 0.5}
+    assert arms["as it changes"] == {"variant": "plus", "lowering": "staged"}
     assert list(encoder.encoders(tower, (), {"lowering": "eager"})) == ["tower", "as it changes"]

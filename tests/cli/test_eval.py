@@ -169,7 +169,7 @@ def test_a_row_comes_back_as_it_was(seed, videos):
         (["--split", "validation"], "split='test', and this would be split='validation'"),
         (["--tau-merge", "0.9"], "tau_merge=None, and this would be tau_merge=0.9"),
         (["--noise", "0.1"], "noise=0.0, and this would be noise=0.1"),
-        (["--mp4"], "mp4=False, and this would be mp4=True"),
+        (["--encoded"], "encoded=False, and this would be encoded=True"),
     ],
 )
 def test_rows_of_other_videos_or_options_are_refused(more, says, counted, tmp_path, capsys):

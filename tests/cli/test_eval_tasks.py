@@ -227,7 +227,7 @@ def test_mistakes_are_found_before_anything_is_loaded(more, says, stand_in, word
 @pytest.mark.parametrize(
     "words, says",
     [
-        ([], "give one of --toy (the toy world that comes along) and --tasks"),
+        ([], "give one of --toy (the toy world that comes along), --tasks"),
         (["--tasks", "a"], "--tasks needs --model"),
         (["--tasks", "b", "--model", "CHECKPOINT"], "no task"),
         (["--tasks", "a", "--model", "/nowhere"], "no checkpoint folder at '/nowhere'"),

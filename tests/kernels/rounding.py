@@ -88,10 +88,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, unit: flo
 def return_places(hidden: Tensor, packed: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """float64 [N, S, D], of one computation: a difference and a sum in float32, rounded, or cut off, to the dtype."""
     info = torch.finfo(hidden.dtype)
-    before = hidden.double().flatten(0, 1)[index[rows]].abs()
-    sizes = hidden.double().abs() + packed[0].double()[rows].abs() + before
-    unit = UNIT if hidden.dtype != torch.float64 else info.eps
-    return gamma(2, unit) * sizes + info.eps * (1 + gamma(2, unit)) * sizes + info.smallest_normal * info.eps
+    wide, after = hidden.double(), packed[0].double()[rows]
+    before = wide.flatten(0, 1)[index[rows]]
+    error = gamma(2, UNIT if hidden.dtype != torch.float64 else info.eps) * (wide.abs() + after.abs() + before.abs())
+    return error + info.eps * ((wide + (after - before)).abs() + error) + info.smallest_normal * info.eps
 
 
 def frame_similarity(hidden: Tensor) -> float:

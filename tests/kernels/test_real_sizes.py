@@ -3,13 +3,16 @@
 import pytest
 import rounding
 import torch
-from op_inputs import DTYPES, SEGMENT, ops, video
+from op_inputs import DTYPES, SEGMENT, active_places, clip, ops, sources, video
 from rounding import assert_within
 
 from earlytom_compile.kernels.attention_received import attention_received
 from earlytom_compile.kernels.frame_similarity import frame_similarity
 from earlytom_compile.kernels.merge_frames import merge_frames
+from earlytom_compile.kernels.pack_places import pack_places, return_places, spread_places, take_places
+from earlytom_compile.kernels.plan_reuse import plan_reuse
 from earlytom_compile.kernels.providers import provider_of
+from earlytom_compile.kernels.reuse_attention import reuse_attention
 from earlytom_compile.kernels.select_tokens import select_tokens
 
 pytestmark = pytest.mark.gpu(only=True)
@@ -97,3 +100,47 @@ def test_select_tokens_of_frames_as_the_encoder_has_them(dtype):
     counts = torch.tensor([FRAMES], device="cuda")
     actual, expected = computed(select_tokens, hidden, importance, dynamic, counts, FRAMES * TOKENS // 10)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@of_all_dtypes
+@pytest.mark.parametrize("prefix, budget", [(0, 0), (1, 0), (0, 7000), (1, 7000)])
+def test_plan_reuse(dtype, prefix, budget):
+    """Two videos: differences are summed in float64, and come to the same whatever the order."""
+    pixels = torch.stack([clip(v, FRAMES, 3, 384, 384) for v in range(2)]).to("cuda", dtype)
+    actual, expected = computed(plan_reuse, pixels, [27, 27], [14, 14], prefix, 0.03, budget)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@of_all_dtypes
+def test_what_lies_around_the_layers_that_reuse(dtype):
+    source = sources(1, 2, FRAMES // 2, TOKENS).cuda()
+    actual, expected = computed(pack_places, source, active_places(source))
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    index, rows, _ = expected
+    hidden = frames_of_a_video(dtype)
+    (before,), (expected,) = computed(take_places, hidden, index)
+    assert torch.equal(before, expected)
+    packed = before + torch.randn_like(before)
+    (actual,), (expected,) = computed(return_places, hidden, packed, index, rows)
+    assert torch.equal(actual, expected)
+    heads = packed.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2)
+    (actual,), (expected,) = computed(spread_places, heads, rows)
+    assert torch.equal(actual, expected)
+
+
+@of_all_dtypes
+def test_reuse_attention(dtype):
+    """Queries, keys and values as an encoder has them: heads split from one projection."""
+    source = sources(2, 1, FRAMES, TOKENS).cuda()
+    _, rows, offsets = ops.pack_places(source, active_places(source))
+    total = int(offsets[-1])
+    projected = torch.randn(3, 1, total, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    query, key, value = (2 * projected).to("cuda", dtype).transpose(2, 3)
+    scale, unit = HEAD_DIM**-0.5, rounding.unit_of_products(dtype)
+    (actual,), (expected,) = computed(reuse_attention, query, key, value, rows, offsets, scale)
+    borders = offsets.tolist()
+    for frame, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+        own = (query[0, :, start:stop], key[0][:, rows[frame]], value[0][:, rows[frame]])
+        if start < stop:  # both on the GPU, where the native body multiplies on tensor cores as well
+            bound = 2 * rounding.attention(*own, scale, unit)
+            assert_within(actual[0, :, start:stop], expected[0, :, start:stop], bound)

@@ -61,3 +61,32 @@ def test_a_blend_with_rounded_weights_or_in_the_dtype_is_outside(dtype):
     outside((x.double() * coarse[0].double()[:, None]).sum(0, keepdim=True), exact, bound)
     if dtype != torch.float32:
         outside((x[0] * weight[0, 0].to(dtype) + x[1] * weight[0, 1].to(dtype))[None], exact, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention_with_fewer_bits_or_another_scale_or_without_a_place_is_outside(dtype):
+    three = torch.randn(3, 1, 2, 33, 72, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows, offsets = torch.arange(33)[None], torch.tensor([0, 33])
+
+    def attended(query, key, value, rows=rows, scale=0.3):
+        return ops.reuse_attention(query, key, value, rows, offsets, scale)[0]
+
+    wide = [x[0].double().numpy() for x in three]
+    expected = torch.from_numpy(plain_python.reuse_attention(*wide, rows.tolist(), [0, 33], 0.3))
+    bound = rounding.attention(*(x[0] for x in three), 0.3)
+    assert_within(attended(*three), expected, bound)
+    coarse = [cut(x.float(), 10 if dtype == torch.float32 else 3).to(dtype) for x in three]
+    outside(attended(*coarse), expected, bound)
+    outside(attended(*three, scale=0.3 * (1.001 if dtype == torch.float32 else 1.2)), expected, bound)
+    outside(attended(*three, rows=rows.clamp_max(31)), expected, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_update_in_the_dtype_is_outside(dtype):
+    (before, own), after = torch.randn(2, 500).to(dtype), torch.randn(500).to(dtype)
+    index, rows = torch.tensor([0]), torch.tensor([[0], [0]])
+    arguments = torch.stack([before, own])[:, None], after[None, None], index, rows
+    exact = torch.stack([after.double(), own.double() + (after.double() - before.double())])[:, None]
+    bound = rounding.return_places(*arguments)
+    assert_within(ops.return_places(*arguments), exact, bound)
+    outside(torch.stack([after, own + (after - before)])[:, None], exact, bound)

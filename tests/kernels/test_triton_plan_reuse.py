@@ -8,7 +8,7 @@ import torch
 from effort import cases, examples
 from hypothesis import given
 from op_inputs import DEVICE, DTYPES, RUNS, clip, dtypes, laid_out, layouts
-from test_plan_reuse import assert_plans_equal, calls
+from test_plan_reuse import assert_plans_equal, calls, noisy
 
 triton = pytest.importorskip("triton")
 import hopper  # noqa: E402
@@ -26,7 +26,7 @@ def run(pixels, *options):
 
 
 @examples(8)
-@given(call=calls(dtypes), layout=layouts)
+@given(call=calls(dtypes, side=3), layout=layouts)
 def test_is_the_native_operator(call, layout):
     """Sums are float64, in another order, and rounded to float32: to the same."""
     laid = replace(call, pixels=laid_out(call.pixels.to(DEVICE), layout))
@@ -42,13 +42,21 @@ def test_is_the_native_operator_on_patches_of_a_real_size(dtype, budget):
     assert_plans_equal(run(pixels, *options), torch.ops.earlytom.plan_reuse(pixels, *options))
 
 
-@pytest.mark.parametrize("frames", [1, 4, 9])
-@pytest.mark.parametrize("grid, patch", [([1, 3], [3, 2]), ([3, 1], [4, 50])])
-def test_leading_places_of_frames_in_several_tiles(frames, grid, patch):
-    assert frames != 9 or frames > 2 * triton_plan_reuse._PAIR_TILE
-    pixels = clip(5, frames, 2, 13, 151, steps=4)
-    options = (grid, patch, 3, 0.1, 0)
+@pytest.mark.parametrize("patch", [[1, 1], [1, 4], [5, 1], [2, 3], [7, 4]])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_patches_whose_quarters_are_unequal_or_fewer(frames, patch):
+    pixels = clip(5, frames, 3, 14, 17, steps=4)
+    options = ([2, 3], patch, 3, 0.1, 0)
     assert_plans_equal(run(pixels, *options), torch.ops.earlytom.plan_reuse(pixels, *options))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0])
+def test_noise_counts_unless_it_is_as_loud_as_the_picture(sigma):
+    pixels = noisy(sigma, size=12)[:3]
+    options = ([2, 2], [6, 6], 0, 0.25, 0)
+    plan = run(pixels, *options)
+    assert (plan[3][0, 0] > 0) == (sigma < 1)
+    assert_plans_equal(plan, torch.ops.earlytom.plan_reuse(pixels, *options))
 
 
 @pytest.mark.parametrize("budget", [0, 14])
@@ -105,12 +113,12 @@ class Counted:
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_launches_as_often_as_is_written(prefix, monkeypatch):
     launches = []
-    for name in ("_noise_of_patches", "_sum_pairs", "_scan", "_halve", "_totals", "_least_to_the_end_of_the_run"):
+    for name in ("_measure", "_scan", "_halve", "_totals", "_least_to_the_end_of_the_run"):
         monkeypatch.setattr(triton_plan_reuse, name, Counted(getattr(triton_plan_reuse, name), launches))
     for budget, expected in ((0, 4), (10, 30)):
         launches.clear()
         run(clip(0, 3, 1, 8, 8), [2, 2], [4, 4], prefix, 0.03, budget)
-        assert len(launches) == expected + (prefix > 0)
+        assert len(launches) == expected
         assert launches.count("_scan") == (14 if budget else 1)
 
 
@@ -160,15 +168,15 @@ from triton.compiler import ASTSource
 from earlytom_compile.kernels import triton_plan_reuse as module
 
 KERNELS = {  # of patches of 3 x 14 x 14 in a grid of 27 x 27
-    "_scan": ({"BLOCK": 1024, "ROWS": 32, "LEADING": True}, {"num_warps": 4}),
-    "_noise_of_patches": ({"BLOCK": 256}, {"num_warps": 4}),
-    "_sum_pairs": ({"TILE": module._PAIR_TILE, "BLOCK": module._PAIR_BLOCK}, {}),
+    "_scan": ({"BLOCK": 1024, "GROUPS": 16, "PIXELS_COUNT": 3}, {"num_warps": 4}),
+    "_measure": ({"GROUPS": 16, "QUARTER": 64, "BLOCK": 256}, {"num_warps": 4}),
     "_halve": ({"LAST": False, "BLOCK": module._PLACES}, {"num_warps": 1}),
     "_totals": ({"SIZES": 16, "BLOCK": module._PLACES}, {"num_warps": 1}),
     "_least_to_the_end_of_the_run": ({"BLOCK": module._PLACES}, {"num_warps": 4}),
 }
 POINTERS = {
-    "pair_sums": "*fp64", "sums": "*fp64", "threshold": "*fp32", "low": "*fp32", "high": "*fp32", "found": "*fp32",
+    "sums": "*fp64", "sums_out": "*fp64", "squares_out": "*fp64", "noise_out": "*fp32",
+    "threshold": "*fp32", "low": "*fp32", "high": "*fp32",
     "source_out": "*i64", "change_out": "*fp32", "active_out": "*i32", "source": "*i64", "change": "*fp32",
     "least_out": "*fp32", "active": "*i32", "total_out": "*i64",
 }
@@ -188,6 +196,6 @@ for name in ("fp32", "fp16", "bf16"):
 @pytest.mark.long
 def test_compiles_for_hopper_without_spills(tmp_path):
     binaries = hopper.compiled(COMPILE, tmp_path)
-    assert len(binaries) == 18
+    assert len(binaries) == 15
     for binary in binaries:
         hopper.no_spills(binary)

@@ -151,7 +151,8 @@ def test_what_differs_from_place_to_place_is_taken_by_the_packed_places():
 
 
 def waits(state):
-    return [node for node in state.graph_module.graph.nodes if node.target == "item"]
+    """Where numbers go from the device to the host."""
+    return [node for node in state.graph_module.graph.nodes if node.target == "to" and "cpu" in node.args]
 
 
 def test_a_budget_needs_no_wait_for_the_host():
@@ -176,6 +177,23 @@ def test_what_leaves_a_layer_in_the_middle_is_of_all_places():
     model = VideoModel(tail="scatter", beside="returned", after=1)
     state = rewrite(model, model.example(), **REUSE, full_layers=())
     assert state.inserted["return_places"] == 1
+
+
+@pytest.mark.parametrize("variant", ["plus", "paper"])
+@pytest.mark.parametrize("full_layers", [(2,), (0, 2, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("how", ["class token", "RoPE", "joined: rows"])
+def test_frames_that_repeat_one_exactly_are_left_out_of_layers_in_full(how, full_layers, variant):
+    """The result is that of the oracle, which computes them."""
+    pixels = pixels_of(4, videos=2)[:, [0, 0, 1, 1, 1, 2, 3, 3]]
+    graph = check(Tower(**SPELLINGS[how]), pixels, variant=variant, full_layers=full_layers)
+    assert graph.record.last_counts.reuse.distinct.tolist() == [4, 4]
+    runs = 1 if len(full_layers) in (1, 4) else 2
+    assert graph.record.inserted["take_frames"] == graph.record.inserted["return_frames"] - (variant == "paper") == runs
+
+
+def test_with_a_budget_layers_in_full_compute_every_frame():
+    graph = check(Tower(), pixels_of(4)[:, [0, 0, 1, 2, 3]], encode_ratio=0.5)
+    assert graph.record.last_counts.reuse.distinct.tolist() == [5] and "take_frames" not in graph.record.inserted
 
 
 class OverlappingTower(Tower):

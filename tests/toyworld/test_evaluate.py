@@ -45,7 +45,7 @@ def test_questions_are_the_same_in_every_run(questions):
 
 
 def test_frames_of_a_file_are_near_the_drawn_ones_and_questions_stay(questions):
-    encoded = load_questions("validation", first=7, videos=3, mp4=True)
+    encoded = load_questions("validation", first=7, videos=3, encoded=True)
     assert encoded.asked == questions.asked[:3] and encoded.frames.dtype == torch.uint8
     apart = (encoded.frames.float() - questions.frames[:3].float()).abs().mean((2, 3, 4))  # [3, 8]
     assert 0 < apart.max() < 8
