@@ -18,9 +18,10 @@ from torch.fx import Node
 from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.find_video_boundary import VideoPath
 from earlytom_compile.passes.find_vision_encoder import GraphView
-from earlytom_compile.passes.patterns import argument, shape_of
+from earlytom_compile.passes.patterns import CASTS, MOVES, argument, peel, shape_of
 from earlytom_compile.passes.probe import Probe, Unknown
 from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.token_map import rearranges
 
 _MOST_PREFIX_TOKENS = 16
 
@@ -58,14 +59,22 @@ def _candidates(view: GraphView, path: VideoPath, first: Node) -> Iterator[tuple
         grid = tuple(int(size) for size in (shape_of(node) or ())[-2:])
         patch = _kernel(node) if op_name(node) == "conv2d" else None
         if patch is not None and len(grid) == 2 and grid[0] * grid[1] <= places:
-            prefix = places - grid[0] * grid[1]
-            yield PatchGrid(grid, patch, prefix), prefix == 0  # type: ignore[arg-type]
+            found = PatchGrid(grid, patch, places - grid[0] * grid[1])  # type: ignore[arg-type]
+            yield found, found.prefix == 0 and _says_it(view, path.pixels, node, first)
     for prefix in range(min(_MOST_PREFIX_TOKENS + 1, places)):
         for rows in range(1, places - prefix + 1):
             columns, rest = divmod(places - prefix, rows)
             patch = height // rows, width // columns if columns else 0
             if rest == 0 and patch[0] == patch[1] > 0:
                 yield PatchGrid((rows, columns), patch, prefix), False
+
+
+def _says_it(view: GraphView, pixels: Node, convolution: Node, first: Node) -> bool:
+    """Whether the operators alone show that the places are what a convolution makes of the pixels, in its order."""
+    if peel(argument(convolution, 0, "input"), MOVES | CASTS) is not pixels:
+        return False
+    behind = view.flow.between(convolution, first)
+    return not any(map(rearranges, behind)) and view.first_mixing(convolution, (0, 2, 3), first) is None
 
 
 def _kernel(node: Node) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
 from earlytom_compile.backend import compile_graph
 from earlytom_compile.passes.find_patch_grid import PatchGrid
+from earlytom_compile.passes.probe import Probe, Unknown
 from earlytom_compile.reference import select_representatives, select_tokens
 from earlytom_compile.stages import CompressedGraph
 
@@ -246,3 +247,17 @@ def test_must_not_fire_with_grouped_heads():
     model = VideoModel(attention="grouped")
     with pytest.raises(BackendCompilerFailed, match=r"queries \(8, 2, 16, 8\), keys \(8, 1, 16, 8\).*reuse=False"):
         rewrite(model, model.example(), **REUSE)
+
+
+@pytest.mark.parametrize(("tower", "found"), [(Tower, True), (ReorderedTower, False), (NormedTower, False)])
+def test_without_weights_the_operators_alone_must_show_what_a_place_is_made_of(tower, found, monkeypatch):
+    def nothing_to_run(*_):
+        raise Unknown("no weights")
+
+    monkeypatch.setattr(Probe, "run", nothing_to_run)
+    model, pixels = tower(), pixels_of(5)
+    if found:
+        check(model, pixels)
+    else:
+        with pytest.raises(BackendCompilerFailed, match="not made of one patch"):
+            check(model, pixels)
