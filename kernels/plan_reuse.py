@@ -201,7 +201,8 @@ def _plan(pixels: Tensor, grid: Sequence[int], patch: Sequence[int], prefix: int
         threshold = threshold_above(tau, noise, patch)
         scan = video.scan(threshold)
     waiting, active = _waiting(scan), scan.active
-    total = budget or _size(active, int((waiting > 0).sum()), *scan.source.shape, prefix)
+    frames, places = scan.source.shape
+    total = budget or _size(active, int((waiting > 0).sum()), frames, places, prefix)
     return _Plan(_filled(scan.source, waiting, total - active), scan.change, noise, threshold, active, total)
 
 
