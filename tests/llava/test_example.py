@@ -20,4 +20,4 @@ def test_it_answers_from_a_checkpoint_and_a_video(tmp_path):
     ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "compressing; the last call was compressed" in ran.stdout
-    assert "frames 32 -> " in ran.stdout and "tokens 6272 -> 627" in ran.stdout
+    assert "frames 32, patches 23328 -> " in ran.stdout and "tokens 6272 -> 627" in ran.stdout

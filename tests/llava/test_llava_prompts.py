@@ -7,6 +7,7 @@ from llava_calls import (
     CLOSE_LOGITS,
     NEWLINES,
     VARIANTS,
+    WAYS_TO_REUSE,
     Call,
     check_forward,
     check_generate,
@@ -55,6 +56,13 @@ class TestForward:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_layouts(self, model, layout):
         check_forward(model, Call.of(model, LAYOUTS[layout]))
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts_where_unchanged_patches_are_reused(self, model, layout):
+        model.config.tokenizer_padding_side = "left"
+        call = Call.of(model, LAYOUTS[layout], changing=0.3, left=True)
+        check_forward(model, call, **WAYS_TO_REUSE["plus"])
+        check_generate(model, call, **WAYS_TO_REUSE["plus"])
 
     @pytest.mark.parametrize("left", [True, False])
     @pytest.mark.parametrize("side", ["right", "left"])

@@ -8,7 +8,7 @@ from effort import cases, examples
 from generating import share_vision_paths, trace_of_video_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llava_calls import CLOSE, NEWLINES, POOLS, VARIANTS, check_rows, clip, compiled
+from llava_calls import CLOSE, NEWLINES, POOLS, VARIANTS, WAYS_TO_REUSE, check_rows, clip, compiled
 from tiny_llava import tiny_llava
 
 import earlytom_compile
@@ -50,6 +50,15 @@ def test_frames_of_these_videos_merge(model):
     earlytom_compile.encode_videos(model, [clip(model)])
     (told,) = earlytom_compile.report(model).to_dict()["videos"]
     assert 1 < told["frames"][-1] < 6
+
+
+@pytest.mark.parametrize("way", WAYS_TO_REUSE)
+@pytest.mark.parametrize("more", [{}, {"encode_ratio": 0.4}, {"full_layers": ()}])
+def test_rows_where_unchanged_patches_are_reused(model, way, more):
+    model.config.mm_newline_position = "grid"
+    check_rows(model, clip(model, changing=0.3), **WAYS_TO_REUSE[way], **more)
+    (told,) = earlytom_compile.report(model).to_dict()["videos"]
+    assert 729 < sum(told["patches"]["by_frame"]) < 6 * 729
 
 
 @pytest.mark.parametrize("newline", ["grid", "frame", "one_token"])
@@ -132,6 +141,11 @@ LOWERINGS = [
     pytest.param("staged", "one_token", "bilinear", "plus", marks=pytest.mark.long),
     pytest.param("whole", "grid", "bilinear", "paper", marks=pytest.mark.long),
 ]
+
+
+def test_lowered_with_patches_reused():
+    model = tiny_llava(newline="grid", pool="bilinear")
+    check_rows(model, clip(model, changing=0.3), **WAYS_TO_REUSE["plus"], lowering="staged", compile_llm=False)
 
 
 @pytest.mark.parametrize("lowering, newline, pool, variant", LOWERINGS)
