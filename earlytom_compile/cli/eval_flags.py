@@ -122,10 +122,10 @@ def _add_fidelity(parser: CommandParser) -> None:
     parser.add_rare(
         "--full-layer-sets",
         type=_layer_sets,
-        default=("default", "none", "last1"),
+        default=("default", "last1", "none"),
         metavar="SET,SET",
         help="with --fidelity: layers that reuse computes in full: default, none, lastN or numbers such as 8+11 "
-        "(default,none,last1)",
+        "(default,last1,none)",
     )
 
 
