@@ -108,9 +108,9 @@ def _add_fidelity(parser: CommandParser) -> None:
     parser.add_rare(
         "--tau-reuses",
         type=numbers(float),
-        default=(0.04, 0.06, 0.1),
+        default=(0.02, 0.04, 0.06, 0.1, 0.15),
         metavar="T,T",
-        help="with --fidelity: thresholds of reuse, in the encoder's pixels (0.04,0.06,0.1)",
+        help="with --fidelity: thresholds of reuse, in the encoder's pixels (0.02,0.04,0.06,0.1,0.15)",
     )
     parser.add_rare(
         "--encode-ratios",
