@@ -104,8 +104,8 @@ def _tokens_of_all_layers(
 ) -> float:
     """Patch tokens that go through a layer of the encoder, summed over its layers."""
     if reuse is not None:
-        full = len(set(reuse.full_layers))
-        return full * schedule[0] * shape.frame_tokens + (shape.vision_layers - full) * reuse.computed
+        full, distinct = len(set(reuse.full_layers)), schedule[0] if reuse.distinct is None else reuse.distinct
+        return full * distinct * shape.frame_tokens + (shape.vision_layers - full) * reuse.computed
     starts = [0, *(layer + 1 for layer in merges)] if len(schedule) > 1 else [0]
     layers = (end - start for start, end in pairwise([*starts, shape.vision_layers]))
     return shape.frame_tokens * sum(frames * length for frames, length in zip(schedule, layers, strict=True))

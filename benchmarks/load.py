@@ -27,6 +27,7 @@ from earlytom_compile.benchmarks.arms import twin_of
 from earlytom_compile.benchmarks.failures import attempt
 from earlytom_compile.benchmarks.workload import Inputs, make_inputs
 from earlytom_compile.integrations.prefill import CompiledPrefill
+from earlytom_compile.reused import patches_of, share_computed
 
 REQUESTS_EACH = 2
 """Requests of one client in a round."""
@@ -213,6 +214,7 @@ class LoadResult:
     batches: list[int] = field(default_factory=list)  # of every request: how many were answered in the same call
     recompiles: int = 0  # graphs compiled after the first round
     frames: list[list[int]] = field(default_factory=list)  # of each video: at first, then after each merge layer
+    computed: float | None = None  # share of the patches of a call's videos; None where none are reused
     failure: str | None = None
 
     @property
@@ -284,8 +286,9 @@ def _round(
     def serve(batch: Sequence[Request]) -> tuple[float, Sequence[Answer]]:
         served = server.answer([prompts[request.client] for request in batch], new_tokens, clock)
         if warm_up and server.model is not None:
-            videos = earlytom_compile.report(server.model).to_dict()["videos"]
-            result.frames += [video["frames"] for video in videos]
+            report = earlytom_compile.report(server.model).to_dict()
+            result.frames += [video["frames"] for video in report["videos"]]
+            result.computed = share_computed(patches_of(report))
         return served
 
     graphs, start, answered = _graphs(), clock(), list[Answered]()

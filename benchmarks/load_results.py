@@ -2,9 +2,9 @@
 
 The numbers here are made up:
 
-| model        | requests/s | range     | speed | TTFT p50/p90/p99 ms | answer p50/p90/p99 ms | batch | frames left |
-| inductor     |       1.81 | 1.79-1.84 | 1.00x | 4102 / 4210 / 4220  | 4391 / 4480 / 4492    |     8 |             |
-| earlytom 0.1 |       5.21 | 5.18-5.23 | 2.88x | 1407 / 1433 / 1440  | 1530 / 1552 / 1559    |     8 |         75% |
+| model        | requests/s | range     | speed | TTFT p50/p90/p99 ms | answer p50/p90/p99 ms | batch | frames left | ..
+| inductor     |       1.81 | 1.79-1.84 | 1.00x | 4102 / 4210 / 4220  | 4391 / 4480 / 4492    |     8 |             | ..
+| earlytom 0.1 |       5.21 | 5.18-5.23 | 2.88x | 1407 / 1433 / 1440  | 1530 / 1552 / 1559    |     8 |         75% | ..
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from earlytom_compile.benchmarks.results import REFERENCE, _pyplot
 _PERCENTILES = "/".join(f"p{share}" for share in PERCENTILES)
 _HEADINGS = (
     "model", "requests/s", "range", "speed", f"TTFT {_PERCENTILES} ms", f"answer {_PERCENTILES} ms", "batch",
-    "frames left", "recompiles",
+    "frames left", "patches computed", "recompiles",
 )  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def _row(result: LoadResult, reference: float | None) -> tuple[str, ...]:
         _milliseconds(result.latency),
         f"{result.batch:.3g}",
         "" if result.retention is None else f"{result.retention:.0%}",
+        "" if result.computed is None else f"{result.computed:.0%}",
         str(result.recompiles),
     )
 

@@ -24,7 +24,7 @@ from earlytom_compile.benchmarks.failures import attempt
 from earlytom_compile.benchmarks.floor import Floor
 from earlytom_compile.benchmarks.stage_marks import stage_marks, stages_of_weights
 from earlytom_compile.integrations.caches import cache_name
-from earlytom_compile.reused import ComputedPatches
+from earlytom_compile.reused import patches_of
 
 Progress = Callable[[str], None]
 
@@ -161,9 +161,9 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
         report = earlytom_compile.report(arm.model).to_dict()
         result.frames = [video["frames"] for video in report["videos"]]
         result.merge_layers = report["merge_layers"]
-        counts = [ComputedPatches(**video["patches"]) for video in report["videos"] if video.get("patches")]
+        counts = patches_of(report)
         result.patches = [[each.every, each.total, each.distinct or len(each.by_frame)] for each in counts]
-        result.full_layers = list(report.get("full_layers") or ())
+        result.full_layers = report["full_layers"]
 
 
 def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int, stage_of: dict[int, str]) -> None:

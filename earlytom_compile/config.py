@@ -45,6 +45,7 @@ _TABLE_8: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
 PRESETS = tuple(_TABLE_8)
 NOT_YET = ("inner_layer", "inner_drop_ratio")
 """Fields that do nothing yet: any value but their default is an error, and no list of options has them."""
+_LARGEST_CHANGE = 1e6  # beyond any difference of normalised pixels, and far from overflow
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -145,8 +146,8 @@ class EarlyTomConfig:
     def _check_reuse(self) -> None:
         if self.reuse is not None and not isinstance(self.reuse, bool):
             raise bad_option("reuse", self.reuse, "True, False or None")
-        enough = 0 <= _float(self.tau_reuse) < math.inf
-        _require_number("tau_reuse", self.tau_reuse, enough, "a number that is not negative, such as 0.06")
+        enough = 0 <= _float(self.tau_reuse) <= _LARGEST_CHANGE
+        _require_number("tau_reuse", self.tau_reuse, enough, "a number from 0 to 1e6, such as 0.06")
         if self.encode_ratio is not None:
             ratio = self.encode_ratio
             _require_number("encode_ratio", ratio, 0 < _float(ratio) <= 1, "None or a number in (0, 1]")

@@ -127,7 +127,7 @@ def reuse_of(report: Mapping[str, Any]) -> list[Reuse | None]:
     """What each video of a report's last call had computed, from ``report(model).to_dict()``; None where patches were
     not reused."""
     found = [video.get("patches") for video in report["videos"]]
-    full = tuple(report.get("full_layers") or ())
+    full = tuple(report["full_layers"])
     return [
         None if patches is None else Reuse(sum(patches["by_frame"]), full, patches.get("distinct")) for patches in found
     ]

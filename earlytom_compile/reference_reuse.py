@@ -26,7 +26,8 @@ SIZES = 16  # steps between the fewest places and all of them
 HALVINGS = 12  # of the range of thresholds, in the search for the one that keeps a budget
 PIXELS_PER_MEAN = 3  # of the mean absolute difference of pixels a third counts, of that of means all
 LOUDEST_NOISE = 2  # noise of more than half the deviation of the picture is the picture
-DEVIATIONS = 3  # of what noise does to a mean are let pass
+DEVIATIONS = 4  # of what noise does to a mean are let pass
+NOISE_OF_PIXELS = 0.4  # of the noise is let pass at least; it makes a third of itself, as the difference of pixels
 
 Layer = Callable[[Tensor], Tensor]
 """``[F, S, D] -> [F, S, D]``, each frame by itself."""
@@ -77,7 +78,7 @@ def reuse_budget(frames: int, places: int, encode_ratio: float, prefix: int = 0)
     _require(fine, f"prefix={prefix!r}: must be an integer from 0 to {places - 1}, one less than places")
     fine = _is_number(encode_ratio) and 0 < encode_ratio <= 1
     _require(fine, f"encode_ratio={encode_ratio!r}: must be a number in (0, 1]")
-    return max(_fewest(frames, places, prefix), round(encode_ratio * frames * places))
+    return max(places + (frames - 1) * prefix, round(encode_ratio * frames * places))
 
 
 def plan_reuse(
@@ -101,7 +102,7 @@ def plan_reuse(
         has no effect, the threshold is the smallest that bisection finds to leave no more than T. ``None``: what the
         threshold says, rounded up to one of at most 17 sizes; and everything if more than 4/5 of all places change.
 
-    What is missing to T is filled up with the most changed places, see :func:`_fill`.
+    What is missing to T is filled up with the most changed places (:func:`_fill`); without a budget with no others.
 
     Raises EarlyTomConfigError for pixels of another shape or dtype or that are not finite, a grid that they do not
     hold, or an option out of range.
@@ -113,14 +114,15 @@ def plan_reuse(
     patches = _Patches(pixels.float().cpu(), (int(grid[0]), int(grid[1])), (int(patch[0]), int(patch[1])), prefix)
     noise = _noise(patches)
     if budget is None:
-        threshold = _float32(math.hypot(tau_reuse, DEVIATIONS * _deviation_of_a_quarter(noise, patches.patch)))
+        threshold = _float32(math.hypot(tau_reuse, _let_pass(noise, patches.patch)))
     else:
         least, most = patches.fewest, patches.frames * patches.places
         fine = _is_count(budget, least) and budget <= most
         _require(fine, f"budget={budget!r}: must be None or an integer from {least} to {most}")
         threshold = _smallest_threshold(patches, budget)
     source, change = _scan(patches, threshold)
-    _fill(source, change, _rounded_up(_active_places(source), patches) if budget is None else budget)
+    size = _rounded_up(_active_places(source), patches) if budget is None else budget
+    _fill(source, change, size, only_changed=budget is None and size < patches.frames * patches.places)
     return ReusePlan(
         source=torch.tensor(source, dtype=torch.int64, device=pixels.device),
         change=torch.tensor(change, dtype=torch.float32, device=pixels.device),
@@ -135,7 +137,7 @@ class _Patches:
     def __init__(self, pixels: Tensor, grid: tuple[int, int], patch: tuple[int, int], prefix: int) -> None:
         self.pixels, self.grid, self.patch, self.prefix = pixels, grid, patch, prefix
         self.frames, self.places = len(pixels), prefix + grid[0] * grid[1]
-        self.fewest = _fewest(self.frames, self.places, prefix)
+        self.fewest = self.places + (self.frames - 1) * prefix
         patches = range(self.places - prefix)
         self._means = [[_quarter_means(self.of(f, p)) for p in patches] for f in range(self.frames)]
 
@@ -211,14 +213,14 @@ def _noise(patches: _Patches) -> float:
     return median if (LOUDEST_NOISE * n * median) ** 2 <= n * squares - total**2 else 0.0
 
 
-def _deviation_of_a_quarter(noise: float, patch: tuple[int, int]) -> float:
-    """That of the difference of two means over its n pixels: sigma * sqrt(2 / n), with noise = 2 * sigma / sqrt(pi)."""
+def _let_pass(noise: float, patch: tuple[int, int]) -> float:
+    """Two means over the n pixels of a quarter differ by sigma * sqrt(2 / n), with noise = 2 * sigma / sqrt(pi)."""
     n = max(1, patch[0] // 2) * max(1, patch[1] // 2)
-    return noise * math.sqrt(math.pi / (2 * n))
+    return noise * max(DEVIATIONS * math.sqrt(math.pi / (2 * n)), NOISE_OF_PIXELS)
 
 
 def _rounded_up(active: int, patches: _Patches) -> int:
-    """T for that many active places: few sizes, so that what was compiled for one is met again."""
+    """Few sizes, so that what was compiled for one is met again; all places only where nothing repeats."""
     everything, fewest = patches.frames * patches.places, patches.fewest
     share, whole = NOTHING_REPEATS
     if active * whole > everything * share:
@@ -245,8 +247,8 @@ def _smallest_threshold(patches: _Patches, budget: int) -> float:
     return high
 
 
-def _fill(source: list[list[int]], change: list[list[float]], total: int) -> None:
-    """Make the most changed places active, in place, until there are ``total``.
+def _fill(source: list[list[int]], change: list[list[float]], total: int, *, only_changed: bool = False) -> None:
+    """Make the most changed places active, in place, until there are ``total``; ``only_changed``: no unchanged ones.
 
     A run is an active place and the inactive ones behind it that read it. Only the last one of a run may be taken:
     then nobody reads another source than before. Of the last ones of all runs it is always the one of the largest
@@ -260,14 +262,12 @@ def _fill(source: list[list[int]], change: list[list[float]], total: int) -> Non
     last = [(f, s) for f in range(frames) for s in range(places) if ends_a_run(f, s)]
     for _ in range(total - _active_places(source)):
         f, s = max(last, key=lambda end: (change[end[0]][end[1]], -end[1], end[0]))
+        if only_changed and change[f][s] == 0:
+            return
         source[f][s] = f
         last.remove((f, s))
         if ends_a_run(f - 1, s):
             last.append((f - 1, s))
-
-
-def _fewest(frames: int, places: int, prefix: int) -> int:
-    return places + (frames - 1) * prefix
 
 
 def _float32(value: float) -> float:

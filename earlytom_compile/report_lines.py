@@ -2,7 +2,7 @@
 
 >>> earlytom_compile.report(model)
 state            compressing; the last call was compressed
-vision encoder   model.vision_tower.encoder.layers (26 layers), reuses patches but in layers 19, 22, 25
+vision encoder   model.vision_tower.encoder.layers (26 layers), reuses patches but in layers 23, 24, 25
 video 0          frames 32, patches 23328 -> 7290 (changed beyond 0.06), tokens 6272 -> 627
 """
 

@@ -5,7 +5,9 @@ ComputedPatches(by_frame=(729, 140, 152), places=729, changed=0.45, noise=0.007,
 -> "1,021 of 2,187 patches (46.7%) are computed: all of the first frame, then those that changed. ..."
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,17 +47,23 @@ class ComputedPatches:
         """Whether any patch was taken over."""
         return self.total < self.every
 
+    def in_short(self) -> str:
+        """``"1,021 of 2,187 patches (46.7%)"``."""
+        return f"{self.total:,} of {self.every:,} patches ({self.total / self.every:.1%})"
+
     def told(self, config: EarlyTomConfig, layers: int) -> str:
         """What was computed and why, in sentences; ``layers``: of the vision encoder."""
         if not self.reused:
             return self._why_nothing(config)
         text = (
-            f"{self.total:,} of {self.every:,} patches ({self.total / self.every:.1%}) are computed: all of the first "
-            "frame, then those that changed. The others take over what was computed of them then. "
+            f"{self.in_short()} are computed: all of the first frame, then those that changed. The others take over "
+            "what was computed of them then. "
         )
-        full = config.resolve_full_layers(layers)
-        named = f" Encoder layer{'s' if len(full) > 1 else ''} {', '.join(map(str, full))} computed every patch."
-        return text + self._limit(config) + (named if full else "")
+        full, frames = config.resolve_full_layers(layers), len(self.by_frame)
+        named = f" Encoder layer{'s' if len(full) > 1 else ''} {', '.join(map(str, full))} computed every patch"
+        if self.distinct not in (None, frames):
+            named += f" of {self.distinct} of the {frames} frames; the others repeat one of these to the last pixel"
+        return text + self._limit(config) + (f"{named}." if full else "")
 
     def frame_by_frame(self) -> str:
         """Percent of each frame, such as ``"100 19 21"``."""
@@ -79,6 +87,16 @@ class ComputedPatches:
             f"A patch counts as changed {differs}, which comes of tau_reuse={config.tau_reuse:g} and the noise "
             f"measured in this video, {self.noise:.3g}."
         )
+
+
+def patches_of(report: Mapping[str, Any]) -> list[ComputedPatches]:
+    """Of each video of a report's last call, from ``report(model).to_dict()``; empty where patches were not reused."""
+    return [ComputedPatches(**video["patches"]) for video in report["videos"] if "patches" in video]
+
+
+def share_computed(counts: Sequence[ComputedPatches]) -> float | None:
+    """Of the patches of all these videos; None without any."""
+    return sum(each.total for each in counts) / sum(each.every for each in counts) if counts else None
 
 
 def computed_patches(

@@ -29,9 +29,14 @@ def distinct_frames(source: Tensor, change: Tensor, prefix: int) -> tuple[Tensor
         counts: int64 [V], distinct frames of each video.
 
     Raises:
-        ValueError: shapes or dtypes that do not match.
+        ValueError: shapes or dtypes that do not match, or a prefix that leaves no patch.
     """
     _check(source, change)
+    if source.shape != change.shape or not 0 <= prefix < source.shape[2]:
+        raise ValueError(
+            f"earlytom::distinct_frames: source {list(source.shape)} and change {list(change.shape)} with "
+            f"prefix={prefix}; both must have the same shape, and prefix be at least 0 and less than their places"
+        )
     source, change = source[..., prefix:], change[..., prefix:]
     frame = torch.arange(source.shape[1], device=source.device)[:, None]
     exact = (source == frame) | (change == 0)
@@ -70,22 +75,27 @@ def take_frames(x: Tensor, rows: Tensor, n: int) -> Tensor:
         A copy [n, ...].
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError: shapes that do not match, or, on a CPU, another ``n``.
     """
-    _check_rows(x, rows)
+    _check_rows("take_frames", x, rows)
+    if x.shape[0] != rows.shape[0] or (rows.device.type == "cpu" and n != int(rows[-1:].sum()) + 1):
+        raise ValueError(
+            f"earlytom::take_frames: x {list(x.shape)} and n={n} for rows {rows.tolist()}; x must have as many frames "
+            f"as rows, and n be the number of distinct ones"
+        )
     return x.index_select(0, torch.searchsorted(rows, torch.arange(n, device=rows.device)))
 
 
 @take_frames.register_fake
 def _(x: Tensor, rows: Tensor, n: int) -> Tensor:
-    _check_rows(x, rows)
+    _check_rows("take_frames", x, rows)
     return x.new_empty((n, *x.shape[1:]))
 
 
-def _check_rows(x: Tensor, rows: Tensor) -> None:
+def _check_rows(op: str, x: Tensor, rows: Tensor) -> None:
     if x.dim() < 1 or rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(
-            f"earlytom::take_frames: rows must be int64 [frames] as distinct_frames returns them, and x [frames, ...], "
+            f"earlytom::{op}: rows must be int64 [frames] as distinct_frames returns them, and x [frames, ...], "
             f"got {rows.dtype} with {rows.dim()} axes and {x.dim()} axes"
         )
 
@@ -104,11 +114,11 @@ def return_frames(x: Tensor, rows: Tensor) -> Tensor:
     Raises:
         ValueError: rows of another dtype or shape.
     """
-    _check_rows(x, rows)
+    _check_rows("return_frames", x, rows)
     return x.index_select(0, rows)
 
 
 @return_frames.register_fake
 def _(x: Tensor, rows: Tensor) -> Tensor:
-    _check_rows(x, rows)
+    _check_rows("return_frames", x, rows)
     return x.new_empty((rows.shape[0], *x.shape[1:]))

@@ -28,8 +28,10 @@ SIZES = 16
 """Steps from the places of one frame to those of all."""
 PIXELS_COUNT = 3
 """A difference of pixels counts as a third of the like one of means."""
-DEVIATIONS = 3
+DEVIATIONS = 4
 """Standard deviations of what the noise does to the difference of two means that do not count."""
+NOISE_OF_PIXELS = 0.4
+"""Of the noise, that does not count either: a little more than the third that unchanged pixels themselves have."""
 _MOST_PIXELS = 4096  # of a patch, in the Triton kernels, which hold one in registers
 
 
@@ -47,16 +49,19 @@ def plan_reuse(
     active in every frame, since what they will hold no pixels tell. T is the number of active places, at least
     *fewest* = S + (F - 1) * prefix.
 
-    budget 0    the threshold is sqrt(tau^2 + m^2), m = 3 * nu * sqrt(pi / (2 * n)): three standard deviations of what
-                white noise nu does to the difference of two means of the n pixels of the smallest quarter. T is rounded
-                up to one of at most 17 sizes, fewest + i * ceil((F * S - fewest) / 16); with more than 4/5 of the
-                places active all are
+    budget 0    the threshold is sqrt(tau^2 + m^2), m = nu * max(4 * sqrt(pi / (2 * n)), 0.4): four standard deviations
+                of what white noise nu does to the difference of two means of the n pixels of the smallest quarter, and
+                in large patches a little more than the third that counts of the difference of pixels. T is rounded up
+                to one of at most 17 sizes, fewest + i * ceil((F * S - fewest) / 16), as far as places changed at all;
+                with more than 4/5 of the places active all are
     budget T    the threshold is 0, or the least that halving the range of the video's pixels 12 times finds to leave
                 at most T active, whatever ``tau`` is
 
     What is missing to T is filled up: again and again the last place of a run (an active place, and the inactive ones
     behind it that read it) becomes active, the one of the largest change of all runs; of equal ones that of the lower
-    place, of these the later. So source[f, s] is always source[f - 1, s] or f, and an active place's own.
+    place, of these the later. Without a budget that ends where the largest change is 0, and T is what it is by then:
+    what has the same pixels to the last bit is not computed twice. So source[f, s] is always source[f - 1, s] or f, and
+    an active place's own.
 
     The noise nu is the lower median, over all patches and neighbouring frames, of the mean of |a - b - c + d| / 2 over
     the 2x2 blocks (a b / c d) of the differences in a patch: what the mean absolute difference of an unchanged patch
@@ -192,15 +197,13 @@ def _plan(pixels: Tensor, grid: Sequence[int], patch: Sequence[int], prefix: int
     noise = video.noise()
     if budget:
         threshold, scan = _smallest_threshold(video, budget)
-        active = scan.active
-        total = budget
     else:
         threshold = threshold_above(tau, noise, patch)
         scan = video.scan(threshold)
-        active = scan.active
-        frames, places = scan.source.shape
-        total = _rounded_up(active, frames, places, prefix)
-    return _Plan(_filled(scan, total - active), scan.change, noise, threshold, active, total)
+    waiting, active = _waiting(scan), scan.active
+    frames, places = scan.source.shape
+    total = budget or _size(active, int((waiting > 0).sum()), frames, places, prefix)
+    return _Plan(_filled(scan.source, waiting, total - active), scan.change, noise, threshold, active, total)
 
 
 class _Video:
@@ -316,19 +319,22 @@ def threshold_above(tau: float, noise: Tensor, patch: Sequence[int]) -> Tensor:
     """float32 [...]: the change that counts beside noise float32 [...].
 
     Of white noise of standard deviation sigma, nu is 2 sigma / sqrt(pi), and the means of the n pixels of a quarter
-    differ by sqrt(2 / n) sigma = nu sqrt(pi / (2 n)).
+    differ by sqrt(2 / n) sigma = nu sqrt(pi / (2 n)). Pixels differ by nu, of which a third counts.
     """
     smallest = math.prod(max(1, side // 2) for side in patch)
-    return (tau * tau + DEVIATIONS**2 * math.pi / (2 * smallest) * noise.double() ** 2).sqrt().float()
+    share = max(DEVIATIONS * math.sqrt(math.pi / (2 * smallest)), NOISE_OF_PIXELS)
+    return (tau * tau + (share * noise.double()) ** 2).sqrt().float()
 
 
-def _rounded_up(active: int, frames: int, places: int, prefix: int) -> int:
-    """One of at most 17 sizes, so that what was compiled for one is met again."""
+def _size(active: int, changed: int, frames: int, places: int, prefix: int) -> int:
+    """One of at most 17 sizes, so that what was compiled for one is met again; less where only so many inactive places
+    ``changed`` at all."""
     every, fewest = frames * places, fewest_places(frames, places, prefix)
     if 5 * active > 4 * every:
         return every
     step = math.ceil((every - fewest) / SIZES)
-    return min(fewest + (math.ceil((active - fewest) / step) * step if step else 0), every)
+    rounded = fewest + (math.ceil((active - fewest) / step) * step if step else 0)
+    return min(rounded, every, active + changed)
 
 
 def _smallest_threshold(video: _Video, budget: int) -> tuple[Tensor, _Scan]:
@@ -349,23 +355,27 @@ def _smallest_threshold(video: _Video, budget: int) -> tuple[Tensor, _Scan]:
     return high, above
 
 
-def _filled(scan: _Scan, missing: int) -> Tensor:
-    """Sources with so many more active places.
+def _waiting(scan: _Scan) -> Tensor:
+    """float32 [F, S], the least change from there to the end of the run, -1 if active.
 
-    The last place of a run goes before the others whatever they have, so a place waits for the least change from it
-    to the end of its run: what is taken one by one is a sort by that.
+    The last place of a run is taken before the others whatever they have, so that is what a place waits for: what is
+    taken one by one is a sort by it.
     """
-    source, change = scan.source.clone(), scan.change
-    if missing <= 0:
-        return source
-    frames = len(source)
-    active = source == torch.arange(frames, device=source.device)[:, None]
+    change, frames = scan.change, len(scan.change)
+    active = scan.source == torch.arange(frames, device=change.device)[:, None]
     least = change.clone()
     for frame in range(frames - 2, 0, -1):
         goes_on = torch.minimum(change[frame], least[frame + 1])
         least[frame] = torch.where(active[frame + 1], change[frame], goes_on)
-    least.masked_fill_(active, -1.0)
-    by_place_latest_first = least.flip(0).t().flatten()
+    return least.masked_fill_(active, -1.0)
+
+
+def _filled(source: Tensor, waiting: Tensor, missing: int) -> Tensor:
+    """Sources with so many more active places."""
+    if missing <= 0:
+        return source
+    frames, source = len(source), source.clone()
+    by_place_latest_first = waiting.flip(0).t().flatten()
     order = by_place_latest_first.argsort(descending=True, stable=True)[:missing]
     place, frame_taken = order // frames, frames - 1 - order % frames
     source[frame_taken, place] = frame_taken

@@ -6,6 +6,7 @@
                                   noise of each patch       [V, (F - 1) * P]   a sort: its median, the threshold  [V]
                                   source, change            [V, F, S]          frame after frame, the patch of the
                                                                                source frame and its sums in registers
+                                  waiting                   [V, S, F]          from the last frame to the first
                                   active patches, total     [V]
                                   fill                                         a sort, for the places still missing
 
@@ -47,8 +48,9 @@ def run(
     noise = scan.noise()
     threshold = scan.smallest_threshold(budget) if budget else threshold_above(tau, noise, patch)
     scan.at(threshold)
-    active, total = scan.totals(budget)
-    source = _filled(scan, total - active)
+    waiting = scan.waiting()
+    active, total = scan.totals((waiting > 0).sum((1, 2)), budget)
+    source = _filled(scan.source, waiting, total - active)
     if budget:
         source = _cut(source, budget)
         total = torch.where(active > total, -1, total)
@@ -117,13 +119,14 @@ class _Scans:
             )  # fmt: skip
         return threshold
 
-    def totals(self, budget: int) -> tuple[Tensor, Tensor]:
-        """int64 [V] twice: active places at the threshold, and after filling up."""
+    def totals(self, changed: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+        """int64 [V] twice: active places at the threshold, and after filling up, for which ``changed`` int64 [V]
+        inactive places count that changed at all."""
         active = self.source.new_empty((self._videos,))
         total = torch.empty_like(active)
         _totals[(self._videos,)](
-            self.active, active, total, self._frames, self._patches, self._prefix, budget, SIZES=SIZES, BLOCK=_PLACES,
-            num_warps=1,
+            self.active, changed, active, total, self._frames, self._patches, self._prefix, budget, SIZES=SIZES,
+            BLOCK=_PLACES, num_warps=1,
         )  # fmt: skip
         return active, total
 
@@ -136,14 +139,14 @@ class _Scans:
         return least
 
 
-def _filled(scan: _Scans, missing: Tensor) -> Tensor:
+def _filled(source: Tensor, waiting: Tensor, missing: Tensor) -> Tensor:
     """Sources with ``missing`` int64 [V] more active places: those that come first in a stable sort."""
-    videos, frames, places = scan.source.shape
-    order = scan.waiting().flatten(1).sort(dim=1, descending=True, stable=True).indices
+    videos, frames, places = source.shape
+    order = waiting.flatten(1).sort(dim=1, descending=True, stable=True).indices
     rank = torch.arange(frames * places, device=order.device)
     taken = torch.empty_like(order, dtype=torch.bool).scatter_(1, order, rank < missing[:, None])
     taken = taken.view(videos, places, frames).flip(2).transpose(1, 2).contiguous()  # strides of the result, too
-    return torch.where(taken, _frame_numbers(scan.source), scan.source)
+    return torch.where(taken, _frame_numbers(source), source)
 
 
 def _cut(source: Tensor, total: int) -> Tensor:
@@ -299,14 +302,16 @@ def _halve(active, low, high, threshold, patches, budget, LAST: tl.constexpr, BL
 
 
 @triton.jit(do_not_specialize=["frames", "prefix", "budget"])
-def _totals(active, active_out, total_out, frames, patches, prefix, budget, SIZES: tl.constexpr, BLOCK: tl.constexpr):
-    """Active places of one video, and the budget or the size that they are rounded up to."""
+def _totals(active, changed, active_out, total_out, frames, patches, prefix, budget, SIZES: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    """Active places of one video, and the budget or the size that they are rounded up to, as far as others changed."""
     video = tl.program_id(0).to(tl.int64)
     leading = tl.cast(frames, tl.int64) * prefix
     found = leading + _active_patches(active, video, patches, BLOCK)
     fewest, every = leading + patches, leading + tl.cast(frames, tl.int64) * patches
     step = tl.maximum((every - fewest + SIZES - 1) // SIZES, 1)
     rounded = tl.minimum(fewest + (found - fewest + step - 1) // step * step, every)
+    rounded = tl.minimum(rounded, found + tl.load(changed + video))
     rounded = tl.where(5 * found > 4 * every, every, rounded)
     tl.store(active_out + video, found)
     tl.store(total_out + video, tl.where(budget > 0, budget, rounded))

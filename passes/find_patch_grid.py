@@ -4,7 +4,8 @@ A place whose pixels did not change is not computed again (insert_patch_reuse.py
 guessed. Some places are made of no pixels: class and register tokens, in front of the patches. What a convolution or
 the sizes suggest is tried out with the model's own weights: each patch has a number, and one picture for each binary
 digit of it is changed in the patches that have this digit. Place s is made of patch s and nothing else if it changes
-in exactly these pictures, and in the others where the patches without the digit change.
+in exactly these pictures, and in the others where the patches without the digit change. Frames of equal pixels must
+have equal places too, since layers in full leave out frames that repeat: no embedding of the frame's number.
 """
 
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from torch.fx import Node
 from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.find_video_boundary import VideoPath
 from earlytom_compile.passes.find_vision_encoder import GraphView
-from earlytom_compile.passes.patterns import argument, shape_of
+from earlytom_compile.passes.patterns import CASTS, MOVES, argument, peel, shape_of
 from earlytom_compile.passes.probe import Probe, Unknown
 from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.token_map import rearranges
 
 _MOST_PREFIX_TOKENS = 16
 
@@ -43,7 +45,8 @@ def find_patch_grid(view: GraphView, path: VideoPath, probe: Probe) -> PatchGrid
     shape = "x".join(map(str, shape_of(path.pixels) or ()))
     raise NotApplicable(
         f"the {shape_of(first)[1]} places of the vision encoder {path.encoder.name} are not made "  # type: ignore[index]
-        f"of one patch of the pixels {shape} each, in raster order, so that it is unknown which of them did not change",
+        f"of one patch of the pixels {shape} each and of nothing else, in raster order, so that it is unknown which of "
+        "them did not change",
         "Merge frames instead: reuse=False",
     )
 
@@ -56,14 +59,22 @@ def _candidates(view: GraphView, path: VideoPath, first: Node) -> Iterator[tuple
         grid = tuple(int(size) for size in (shape_of(node) or ())[-2:])
         patch = _kernel(node) if op_name(node) == "conv2d" else None
         if patch is not None and len(grid) == 2 and grid[0] * grid[1] <= places:
-            prefix = places - grid[0] * grid[1]
-            yield PatchGrid(grid, patch, prefix), prefix == 0  # type: ignore[arg-type]
+            found = PatchGrid(grid, patch, places - grid[0] * grid[1])  # type: ignore[arg-type]
+            yield found, found.prefix == 0 and _says_it(view, path.pixels, node, first)
     for prefix in range(min(_MOST_PREFIX_TOKENS + 1, places)):
         for rows in range(1, places - prefix + 1):
             columns, rest = divmod(places - prefix, rows)
             patch = height // rows, width // columns if columns else 0
             if rest == 0 and patch[0] == patch[1] > 0:
                 yield PatchGrid((rows, columns), patch, prefix), False
+
+
+def _says_it(view: GraphView, pixels: Node, convolution: Node, first: Node) -> bool:
+    """Whether the operators alone show that the places are what a convolution makes of the pixels, in its order."""
+    if peel(argument(convolution, 0, "input"), MOVES | CASTS) is not pixels:
+        return False
+    behind = view.flow.between(convolution, first)
+    return not any(map(rearranges, behind)) and view.first_mixing(convolution, (0, 2, 3), first) is None
 
 
 def _kernel(node: Node) -> tuple[int, int] | None:
@@ -88,6 +99,9 @@ def _try_out(found: PatchGrid, pixels: Node, first: Node, probe: Probe) -> bool 
         x = probe.random(pixels)
         frames = x.flatten(0, -4)
         before = probe.run(pixels, first, x)
+        alike = probe.run(pixels, first, frames[:1].expand_as(frames).contiguous().view_as(x))
+        if bool(_moved(alike[:1], alike).any()):
+            return False
         for masks in _masks(found, len(frames)):
             masks = masks.to(x.device)
             changed = torch.where(_pixels_of(masks, found, frames), probe.random(pixels).view_as(frames), frames)
@@ -117,5 +131,10 @@ def _pixels_of(masks: Tensor, found: PatchGrid, frames: Tensor) -> Tensor:
 
 
 def _changes_where(before: Tensor, after: Tensor, masks: Tensor, prefix: int) -> bool:
-    moved = (before.float() - after.float()).abs().amax(-1) > 1e-4 * before.float().abs().amax().clamp_min(1e-6)
+    moved = _moved(before, after)
     return not bool(moved[:, :prefix].any()) and torch.equal(moved[:, prefix:], masks)
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """Bool [frames, places], which differ by more than rounding."""
+    return (before.float() - after.float()).abs().amax(-1) > 1e-4 * before.float().abs().amax().clamp_min(1e-6)

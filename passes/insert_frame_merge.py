@@ -26,6 +26,7 @@ from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops
 from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath
 from earlytom_compile.passes.find_vision_encoder import Block, GraphView
 from earlytom_compile.passes.insert_patch_reuse import ReusedPlaces
+from earlytom_compile.passes.opaque_operators import read_instead
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis
@@ -140,7 +141,7 @@ def _merge_behind(
         hidden = insert(graph, operator.getitem, merged, 0, like=value_of(before))
         riders = [insert(graph, operator.getitem, merged, i) for i in range(1, len(riders) + 1)]
     for consumer in consumers:
-        consumer.replace_input_with(before, hidden)
+        read_instead(consumer, before, hidden)
     return _Merge(hidden, riders, counts, size, (source, weight))
 
 

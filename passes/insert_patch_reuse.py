@@ -30,6 +30,7 @@ from earlytom_compile.passes.dataflow import Dataflow
 from earlytom_compile.passes.find_patch_grid import PatchGrid
 from earlytom_compile.passes.find_video_boundary import VideoPath
 from earlytom_compile.passes.find_vision_encoder import Block, Encoder, GraphView
+from earlytom_compile.passes.opaque_operators import read_instead
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable, describe
 from earlytom_compile.passes.retarget_axes import ResizedAxis
@@ -257,7 +258,7 @@ def _gather_operands(
                 )
             if read not in gathered:
                 gathered[read] = _by_place(graph, places, read, dims.index(tokens))
-            node.replace_input_with(read, gathered[read])
+            read_instead(node, read, gathered[read])
 
 
 def _by_place(graph: Graph, places: ReusedPlaces, operand: Node, axis: int) -> Node:
@@ -293,8 +294,8 @@ def _reroute(graph: Graph, old: Node, new: Node, readers: Sequence[Node]) -> Non
                 with graph.inserting_after(max(node, new)):
                     taken[node] = graph.node_copy(node, lambda read: taken.get(read, read))
             elif node in among:
-                for read in node.all_input_nodes:
-                    node.replace_input_with(read, taken.get(read, read))
+                for read in taken.keys() & set(node.all_input_nodes):
+                    read_instead(node, read, taken[read])
 
 
 def _is_size(node: Node) -> bool:

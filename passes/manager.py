@@ -44,7 +44,7 @@ from earlytom_compile.passes.graph_order import eliminate_dead_code, stable_topo
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge, require_merged_features
 from earlytom_compile.passes.insert_patch_reuse import ReusedPlaces, insert_patch_reuse
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
-from earlytom_compile.passes.opaque_operators import mark_position_wise, weights_of
+from earlytom_compile.passes.opaque_operators import mark_position_wise, read_instead, weights_of
 from earlytom_compile.passes.patterns import insert, memory_of, op_name, shape_of, value_of
 from earlytom_compile.passes.probe import Probe
 from earlytom_compile.passes.reasons import NotApplicable
@@ -235,7 +235,7 @@ def _lay_out_frames(state: Rewrite) -> None:
         copied = _copy_of(graph, first, first)
         for consumer in list(first.users):
             if consumer is not copied:
-                consumer.replace_input_with(first, copied)
+                read_instead(consumer, first, copied)
         blocks = (replace(path.encoder.blocks[0], input=copied), *path.encoder.blocks[1:])
         state.path = path = replace(path, encoder=replace(path.encoder, blocks=blocks))
     last = path.flat if isinstance(path, Boundary) else path.encoder.blocks[-1].output

@@ -77,3 +77,10 @@ def _is_unknown(node: Node) -> bool:
         return False
     name = op_name(node)
     return name not in RULES and not name.startswith(f"{OURS}::")
+
+
+def read_instead(node: Node, old: Node, new: Node) -> None:
+    """Let ``node`` read ``new`` for ``old``, in its mark too."""
+    node.replace_input_with(old, new)
+    if node.meta.get(MARK) is old:
+        node.meta[MARK] = new

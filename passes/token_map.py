@@ -85,11 +85,12 @@ def _says_so(view: GraphView, hidden: Node, features: Node, found: TokenMap) -> 
     if found.pool is None:
         whole = found.factors == (1, 1) and found.first == 0
         return whole and view.first_mixing(hidden, (0, 1), features) is None
-    rearranged = any(map(_rearranges, view.flow.between(hidden, features)))
+    rearranged = any(map(rearranges, view.flow.between(hidden, features)))
     return not rearranged and view.first_mixing(found.pool, (0, 2, 3), features) is None
 
 
-def _rearranges(node: Node) -> bool:
+def rearranges(node: Node) -> bool:
+    """Whether an operator may put tokens in another order."""
     if op_name(node) == "getitem":  # by positions, not by slices
         return any(isinstance(value_of(read), torch.Tensor) for read in node.all_input_nodes[1:])
     return op_name(node) in _REARRANGING

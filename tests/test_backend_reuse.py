@@ -196,7 +196,7 @@ def test_new_videos_do_not_recompile(model, encode_ratio):
     """Neither what changes nor how long the prompt is makes another graph; through Inductor, piece by piece."""
     options = {**REUSE, **({} if encode_ratio is None else {"encode_ratio": encode_ratio})}
     compiled, computed = torch.compile(model, backend="earlytom", options=options), set()
-    for seed, changing in enumerate((0.3, 0.0, 0.1, 0.9, 1.0, 0.5)):
+    for seed, changing in enumerate((0.3, 0.0, 0.1, 0.9, 1.0, 0.6)):
         inputs = video_inputs(model, 6, after=(4, 9, 6)[seed % 3], seed=seed, changing=changing)
         for name in ("input_ids", "attention_mask"):
             torch._dynamo.mark_dynamic(inputs[name], 1)
@@ -268,7 +268,7 @@ def test_half_precision_is_no_further_off_than_the_oracle_in_half_precision(dtyp
     logits, own = compiled(**inputs).logits, compressed_forward(half, inputs, **EVERYTHING).logits
     assert logits.dtype == dtype
     patches = report(half).to_dict()["videos"][0]["patches"]["by_frame"]
-    assert patches == places_computed(inputs["pixel_values_videos"]) and sum(patches) < 6 * PLACES
+    assert patches == places_computed(inputs["pixel_values_videos"][0]) and sum(patches) < 6 * PLACES
     off, own_off = (((x.float() - wanted.logits) ** 2).mean().sqrt() for x in (logits, own))
     assert 0 < off < 1.5 * own_off
 

@@ -349,6 +349,28 @@ def test_a_budget_of_patches_lets_layers_that_reuse_be_replayed(model, one_trace
     assert any("encode_ratio" in reason for reason in report(model).to_dict()["reasons"])
 
 
+@pytest.mark.parametrize("encode_ratio", [None, 0.5])
+def test_graphs_of_reused_patches_keep_a_length_each(model, encode_ratio):
+    """In place, where plans differ from video to video: layers in full are replayed in any case, others with a budget
+    only."""
+    options = {"variant": "plus", "retain_ratio": 0.2, "full_layers": (0, 3)}
+    options |= {} if encode_ratio is None else {"encode_ratio": encode_ratio}
+    calls = [video_inputs(model, 5 + n % 2, seed=n, changing=0.1 + 0.2 * n) for n in range(4)]
+    expected, device, got = [compressed_generate(model, inputs, 4, **options) for inputs in calls], FakeGraphs(), []
+    with fake_graphs(device):
+        earlytom_compile.compile(model, mode="reduce-overhead", compile_llm=False, **options)
+        for inputs in calls * 3:
+            output = model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+            got.append(output[:, inputs["input_ids"].shape[1] :])
+        content = report(model).to_dict()
+        earlytom_compile.restore(model)
+    assert all(torch.equal(tokens, wanted) for tokens, wanted in zip(got, expected * 3, strict=True))
+    parts = " ".join(graph["part"] for graph in content["cuda_graphs"] if graph["used"])
+    assert device.replays > 0 and "layers.3" in parts
+    assert ("layers.1" in parts) == (encode_ratio is not None)
+    assert any("encode_ratio" in reason for reason in content["reasons"]) == (encode_ratio is None)
+
+
 def test_generate_replays_the_encoder_and_the_prompt(model):
     device = FakeGraphs()
     inputs = video_inputs(model, 8)

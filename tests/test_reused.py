@@ -1,5 +1,7 @@
 """What was computed, in numbers that are those of the plan and in words that say why."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from effort import examples
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.reused import ComputedPatches, computed_patches
+from earlytom_compile.reused import ComputedPatches, computed_patches, patches_of, share_computed
 
 PLUS = EarlyTomConfig(variant="plus")
 
@@ -46,6 +48,21 @@ def test_what_was_computed_is_said_with_the_threshold_and_the_noise():
     assert found.told(alone, 26).endswith("Encoder layer 25 computed every patch.")
     assert "every patch" not in found.told(EarlyTomConfig(variant="plus", full_layers=()), 26)
     assert found.frame_by_frame() == "100 19 21"
+
+
+def test_frames_that_layers_in_full_left_out_are_told():
+    found = ComputedPatches((9, 2, 0, 0), 9, 0.3, 0.0, 0.06, distinct=2)
+    text = found.told(PLUS, 8)
+    assert text.endswith("computed every patch of 2 of the 4 frames; the others repeat one of these to the last pixel.")
+    assert "repeat" not in replace(found, distinct=4).told(PLUS, 8)
+
+
+def test_the_share_of_several_videos_is_that_of_all_their_patches():
+    report = {
+        "videos": [{"patches": asdict(ComputedPatches(by_frame, 10, 0.4, 0.0, 0.06))} for by_frame in [(10, 2), (10,)]]
+    }
+    assert share_computed(patches_of(report)) == 22 / 30
+    assert share_computed(patches_of({"videos": [{"frames": [8]}]})) is None
 
 
 def test_a_budget_is_named_instead_of_tau():

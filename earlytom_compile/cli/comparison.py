@@ -29,6 +29,7 @@ from ..benchmarks.arms import twin_of
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.prefill import CompiledPrefill
+from ..reused import ComputedPatches, patches_of
 from .loading import Inputs, Loaded, progress_bars
 
 _WARM_UP = 1  # the first answer was one already
@@ -155,6 +156,9 @@ def comparison_table(comparison: Comparison) -> Table:
         which = f" of video {index + 1}" if len(videos) > 1 else ""
         frames, (before, after) = video["frames"], video["tokens"]
         table.add_row(f"frames{which}", str(frames[0]), " -> ".join(map(str, frames)))
+        if "patches" in video:
+            patches = ComputedPatches(**video["patches"])
+            table.add_row(f"patches computed{which}", f"{patches.every:,}", patches.in_short())
         table.add_row(f"video tokens{which}", str(before), f"{after} ({after / before:.1%})")
     if videos:
         before, after = report["prompt"]
@@ -167,14 +171,19 @@ def comparison_table(comparison: Comparison) -> Table:
     length = max(len(full.answer), len(compressed.answer))
     apart = f"no, the first {comparison.common_tokens} of {length} tokens do"
     table.add_row("answers agree", "", "yes" if comparison.agree else apart)
-    notes = [_merging(report)] if videos else []
+    notes = [_encoding(report)] if videos else []
     notes.append("The first answer includes compilation.")
     table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
 
 
-def _merging(report: dict[str, Any]) -> str:
-    """Where frames became fewer, in a sentence."""
+def _encoding(report: dict[str, Any]) -> str:
+    """What the vision encoder saved itself, in a sentence: patches that it reused, or frames that became one."""
+    patches = patches_of(report)
+    if any(each.reused for each in patches):
+        return "Patches that did not change since they were computed were not computed again."
+    if patches:
+        return "Too many patches changed for any to be reused."
     frames = [video["frames"] for video in report["videos"]]
     layers = [
         str(layer)

@@ -27,6 +27,7 @@ from ..benchmarks.arms import twin_of
 from ..benchmarks.workload import make_inputs, random_model
 from ..errors import EarlyTomConfigError
 from ..picture import Asked
+from ..reused import patches_of
 from ..shapes import config_of
 from ..toyworld.model import WEIGHTS
 from ..toyworld.questions import Question, ask
@@ -177,8 +178,16 @@ def _questions_table(
 def _kept_text(report: dict[str, Any]) -> str:
     if not report["videos"]:
         return "This call ran uncompressed: " + "; ".join(report["reasons"])
-    frames, (before, after) = " -> ".join(map(str, report["videos"][0]["frames"])), report["prompt"]
-    return f"Frames merge inside the vision encoder, {frames}; the prompt has {after} tokens instead of {before}."
+    before, after = report["prompt"]
+    return f"{_encoded(report)}; the prompt has {after} tokens instead of {before}."
+
+
+def _encoded(report: dict[str, Any]) -> str:
+    """What the vision encoder computed."""
+    for patches in patches_of(report):
+        return f"The vision encoder computes {patches.in_short()}, those that changed"
+    frames = " -> ".join(map(str, report["videos"][0]["frames"]))
+    return f"Frames merge inside the vision encoder, {frames}"
 
 
 @dataclass(frozen=True)
@@ -217,12 +226,14 @@ def _gain_text(gain: _Gain) -> str:
     full, compressed = statistics.median(gain.full), statistics.median(gain.compressed)
     ratio = f"{full / compressed:.2f}x faster" if full >= compressed else f"{compressed / full:.2f}x slower"
     (video,) = gain.report["videos"] or [{"frames": [0], "tokens": [0, 0]}]
+    left = [f"{patches.in_short()} computed" for patches in patches_of(gain.report)]
+    left = left or [f"of which {video['frames'][-1]} are left"]
     compiled = "uncompiled, so that compression alone differs" if gain.lowering == "eager" else "compiled by Inductor"
     return (
         f"\nTime to the first token: [bold]{_milliseconds(gain.full)} -> {_milliseconds(gain.compressed)}, {ratio}[/]\n"
         f"  {gain.size.shape} on {gain.device}: {gain.size.words}; weights and video are random, which decides "
         "what is answered and not how long it takes.\n"
-        f"  {video['frames'][0]} frames of which {video['frames'][-1]} are left, "
+        f"  {video['frames'][0]} frames, {left[0]}, "
         "{} -> {} video tokens. ".format(*video["tokens"])
         + f"Both {compiled}, in turn; median of {len(gain.full)} runs, and the range.\n"
         "  More of it, on your machine or your model: earlytom bench, earlytom run --compare.\n"

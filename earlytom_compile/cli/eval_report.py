@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..benchmarks import markdown
 from ..config import EarlyTomConfig
-from ..flops import count
+from ..flops import Reuse, count
 from ..shapes import ModelShape
 from ..words import counted
 from .eval_score import Score, unit_of
@@ -28,8 +28,8 @@ _NOTHING = "–"
 _BEFORE = ("method", "retained", "FLOPs (T)", "FLOPs ratio", "TTFT (ms)", "tokens/s")
 _BEHIND = ("avg. score", "%")
 _DETAILS = (
-    "task", "retained", "settings", "score", "of full", "questions", "TTFT (ms)", "frames left", "video tokens",
-    "frames/s", "seconds",
+    "task", "retained", "settings", "score", "of full", "questions", "TTFT (ms)", "frames left", "patches",
+    "video tokens", "frames/s", "seconds",
 )  # fmt: skip
 
 
@@ -129,19 +129,24 @@ class Report:
         """Work of a prefill by Eq. 8, in T, with the frames and tokens that were measured.
 
         As in Table 5, one share of the frames is left by all merge layers together; it is counted behind each of them.
+        Where unchanged patches are reused, it is counted with the share of them that was computed.
         """
         costs, shape = cell.costs, self._shape
         if shape is None or not {"video_frames", "stage1_retention", "video_tokens_kept"} <= costs.keys():
             return None
         schedule: tuple[float, ...] = (costs["video_frames"],)
         layers: tuple[int, ...] | None = None
+        reuse: Reuse | None = None
         if cell.retain_ratio is not None:
             config = EarlyTomConfig.from_options({**cell.options, "retain_ratio": cell.retain_ratio})
+            if config.reuses() and "patches_computed" in costs:
+                computed = costs["patches_computed"] * costs["video_frames"] * shape.frame_tokens
+                reuse = Reuse(computed, config.resolve_full_layers(shape.vision_layers))
             layers = config.resolve_merge_layers(shape.vision_layers)
             schedule += (costs["video_frames"] * costs["stage1_retention"],) * len(layers)
         tokens = round(costs["video_tokens_kept"])
-        work = count(shape, protocol="paper", frames_schedule=schedule, llm_tokens=tokens, merge_layers=layers)
-        return work.total / 1e12
+        given: dict[str, Any] = {"protocol": "paper", "frames_schedule": schedule, "merge_layers": layers}
+        return count(shape, **given, llm_tokens=tokens, reuse=reuse).total / 1e12
 
     def sections(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
         """(title, headings, rows) of both tables."""
@@ -165,6 +170,7 @@ class Report:
             str(cell.score.samples),
             _number(costs.get("ttft_ms"), 0),
             _percent(costs.get("stage1_retention")),
+            _percent(costs.get("patches_computed")),
             tokens,
             _number(costs.get("frames_per_second"), 1),
             f"{cell.seconds:.0f}",

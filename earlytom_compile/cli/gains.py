@@ -9,7 +9,7 @@ Tokens are those of the call, and times were measured in it. Work is counted as 
     keys and values    2 · layers · key heads · head width · prompt tokens
     widest activation  prompt tokens · MLP width in the language model, frames · patches · MLP width in the encoder
 
-The encoder's is the same with and without compression, since the first layers see all frames.
+The encoder's is the same with and without compression, since its first layers, or those in full, see all frames.
 """
 
 from collections.abc import Sequence
@@ -136,7 +136,7 @@ def gains_table(gains: Gains) -> Table:
     table.caption = (
         "The time was measured here: vision encoder, prompt and first token, both in turn, median, without "
         "compilation. Work and memory are counted from the sizes: keys and values of the prompt, and the widest "
-        "activation of a layer (the encoder's first layers see all frames)."
+        "activation of a layer (in the encoder, of one that sees all frames)."
     )
     if full.seconds < _LITTLE and full.seconds < _AS_FAST * less.seconds:
         table.caption += (

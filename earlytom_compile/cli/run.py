@@ -21,6 +21,7 @@ from ..benchmarks.environment import environment
 from ..benchmarks.measure import compile_seconds
 from ..config import NOT_YET, EarlyTomConfig
 from ..errors import EarlyTomConfigError
+from ..reused import ComputedPatches
 from .comparison import EMPTY, BothModels, Comparison, comparison_table, decode, timed_answer
 from .loading import (
     Checkpoint,
@@ -184,6 +185,8 @@ def _summary(said: dict[str, Any], report: dict[str, Any]) -> list[str]:
         summary.append("none of them is text: the model ended its turn at once")
     for video in report["videos"]:
         summary.append("frames " + " -> ".join(map(str, video["frames"])))
+        if "patches" in video:
+            summary.append(f"{ComputedPatches(**video['patches']).in_short()} computed")
         summary.append("video tokens {} -> {}".format(*video["tokens"]))
     return summary + (report["reasons"] if report["videos"] else ["NOT compressed", *report["reasons"]])
 
@@ -223,12 +226,15 @@ def _both(comparison: Comparison) -> dict[str, Any]:
 
 
 def _kept(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
-    """Frames at first and after each merge, and tokens before and after, of the video and of the whole prompt."""
+    """Frames at first and after each merge, patches where they are reused, and tokens before and after, of the video
+    and of the whole prompt."""
     videos, length = report["videos"], inputs["input_ids"].shape[1]
     return {
         "compressed": bool(videos),
         "frames": videos[0]["frames"] if videos else [inputs["pixel_values_videos"].shape[1]],
         "merge_layers": report["merge_layers"],
+        "patches": videos[0].get("patches") if videos else None,
+        "full_layers": report["full_layers"],
         "video_tokens": videos[0]["tokens"] if videos else None,
         "prompt_tokens": report["prompt"] or [length, length],
         "reasons": report["reasons"],

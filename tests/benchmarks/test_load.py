@@ -355,7 +355,7 @@ def loads():
         Load(16, 32, 9, 8, clients, [
             result("transformers", clients, 2.0),
             result("inductor", clients, 1.0),
-            result("earlytom 0.1", clients, 0.5, frames=[[32, 24], [32, 16]]),
+            result("earlytom 0.1", clients, 0.5, frames=[[32, 24], [32, 16]], computed=0.3),
             LoadResult("earlytom 0.9", 0.9, clients, failure="out of memory, while [answering] 8 requests"),
         ])
         for clients in (1, 8)
@@ -365,10 +365,11 @@ def loads():
 def test_rows_of_the_table():
     rows = loads()[1].rows()
     assert rows[1] == (
-        "inductor", "4.00", "2.00-8.00", "1.00x", "1500 / 1900 / 1990", "3000 / 3800 / 3980", "1.5", "", "0",
+        "inductor", "4.00", "2.00-8.00", "1.00x", "1500 / 1900 / 1990", "3000 / 3800 / 3980", "1.5", "", "",
+        "0",
     )  # fmt: skip
-    assert rows[2][4] == "750 / 950 / 995" and rows[2][-2] == "62%"
-    assert rows[3] == ("earlytom 0.9", "failed", *[""] * 7)
+    assert rows[2][4] == "750 / 950 / 995" and rows[2][-3:-1] == ("62%", "30%")
+    assert rows[3] == ("earlytom 0.9", "failed", *[""] * 8)
     table = load_table(loads()[1])
     assert table.row_count == 4 and "while \\[answering] 8" in table.caption
 

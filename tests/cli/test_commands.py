@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from earlytom_compile.cli import comparison, demo, toolchain
+from earlytom_compile.cli import comparison, demo, run, toolchain
 from earlytom_compile.cli.comparison import full_model
 from earlytom_compile.cli.loading import load_checkpoint
 
@@ -87,7 +87,30 @@ def test_run_compare(earlytom, checkpoint, clip):
 )
 def test_layers_are_named_where_frames_merged(schedules, says):
     videos = [{"frames": frames, "tokens": [72, 7]} for frames in schedules]
-    assert comparison._merging({"videos": videos, "merge_layers": [1, 3, 4]}).endswith(says)
+    assert comparison._encoding({"videos": videos, "merge_layers": [1, 3, 4]}).endswith(says)
+
+
+@pytest.mark.parametrize(
+    "by_frame, says, told",
+    [
+        ([9, 3, 0], "12 of 27 patches (44.4%)", "not computed again"),
+        ([9, 9, 9], "27 of 27 patches", "Too many patches"),
+    ],
+)
+def test_where_patches_are_reused_it_is_said_how_many_were_computed(by_frame, says, told):
+    patches = {"by_frame": by_frame, "places": 9, "changed": 0.4, "noise": 0.0, "threshold": 0.06}
+    report = {
+        "videos": [{"frames": [3], "tokens": [72, 7], "patches": patches}], "merge_layers": [], "full_layers": [3],
+        "prompt": [90, 25], "reasons": [],
+    }  # fmt: skip
+    arm = comparison.Arm([1], "a", 1.0, 0.5)
+    console = Console(file=StringIO(), width=200)
+    console.print(comparison.comparison_table(comparison.Comparison(arm, arm, report, "")))
+    table = " ".join(console.file.getvalue().split())
+    assert says in table and told in table and "look enough alike" not in table
+    said = run._summary({"answer": "a", "tokens": 1, "seconds": 1.0, "compile_seconds": 0.0}, report)
+    assert any(says in part and part.endswith(" computed") for part in said)
+    assert demo._kept_text(report).startswith(f"The vision encoder computes {says}")
 
 
 def test_run_answers_and_says_what_it_dropped(earlytom, checkpoint, clip):

@@ -79,8 +79,9 @@ def test_log_probabilities_are_those_of_transformers_on_the_same_cut_prompt(vide
 def test_all_tokens_lose_nothing_and_fewer_are_counted_right(earlytom, videos, tmp_path):
     file = tmp_path / "out.json"
     status, output, _ = compare(
-        earlytom, videos, "--variants", "plus", "--retain-ratios", "1,0.1", "--json", file, "--max-new-tokens", 4
-    )
+        earlytom, videos, "--variants", "plus", "--retain-ratios", "1,0.1", "--no-reuse", "--json", file,
+        "--max-new-tokens", 4,
+    )  # fmt: skip
     assert status == 0
     content = json.loads(file.read_text())
     rows, (everything, tenth) = content["rows"], content["summary"]

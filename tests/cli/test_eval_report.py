@@ -18,7 +18,7 @@ def cell(task, ratio, value, *, stderr=None, samples=100, empty=0, better=True, 
         "stage1_retention": left or (1.0 if ratio is None else 0.739), "video_tokens": 6272.0,
         "video_tokens_kept": float(kept), "frames_per_second": 40.0, **costs,
     }  # fmt: skip
-    options = {} if ratio is None else {"lowering": "eager", "variant": "plus"}
+    options = {} if ratio is None else {"lowering": "eager", "variant": "plus", "reuse": "patches_computed" in costs}
     settings = "" if ratio is None else "default"
     score = Score("acc,none", value, stderr, samples, empty, higher_is_better=better)
     return Cell(task, ratio, settings, options, score, known, 24.0, 60.0, {task: {"acc,none": value}}, "", "now")
@@ -44,6 +44,15 @@ def test_work_is_what_earlytom_flops_counts_with_the_same_share(earlytom):
     (other,) = [row for row in json.loads(printed)["rows"] if row["method"] == "EarlyTom"]
     rows = Report([cell("a", None, 0.5), cell("a", 0.1, 0.4)], SHAPE, None).rows()
     assert status == 0 and rows[1]["tflop"] == pytest.approx(other["total"] / 1e12)
+
+
+def test_work_of_reused_patches_is_what_earlytom_flops_counts_with_the_same_share(earlytom):
+    status, printed, _ = earlytom("flops", "--retain-ratios", "0.1", "--encode-ratio", "0.25", "--json", "-")
+    (other,) = [row for row in json.loads(printed)["rows"] if row["method"] == "EarlyTom plus"]
+    report = Report([cell("a", None, 0.5), cell("a", 0.1, 0.4, left=1.0, patches_computed=0.25)], SHAPE, None)
+    assert status == 0 and report.rows()[1]["tflop"] == pytest.approx(other["total"] / 1e12)
+    ((_, _, _), (_, headings, rows)) = report.sections()
+    assert [row[headings.index("patches")] for row in rows] == ["–", "25.0%"]
 
 
 def test_shares_and_percentages_are_averaged_as_percentages():
@@ -75,7 +84,7 @@ def test_what_was_not_measured_is_a_dash_and_no_zero():
     (_, _, (full, cut)), (_, _, details) = report.sections()
     assert full == ("all tokens", "100%", "–", "–", "–", "24.0", "0.0", "0.0", "–")
     assert cut[2:6] == ("–", "–", "400", "24.0") and cut[-1] == "–"
-    assert details[0] == ("a", "100%", "", "0.0", "–", "100", "–", "–", "–", "–", "60")
+    assert details[0] == ("a", "100%", "", "0.0", "–", "100", "–", "–", "–", "–", "–", "60")
 
 
 def test_lower_is_better_is_told_and_not_averaged():
@@ -109,5 +118,5 @@ def test_markdown_has_command_versions_and_every_number():
     about = {"command": "earlytom eval --tasks a", "machine": "M", "lmms-eval": "0.7.3", "limit": None}
     text = Report([cell("a", None, 0.5, stderr=0.012), cell("a", 0.125, 0.4)], SHAPE, None).to_markdown(about)
     assert text.startswith("`earlytom eval --tasks a`\n\nmachine M, lmms-eval 0.7.3\n")
-    assert "| a | 100% |  | 50.0 ± 1.2 | 100.0% | 100 | 900 | 100.0% | 6272 -> 6272 | 40.0 | 60 |" in text
-    assert "| a | 12.5% | default | 40.0 | 80.0% | 100 | 400 | 73.9% | 6272 -> 784 | 40.0 | 60 |" in text
+    assert "| a | 100% |  | 50.0 ± 1.2 | 100.0% | 100 | 900 | 100.0% | – | 6272 -> 6272 | 40.0 | 60 |" in text
+    assert "| a | 12.5% | default | 40.0 | 80.0% | 100 | 400 | 73.9% | – | 6272 -> 784 | 40.0 | 60 |" in text

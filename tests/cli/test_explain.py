@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import earlytom_compile
+from earlytom_compile.benchmarks.still_camera import Take, write_clip
 from earlytom_compile.cli import explain
 from earlytom_compile.cli import main as cli
 from earlytom_compile.cli.comparison import Arm, Comparison
@@ -33,7 +34,7 @@ def comparison_of(content):
 
 def compressed_call(schedules, prompt, tokens=(72, 7)):
     videos = [{"frames": schedule, "tokens": list(tokens)} for schedule in schedules]
-    return {"videos": videos, "prompt": list(prompt), "merge_layers": [0, 2], "reasons": []}
+    return {"videos": videos, "prompt": list(prompt), "merge_layers": [0, 2], "full_layers": [], "reasons": []}
 
 
 def test_gains_come_first_and_the_compilers_words_last(checkpoint, clip, capsys):
@@ -186,6 +187,31 @@ def test_findings_say_what_was_computed_of_each_frame():
     assert "Encoder layer 3 computed every patch." in text and "represent all others" in text
     text = " ".join(explain._findings(comparison_of(reused_call([9, 9], 9, changed=0.97)), config).split())
     assert "Nothing was reused: 97.0% of the patches changed" in text and "Percent of each frame" not in text
+
+
+@pytest.mark.parametrize(
+    "take, reused",
+    [(Take(320, 240, seconds=2, rate=6), True), pytest.param(Take(320, 240, seconds=2, rate=6, cuts=11), False)],
+)
+def test_a_real_file_says_and_shows_what_was_computed(earlytom, checkpoint, tmp_path, take, reused):
+    """From an H.264 file to the words on the screen and the veils on the page."""
+    film, page = write_clip(tmp_path / "talk.mp4", take), tmp_path / "a.html"
+    asked = ("--model", checkpoint, "--video", film, "--frames", FRAMES, "--variant", "plus", "--lowering", "eager")
+    status, output, _ = earlytom("explain", *asked, "--html", page)
+    assert status == 0
+    found = " ".join(output.split("What was found")[1].split("What the words mean")[0].split())
+    drawn = page.read_text(encoding="utf-8")
+    every, veils = FRAMES * 36, drawn.count('class="veil"')
+    assert "What was computed" in drawn and veils >= FRAMES
+    if reused:
+        total = int(re.search(rf"(\d+) of {every} patches \([\d.]+%\) are computed", found)[1])
+        assert 36 < total < every and f"{every} → {total}" in drawn
+        assert re.search(r"Percent of each frame: 100( \d+){7}\.", found) and "tau_reuse=" in found
+        own = [int(count) for count in re.findall(r">(\d+) of 36 patches \(", drawn)]
+        assert len(own) == FRAMES and own[0] == 36 and sum(own) == total
+    else:
+        assert re.search(r"Nothing was reused: \d+\.\d% of the patches changed", found)
+        assert "nothing reused" in drawn
 
 
 def test_an_uncompressed_call_gains_nothing(checkpoint):

@@ -23,6 +23,14 @@ def test_means_over_questions_and_calls():
     )
 
 
+def test_the_share_of_patches_is_that_of_all_frames():
+    costs = Costs(0.1)
+    costs.add(seconds=1.0, rows=2, shown=[Shown(32, 32, 6272, 627, encoded=10.0), Shown(8, 8, 1568, 157, encoded=8.0)])
+    assert costs.means()["patches_computed"] == 18 / 40
+    costs.add(seconds=1.0, rows=1, shown=[Shown(20, 20, 3920, 3920)])  # ran uncompressed: all of its patches
+    assert costs.means()["patches_computed"] == 38 / 60
+
+
 def test_nothing_is_made_up():
     assert Costs(None).means() == {"retain_ratio": 1.0}
     words = Costs(0.2)

@@ -181,3 +181,38 @@ def test_a_budget_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="frames=0"):
         torch.ops.earlytom.video_budget(0, 9, 0.1)
     torch.library.opcheck(torch.ops.earlytom.video_budget.default, (4, 9, 0.1))
+
+
+@settings(max_examples=200)
+@drawn(frames=st.integers(1, 5000), places=st.integers(1, 800), prefix=st.integers(0, 5), percent=st.integers(1, 1000))
+def test_the_budget_of_places_is_that_of_the_formula(frames, places, prefix, percent):
+    """Where r F S is no tie, against whole numbers."""
+    places += prefix
+    budget = torch.ops.earlytom.place_budget(frames, places, prefix, percent / 1000)
+    assert budget.dtype == torch.int64 and budget.shape == () and budget.device.type == "cpu"
+    exact, thousandths = divmod(percent * frames * places, 1000)
+    fewest = places + (frames - 1) * prefix
+    if thousandths != 500:
+        assert budget == max(fewest, exact + (thousandths > 500))
+    assert budget in (max(fewest, exact), max(fewest, exact + 1))
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ((0, 9, 1, 0.1), "frames=0"),
+        ((4, 0, 0, 0.1), "places=0"),
+        ((4, 9, -1, 0.1), "prefix=-1"),
+        ((4, 9, 10, 0.1), "prefix=10"),
+    ],
+)
+def test_a_budget_of_no_places_is_an_error(arguments, says):
+    with pytest.raises(ValueError, match=f"place_budget.*{says}"):
+        torch.ops.earlytom.place_budget(*arguments)
+
+
+def test_a_budget_of_places_outside_its_range_is_an_error():
+    for ratio in (0.0, 1.1):
+        with pytest.raises(EarlyTomConfigError, match="encode_ratio"):
+            torch.ops.earlytom.place_budget(4, 9, 1, ratio)
+    torch.library.opcheck(torch.ops.earlytom.place_budget.default, (4, 9, 1, 0.1))

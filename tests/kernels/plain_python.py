@@ -271,8 +271,8 @@ def noise_of_pixels(views: list[list[np.ndarray]]) -> np.float32:
     return noise if noise <= loudness / 2 else np.float32(0)
 
 
-def fill_places(source: Table, change: Changes, total: int) -> None:
-    """More active places, one by one: always the last of a run."""
+def fill_places(source: Table, change: Changes, total: int, least: float = 0) -> None:
+    """More active places, one by one: always the last of a run, and of a change of at least ``least``."""
     frames = len(source)
     while len(active_places(source)) < total:
         ends = [
@@ -281,14 +281,14 @@ def fill_places(source: Table, change: Changes, total: int) -> None:
             for s, g in enumerate(row)
             if g != f and (f + 1 == frames or source[f + 1][s] == f + 1)
         ]
-        _, s, minus_f = min(ends)
+        minus_change, s, minus_f = min(ends)
+        if -minus_change < least:
+            break
         source[-minus_f][s] = -minus_f
 
 
 def rounded_up(active: int, frames: int, places: int, prefix: int) -> int:
     every, fewest = frames * places, places + (frames - 1) * prefix
-    if active > 0.8 * every:
-        return every
     sizes = [fewest + i * math.ceil((every - fewest) / 16) for i in range(17)]
     return min(min(size for size in sizes if size >= active), every)
 
@@ -303,10 +303,17 @@ def plan_reuse(
         threshold = threshold_of_budget(views, prefix, budget, pixels.max() - pixels.min())
     else:
         smallest = min(quarter.size for quarter in quarters_of(views[0][0]))
-        threshold = np.float32(math.hypot(tau, 3 * float(noise) * math.sqrt(math.pi / (2 * smallest))))
+        of_means, of_pixels = 4 * math.sqrt(math.pi / (2 * smallest)), 0.4
+        threshold = np.float32(math.hypot(tau, float(noise) * max(of_means, of_pixels)))
     source, change = scan_places(views, prefix, threshold)
     active, places = len(active_places(source)), prefix + len(views[0])
-    fill_places(source, change, budget or rounded_up(active, len(pixels), places, prefix))
+    if budget:
+        fill_places(source, change, budget)
+    elif active > 0.8 * len(pixels) * places:
+        fill_places(source, change, len(pixels) * places)
+    else:
+        smallest_change = min((c for row in change for c in row if c > 0), default=math.inf)
+        fill_places(source, change, rounded_up(active, len(pixels), places, prefix), smallest_change)
     return source, change, noise, threshold
 
 

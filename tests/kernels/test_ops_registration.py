@@ -37,6 +37,12 @@ SCHEMAS = [
     "return_places(Tensor hidden, Tensor packed, Tensor index, Tensor rows) -> Tensor",
     "spread_places(Tensor packed, Tensor rows) -> Tensor",
     "reuse_attention(Tensor query, Tensor key, Tensor value, Tensor rows, Tensor offsets, float scale) -> Tensor",
+    "at_places(Tensor table, Tensor index, SymInt axis) -> Tensor",
+    "distinct_frames(Tensor source, Tensor change, SymInt prefix) -> (Tensor, Tensor)",
+    "take_frames(Tensor x, Tensor rows, SymInt n) -> Tensor",
+    "return_frames(Tensor x, Tensor rows) -> Tensor",
+    "video_budget(SymInt frames, SymInt tokens, float retain_ratio) -> Tensor",
+    "place_budget(SymInt frames, SymInt places, SymInt prefix, float encode_ratio) -> Tensor",
 ]
 
 
@@ -75,6 +81,7 @@ def calls(dtype, layout):
     index, rows, offsets = ops.pack_places(reuse, active_places(reuse))
     states = laid_out(torch.randn(8, 6, 16).to(dtype), layout)
     packed = laid_out(torch.randn(1, len(index), 16).to(dtype), layout)
+    same = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
     three = laid_out(torch.randn(3, 1, 2, len(index), 8).to(dtype), layout)
     return [
         (ops.frame_similarity, (hidden, 4), {}),
@@ -95,6 +102,12 @@ def calls(dtype, layout):
         (ops.return_places, (states, packed, index, rows), {}),
         (ops.spread_places, (three[0], rows), {}),
         (ops.reuse_attention, (*three, rows, offsets, 0.5), {}),
+        (ops.at_places, (states[0], index, 0), {}),
+        (ops.distinct_frames, (reuse, torch.zeros(reuse.shape), 1), {}),
+        (ops.take_frames, (states, same, 3), {}),
+        (ops.return_frames, (states[:3], same), {}),
+        (ops.video_budget, (8, 196, 0.1), {}),
+        (ops.place_budget, (8, 730, 1, 0.4), {}),
         (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {"static_selection": "host"}),
         (ops.select_tokens_released, (hidden, importance, dynamic, counts, 6, 0.4), {"static_selection": "host"}),
         (ops.plan_reuse, (pixels[0], [2, 2], [4, 3], 0, 0.03, 9), {}),

@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
 from earlytom_compile.backend import compile_graph
 from earlytom_compile.passes.find_patch_grid import PatchGrid
+from earlytom_compile.passes.probe import Probe, Unknown
 from earlytom_compile.reference import select_representatives, select_tokens
 from earlytom_compile.stages import CompressedGraph
 
@@ -188,7 +189,10 @@ def test_frames_that_repeat_one_exactly_are_left_out_of_layers_in_full(how, full
     graph = check(Tower(**SPELLINGS[how]), pixels, variant=variant, full_layers=full_layers)
     assert graph.record.last_counts.reuse.distinct.tolist() == [4, 4]
     runs = 1 if len(full_layers) in (1, 4) else 2
-    assert graph.record.inserted["take_frames"] == graph.record.inserted["return_frames"] - (variant == "paper") == runs
+    assert graph.record.inserted["take_frames"] == runs
+    # Scored is layer 2: the attention in it, and, for segments, what leaves it, which ends a run unless 3 is full, too.
+    scored = 1 + (3 in full_layers) if variant == "paper" else 0
+    assert graph.record.inserted["return_frames"] == runs + scored
 
 
 def test_with_a_budget_layers_in_full_compute_every_frame():
@@ -212,7 +216,16 @@ class NormedTower(Tower):
         return self.conv2d(frames / frames.abs().amax((1, 2, 3), keepdim=True)).flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("tower", [OverlappingTower, ReorderedTower, NormedTower])
+class CountingTower(Tower):
+    """Two frames of equal pixels differ, so that layers in full must not leave one of them out."""
+
+    def _patches(self, frames):
+        patches = super()._patches(frames)
+        numbers = torch.arange(len(patches))[:, None, None] * torch.arange(patches.shape[2])
+        return patches + numbers.sin()
+
+
+@pytest.mark.parametrize("tower", [OverlappingTower, ReorderedTower, NormedTower, CountingTower])
 def test_must_not_fire_where_a_place_is_made_of_other_pixels(tower):
     with pytest.warns(EarlyTomFallbackWarning, match=r"16 places .* not made of one patch .* reuse=False"):
         graphs = []
@@ -234,3 +247,17 @@ def test_must_not_fire_with_grouped_heads():
     model = VideoModel(attention="grouped")
     with pytest.raises(BackendCompilerFailed, match=r"queries \(8, 2, 16, 8\), keys \(8, 1, 16, 8\).*reuse=False"):
         rewrite(model, model.example(), **REUSE)
+
+
+@pytest.mark.parametrize(("tower", "found"), [(Tower, True), (ReorderedTower, False), (NormedTower, False)])
+def test_without_weights_the_operators_alone_must_show_what_a_place_is_made_of(tower, found, monkeypatch):
+    def nothing_to_run(*_):
+        raise Unknown("no weights")
+
+    monkeypatch.setattr(Probe, "run", nothing_to_run)
+    model, pixels = tower(), pixels_of(5)
+    if found:
+        check(model, pixels)
+    else:
+        with pytest.raises(BackendCompilerFailed, match="not made of one patch"):
+            check(model, pixels)

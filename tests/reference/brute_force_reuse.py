@@ -74,11 +74,11 @@ def noise(pixels, grid, patch):
 
 
 def shaken(quiet, patch):
-    """Three standard deviations of what white noise with a mean absolute difference of ``quiet`` does to the difference
-    of two means over the smallest quarter of a patch."""
+    """Four standard deviations of what white noise with a mean absolute difference of ``quiet`` does to the difference
+    of two means over the smallest quarter of a patch; but not less than two fifths of ``quiet``."""
     smallest = math.prod(side // 2 if side > 1 else 1 for side in patch)
     sigma = float(quiet) * math.sqrt(math.pi) / 2
-    return 3 * sigma * math.sqrt(2 / smallest)
+    return max(4 * sigma * math.sqrt(2 / smallest), 2 * float(quiet) / 5)
 
 
 def fill(of_places, missing):
@@ -116,6 +116,8 @@ def plan(pixels, grid, patch, *, prefix=0, tau_reuse=0.0, budget=None):
         threshold = np.float32(math.sqrt(tau_reuse**2 + shaken(quiet, patch) ** 2))
         found = scanned(threshold)
         total = size_of(active(found), frames, count, prefix)
+        if active(found) <= frames * count * 4 / 5:
+            total = min(total, active(found) + sum(worth_while(run) for of_place in found for run in of_place))
     else:
         low, threshold = np.float32(0), pixels.float().numpy().max() - pixels.float().numpy().min()
         if active(scanned(low)) <= budget:
@@ -136,6 +138,11 @@ def plan(pixels, grid, patch, *, prefix=0, tau_reuse=0.0, budget=None):
             for f, _ in run:
                 source[f][s] = run[0][0]
     return source, change, float(quiet), float(threshold)
+
+
+def worth_while(run):
+    """How many frames of a run lie behind the last that has not changed at all; never the first, which is computed."""
+    return next((n for n, (_, change) in enumerate(reversed(run)) if change == 0), len(run) - 1)
 
 
 def size_of(active, frames, places, prefix):

@@ -2,6 +2,7 @@
 
 import math
 
+import brute_force_reuse
 import pytest
 import torch
 
@@ -109,7 +110,7 @@ def test_a_still_picture_with_noise_is_computed_once(sigma, prefix):
     assert plan.change[1:, prefix:].max() > 0.5 * sigma, "there was noise"
 
 
-def test_the_threshold_has_three_deviations_of_a_quarter_in_quadrature():
+def test_the_threshold_has_four_deviations_of_a_quarter_in_quadrature():
     """Of 3 x 5 pixels; one in each 2 x 2 block of a picture of zeros and ones changes by 1 / 4."""
     picture = (torch.arange(12) >= 6).float()[:, None].expand(12, 10)
     dots = torch.zeros(12, 10)
@@ -118,7 +119,21 @@ def test_the_threshold_has_three_deviations_of_a_quarter_in_quadrature():
     plan = plan_reuse(pixels, (2, 1), (6, 10), tau_reuse=0.25)
     assert plan.noise == 0.125
     sigma = 0.125 * math.sqrt(math.pi) / 2
-    assert plan.threshold == pytest.approx(math.sqrt(0.25**2 + (3 * sigma * math.sqrt(2 / 15)) ** 2), rel=1e-6)
+    assert plan.threshold == pytest.approx(math.sqrt(0.25**2 + (4 * sigma * math.sqrt(2 / 15)) ** 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("patch", [(26, 24), (26, 26), (40, 40)])
+def test_large_quarters_do_not_hide_the_noise_of_pixels(patch):
+    """Of 157 pixels and more four deviations of their means are less than what all pixels differ by; a third counts."""
+    generator = torch.Generator().manual_seed(9)
+    pixels = smooth(80, 80, generator) + 0.05 * torch.randn(3, 3, 80, 80, generator=generator)
+    arguments = {"pixels": pixels, "grid": (80 // patch[0], 80 // patch[1]), "patch": patch}
+    plan = plan_reuse(**arguments)
+    quarter = patch[0] * patch[1] // 4
+    share = 4 * math.sqrt(math.pi / (2 * quarter)) if quarter < 157 else 0.4
+    assert plan.noise > 0.05 and plan.threshold == pytest.approx(share * plan.noise, rel=1e-6)
+    assert plan.computed == plan.source.shape[1] and plan.change[1:].min() > 0.3 * plan.noise
+    assert (plan.noise, plan.threshold) == brute_force_reuse.plan(**arguments)[2:]
 
 
 def test_noise_does_not_hide_what_changes():

@@ -83,11 +83,15 @@ def test_a_budget_is_kept_exactly(arguments, data):
 
 @some
 @given(reuse_arguments(), thresholds)
-def test_without_a_budget_the_size_is_one_of_few(arguments, tau_reuse):
+def test_without_a_budget_the_size_is_one_of_few_or_nothing_else_changed(arguments, tau_reuse):
     frames, places = len(arguments["pixels"]), places_of(arguments)
     allowed = brute_force_reuse.sizes(frames, places, arguments["prefix"])
     assert min(allowed) == fewest_of(arguments) and max(allowed) == frames * places
-    assert len(allowed) <= 17 and plan_reuse(**arguments, tau_reuse=tau_reuse).computed in allowed
+    plan = plan_reuse(**arguments, tau_reuse=tau_reuse)
+    follows = torch.cat([plan.active[1:], torch.ones(1, places, dtype=torch.bool)])
+    last_of_a_run = ~plan.active & follows
+    assert len(allowed) <= 17 and (plan.computed in allowed or not plan.change[last_of_a_run].any())
+    assert plan.active.all() or plan.change[plan.active].all(), "nothing is computed that has the pixels of its source"
 
 
 @some
@@ -216,11 +220,28 @@ def test_sizes_are_a_sixteenth_of_what_may_repeat_apart():
     values = [[0.0, 0.0, 0.0, 0.0] for _ in range(9)]
     for f in range(4, 9):
         values[f][2] = 1.0
-    values[6][1] = 0.25
+    values[8][1] = 0.25
     plan = plan_of(values, tau_reuse=0.5)
     assert plan.computed == 6
-    # What fills it up: of the last ones of all runs, which is frame 8 everywhere, none changed. The lowest place.
-    assert plan.source[8].tolist() == [8, 0, 4, 0]
+    assert plan.source[8].tolist() == [0, 8, 4, 0], "what fills it up is what changed by less than the threshold"
+
+
+def test_what_did_not_change_at_all_fills_up_a_budget_and_no_size():
+    """As above, but the small change is gone again in the last frame, the only one that may be taken."""
+    values = [[0.0, 0.0, 0.0, 0.0] for _ in range(9)]
+    for f in range(4, 9):
+        values[f][2] = 1.0
+    values[7][1] = 0.25
+    plan = plan_of(values, tau_reuse=0.5)
+    assert plan.computed == 5 and plan.source[8].tolist() == [0, 0, 4, 0]
+    assert plan.change[:, 1].tolist() == [math.inf] + [0] * 6 + [0.25, 0]
+    budget = plan_of(values, budget=8)  # 7 at a threshold of 0
+    assert (budget.computed, budget.threshold) == (8, 0) and budget.source[8].tolist() == [8, 8, 4, 0]
+
+
+def test_where_nothing_repeats_what_did_not_change_is_computed_too():
+    values = [[float(f)] * 9 + [0.0] for f in range(10)]
+    assert plan_of(values, tau_reuse=0.5).active.all()
 
 
 def test_what_fills_up_is_the_most_changed_of_the_last_ones():

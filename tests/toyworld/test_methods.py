@@ -72,8 +72,11 @@ def reused(model, pixels, **options):
     encoder = ReusingEncoder(layers, pixels, SHAPE.patch, **options)
     with encoder.hooked():
         model.model.vision_tower(pixels)
-    shares = [1 if i in encoder.full_layers else int(encoder.plan.computed) / 512 for i in range(len(layers))]
-    return model.model.apply_pooling(model.model.multi_modal_projector(encoder.output)), sum(shares) / len(layers)
+    # In full are the frames that differ from the one before them.
+    distinct = 1 + sum(not torch.equal(before, frame) for before, frame in zip(pixels, pixels[1:], strict=False))
+    changed, full = int(encoder.plan.computed) / 512, len(encoder.full_layers)
+    work = (full * distinct / 8 + (len(layers) - full) * changed) / len(layers)
+    return model.model.apply_pooling(model.model.multi_modal_projector(encoder.output)), work
 
 
 @pytest.mark.parametrize(

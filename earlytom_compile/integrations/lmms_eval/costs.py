@@ -17,6 +17,8 @@ class Shown:
     merged_frames: int
     tokens: int
     kept: int
+    encoded: float | None = None
+    """Frames' worth of patches that the encoder computed, where it reuses those that did not change."""
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Costs:
         not. Over the questions with a video, where there are any.
         ``video_frames``: frames of the videos of a question; ``frames_per_second``: frames of all videos over the time
         to the first token of all calls that had any. ``stage1_retention``: share of all frames that is left when frames
-        have merged, in (0, 1].
+        have merged, in (0, 1]. ``patches_computed``: share of all patches that was computed where unchanged ones are
+        reused.
         ``video_tokens``, ``video_tokens_kept``: tokens of the videos of a question, without separators such as the
         newline, as the full model has them and as the language model got them.
         ``retain_ratio``: the one asked for, 1.0 for the full model.
@@ -63,6 +66,9 @@ class Costs:
         if not (count := len(self._shown)):
             return means
         frames = sum(shown.frames for shown in self._shown)
+        if any(shown.encoded is not None for shown in self._shown):
+            encoded = (shown.frames if shown.encoded is None else shown.encoded for shown in self._shown)
+            means["patches_computed"] = sum(encoded) / frames
         return means | {
             "video_frames": frames / count,
             "stage1_retention": sum(shown.merged_frames for shown in self._shown) / frames,

@@ -27,6 +27,7 @@ from transformers import StoppingCriteriaList
 import earlytom_compile
 
 from ...errors import EarlyTomConfigError, EarlyTomError, EarlyTomFallbackWarning, EarlyTomVideoWarning
+from ...reused import patches_of
 from ...words import counted, what_ended
 from ..checkpoint_files import read_json
 from .arguments import Arguments, read_arguments, read_options, require_once
@@ -269,7 +270,9 @@ class EarlyTom(lmms):
             of_these = list(itertools.islice(left, videos))
             merged = sum(video["frames"][-1] for video in of_these)
             kept = sum(video["tokens"][1] for video in of_these)
-            shown.append(Shown(frames, merged, frames * size, kept))
+            patches = patches_of({"videos": of_these})
+            encoded = sum(each.total / each.places for each in patches) if patches else None
+            shown.append(Shown(frames, merged, frames * size, kept, encoded))
         return shown
 
     def _ends(self) -> tuple[int, ...]:
