@@ -108,9 +108,9 @@ def _add_fidelity(parser: CommandParser) -> None:
     parser.add_rare(
         "--tau-reuses",
         type=numbers(float),
-        default=(0.04, 0.06, 0.1),
+        default=(0.02, 0.04, 0.06, 0.1, 0.15),
         metavar="T,T",
-        help="with --fidelity: thresholds of reuse, in the encoder's pixels (0.04,0.06,0.1)",
+        help="with --fidelity: thresholds of reuse, in the encoder's pixels (0.02,0.04,0.06,0.1,0.15)",
     )
     parser.add_rare(
         "--encode-ratios",
@@ -122,10 +122,10 @@ def _add_fidelity(parser: CommandParser) -> None:
     parser.add_rare(
         "--full-layer-sets",
         type=_layer_sets,
-        default=("default", "none", "last1"),
+        default=("default", "last1", "none"),
         metavar="SET,SET",
         help="with --fidelity: layers that reuse computes in full: default, none, lastN or numbers such as 8+11 "
-        "(default,none,last1)",
+        "(default,last1,none)",
     )
 
 
