@@ -160,8 +160,9 @@ def _cost(encoded: MergedFrames, frames: int, config: EarlyTomConfig, layers: in
         source = encoded.computed_in
         own = torch.arange(frames)[:, None]
         share = 1.0 if source is None else float((source.cpu() == own).float().mean())
+        whole = 1.0 if encoded.distinct is None else encoded.distinct / frames
         in_full = len(config.resolve_full_layers(layers))
-        return (in_full + (layers - in_full) * share) / layers
+        return (in_full * whole + (layers - in_full) * share) / layers
     merges = [layer + 1 for layer in config.resolve_merge_layers(layers)]
     of_layers = zip(encoded.frame_counts, [0, *merges], [*merges, layers], strict=True)
     return sum(count * (end - begin) for count, begin, end in of_layers) / (frames * layers)

@@ -46,6 +46,8 @@ class MergedFrames:
     where every token of every frame was. No frames merge then."""
     frame_counts: tuple[int, ...] = ()
     """Frames at first, and after each merge layer; only the first where the call ran uncompressed."""
+    distinct: int | None = None
+    """With ``reuse``, frames that the layers in full computed: those that repeat no other to the last pixel."""
 
 
 def compile_tower(tower: nn.Module, *, hidden: Hidden | None = None, **options: Any) -> "CompiledTower":
@@ -153,6 +155,6 @@ def _told(hidden: Tensor, frames: int, merges: Any) -> MergedFrames:
     for left, source, weight in zip(counts[len(counts) - len(plans) // 2 :], plans[::2], plans[1::2], strict=True):
         rows = zip(source.tolist(), weight.tolist(), strict=True)
         made = tuple(blend(made, tuple(parts(*row))) for row in list(rows)[: int(left)])
-    computed_in = None if reuse is None else reuse.source[0]
+    computed_in, distinct = (None, None) if reuse is None else (reuse.source[0], int(reuse.distinct[0]))
     frame_counts = tuple(int(count) for count in counts)
-    return MergedFrames(hidden, rest[-1] if len(rest) % 2 else None, made, computed_in, frame_counts)
+    return MergedFrames(hidden, rest[-1] if len(rest) % 2 else None, made, computed_in, frame_counts, distinct)

@@ -125,13 +125,18 @@ def test_a_budget_is_what_it_costs(measured):
 
 
 def test_a_still_video_costs_one_frame_and_one_where_everything_changes_all_of_them(measured):
-    (arm,) = arms((), (0.1,), (), ((),))
-    still = measured(standing_camera(6, SIZE, patch=PATCH, changing=0.0, generator=seeded(3)), arm)
-    assert still.cost == pytest.approx((PATCHES + 6) / (6 * (1 + PATCHES))), "the class token is in every frame"
-    moving = measured(standing_camera(6, SIZE, patch=PATCH, changing=1.0, generator=seeded(4)), arm)
-    assert moving.cost == 1
-    for got in (still, moving):
-        assert (got.cosine, got.low, got.worst_frame) == pytest.approx((1, 1, 1), abs=1e-5)
+    still, moving = (
+        standing_camera(6, SIZE, patch=PATCH, changing=changing, generator=seeded(3)) for changing in (0.0, 1.0)
+    )
+    share = (PATCHES + 6) / (6 * (1 + PATCHES))  # the class token is in every frame
+    for full_layers in ((), (4,)):
+        (arm,) = arms((), (0.1,), (), (full_layers,))
+        got = [measured(still, arm), measured(moving, arm)]
+        # A layer in full computes the frame that the others repeat.
+        in_full = len(full_layers)
+        assert got[0].cost == pytest.approx((in_full / 6 + (LAYERS - in_full) * share) / LAYERS) and got[1].cost == 1
+        for each in got:
+            assert (each.cosine, each.low, each.worst_frame) == pytest.approx((1, 1, 1), abs=1e-5)
 
 
 def test_features_do_not_depend_on_how_many_frames_go_at_once(tower):
