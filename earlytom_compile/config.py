@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import EarlyTomConfigError
+from .methods.base import Step
+from .methods.registry import EARLYTOM, method_named, method_names
 
 RELEASED_MAX_WINDOW = 8
 """Window of the released code where ``max_window`` is left None (algorithm.md, stage 1)."""
@@ -43,8 +45,16 @@ _TABLE_8: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
     "videomme-0.5b": ((0.6, (8, 21, 23)), (0.5, (8, 21, 23)), (0.4, (8, 21, 23)), (0.3, (8, 21, 23))),
 }
 PRESETS = tuple(_TABLE_8)
-NOT_YET = ("inner_layer", "inner_drop_ratio")
-"""Fields that do nothing yet: any value but their default is an error, and no list of options has them."""
+_OF_EARLYTOM = (
+    "variant",
+    "merge_layers",
+    "tau_seg",
+    "alpha",
+    "max_window",
+    "tau_merge",
+    "static_selection",
+    "preset",
+)
 _LARGEST_CHANGE = 1e6  # beyond any difference of normalised pixels, and far from overflow
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -100,10 +110,15 @@ class EarlyTomConfig:
     """Where static frames' tokens are selected on a GPU: ``"host"`` is the CPU, meanwhile; ``"auto"`` is what a
     measurement at the first call says. The result is the same; on the CPU all three are. Without effect under
     ``variant="plus"``, which selects on the device."""
+    method: str = "earlytom"
+    """``"earlytom"``, of which ``variant`` is a form, or the method of another paper in its place, such as
+    ``"visionzip"`` (docs/methods.md)."""
     inner_layer: int | None = None
-    """Merging inside the language model (algorithm.md, stage 3): not available yet, leave None."""
+    """0-based layer of the language model, at least 1, before which video tokens merge once more: each that the
+    prompt's last position attends to least in the layer before joins the kept one most like it. 18 in the paper's
+    tables; None: none merge there."""
     inner_drop_ratio: float = 0.5
-    """Share of the image tokens dropped by stage 3."""
+    """Share of each video's tokens that ``inner_layer`` merges into the others, in [0, 1)."""
     strict: bool = False
     """Raise :class:`EarlyTomCompileError` where a call would otherwise run uncompressed with a warning."""
     preset: str | None = None
@@ -125,10 +140,6 @@ class EarlyTomConfig:
         if self.mode is not None:
             _require_choice("mode", self.mode, _MODES)
         _require_choice("static_selection", self.static_selection, ("auto", "device", "host"))
-        for name in NOT_YET:
-            value, default = getattr(self, name), getattr(type(self), name)
-            if value != default:
-                raise bad_option(name, value, f"{default!r}: merging inside the language model is not available yet")
         for name in ("strict", "compile_llm"):
             if not isinstance(getattr(self, name), bool):
                 raise bad_option(name, getattr(self, name), "True or False")
@@ -142,6 +153,37 @@ class EarlyTomConfig:
                     object.__setattr__(self, name, value)
                 object.__setattr__(self, "_preset_layers", True)
         self._check_reuse()
+        self._check_method()
+        self._check_inner()
+
+    def _check_method(self) -> None:
+        _require_choice("method", self.method, tuple(method_names()))
+        if self.method == EARLYTOM:
+            return
+        given = [name for name in _OF_EARLYTOM if getattr(self, name) != getattr(type(self), name)]
+        if given:
+            raise EarlyTomConfigError(
+                f"{given[0]}={getattr(self, given[0])!r} with method={self.method!r}: it belongs to EarlyTom's own "
+                f'method and would have no effect. Leave {given[0]} out, or say method="earlytom".'
+            )
+
+    def _check_inner(self) -> None:
+        if self.inner_layer is not None:
+            if not is_whole_number(self.inner_layer) or self.inner_layer < 1:
+                raise bad_option("inner_layer", self.inner_layer, "None or a 0-based layer of at least 1, such as 18")
+            method = method_named(self.method)
+            if method is not None and method.inside is not None:
+                raise EarlyTomConfigError(
+                    f"inner_layer={self.inner_layer} with method={self.method!r}, which leaves tokens out inside the "
+                    "language model by a rule of its own. Leave inner_layer out."
+                )
+        ratio = self.inner_drop_ratio
+        _require_number("inner_drop_ratio", ratio, 0 <= _float(ratio) < 1, "in [0, 1), such as 0.5")
+        if self.inner_layer is None and ratio != type(self).inner_drop_ratio:
+            raise EarlyTomConfigError(
+                f"inner_drop_ratio={ratio!r} without inner_layer, where no tokens merge inside the language model: it "
+                "would have no effect. Say inner_layer=18, or leave it out."
+            )
 
     def _check_reuse(self) -> None:
         if self.reuse is not None and not isinstance(self.reuse, bool):
@@ -180,10 +222,9 @@ class EarlyTomConfig:
         """Build a config from ``options=``; unknown keys and bad values raise :class:`EarlyTomConfigError`."""
         options = {key: value for key, value in (options or {}).items() if value is not None}
         fields = [field.name for field in dataclasses.fields(cls)]
-        valid = [name for name in fields if name not in NOT_YET]
         for key in options:
             if key not in fields:
-                raise unknown_option(key, valid)
+                raise unknown_option(key, fields)
         if "preset" not in options:
             return cls(**options)
         row = _preset(options["preset"], options.get("retain_ratio", cls.retain_ratio))
@@ -238,6 +279,25 @@ class EarlyTomConfig:
     def min_frames(self, frames: int) -> int:
         """Frames stage 1 leaves at least, so that stage 2 can fill its budget; ``released`` has no floor."""
         return math.ceil(self.retain_ratio * frames) if self.keeps_exactly() else 1
+
+    def steps_inside(self, layers: int) -> tuple[Step, ...]:
+        """Where a language model of so many layers goes on with fewer tokens: by ``inner_layer`` or by the method.
+        Raises :class:`EarlyTomConfigError` where it does not have the layer."""
+        if self.inner_layer is None:
+            method = method_named(self.method)
+            return () if method is None or method.inside is None else method.inside(self.retain_ratio, layers)
+        if self.inner_layer >= layers:
+            raise EarlyTomConfigError(
+                f"inner_layer={self.inner_layer}: the language model has layers 0 to {layers - 1}. Choose from 1 to "
+                f"{layers - 1}, or leave it out."
+            )
+        merge: Literal["mean", "sequential"] = "sequential" if self.variant == "released" else "mean"
+        return (Step(self.inner_layer, 1 - self.inner_drop_ratio, merge),)
+
+    def reduces_inside(self) -> bool:
+        """Whether the language model's later layers get fewer tokens than its first."""
+        method = method_named(self.method)
+        return self.inner_layer is not None or (method is not None and method.inside is not None)
 
     def merge_variant(self) -> Literal["paper", "released"]:
         """The rules by which frames merge (algorithm.md, stage 1): ``plus`` changes only which tokens stay."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .config import NOT_YET, EarlyTomConfig
+from .config import EarlyTomConfig
 from .errors import EarlyTomConfigError
 from .families.registry import has_family
 from .report_lines import COMPRESSING, NEVER_COMPILED, NOT_CALLED, NOTHING_YET, RESTORED, lines_of
@@ -259,7 +259,7 @@ def _full_layers(record: GraphRecord) -> tuple[int, ...]:
 
 
 def _options(config: EarlyTomConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name not in NOT_YET}
+    return asdict(config)
 
 
 def _compilation(record: GraphRecord) -> dict[str, Any]:

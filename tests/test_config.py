@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
 from earlytom_compile.config import PRESETS
+from earlytom_compile.methods.base import Step
 
 
 @pytest.mark.parametrize(
@@ -45,9 +46,12 @@ from earlytom_compile.config import PRESETS
         {"lowering": "fast"},
         {"mode": "fast"},
         {"static_selection": "gpu"},
-        {"inner_layer": 18},
-        {"inner_drop_ratio": 1.0},
-        {"inner_drop_ratio": 0.3},
+        {"inner_layer": 0},
+        {"inner_layer": True},
+        {"inner_layer": 2.0},
+        {"inner_drop_ratio": 1.0, "inner_layer": 18},
+        {"inner_drop_ratio": "half", "inner_layer": 18},
+        {"method": "visonzip"},
         {"strict": 1},
         {"preset": "imagenet"},
         {"preset": "videomme", "retain_ratio": 0.3},
@@ -92,11 +96,16 @@ def test_presets_are_table_8_and_explicit_options_win():
     assert EarlyTomConfig.from_options({"preset": "mvbench-0.5b"}).merge_layers == (8, 21, 23)
 
 
-def test_options_that_do_nothing_yet_are_not_offered():
-    with pytest.raises(EarlyTomConfigError) as refused:
-        EarlyTomConfig.from_options({"inner_drop": 0.1})
-    assert "inner" not in str(refused.value).replace("'inner_drop'", "")
-    assert EarlyTomConfig.from_options({"inner_layer": None, "inner_drop_ratio": 0.5}) == EarlyTomConfig()
+def test_inner_options_name_their_layer_and_need_it():
+    assert EarlyTomConfig(inner_layer=18).steps_inside(28) == (Step(18, 0.5, "mean"),)
+    released = EarlyTomConfig(variant="released", inner_layer=3, inner_drop_ratio=0.25)
+    assert released.steps_inside(4) == (Step(3, 0.75, "sequential"),)
+    assert EarlyTomConfig().steps_inside(28) == ()
+    with pytest.raises(EarlyTomConfigError, match="inner_layer=18: the language model has layers 0 to 17"):
+        EarlyTomConfig(inner_layer=18).steps_inside(18)
+    with pytest.raises(EarlyTomConfigError, match="inner_drop_ratio=0.3 without inner_layer"):
+        EarlyTomConfig(inner_drop_ratio=0.3)
+
 
 
 @pytest.mark.parametrize("preset", PRESETS)

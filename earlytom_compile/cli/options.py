@@ -4,7 +4,7 @@
     strict: bool = False                          ->   --strict / --no-strict, and for bool | None alike
 
 Values are only read here; whether they make sense is EarlyTomConfig's to say. A flag that is not given is not
-passed on, so that ``--preset`` fills in what was left open. Fields that do nothing yet are no flags.
+passed on, so that ``--preset`` fills in what was left open.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config import NOT_YET, EarlyTomConfig, unknown_option
+from ..config import EarlyTomConfig, unknown_option
 from ..errors import EarlyTomConfigError
 from .parser import CommandParser
 
@@ -29,7 +29,7 @@ COMMON = ("retain_ratio", "variant")
 def add_config_flags(parser: CommandParser, *, leave_out: Sequence[str] = (), **defaults: Any) -> None:
     """One flag for each field of :class:`EarlyTomConfig`; ``defaults`` replace those of its fields."""
     hints, meanings = typing.get_type_hints(EarlyTomConfig), _field_docstrings()
-    fields = [field for field in dataclasses.fields(EarlyTomConfig) if field.name not in (*leave_out, *NOT_YET)]
+    fields = [field for field in dataclasses.fields(EarlyTomConfig) if field.name not in leave_out]
     group: Any = parser
     if any(field.name in COMMON for field in fields):  # else --help would show the title and nothing below it
         group = parser.add_argument_group(
@@ -76,7 +76,7 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def read_settings(text: str) -> dict[str, Any]:
     """``"tau_reuse=0.06 full_layers=5,7"`` as the options they are; raises :class:`EarlyTomConfigError` for others."""
-    hints = {name: hint for name, hint in typing.get_type_hints(EarlyTomConfig).items() if name not in NOT_YET}
+    hints = typing.get_type_hints(EarlyTomConfig)
     settings: dict[str, Any] = {}
     for word in text.split():
         name, equals, value = word.partition("=")

@@ -19,7 +19,7 @@ import earlytom_compile
 
 from ..benchmarks.environment import environment
 from ..benchmarks.measure import compile_seconds
-from ..config import NOT_YET, EarlyTomConfig
+from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..reused import ComputedPatches
 from .comparison import EMPTY, BothModels, Comparison, comparison_table, decode, timed_answer
@@ -147,7 +147,7 @@ def _about(arguments: argparse.Namespace, loaded: Loaded, options: dict[str, Any
         **environment(loaded.device),
         "model": arguments.model,
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "options": {name: value for name, value in config.items() if name not in NOT_YET},
+        "options": config,
         "max_new_tokens": arguments.max_new_tokens,
         "answers": [],
     }

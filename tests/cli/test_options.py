@@ -9,9 +9,8 @@ import pytest
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
 from earlytom_compile.cli.main import build_parser, main
 from earlytom_compile.cli.options import COMMON, given_options, require_effect
-from earlytom_compile.config import NOT_YET
 
-FIELDS = [field.name for field in dataclasses.fields(EarlyTomConfig) if field.name not in NOT_YET]
+FIELDS = [field.name for field in dataclasses.fields(EarlyTomConfig)]
 
 
 def options_of(*flags):
@@ -31,18 +30,6 @@ def test_every_field_is_a_flag_with_its_meaning(command, capsys):
         shown = [name for name in FIELDS if f"--{name.replace('_', '-')} " in text]
         assert shown == list(names)
         assert "share of the video tokens" in " ".join(text.split())
-
-
-@pytest.mark.parametrize("name", NOT_YET)
-def test_what_does_nothing_yet_is_no_flag(name, capsys):
-    flag = f"--{name.replace('_', '-')}"
-    for command in ("demo", "run", "explain", "bench", "eval"):
-        with pytest.raises(SystemExit):
-            main([command, "--help-all"])
-        assert flag not in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        main(["explain", flag, "3"])
-    assert f"unknown option {flag}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

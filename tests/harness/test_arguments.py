@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
-from earlytom_compile.config import NOT_YET
 from earlytom_compile.integrations.lmms_eval.arguments import read_arguments, read_options
 
 VALUES = {
@@ -24,16 +23,22 @@ VALUES = {
     "mode": ("max-autotune-no-cudagraphs", "max-autotune-no-cudagraphs"),
     "compile_llm": (False, False),
     "static_selection": ("auto", "auto"),
+    "method": ("earlytom", "earlytom"),
+    "inner_layer": ("18", 18),
+    "inner_drop_ratio": ("0.4", 0.4),
     "strict": (False, False),
     "preset": ("videomme", "videomme"),
 }
 """Option -> what lmms-eval hands over, or a text, and what it means."""
-BESIDE = {name: {"reuse": True} for name in ("tau_reuse", "full_layers", "encode_ratio")}
+BESIDE = {
+    **{name: {"reuse": True} for name in ("tau_reuse", "full_layers", "encode_ratio")},
+    "inner_drop_ratio": {"inner_layer": 18},
+}
 """Option -> those without which it would have no effect."""
 
 
 def test_all_options_of_the_compiler_are_known():
-    assert set(VALUES) == {field.name for field in dataclasses.fields(EarlyTomConfig)} - set(NOT_YET)
+    assert set(VALUES) == {field.name for field in dataclasses.fields(EarlyTomConfig)}
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -84,7 +89,7 @@ def test_numbers_that_come_as_text(given, meant):
     [
         ({"retain_ration": 0.1}, r"unknown option 'retain_ration'; did you mean 'retain_ratio'.* pretrained, device"),
         ({"conv_template": "qwen_1_5"}, "unknown option 'conv_template'"),
-        ({"inner_layer": 3}, "unknown option 'inner_layer'"),
+        ({"inner_layer": 0}, "inner_layer=0: must be None or a 0-based layer of at least 1"),
         ({"retain_ratio": 1.5}, r"retain_ratio=1.5: must be in \(0, 1\], or full for the model as it is"),
         ({"retain_ratio": "all"}, "retain_ratio='all': .* or full"),
         ({"preset": "videomme", "retain_ratio": 0.3}, "Table 8 has rows for 0.25, 0.2, 0.15, 0.1"),

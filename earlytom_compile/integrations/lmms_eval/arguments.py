@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...cli.options import given_options, reader
-from ...config import NOT_YET, EarlyTomConfig, bad_option, is_whole_number, unknown_option
+from ...config import EarlyTomConfig, bad_option, is_whole_number, unknown_option
 from ...errors import EarlyTomConfigError
 
 FULL = "full"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-_HINTS = {name: hint for name, hint in typing.get_type_hints(EarlyTomConfig).items() if name not in NOT_YET}
-_OPTIONS = tuple(field.name for field in dataclasses.fields(EarlyTomConfig) if field.name not in NOT_YET)
+_HINTS = typing.get_type_hints(EarlyTomConfig)
+_OPTIONS = tuple(field.name for field in dataclasses.fields(EarlyTomConfig))
 _OWN = ("pretrained", "device", "dtype", "torch_dtype", "max_frames_num", "batch_size")
 
 
