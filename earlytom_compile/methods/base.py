@@ -6,11 +6,14 @@
 A method has either or both. All else (tracing, batches, several videos, prompts, caches, reports) is done for it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # options are checked, and --help is printed, without torch
+    from torch import Tensor
 
 
 class FrameTokens(NamedTuple):

@@ -5,19 +5,21 @@
 Methods of other packages come from the entry-point group ``earlytom_compile.methods``, or from ``register_method``:
 
     [project.entry-points."earlytom_compile.methods"]
-    my_method = "my_package.my_method:METHOD"
+    my_method = "my_package.my_method:METHOD"        # by the name that the method has
 """
 
+import importlib
 import importlib.metadata
-import warnings
+from importlib.metadata import EntryPoint
 
-from ..errors import EarlyTomConfigError, EarlyTomFallbackWarning
+from ..errors import EarlyTomConfigError
 from .base import Method
 
 GROUP = "earlytom_compile.methods"
 EARLYTOM = "earlytom"
 """The method that this package is named after; ``variant`` says which form of it."""
-BUILT_IN: tuple[Method, ...] = ()
+BUILT_IN: tuple[str, ...] = ()
+"""Names of ours, each in a file of that name here, which is imported when it is asked for."""
 _registered: dict[str, Method] = {}
 
 
@@ -31,36 +33,40 @@ def register_method(method: Method) -> Method:
 
 
 def method_names() -> list[str]:
-    """All names that ``method=`` may have."""
-    return [EARLYTOM, *_all_methods()]
+    """All names that ``method=`` may have; nothing is imported for them."""
+    return list(dict.fromkeys((EARLYTOM, *BUILT_IN, *_registered, *(entry.name for entry in _entry_points()))))
 
 
 def method_named(name: str) -> Method | None:
-    """The method of that name; None for ``"earlytom"``, which has passes of its own. Raises KeyError for a name that no
-    method has."""
-    return None if name == EARLYTOM else _all_methods()[name]
+    """The method of that name; None for ``"earlytom"``, which has passes of its own. Raises
+    :class:`EarlyTomConfigError` for a name that no method has, and for one whose package cannot be loaded."""
+    if name == EARLYTOM:
+        return None
+    if name in BUILT_IN:
+        method: Method = importlib.import_module(f".{name}", __package__).METHOD
+        return method
+    if name in _registered:
+        return _registered[name]
+    for entry in _entry_points():
+        if entry.name == name:
+            return _loaded(entry)
+    raise EarlyTomConfigError(f"method={name!r}: must be one of {', '.join(map(repr, method_names()))}.")
 
 
-def _all_methods() -> dict[str, Method]:
-    built_in = {method.name: method for method in BUILT_IN}
-    return {**_of_other_packages(), **_registered, **built_in}
+def _entry_points() -> tuple[EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group=GROUP))
 
 
-def _of_other_packages() -> dict[str, Method]:
-    """One that cannot be loaded is left out, with a warning."""
-    found = {}
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        try:
-            method = entry.load()
-            if not isinstance(method, Method):
-                raise TypeError(f"{entry.value} is no earlytom_compile.methods.base.Method")
-        except (Exception, SystemExit) as error:  # whatever the import of another package meets
-            warnings.warn(
-                f"the method {entry.name!r} of another package cannot be loaded, and is not known: "
-                f"{type(error).__name__}: {error}. Mend or uninstall that package.",
-                EarlyTomFallbackWarning,
-                stacklevel=2,
-            )
-        else:
-            found[method.name] = method
-    return found
+def _loaded(entry: EntryPoint) -> Method:
+    try:
+        method = entry.load()
+    except (Exception, SystemExit) as error:  # whatever the import of another package meets
+        raise EarlyTomConfigError(
+            f"method={entry.name!r} of another package cannot be loaded: {type(error).__name__}: {error}. Mend or "
+            "uninstall that package."
+        ) from error
+    if not isinstance(method, Method) or method.name != entry.name:
+        raise EarlyTomConfigError(
+            f"method={entry.name!r}: {entry.value} is no earlytom_compile.methods.base.Method of that name."
+        )
+    return method
