@@ -14,8 +14,12 @@ from typing import Any
 
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.flops import Reuse, count, reuse_of
+from earlytom_compile.flops_inside import lengths_inside, operations_inside, rows_left
 from earlytom_compile.methods.base import Step
 from earlytom_compile.shapes import ModelShape
+
+NEWLINE = 1
+"""Rows that LLaVA-OneVision puts behind a video."""
 
 
 def of_report(shape: ModelShape, report: Mapping[str, Any], config: EarlyTomConfig) -> float:
@@ -69,23 +73,17 @@ def importance(shape: ModelShape, frames: int) -> float:
 
 @functools.cache
 def of_prompt(shape: ModelShape, positions: int, video_tokens: int, steps: tuple[Step, ...] = ()) -> float:
-    """Of the language model and the logits of the last position; ``video_tokens`` of the ``positions`` become fewer by
-    ``steps``."""
-    lengths = {0: positions}
-    for step in steps:
-        lengths[step.layer] = positions - video_tokens + kept(video_tokens, step)
+    """Of the language model and the logits of the last position; ``video_tokens`` of the ``positions``, and the newline
+    behind them, become fewer by ``steps``."""
+    lengths = lengths_inside(positions, [video_tokens + NEWLINE], steps)
     counted = count(shape, protocol="exact", frames_schedule=(1,), llm_tokens=lengths)
-    return counted.llm + counted.lm_head
-
-
-def kept(video_tokens: int, step: Step) -> int:
-    """Of a video that entered the language model with so many."""
-    return max(1, round(step.keep_ratio * video_tokens))
+    return counted.llm + counted.lm_head + operations_inside(shape, lengths, steps)
 
 
 def mean_over_layers(video_tokens: int, steps: Sequence[Step], layers: int) -> float:
-    """Video tokens that a layer of the language model sees, on average over its ``layers``."""
-    lengths = [video_tokens] * layers
+    """Video tokens that a layer of the language model sees, on average over its ``layers``; behind a step, the newline
+    is one of those that stayed or it is gone."""
+    left = [video_tokens] * layers
     for step in steps:
-        lengths[step.layer :] = [kept(video_tokens, step)] * (layers - step.layer)
-    return sum(lengths) / layers
+        left[step.layer :] = [rows_left(video_tokens + NEWLINE, step)] * (layers - step.layer)
+    return sum(left) / layers
