@@ -71,6 +71,7 @@ class _Rows:
         from ..toyworld.evaluate import Result
 
         self.arms = arms
+        self.made: dict[Any, Any] = {}  # methods by row, since making one traces the model
         self.questions: Any = None
         self._arguments = arguments
         self._about = about
@@ -146,14 +147,15 @@ def _count(
             ratio = "" if arm.retain_ratio is None else f", {arm.retain_ratio:.0%}"
             task = progress.add_task(report.label(arm) + ratio, total=arguments.videos)
             answered = functools.partial(progress.advance, task)
-            rows.add(evaluate.evaluate(model, questions, arm, options, answered))
+            rows.made[arm] = evaluate.made(model, arm, options)
+            rows.add(evaluate.evaluate(model, questions, arm, options, answered, rows.made[arm]))
 
 
 def _time(
     arguments: argparse.Namespace, model: Any, questions: Any, rows: _Rows, options: dict[str, Any], console: Console
 ) -> None:
     """The first tokens of the rows that can be called, of as many videos as were asked for."""
-    from ..toyworld import timing
+    from ..toyworld import evaluate, timing
 
     videos = min(arguments.repeats, arguments.videos)
     known = {row.arm: row.ttft for row in rows.finished}
@@ -161,7 +163,9 @@ def _time(
         return
     with progress_bars(console) as progress:
         task = progress.add_task("first tokens: tracing", total=None)
-        calls = {arm: timing.first_token(model, arm, options) for arm in rows.arms if timing.can_be_called(arm)}
+        called = [arm for arm in rows.arms if timing.can_be_called(arm)]
+        made = {arm: rows.made.get(arm) or evaluate.made(model, arm, options) for arm in called}
+        calls = {arm: timing.first_token(model, arm, made[arm]) for arm in called}
 
         def save(seconds: dict[Any, tuple[float, ...]]) -> None:
             rows.add_times(seconds)
@@ -208,14 +212,18 @@ def _say_how_long(model: Any, questions: Any, arms: list[Any], timed: int, progr
     evaluate.evaluate(model, few, everything)
     row = (time.perf_counter() - start) / len(few.asked) * len(questions.asked)
     ((call,),) = timing.timed(
-        {everything: timing.first_token(model, everything, {})}, few, {}, 1, model.device
+        {everything: timing.first_token(model, everything, evaluate.made(model, everything, {}))},
+        few,
+        {},
+        1,
+        model.device,
     ).values()
     layers = model.config.vision_config.num_hidden_layers
     by_call = [arm for arm in arms if timing.can_be_called(arm)]
     compiled = sum(installed.own_options(arm.method) is not None for arm in arms)
     inside = sum(installed.reduces_inside(arm.method) for arm in arms)
     seconds = row * len(arms) + call * (len(by_call) * timed + inside * len(questions.asked))
-    seconds += (2 if timed else 1) * compiled * compilation("earlytom", layers, "eager")
+    seconds += compiled * compilation("earlytom", layers, "eager")
     progress_on.print(
         f"{counted(len(arms), 'row')}, {counted(len(questions.asked), 'video')}: {in_words(seconds)} (measured with "
         f"{len(few.asked)} of them)",

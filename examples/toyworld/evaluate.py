@@ -259,6 +259,11 @@ def options_of(arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
     return {"retain_ratio": ratio, **own, **taken(arm.method, {**options, **dict(arm.settings)})}
 
 
+def made(model: Model, arm: Arm, options: Mapping[str, Any]) -> Compress:
+    """The method of ``arm``; of ``options`` it gets those that it takes and ``arm`` does not set."""
+    return method(arm.method, model, **options_of(arm, options))
+
+
 @torch.no_grad()
 def evaluate(
     model: Model,
@@ -266,10 +271,11 @@ def evaluate(
     arm: Arm,
     options: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda videos: None,
+    compress: Compress | None = None,
 ) -> Result:
-    """Ask everything, with the tokens that the method of ``arm`` leaves of each video; of ``options`` it gets those
-    that it takes and ``arm`` does not set."""
-    compress = method(arm.method, model, **options_of(arm, options or {}))
+    """Ask everything, with the tokens that the method of ``arm`` leaves of each video: ``compress``, or None to have it
+    :func:`made` with ``options``."""
+    compress = made(model, arm, options or {}) if compress is None else compress
     device = next(model.parameters()).device
     right, asked = (np.zeros((len(questions.asked), len(CATEGORIES)), bool) for _ in range(2))
     costs: list[Cost] = []

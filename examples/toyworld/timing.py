@@ -1,6 +1,6 @@
 """The time to the first token of the rows that can be called as users call a model: one video, one question.
 
-    calls = {arm: first_token(model, arm, options) for arm in arms if can_be_called(arm)}
+    calls = {arm: first_token(model, arm, made(model, arm, options)) for arm in arms if can_be_called(arm)}
     timed(calls, questions, {}, 20, model.device)      # -> {arm: (0.015, 0.016, ...), ...}, seconds by video
 
 All rows answer about a video in turn, so that whatever else the machine does meets all of them alike. Nothing is
@@ -18,8 +18,8 @@ from earlytom_compile.benchmarks.measure import timed as seconds_of
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.toyworld.answers import FIRST_TOKEN, normalized, prompt_ids
 from earlytom_compile.toyworld.evaluate import Arm, Questions, options_of
-from earlytom_compile.toyworld.installed import Installed, Model, own_options
-from earlytom_compile.toyworld.methods import ALL_TOKENS, SUBSAMPLING, method, middle_frames
+from earlytom_compile.toyworld.installed import Compress, Installed, Model, own_options
+from earlytom_compile.toyworld.methods import ALL_TOKENS, SUBSAMPLING, middle_frames
 from earlytom_compile.toyworld.model import POOLED
 from earlytom_compile.toyworld.questions import Question
 
@@ -33,18 +33,14 @@ def can_be_called(arm: Arm) -> bool:
     return arm.method in (ALL_TOKENS, SUBSAMPLING) or own_options(arm.method) is not None
 
 
-def first_token(model: Model, arm: Arm, options: Mapping[str, Any]) -> Call:
-    """``generate`` of one token, for an arm that :func:`can_be_called`."""
-    given = options_of(arm, options)
-    if arm.method == ALL_TOKENS:
-        return lambda pixels, question: _generate(model, pixels, question)
+def first_token(model: Model, arm: Arm, compress: Compress) -> Call:
+    """``generate`` of one token, for an arm that :func:`can_be_called` and the method that was :func:`made` of it."""
+    if isinstance(compress, Installed):
+        return partial(_generate, compress.model)
     if arm.method == SUBSAMPLING:
-        config = EarlyTomConfig.from_options(given)
+        config = EarlyTomConfig.from_options(options_of(arm, {}))
         return lambda pixels, question: _generate(model, middle_frames(config, pixels), question)
-    compress = method(arm.method, model, **given)
-    assert isinstance(compress, Installed)
-    compiled = compress.model
-    return lambda pixels, question: _generate(compiled, pixels, question)
+    return partial(_generate, model)
 
 
 def _generate(model: Any, pixels: torch.Tensor, question: Question) -> torch.Tensor:

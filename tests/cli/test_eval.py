@@ -38,7 +38,7 @@ def counted(monkeypatch):
     rows = Rows()
     rows.options, rows.called = [], []
 
-    def evaluated(model, questions, arm, options, answered):
+    def evaluated(model, questions, arm, options, answered, compress):
         if len(rows) == rows.stop_at:
             raise KeyboardInterrupt
         rows.append(arm)
@@ -47,7 +47,7 @@ def counted(monkeypatch):
         asked = np.array([[c in {q.category for q in asked} for c in CATEGORIES] for asked in questions.asked])
         return Result(arm, Cost(13.0, 11.5, 0.5, 4e8), asked & (rng.random(asked.shape) < 0.7), asked)
 
-    def first_token(model, arm, options):
+    def first_token(model, arm, compress):
         def call(pixels, question):
             if warm_up[arm] < timing._WARM_UP:
                 warm_up[arm] += 1
@@ -64,6 +64,7 @@ def counted(monkeypatch):
         return float(len(rows.called)), None
 
     warm_up = {}
+    monkeypatch.setattr(evaluate, "made", lambda model, arm, options: arm)
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
     monkeypatch.setattr(timing, "first_token", first_token)
     monkeypatch.setattr(timing, "seconds_of", seconds_of)
@@ -311,7 +312,7 @@ def test_mistakes_are_found_first(more, says, counted, monkeypatch, capsys):
 def test_how_long_it_takes_is_measured_and_said(monkeypatch, capsys):
     done = []
 
-    def evaluated(model, questions, arm, options=None, answered=lambda videos: None):
+    def evaluated(model, questions, arm, options=None, answered=lambda videos: None, compress=None):
         done.append((*arm[:2], len(questions.asked)))
         asked = np.ones((len(questions.asked), len(CATEGORIES)), bool)
         return Result(arm, Cost(1.0, 1.0, 1.0, 1.0), asked, asked)
