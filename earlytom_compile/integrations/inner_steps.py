@@ -208,9 +208,9 @@ def keep_in_mind(cache: Any, plan: InnerPrompt, steps: Sequence[Step], kept: Seq
         setattr(cache, _STATE, _Shorter(plan.length, layers, tuple(kept), plan.padded))
 
 
-def forget(cache: Any) -> None:
-    """A cache that begins anew, as a static one does, knows of no prompt."""
-    if cache is not None and _STATE in getattr(cache, "__dict__", {}):
+def forget_if_empty(cache: Any) -> None:
+    """A cache that begins anew, as a static one does for each call, knows of no prompt."""
+    if _STATE in getattr(cache, "__dict__", {}) and int(cache.get_seq_length()) == 0:
         delattr(cache, _STATE)
 
 

@@ -33,7 +33,7 @@ from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .attention_choice import COMPILES, attention_of
 from .caches import cache_of, given_cache
-from .inner_steps import InnerPrompt, ShorterLayer, erase_mark, find_mark, forget, keep_in_mind, shorten
+from .inner_steps import InnerPrompt, ShorterLayer, erase_mark, find_mark, forget_if_empty, keep_in_mind, shorten
 from .placement import own_code_because
 from .tracing import FirstCallAlone, with_its_own_code
 
@@ -151,7 +151,7 @@ class CompiledPrefill:
         if torch.compiler.is_dynamo_compiling():
             return self._own(*args, **kwargs)
         if self.steps:
-            forget(given_cache(kwargs))
+            forget_if_empty(given_cache(kwargs))
         prompt, embeds = self._prompt.get(), kwargs.get("inputs_embeds")
         if prompt is None or embeds is None:
             return self._own(*args, **kwargs)
@@ -165,7 +165,8 @@ class CompiledPrefill:
         lowering = self._lowering if gains else "eager"
         output = self._compiled_for(kwargs, prompt, inner, lowering)(self._own, args, kwargs, inner)
         if inner is not None and prompt.kept:
-            keep_in_mind(given_cache(kwargs) or cache_of(output), inner, self.steps, prompt.kept)
+            cache = given_cache(kwargs)
+            keep_in_mind(cache_of(output) if cache is None else cache, inner, self.steps, prompt.kept)
         return output
 
     def _inner_of(self, prompt: Prompt, kwargs: dict[str, Any]) -> InnerPrompt | None:
