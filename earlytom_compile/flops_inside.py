@@ -26,6 +26,11 @@ def lengths_inside(positions: int, videos: Sequence[int], steps: Sequence[Step])
     return {0: positions, **left}
 
 
+def layer_lengths(lengths: Mapping[int, int], layers: int) -> list[int]:
+    """Of each of so many layers, from the lengths from each layer on."""
+    return [lengths[max(first for first in lengths if first <= layer)] for layer in range(layers)]
+
+
 def operations_inside(shape: ModelShape, lengths: Mapping[int, int], steps: Sequence[Step]) -> float:
     """Products of the steps' own operators for one prompt: scores of the attention that ranks its positions, which
     nobody keeps; similarities of every position with those that stay, and the sums by which others join them."""

@@ -236,12 +236,17 @@ def _ceilings(model: Any, console: Console) -> dict[str, float]:
 
 
 def _work(model: Any, arm: Arm, result: Result, batch: int) -> dict[str, Work]:
+    config = EarlyTomConfig.from_options(arm.options)
+    layers = model.config.text_config.num_hidden_layers
     return work_of(
         model,
         schedules=result.frames or [[arm.frames]] * batch,
-        prompt=result.cache_tokens,
+        prompt=result.starts,
         merge_layers=result.merge_layers or None,
-        variant=EarlyTomConfig.from_options(arm.options).variant,
+        variant=config.variant,
+        method=config.method,
+        kept=result.kept,
+        steps=config.steps_inside(layers) if arm.compresses else (),
         reuse=[Reuse(computed, tuple(result.full_layers), distinct) for _, computed, distinct in result.patches],
     )
 
