@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
-from earlytom_compile.config import PRESETS
 from earlytom_compile.methods.base import Step
+from earlytom_compile.presets import PRESETS
 
 
 @pytest.mark.parametrize(
