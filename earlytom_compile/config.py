@@ -56,7 +56,7 @@ class EarlyTomConfig:
     patches that did not change are not computed again, in the place of merging frames, and K tokens stay that represent
     all others, whatever attention they receive."""
     reuse: bool | None = None
-    """Compute a patch once, and again only when its pixels change, instead of merging frames (docs/reuse.md), beside any
+    """Compute a patch once, and again only when its pixels change, instead of merging frames (docs/reuse.md), with any
     method; None: under ``variant="plus"``."""
     tau_reuse: float = 0.06
     """Largest change of a patch's normalised pixels, beside the video's own noise, that does not count: the largest
@@ -216,8 +216,8 @@ class EarlyTomConfig:
         return config
 
     def resolve_merge_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of an encoder of ``num_layers`` layers after which frames merge: none with ``reuse`` or another method;
-        raises if one does not exist."""
+        """Layers of an encoder of ``num_layers`` layers after which frames merge: none with ``reuse`` or another
+        method; raises if one does not exist."""
         layers = self._merge_layers_of(num_layers)
         return () if self.reuses() or self.method != EARLYTOM else layers
 
@@ -236,8 +236,8 @@ class EarlyTomConfig:
             return max(self._merge_layers_of(num_layers), default=num_layers - 1)
         if not -1 <= method.scored_layer < num_layers:
             raise EarlyTomConfigError(
-                f"method={self.method!r} looks at layer {method.scored_layer} of the vision encoder, which has layers 0 "
-                f"to {num_layers - 1}. Choose another method, or a model with more layers."
+                f"method={self.method!r} looks at layer {method.scored_layer} of the vision encoder, which has layers "
+                f"0 to {num_layers - 1}. Choose another method, or a model with more layers."
             )
         return method.scored_layer if method.scored_layer >= 0 else num_layers - 1
 

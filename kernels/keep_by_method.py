@@ -4,7 +4,7 @@
 ::
 
     features [N, P, D], importance [N, P], keys [N, P, d]   ->   tokens [V, budget, D]
-    counts [V]                                                   kept: where each stands, in time order, then raster order
+    counts [V]                                                   kept: where each stands, in order
 
 A method is a function from one video to its tokens (methods/base.py). What holds for all of them is here: videos are
 given to it one by one, its products are never of bfloat16 that it did not ask for, and what it returns is looked at,
@@ -170,7 +170,9 @@ def _checked_shapes(method: Method, features: Tensor, returned: Any, budget: int
         wanted = f"float [{budget}, {features.shape[2]}], K tokens"
         raise _wrong(method, f"tokens {list(tokens.shape)} of {tokens.dtype}", wanted)
     if tuple(places.shape) != (budget, 2) or places.dtype != torch.int64:
-        raise _wrong(method, f"places {list(places.shape)} of {places.dtype}", f"int64 [{budget}, 2], one for each token")
+        raise _wrong(
+            method, f"places {list(places.shape)} of {places.dtype}", f"int64 [{budget}, 2], one for each token"
+        )
     if tokens.device != features.device or places.device != features.device:
         raise _wrong(method, f"tensors on {tokens.device} and {places.device}", f"tensors on {features.device}")
     return Kept(tokens, places)

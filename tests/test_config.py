@@ -107,7 +107,6 @@ def test_inner_options_name_their_layer_and_need_it():
         EarlyTomConfig(inner_drop_ratio=0.3)
 
 
-
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("layers", [1, 2, 8, 12, 26, 27, 52])
 def test_presets_move_their_layers_to_the_same_share_of_the_depth(preset, layers):

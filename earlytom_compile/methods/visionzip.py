@@ -16,9 +16,12 @@ What the paper leaves open, and what is done here:
 - which stage's tokens these are: those behind projector and pooling, which the language model would get; attention and
   keys are pooled as they are;
 - the order: raster order in a frame, a contextual token at its target's place.
-"""
 
-from itertools import groupby
+The authors' code, which is for images and CLIP, ranks by the attention of the class token, in the layer whose states
+LLaVA takes (the last that runs, as here), and keeps that token too; it works in front of the projector, takes every
+floor(R / c)-th of the others as a target, adds to a target the average of those that join it, where the paper averages
+all of them, and puts the contextual tokens behind all dominant ones.
+"""
 
 import torch
 from torch import Tensor
@@ -36,12 +39,11 @@ def keep(video: FrameTokens, budget: int) -> Kept:
     frames, size = video.features.shape[:2]
     shares = [budget * (frame + 1) // frames - budget * frame // frames for frame in range(frames)]
     tokens, places = [], []
-    for share, group in groupby(sorted(range(frames), key=lambda frame: shares[frame]), key=lambda frame: shares[frame]):
-        if share:
-            chosen = torch.tensor(list(group), device=video.features.device)
-            kept, at = _of_frames(FrameTokens(*(x[chosen] for x in video)), share)  # type: ignore[index]
-            tokens.append(kept.flatten(0, 1))
-            places.append((chosen[:, None] * size + at).flatten())
+    for share in sorted(set(shares) - {0}):
+        chosen = torch.tensor([f for f in range(frames) if shares[f] == share], device=video.features.device)
+        kept, at = _of_frames(FrameTokens(*(x[chosen] for x in video)), share)  # type: ignore[index]
+        tokens.append(kept.flatten(0, 1))
+        places.append((chosen[:, None] * size + at).flatten())
     order = torch.cat(places).argsort()
     place = torch.cat(places)[order]
     return Kept(torch.cat(tokens)[order], torch.stack([place // size, place % size], dim=1))
