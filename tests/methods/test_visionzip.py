@@ -1,61 +1,16 @@
 """VisionZip against its rules read one by one, in Python's numbers."""
 
-import math
-
 import pytest
 import torch
 from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_visionzip import keep_in_python
 
 from earlytom_compile.methods.base import FrameTokens
 from earlytom_compile.methods.registry import method_named
 
 METHOD = method_named("visionzip")
-SLACK = 1e-5
-"""Of cosines: far above the rounding of float32, and below the difference of any two of the vectors that are drawn."""
-
-
-def shares(frames, budget):
-    """Tokens of each frame: K (f + 1) / F, rounded down, are those of the first f + 1 frames."""
-    upto = [math.floor(budget * frame / frames) for frame in range(frames + 1)]
-    return [after - before for before, after in zip(upto, upto[1:], strict=False)]
-
-
-def cosine(a, b):
-    lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
-
-
-def dominant_of(importance, count):
-    return sorted(sorted(range(len(importance)), key=lambda place: (-importance[place], place))[:count])
-
-
-def expected_frame(importance, keys, share):
-    """{place of each token that stays: the places of those that it is made of}."""
-    dominant = dominant_of(importance, math.floor(54 * share / 64 + 0.5))
-    others = [place for place in range(len(importance)) if place not in dominant]
-    contextual = share - len(dominant)
-    targets = [others[math.floor(number * len(others) / contextual)] for number in range(contextual)]
-    joined = {target: [target] for target in targets}
-    for place in others if targets else ():
-        if place not in targets:
-            alike = {target: cosine(keys[place], keys[target]) for target in targets}
-            best = max(alike.values())
-            assert all(best - a < 1e-9 or best - a > SLACK for a in alike.values()), "too close to tell in float32"
-            joined[next(target for target in targets if alike[target] > best - SLACK)].append(place)
-    return {**{place: [place] for place in dominant}, **joined}
-
-
-def expected(features, importance, keys, budget):
-    """(tokens, places) as lists."""
-    tokens, places = [], []
-    for frame, share in enumerate(shares(len(features), budget)):
-        for place, parts in sorted(expected_frame(importance[frame], keys[frame], share).items()):
-            columns = zip(*(features[frame][part] for part in parts), strict=True)
-            tokens.append([sum(column) / len(parts) for column in columns])
-            places.append([frame, place])
-    return tokens, places
 
 
 @st.composite
@@ -74,7 +29,7 @@ def videos(draw):
 def test_equals_its_rules(drawn):
     video, budget = drawn
     kept = METHOD.keep(video, budget)
-    tokens, places = expected(*(x.tolist() for x in video), budget)
+    tokens, places = keep_in_python(*(x.tolist() for x in video), budget)
     assert kept.places.tolist() == places
     torch.testing.assert_close(kept.tokens, torch.tensor(tokens), atol=1e-5, rtol=1e-5)
 
