@@ -6,7 +6,10 @@ pool_importance(model, importance)       # [N, S] -> [N, P], likewise
 """
 
 import math
+from typing import Any
 
+import torch
+from oracle_reuse import ReusingEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,3 +51,26 @@ def pool_importance(model, importance: Tensor) -> Tensor:
         pool = F.max_pool2d if model.config.spatial_pool_mode == "max" else F.avg_pool2d
         return pool(grid, model.config.spatial_pool_stride).flatten(1)
     return F.interpolate(grid, size=(half, half), mode="bilinear").flatten(1)
+
+
+def seen_by_method(model, pixels: Tensor, options: Any) -> tuple[ReusingEncoder, Tensor, Tensor, Tensor]:
+    """Of one video ``[F, C, H, W]``, where no frames merge: the encoder, features ``[F, P, C]``, and of its
+    ``scored_layer`` the attention received ``[F, P]`` and the keys ``[F, P, d]``. ``options``: those of the oracle."""
+    layers = layers_in_use(model)
+    encoder = ReusingEncoder(
+        layers,
+        pixels,
+        model.config.vision_config.patch_size,
+        tau_reuse=options.tau_reuse,
+        full_layers=options.full_layers if options.reuse else range(len(layers)),
+        encode_ratio=options.encode_ratio if options.reuse else None,
+        importance_layer=range(len(layers))[options.scored_layer],
+    )
+    with encoder.hooked():
+        model.model.vision_tower(pixels)
+    first = 1 if model.config.vision_feature_select_strategy == "default" else 0  # behind the class token
+    hidden = torch.cat([encoder.outputs[count - 1] for count in layers_behind(model)], dim=-1)[:, first:]
+    channels = encoder.keys[:, first:].unbind(-1)
+    keys = torch.stack([pool_importance(model, channel.contiguous()) for channel in channels], dim=-1)
+    importance = pool_importance(model, encoder.importance[:, first:].contiguous())
+    return encoder, tokens_of(model, hidden), importance, keys
