@@ -27,7 +27,7 @@ DEFAULT_MERGE_LAYERS = (6, 21, 23)
 DEFAULT_FULL_LAYERS = 3
 """How many of the last layers compute every place, so that what stands still sees what is new around it."""
 
-_OF_EARLYTOM = (
+OF_EARLYTOM = (
     "preset",  # first: it sets some of the others
     "variant",
     "merge_layers",
@@ -37,6 +37,7 @@ _OF_EARLYTOM = (
     "tau_merge",
     "static_selection",
 )
+"""Options that have no effect with another ``method``."""
 _LARGEST_CHANGE = 1e6  # beyond any difference of normalised pixels, and far from overflow
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -143,7 +144,7 @@ class EarlyTomConfig:
             return
         _require_choice("method", self.method, tuple(method_names()))
         method_named(self.method)  # which may not load
-        given = [name for name in _OF_EARLYTOM if getattr(self, name) != getattr(type(self), name)]
+        given = [name for name in OF_EARLYTOM if getattr(self, name) != getattr(type(self), name)]
         if given:
             raise EarlyTomConfigError(
                 f"{given[0]}={getattr(self, given[0])!r} with method={self.method!r}: it belongs to EarlyTom's own "
