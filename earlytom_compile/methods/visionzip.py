@@ -26,7 +26,7 @@ all of them, and puts the contextual tokens behind all dominant ones.
 import torch
 from torch import Tensor
 
-from .base import FrameTokens, Kept, Method
+from .base import FrameTokens, Kept, Method, Sizes
 
 _DOMINANT, _ALL = 54, 64
 """Tokens of an image in the paper's smallest setting, of which the dominant ones."""
@@ -37,7 +37,7 @@ _TIE = 1e-6
 def keep(video: FrameTokens, budget: int) -> Kept:
     """See above; computed in float32, frames with equally many tokens at once."""
     frames, size = video.features.shape[:2]
-    shares = [budget * (frame + 1) // frames - budget * frame // frames for frame in range(frames)]
+    shares = _shares(frames, budget)
     tokens, places = [], []
     for share in sorted(set(shares) - {0}):
         chosen = torch.tensor([f for f in range(frames) if shares[f] == share], device=video.features.device)
@@ -49,11 +49,30 @@ def keep(video: FrameTokens, budget: int) -> Kept:
     return Kept(torch.cat(tokens)[order], torch.stack([place // size, place % size], dim=1))
 
 
+def operations(sizes: Sizes) -> float:
+    """Similarities of what is not dominant in a frame with its targets, and the sums that averages are made of."""
+    found = 0
+    for share in _shares(sizes.frames, sizes.kept):
+        dominant = _dominant(share)
+        found += 2 * (sizes.tokens - dominant) * (share - dominant) * (sizes.key_width + sizes.channels)
+    return found
+
+
+def _shares(frames: int, budget: int) -> list[int]:
+    """Tokens that each frame keeps."""
+    return [budget * (frame + 1) // frames - budget * frame // frames for frame in range(frames)]
+
+
+def _dominant(share: int) -> int:
+    """How many of the tokens of a frame are dominant."""
+    return (2 * _DOMINANT * share + _ALL) // (2 * _ALL)
+
+
 def _of_frames(frames: FrameTokens, share: int) -> tuple[Tensor, Tensor]:
     """(tokens [m, k, C], their places int64 [m, k]) of m frames, ``share`` = k of each."""
     features, importance, keys = frames
     assert importance is not None and keys is not None
-    dominant = (2 * _DOMINANT * share + _ALL) // (2 * _ALL)
+    dominant = _dominant(share)
     ranked = importance.sort(dim=1, descending=True, stable=True).indices
     first, others = ranked[:, :dominant], ranked[:, dominant:].sort(dim=1).values
     kept = _taken(features, first)
@@ -89,4 +108,5 @@ METHOD = Method(
     keep=keep,
     importance=True,
     keys=True,
+    operations=operations,
 )

@@ -6,8 +6,9 @@ from effort import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_visionzip import keep_in_python
+from torch_counter import counter
 
-from earlytom_compile.methods.base import FrameTokens
+from earlytom_compile.methods.base import FrameTokens, Sizes
 from earlytom_compile.methods.registry import method_named
 
 METHOD = method_named("visionzip")
@@ -87,3 +88,13 @@ def test_of_equal_keys_and_equal_attention_the_first_in_order():
     kept = METHOD.keep(FrameTokens(torch.arange(13.0).view(1, 13, 1), torch.ones(1, 13), torch.ones(1, 13, 2)), 10)
     assert kept.places[:, 1].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]
     assert kept.tokens.flatten().tolist() == [*range(8), (8 + 9 + 11 + 12) / 4, 10]
+
+
+@examples(60)
+@given(drawn=videos())
+def test_its_operations_are_those_that_torch_counts(drawn):
+    video, budget = drawn
+    sizes = Sizes(*video.features.shape, video.keys.shape[2], budget)
+    with counter() as counted:
+        METHOD.keep(video, budget)
+    assert METHOD.operations(sizes) == counted.get_total_flops()
