@@ -24,7 +24,7 @@ whole of its third frame, an odd number of frames loses the last.
 import torch
 
 from .base import FrameTokens, Kept, Method
-from .exact import cosine, fixed_point
+from .exact import fixed_point, likeness
 from .selection import best, even_shares, kept, on
 
 _WINDOW = 4
@@ -45,8 +45,8 @@ def keep(video: FrameTokens, budget: int) -> Kept:
     if compared:
         numbers = even_shares(budget - len(frames[::_WINDOW]) * tokens, [tokens] * len(compared))
         integers, _ = fixed_point(features[on(features, frames)], each=True)
-        likeness = cosine(integers[compared], integers[[_reference(index) for index in compared]])
-        chosen[on(features, [frames[index] for index in compared])] = best(-likeness, numbers)
+        alike = likeness(integers[compared], integers[[_reference(index) for index in compared]])
+        chosen[on(features, [frames[index] for index in compared])] = best(-alike, numbers)
     return kept(features, chosen, budget)
 
 

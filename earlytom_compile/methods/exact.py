@@ -2,9 +2,10 @@
 
     fixed_point([[1.5, -0.5]])   ->   [[402653184, -134217728]], 2**-28
 
-Methods compare similarities with thresholds and with each other. Where frames repeat, many are equal, and what rounding
-makes of them depends on the device, the library and the size of a product. Integers have no rounding; a division and a
-root are rounded once, as IEEE 754 says.
+Methods compare cosines with thresholds and with each other. Where frames repeat, many are equal, and what rounding
+makes of them depends on the device, the library and the size of a product. Integers are not rounded at all, and then
+a product and a quotient once each, as IEEE 754 says. A root is not, in every library: so it is squares of cosines that
+are compared.
 """
 
 import torch
@@ -15,7 +16,7 @@ MOST_NEIGHBOURS = 8
 
 
 def fixed_point(x: Tensor, *, each: bool = False) -> tuple[Tensor, Tensor]:
-    """Tokens as integers in a common unit, or ``each`` in one of its own (for cosines, which do not ask for it).
+    """Tokens as integers in a common unit, or ``each`` in one of its own (for cosines, to which it is all the same).
 
     The largest entry has b bits, where C entries of two tokens have squared distances of at most 2**50: b is 18 for
     3584 channels and 21 for 64, and what is smaller than the unit is zero.
@@ -36,14 +37,17 @@ def fixed_point(x: Tensor, *, each: bool = False) -> tuple[Tensor, Tensor]:
     return (wide / unit).round_(), unit
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """float64 [...]: of integer tokens [..., C] pair by pair; 0 where one of them is zero, exactly 1 for equal ones."""
-    return _ratio((a * b).sum(-1), a.square().sum(-1), b.square().sum(-1))
+def likeness(a: Tensor, b: Tensor) -> Tensor:
+    """float64 [...]: of integer tokens [..., C] pair by pair the square of the cosine, with the cosine's sign.
+
+    0 where one of them is zero, exactly 1 for equal ones.
+    """
+    return _signed_square((a * b).sum(-1), a.square().sum(-1), b.square().sum(-1))
 
 
-def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """float64 [..., n, m]: of each of the integer tokens [..., n, C] with each of [..., m, C]."""
-    return _ratio(a @ b.mT, a.square().sum(-1)[..., :, None], b.square().sum(-1)[..., None, :])
+def likenesses(a: Tensor, b: Tensor) -> Tensor:
+    """float64 [..., n, m]: the same of each of the integer tokens [..., n, C] with each of [..., m, C]."""
+    return _signed_square(a @ b.mT, a.square().sum(-1)[..., :, None], b.square().sum(-1)[..., None, :])
 
 
 def squared_distances(x: Tensor) -> Tensor:
@@ -58,7 +62,6 @@ def frame_tokens(tokens: Tensor) -> Tensor:
     return fixed_point(tokens.sum(1), each=True)[0]
 
 
-def _ratio(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    # The root of the product, not the product of the roots: sqrt(x * x) == x, so equal tokens come to 1.
-    length = (a * b).sqrt_()
-    return torch.where(length > 0, product / length, 0.0)
+def _signed_square(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    lengths = a * b
+    return torch.where(lengths > 0, product * product.abs() / lengths, 0.0)

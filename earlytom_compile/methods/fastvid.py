@@ -30,11 +30,11 @@ from torch import Tensor
 
 from .base import FrameTokens, Kept, Method
 from .density_peaks import peak_scores
-from .exact import cosine, cosines, fixed_point, frame_tokens, squared_distances
+from .exact import fixed_point, frame_tokens, likeness, likenesses, squared_distances
 from .selection import attention, best, even_shares, first_of, kept, proportional_shares
 
 _SEGMENTS = 8
-_TAU = 0.9
+_TAU_SQUARED = 0.81
 _EVERY = 4
 _NEIGHBOURS = 4
 _ANCHOR_SHARE = (2, 5)
@@ -71,9 +71,9 @@ def keep(video: FrameTokens, budget: int) -> Kept:
 def _segments(integers: Tensor) -> list[tuple[int, int]]:
     """First and last frame of each segment; the host waits for F - 1 truth values."""
     frames = frame_tokens(integers)
-    likeness = cosine(frames[1:], frames[:-1])
-    lowest = best(-likeness[None], [_SEGMENTS - 1])[0]
-    borders = [frame + 1 for frame, border in enumerate((lowest | (likeness < _TAU)).tolist()) if border]
+    alike = likeness(frames[1:], frames[:-1])
+    lowest = best(-alike[None], [_SEGMENTS - 1])[0]
+    borders = [frame + 1 for frame, border in enumerate((lowest | (alike < _TAU_SQUARED)).tolist()) if border]
     return list(zip([0, *borders], [*(border - 1 for border in borders), len(frames) - 1], strict=True))
 
 
@@ -93,7 +93,7 @@ def _shares(budget: int, tokens: int, segments: list[tuple[int, int]]) -> tuple[
 def _aggregated(anchors: Tensor, towards: Tensor, directions: Tensor, tokens: Tensor, free: Tensor) -> Tensor:
     """float64 [k, C]: the ``anchors`` [k, C], which point ``towards`` [k, C], with those of a segment's tokens [m, C]
     that are ``free`` [m] merged into them."""
-    assigned = cosines(directions, towards).argmax(1)
+    assigned = likenesses(directions, towards).argmax(1)
     belongs = (assigned[:, None] == torch.arange(len(anchors), device=anchors.device)) & free[:, None]
     number = belongs.sum(0)[:, None]
     mean = (belongs.double().T @ tokens) / number.clamp(min=1)

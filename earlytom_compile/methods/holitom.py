@@ -24,26 +24,26 @@ from torch import Tensor
 
 from .base import FrameTokens, Kept, Method
 from .density_peaks import cluster
-from .exact import cosine, fixed_point
+from .exact import fixed_point, likeness
 from .selection import attention, kept, on
 from .static_tokens import Segments, best_moving, merge_static, quotas
 
-_TAU = 0.8
+_TAU_SQUARED = 0.64
 _NEIGHBOURS = 7
 
 
 def keep(video: FrameTokens, budget: int) -> Kept:
     features = video.features
     integers, _ = fixed_point(features, each=True)
-    likeness = cosine(integers[1:], integers[:-1])
-    run = _runs(likeness)
+    alike = likeness(integers[1:], integers[:-1])
+    run = _runs(alike)
     segments, places = _segments(run)
     begins, lasts = (on(features, ends) for ends in zip(*segments, strict=True))
     lengths = lasts - begins + 1
     repeats = (run[lasts] <= begins[:, None]) & (lengths > 1)[:, None]
     static = repeats.repeat_interleave(lengths, 0, output_size=features.shape[0])
     still, moving, undone = quotas(budget, features.shape[1], segments, places)
-    merged = merge_static(features, likeness, segments, static, undone)
+    merged = merge_static(features, alike, segments, static, undone)
     if undone:
         return kept(merged.tokens.to(features.dtype), merged.left, budget)
     chosen = best_moving(attention(video), static, moving)
@@ -59,10 +59,10 @@ def keep(video: FrameTokens, budget: int) -> Kept:
     return kept(tokens.to(features.dtype), chosen, budget)
 
 
-def _runs(likeness: Tensor) -> Tensor:
+def _runs(alike: Tensor) -> Tensor:
     """int64 [F, P]: the first frame since which each place has repeated."""
-    frames = torch.arange(likeness.shape[0] + 1, device=likeness.device)
-    breaks = torch.cat([likeness.new_ones(1, likeness.shape[1], dtype=torch.bool), likeness <= _TAU])
+    frames = torch.arange(alike.shape[0] + 1, device=alike.device)
+    breaks = torch.cat([alike.new_ones(1, alike.shape[1], dtype=torch.bool), alike <= _TAU_SQUARED])
     return torch.where(breaks, frames[:, None], 0).cummax(0).values
 
 

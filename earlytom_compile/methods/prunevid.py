@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .base import FrameTokens, Kept, Method
 from .density_peaks import cluster, peak_scores
-from .exact import cosine, cosines, fixed_point, squared_distances
+from .exact import fixed_point, likeness, likenesses, squared_distances
 from .selection import best, kept, on
 from .static_tokens import Segments, merge_static, quotas
 
@@ -42,7 +42,7 @@ def keep(video: FrameTokens, budget: int) -> Kept:
     static = torch.cat([_static(integers[begin : last + 1]) for begin, last in segments])
     begins = on(features, [begin for begin, _ in segments])
     still, moving, undone = quotas(budget, features.shape[1], segments, static[begins].sum(1).tolist())
-    merged = merge_static(features, cosine(integers[1:], integers[:-1]), segments, static, undone)
+    merged = merge_static(features, likeness(integers[1:], integers[:-1]), segments, static, undone)
     if undone:
         return kept(merged.tokens.to(features.dtype), merged.left, budget)
     integers, unit = fixed_point(merged.tokens)
@@ -83,9 +83,10 @@ def _static(segment: Tensor) -> Tensor:
     if frames == 1:
         return torch.zeros(segment.shape[:2], dtype=torch.bool, device=segment.device)
     place_by_place = segment.transpose(0, 1)
-    pairs = cosines(place_by_place, place_by_place).triu(1).sum((1, 2))
-    average = (pairs / (frames * (frames - 1) / 2) * _STEPS).round_() / _STEPS
-    return (average >= round(_TAU * _STEPS) / _STEPS).expand(frames, -1)
+    pairs = likenesses(place_by_place, place_by_place).triu(1)
+    cosines = pairs.abs().sqrt().copysign(pairs).sum((1, 2))
+    average = (cosines / (frames * (frames - 1) / 2) * _STEPS).round_()
+    return (average >= round(_TAU * _STEPS)).expand(frames, -1)
 
 
 METHOD = Method(

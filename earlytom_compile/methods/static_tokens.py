@@ -36,18 +36,18 @@ class Merged(NamedTuple):
     """bool [F, P]: the places that still have a token."""
 
 
-def merge_static(features: Tensor, likeness: Tensor, segments: Segments, static: Tensor, undone: int) -> Merged:
+def merge_static(features: Tensor, alike: Tensor, segments: Segments, static: Tensor, undone: int) -> Merged:
     """Merge [F, P, C] over time where ``static`` is true, but for ``undone`` tokens.
 
-    ``static`` [F, P] is the same in all frames of a segment, and false in a segment of one frame; ``likeness`` float64
-    [F - 1, P] is that of each token with the one at its place in the frame before.
+    ``static`` [F, P] is the same in all frames of a segment, and false in a segment of one frame; ``alike``, float64
+    [F - 1, P], is the ``exact.likeness`` of each token with the one at its place in the frame before.
     """
     first = torch.zeros(features.shape[0], dtype=torch.bool)
     first[[begin for begin, _ in segments]] = True
     away = static & ~first.to(features.device)[:, None]
     if undone:
-        likeness = torch.cat([torch.zeros_like(static[:1], dtype=likeness.dtype), likeness])
-        order = likeness.masked_fill(~away, torch.inf).flatten().sort(stable=True).indices
+        alike = torch.cat([torch.zeros_like(static[:1], dtype=alike.dtype), alike])
+        order = alike.masked_fill(~away, torch.inf).flatten().sort(stable=True).indices
         away = away.flatten().index_fill_(0, order[:undone], False).view_as(away)
     tokens = features.to(torch.float64, copy=True)
     averaged = static & (away | first.to(features.device)[:, None])

@@ -29,12 +29,22 @@ def dot(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
-def cosine(a, b):
-    """Of two tokens, each in a unit of its own."""
+def signed_square(a, b):
+    """Of two tokens, each in a unit of its own, cosine * |cosine|: in the order of the cosines, and a fraction."""
     (a,), _ = fixed_point([a])
     (b,), _ = fixed_point([b])
     lengths = dot(a, a) * dot(b, b)
-    return float(dot(a, b)) / math.sqrt(float(lengths)) if lengths else 0.0
+    return Fraction(dot(a, b) * abs(dot(a, b)), lengths) if lengths else Fraction(0)
+
+
+def cosine(a, b):
+    square = signed_square(a, b)
+    return math.copysign(math.sqrt(abs(square)), square)
+
+
+def above(a, b, cosine):
+    """Whether two tokens have a cosine above this one, a decimal above 0 like "0.8"."""
+    return signed_square(a, b) > Fraction(cosine) ** 2
 
 
 def squared_distance(a, b):
@@ -112,7 +122,7 @@ def static_and_moving(video, segments, static, budget, thin_moving, neighbours):
     still = {s: [p for p in places if s[1] > s[0] and static(s, p)] for s in segments}
     away = [(f, p) for s in segments for f in range(s[0] + 1, s[1] + 1) for p in still[s]]
     missing = max(0, budget - (len(tokens) - len(away)))
-    away.sort(key=lambda place: (cosine(video[place[0]][place[1]], video[place[0] - 1][place[1]]), place))
+    away.sort(key=lambda place: (signed_square(video[place[0]][place[1]], video[place[0] - 1][place[1]]), place))
     away = set(away[missing:])
     for begin, last in segments:
         for p in still[begin, last]:

@@ -3,7 +3,7 @@ import torch
 from effort import examples
 from hypothesis import given
 from method_videos import agrees, cases, plain, video
-from plain_tokens import cosine, dealt
+from plain_tokens import dealt, signed_square
 
 from earlytom_compile.methods.dycoke import keep
 
@@ -22,12 +22,12 @@ def by_the_rules(tokens, budget):
     shares = dealt(budget - len(out), [len(places)] * len(others))
     for index, share in zip(others, shares, strict=True):
         frame, reference = frames[index], frames[{1: index - 1, 2: index - 2, 3: index - 1}[index % 4]]
-        like = {p: cosine(tokens[frame][p], tokens[reference][p]) for p in places}
+        like = {p: signed_square(tokens[frame][p], tokens[reference][p]) for p in places}
         out |= {(frame, p): tokens[frame][p] for p in sorted(places, key=lambda p: (like[p], p))[:share]}
     return out
 
 
-@examples(150)
+@examples(500)
 @given(case=cases(most_frames=20, most_tokens=5))
 def test_keeps_what_differs_most_in_its_window(case):
     drawn, budget = case

@@ -4,7 +4,7 @@ import torch
 from effort import examples
 from hypothesis import given
 from method_videos import agrees, cases, plain, video
-from plain_tokens import cosine, highest, static_and_moving
+from plain_tokens import above, highest, static_and_moving
 
 from earlytom_compile.methods.holitom import keep
 
@@ -19,7 +19,7 @@ def by_the_rules(tokens, importance, budget):
     """HoliTom's stages before the language model, of all segmentations the best one."""
     places = range(len(tokens[0]))
     like = [
-        [cosine(after[p], before[p]) > 0.8 for p in places] for before, after in zip(tokens, tokens[1:], strict=False)
+        [above(after[p], before[p], "0.8") for p in places] for before, after in zip(tokens, tokens[1:], strict=False)
     ]
 
     def static(segment, place):
@@ -37,7 +37,7 @@ def by_the_rules(tokens, importance, budget):
     return static_and_moving(tokens, best, static, budget, thin_moving, neighbours=7)
 
 
-@examples(150)
+@examples(500)
 @given(case=cases(most_frames=7, most_tokens=9))
 def test_merges_over_time_and_in_space_by_the_rules(case):
     drawn, budget = case
