@@ -7,7 +7,8 @@ from hypothesis import given
 from method_videos import agrees, cases, plain, video
 from plain_tokens import dealt, dot, fixed_point, highest, mean, peaks, proportional, signed_square
 
-from earlytom_compile.methods.fastvid import keep
+from earlytom_compile.methods.exact import fixed_point as integers_of
+from earlytom_compile.methods.fastvid import _segments, keep
 
 
 def segments_of(integers):
@@ -108,3 +109,13 @@ def test_an_anchor_moves_two_fifths_of_the_way_to_those_it_stands_for(lead):
 def test_the_oracle_counts_as_a_reader_would():
     assert dot([1, 2], [3, 4]) == 11
     assert shares_of(list(range(6)), 10, 20) == ({0: 2, 1: 2, 2: 2, 3: 2, 4: 2, 5: 2}, {0: 4, 4: 4})
+
+
+def test_frames_of_exactly_the_threshold_stay_together():
+    """The cosine of the first two is 0.9, and of all others 0, which are the seven lowest."""
+    frames = torch.zeros(9, 1, 5)
+    frames[0, 0, 0] = 1
+    frames[1, 0, :4] = torch.tensor([9.0, 3.0, 3.0, 1.0])
+    frames[2::2, 0, 4] = 1
+    frames[3::2, 0, 0] = 1
+    assert _segments(integers_of(frames)[0]) == [(0, 1), *((frame, frame) for frame in range(2, 9))]

@@ -69,3 +69,10 @@ def test_attention_chooses_among_tokens_that_change():
     kept = keep(drawn, 4)
     assert kept.places.tolist() == [[0, 4], [1, 0], [2, 2], [3, 1]]
     assert torch.equal(kept.tokens, features[tuple(kept.places.T)])
+
+
+def test_a_cosine_of_exactly_the_threshold_does_not_repeat():
+    features = torch.tensor([[[4.0, 3.0]], [[7.0, 0.0]]])
+    drawn = video(0, 2, 1, 2)._replace(features=features, importance=torch.tensor([[0.0], [1.0]]))
+    kept = keep(drawn, 1)
+    assert kept.places.tolist() == [[1, 0]] and torch.equal(kept.tokens, features[1])

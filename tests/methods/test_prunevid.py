@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from method_videos import agrees, cases, plain, video
 from plain_tokens import clusters, cosine, fixed_point, peaks, squared_distance, static_and_moving
 
-from earlytom_compile.methods.prunevid import _segments, keep
+from earlytom_compile.methods.prunevid import _border, _segments, keep
 
 
 def segments_of(tokens):
@@ -79,3 +79,13 @@ def test_static_places_are_kept_once_and_moving_ones_in_every_frame():
     kept = keep(video(0, 4, 3, 3)._replace(features=features), 6)
     assert kept.places.tolist() == [[0, 0], [0, 1], [0, 2], [1, 2], [2, 2], [3, 2]]
     assert torch.equal(kept.tokens, features[tuple(kept.places.T)])
+
+
+def test_a_mean_cosine_of_exactly_the_threshold_is_static():
+    kept = keep(video(0, 2, 1, 2)._replace(features=torch.tensor([[[4.0, 3.0]], [[7.0, 0.0]]])), 1)
+    assert kept.places.tolist() == [[0, 0]] and kept.tokens.tolist() == [[5.5, 1.5]]
+
+
+def test_a_frame_halfway_between_two_centers_goes_to_the_later_one():
+    halfway = [[0.0, 1.0, 4.0], [1.0, 0.0, 1.0], [4.0, 1.0, 0.0]]
+    assert _border(halfway, 0, 2) == 1
