@@ -37,7 +37,7 @@ def earlytom(
     try:
         config = EarlyTomConfig.from_options({**(options or {}), **({"mode": mode} if mode else {})})
     except EarlyTomConfigError as error:
-        return _raising(error)
+        return raising(error)
     return compile_graph(graph_module, example_inputs, config)
 
 
@@ -72,10 +72,10 @@ def compile_graph(
             try:
                 fall_back(found.reason, found.cure, config, record)
             except EarlyTomError as error:
-                return _raising(error)
+                return raising(error)
         return _noting(lower(original, example_inputs, config.lowering, inductor_options(config.mode)), record)
     except EarlyTomConfigError as error:
-        return _raising(error)
+        return raising(error)
     except Exception:
         discard_record(record)  # such as Dynamo's own request to trace once more: nothing was compiled
         raise
@@ -91,7 +91,7 @@ def _noting(run: Compiled, record: GraphRecord) -> Compiled:
     return run_uncompressed
 
 
-def _raising(error: EarlyTomError) -> Compiled:
+def raising(error: EarlyTomError) -> Compiled:
     """A graph that raises ``error`` when it is called; raised here, Dynamo would wrap it in an error of its own."""
 
     def raise_error(*args: Any) -> Sequence[Any]:

@@ -88,6 +88,21 @@ def sizes_in_prompt(input_ids: torch.Tensor, token: int, videos: int) -> list[in
     return runs
 
 
+def videos_of(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> torch.Tensor:
+    """int64 [R, S], on the host: the video that each placeholder ``token`` of ``input_ids`` [R, S] belongs to, numbered
+    from 0 in each row; -1 elsewhere. ``sizes[v]`` is the number of placeholders of video v, in reading order."""
+    placeholder = input_ids == token
+    remaining = iter(sizes)
+    rows = []
+    for row in placeholder:
+        videos, left = list[int](), int(row.sum())
+        while len(videos) < left:
+            number = 0 if not videos else videos[-1] + 1
+            videos += [number] * next(remaining)
+        rows.append(torch.full(row.shape, -1).masked_scatter(row, torch.tensor(videos, dtype=torch.int64)))
+    return torch.stack(rows)
+
+
 @dataclass(frozen=True)
 class ExpectedPlaceholders:
     """What a compiled graph needs of a prompt: ``videos`` runs of ``per_video`` placeholders ``token``."""

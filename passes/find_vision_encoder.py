@@ -196,7 +196,9 @@ def _share_frames_and_tokens(view: GraphView, operands: Sequence[Node]) -> bool:
     return all(dims[2] is tokens and (dims[0] is frames or frames.size.is_(1)) for dims in shapes[1:])
 
 
-def _residual_after(view: GraphView, attention: Node, operands: Sequence[Node]) -> tuple[Node | None, Node | None]:
+def _residual_after(
+    view: GraphView, attention: Node, operands: Sequence[Node], *, of_input: bool = False
+) -> tuple[Node | None, Node | None]:
     """(h + ·, h): the first sum of what comes out of the attention and of what went into it."""
     behind = view.flow.behind(attention)
     own = {attention, *behind}
@@ -207,11 +209,19 @@ def _residual_after(view: GraphView, attention: Node, operands: Sequence[Node]) 
         if len(streams) != 1:
             continue
         stream = peel(streams[0], CASTS)
-        if not all(view.flow.is_from(operand, stream) for operand in operands) or stream.op == "placeholder":
+        if not all(view.flow.is_from(operand, stream) for operand in operands):
+            continue
+        if stream.op == "placeholder" and not of_input:
             continue
         if len(view.dims(stream)) == 3:
             return node, stream
     return None, None
+
+
+def stream_of(view: GraphView, attention: Node, operands: Sequence[Node]) -> Node | None:
+    """The stream [T, S, D] that an attention's ``operands`` are computed from and its result is added to; it may be an
+    input of the graph."""
+    return _residual_after(view, attention, operands, of_input=True)[1]
 
 
 def _output_of(view: GraphView, after: Node) -> Node | None:

@@ -12,8 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from oracle_inner import reduced_logits
 from oracle_reuse import ReusingEncoder, attention_of, tensor_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +39,8 @@ class Options:
     tau_reuse: float = EarlyTomConfig.tau_reuse
     full_layers: Sequence[int] | None = None
     encode_ratio: float | None = None
+    steps: Sequence[Any] = ()
+    """Steps inside the language model, as ``earlytom_compile.methods.base.Step`` has them."""
 
     def segmentation(self) -> dict:
         return {
@@ -245,12 +249,14 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
 
 @dataclass(frozen=True)
 class _Row:
-    """One cut prompt row. positions: where its tokens were. embeddings: ``[L, D]``, features in place."""
+    """One cut prompt row. positions: where its tokens were. embeddings: ``[L, D]``, features in place. video_of: the
+    number of the video in the row that each belongs to, -1 for none."""
 
     positions: Tensor
     input_ids: Tensor
     attention_mask: Tensor
     embeddings: Tensor
+    video_of: Tensor
 
 
 def _image_features(model, inputs: dict) -> Tensor | None:
@@ -304,7 +310,10 @@ def _cut_rows(model, inputs: dict, videos: list[CompressedVideo]) -> list[_Row]:
             span = images[images_used : images_used + count]
             embeddings[cut_ids == image_token] = span.to(embeddings.dtype)
             images_used += count
-        rows.append(_Row(positions, cut_ids, row_mask[positions], embeddings))
+        video_of = torch.full_like(cut_ids, -1)
+        numbers = [number for number, video in enumerate(mine) for _ in range(len(video.features))]
+        video_of[cut_ids == video_token] = cut_ids.new_tensor(numbers)
+        rows.append(_Row(positions, cut_ids, row_mask[positions], embeddings, video_of))
     if waiting:
         raise ValueError(f"{len(waiting)} of {len(videos)} videos have no placeholders")
     return rows
@@ -368,6 +377,17 @@ def compressed_videos(model, inputs: dict, **options) -> list[CompressedVideo]:
 
 
 @torch.no_grad()
+def reduced_rows(model, inputs: dict, **options) -> list[Tensor]:
+    """The logits ``[L', vocab]`` of each row of a batch alone, without its padding."""
+    _, rows = _compress(model, inputs, Options(**options))
+    masks = [row.attention_mask.bool() for row in rows]
+    return [
+        reduced_logits(model, row.embeddings[mask], row.video_of[mask].tolist(), options["steps"])
+        for row, mask in zip(rows, masks, strict=True)
+    ]
+
+
+@torch.no_grad()
 def compressed_generate(
     model,
     inputs: dict,
@@ -382,18 +402,21 @@ def compressed_generate(
     After one of ``eos_token_id`` a row goes on with ``pad_token_id``; it ends when all rows have ended.
     """
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    steps = options.get("steps", ())
     _, rows = _compress(model, inputs, Options(**options))
-    generated = [_continue_greedily(model, row, max_new_tokens, stops) for row in rows]
+    generated = [_continue_greedily(model, row, max_new_tokens, stops, steps) for row in rows]
     length = max(len(tokens) for tokens in generated)
     padded = [tokens + [pad_token_id] * (length - len(tokens)) for tokens in generated]
     return torch.tensor(padded, dtype=torch.int64, device=inputs["input_ids"].device)
 
 
-def _continue_greedily(model, row: _Row, max_new_tokens: int, stops: set[int]) -> list[int]:
+def _continue_greedily(model, row: _Row, max_new_tokens: int, stops: set[int], steps: Sequence[Any]) -> list[int]:
     sequence = row.embeddings[row.attention_mask.bool()][None]
+    video_of = row.video_of[row.attention_mask.bool()].tolist()
     tokens: list[int] = []
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in stops):
-        tokens.append(int(_logits(model, sequence)[0, -1].argmax()))
+        logits = reduced_logits(model, sequence[0], video_of, steps) if steps else _logits(model, sequence)[0]
+        tokens.append(int(logits[-1].argmax()))
         following = torch.tensor([[tokens[-1]]], device=sequence.device)
         sequence = torch.cat([sequence, model.get_input_embeddings()(following)], dim=1)
     return tokens

@@ -25,8 +25,10 @@ import torch
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
-from ..families.base import Call, Family, Prompt, Reason, Video
-from ..prompt import Places, PromptCut, UncuttablePrompt, sizes_in_prompt, without_waiting
+from ..families.base import Call, Family, Reason, Video
+from ..families.base import Prompt as FamilyPrompt
+from ..methods.base import Step
+from ..prompt import Places, PromptCut, UncuttablePrompt, sizes_in_prompt, videos_of, without_waiting
 from ..reporting import Counts, GraphRecord
 from ..stages import fall_back
 from .caches import cache_of, given_cache, mark_cache, refuse_compressed_cache
@@ -57,9 +59,10 @@ from .generation import (
     warn_of_right_padding,
     with_own_prompt,
 )
+from .inner_steps import InnerPrompt
 from .method import Method
 from .placement import weights_in_place
-from .prefill import CompiledPrefill
+from .prefill import CompiledPrefill, Prompt
 from .ready_prompts import hand_over, handed_to
 from .video_encoder import EncodedVideo, VideoEncoder
 
@@ -84,6 +87,7 @@ class CompiledModel:
         self.own = {name: getattr(model, name) for name in self.methods}
         self.replaced = {name: model.__dict__[name] for name in self.own if name in model.__dict__}
         self.prompt: tuple[int, int] | None = None
+        self.inside: list[int] = []  # of the last call, the positions of its prompt that were left at each step
         self.videos: list[tuple[GraphRecord, Counts]] = []
         self.last_call: str | None = None  # what became of it, in the words of reporting.Report.last_call
         self.compressed = False  # whether any call was
@@ -99,12 +103,27 @@ class CompiledModel:
         """Use what was compiled with other options and does not depend on them."""
         self.encoder.take_over(before.encoder)
         same = ("compile_llm", "lowering", "mode")
-        if all(getattr(self.config, name) == getattr(before.config, name) for name in same):
+        inside = self.config.reduces_inside() or before.config.reduces_inside()
+        if not inside and all(getattr(self.config, name) == getattr(before.config, name) for name in same):
             self.prefill = before.prefill
+
+    def install_prefill(self, steps: Sequence[Step]) -> None:
+        """Compile the language model's pass over prompts too, or let tokens go in it, where the options say so."""
+        lowering = self.config.lowering if self.config.compile_llm else "eager"
+        if self.prefill is None and (steps or lowering != "eager"):
+            language_model, within = self.family.language_model(self.model), self.family.vision_within(self.model)
+            if language_model is not None:
+                options = {"without": within, "steps": steps, "fall_back": self._fall_back_inside}
+                self.prefill = CompiledPrefill(language_model, lowering, self.config.mode, **options)
+        if self.prefill is not None:
+            self.prefill.install()
+
+    def _fall_back_inside(self, reason: str, cure: str) -> None:
+        fall_back(reason, cure, self.config, self.record)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         twin = memo[id(self)] = type(self).__new__(type(self))
-        called: dict[str, Any] = {"videos": [], "prompt": None, "last_call": None, "compressed": False}
+        called: dict[str, Any] = {"videos": [], "inside": [], "prompt": None, "last_call": None, "compressed": False}
         state = {**self.__dict__, **called}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
@@ -226,9 +245,11 @@ class CompiledModel:
     @contextmanager
     def _handed_over(self, cut: "_CutCall") -> Iterator[None]:
         """Around the model's own method that gets the cut call."""
-        prefill = nullcontext() if self.prefill is None else self.prefill.active(cut.mask)
-        with hand_over(self, cut.prompt) as handed, prefill:
+        prefill = nullcontext() if self.prefill is None else self.prefill.active(cut.mask, cut.inner)
+        with hand_over(self, cut.prompt) as handed, prefill as prompt:
             yield
+            if prompt is not None:
+                self._note_inside(cut, prompt)
         if handed.prompt is not None:
             self._note("uncompressed")
             fall_back(
@@ -237,6 +258,15 @@ class CompiledModel:
                 self.config,
                 self.record,
             )
+
+    def _note_inside(self, cut: "_CutCall", prompt: Prompt) -> None:
+        """What was left of the prompt inside the language model."""
+        if prompt.inner is not None:
+            self._fall_back_inside(
+                "no tokens go inside the language model: it was not called with the prompt as one piece",
+                "Call generate() or forward() of the model itself",
+            )
+        self.inside = [kept.shape[1] for kept in prompt.kept]
 
     def _reason_to_leave_alone(self, ids: Any, call: Call, forward: bool = False) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
@@ -305,7 +335,7 @@ class CompiledModel:
         self, last_call: str, videos: Sequence[tuple[GraphRecord, Counts]] = (), prompt: tuple[int, int] | None = None
     ) -> None:
         """What the report says of this call."""
-        self.last_call, self.videos, self.prompt = last_call, list(videos), prompt
+        self.last_call, self.videos, self.prompt, self.inside = last_call, list(videos), prompt, []
         self.compressed = self.compressed or bool(videos)
 
     @torch.no_grad()
@@ -357,7 +387,15 @@ class CompiledModel:
             changed["labels"] = plan.take(call["labels"], -100)
         gone = self.family.consumed | {"input_ids", "pixel_values_videos"}
         kept = {name: value for name, value in call.items() if name not in gone}
-        return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids)
+        inner = self._inner_prompt(plan.take(host_ids, -1), cut_mask, list(map(len, rows)))
+        return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids, inner=inner)
+
+    def _inner_prompt(self, ids: torch.Tensor, mask: torch.Tensor | None, sizes: Sequence[int]) -> InnerPrompt | None:
+        """Where the videos of the cut prompt are, if tokens of theirs go inside the language model."""
+        if self.prefill is None or not self.prefill.steps:
+            return None
+        videos = videos_of(ids, self.family.video_token(self.model), sizes)
+        return InnerPrompt.plan(videos, mask, self.prefill.steps)
 
     def _put_into_prompt(self, ids: torch.Tensor, call: Call, videos: Sequence[Video | torch.Tensor]) -> "_CutCall":
         """The call as it came, and the prompt that the model's own method makes of the compressed rows."""
@@ -429,4 +467,5 @@ class _CutCall:
     mask: torch.Tensor | None  # [R, S'], of the cut prompt; None if not known
     dropped: int  # S - S'
     input_ids: torch.Tensor | None = None  # int64 [R, S'], on the device of the caller's; None leaves its own
-    prompt: Prompt | None = None  # what the model's own method returns in this call
+    prompt: FamilyPrompt | None = None  # what the model's own method returns in this call
+    inner: InnerPrompt | None = None  # where its videos are, if tokens of theirs go inside the language model

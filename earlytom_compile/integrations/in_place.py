@@ -10,14 +10,16 @@ import torch
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
+from ..families.base import Family
 from ..families.registry import family_of
+from ..methods.base import Step
 from ..reporting import forget, note_restored
 from ..stages import asks_for_cuda_graphs
 from .checks import check_family, is_encoded, require_tensors
 from .generate import CompiledModel
 from .method import Method
 from .placement import Placement, prepare_libraries
-from .prefill import CompiledPrefill
+from .prefill import decoder_layers
 
 _HANDLE = "_earlytom"
 
@@ -40,6 +42,7 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     layers = family.encoder_layers(getattr(model, "config", None))
     if layers is not None:
         config.require_layers(layers)
+    steps = _steps_inside(model, config, family)
     before: CompiledModel | None = model.__dict__.get(_HANDLE)
     if before is not None and before.config == config and before.is_in_place():
         return model
@@ -53,13 +56,23 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
         model.__dict__[name] = Method(handle, name, getattr(model, name))
     if before is not None:
         handle.take_over(before)
-    if config.compile_llm and config.lowering != "eager":
-        if handle.prefill is None and (language_model := family.language_model(model)) is not None:
-            within = family.vision_within(model)
-            handle.prefill = CompiledPrefill(language_model, config.lowering, config.mode, without=within)
-        if handle.prefill is not None:
-            handle.prefill.install()
+    handle.install_prefill(steps)
     return model
+
+
+def _steps_inside(model: torch.nn.Module, config: EarlyTomConfig, family: Family) -> tuple[Step, ...]:
+    """Where the model's language model goes on with fewer tokens; raises where it cannot."""
+    if not config.reduces_inside():
+        return ()
+    language_model = family.language_model(model)
+    layers = 0 if language_model is None else len(decoder_layers(language_model))
+    if not layers:
+        option = f"method={config.method!r}" if config.inner_layer is None else f"inner_layer={config.inner_layer}"
+        raise EarlyTomConfigError(
+            f"{option}: the language model of a {type(model).__name__} has no list of layers, before one of which "
+            "tokens could go. Leave it out."
+        )
+    return config.steps_inside(layers)
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:

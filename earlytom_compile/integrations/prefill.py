@@ -7,7 +7,8 @@
 
 One compilation serves all decoder layers (passes/split_stages.py), unless one graph of everything is asked for.
 Decoding is left to transformers, which compiles it itself for static caches; its trace of the model goes straight
-through to the model's own code.
+through to the model's own code. Where tokens go inside the language model (inner_steps.py), every prompt with a video
+is traced for that, and compiled or not as ``lowering`` says.
 """
 
 import copy
@@ -16,16 +17,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
+from ..backend import raising
+from ..errors import EarlyTomError
+from ..methods.base import Step
+from ..passes.reasons import NotApplicable
 from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .attention_choice import COMPILES, attention_of
-from .caches import given_cache
+from .caches import cache_of, given_cache
+from .inner_steps import InnerPrompt, ShorterLayer, erase_mark, find_mark, forget_if_empty, keep_in_mind, shorten
 from .placement import own_code_because
 from .tracing import FirstCallAlone, with_its_own_code
 
@@ -34,10 +42,33 @@ FEWEST_POSITIONS_ON_CPU = 128
 seconds and more."""
 
 
+@dataclass
+class Prompt:
+    """The prompt whose pass is to come."""
+
+    padded: bool
+    """Whether some position of it is not attended to, or nobody knows."""
+    inner: InnerPrompt | None = None
+    """Where its videos are, if tokens of theirs go inside the language model; None once that is done."""
+    kept: Sequence[Tensor] = ()
+    """int64 [R, S'] for each step: which positions were left."""
+
+    def take_inner(self, embeds: Tensor) -> InnerPrompt | None:
+        """The first time, if ``embeds`` [R, S, C] are the prompt's."""
+        inner = self.inner
+        if inner is None or embeds.shape[1] != inner.length or embeds.shape[0] % len(inner.video_of):
+            return None
+        self.inner = None
+        return inner.for_rows(embeds.shape[0]).on_device(embeds.device)
+
+
 class CompiledPrefill:
-    """Stands in for the ``forward`` of a language model; ``lowering`` is ``"staged"`` or ``"whole"``, ``mode``
-    Inductor's, ``without`` are modules in it that prompts do not go through, such as a vision tower. Prompts that are
-    too short to gain from it run as they are."""
+    """Stands in for the ``forward`` of a language model.
+
+    ``lowering`` is ``"staged"``, ``"whole"``, or ``"eager"``, which compiles nothing, ``mode`` Inductor's, ``without``
+    are modules in it that prompts do not go through, such as a vision tower. Prompts that are too short to gain from
+    it run as they are. ``steps`` are where tokens of videos go, and ``fall_back`` is told (reason, cure) where they
+    cannot."""
 
     def __init__(
         self,
@@ -45,6 +76,8 @@ class CompiledPrefill:
         lowering: str = "staged",
         mode: str | None = None,
         without: Sequence[torch.nn.Module] = (),
+        steps: Sequence[Step] = (),
+        fall_back: Callable[[str, str], None] | None = None,
     ) -> None:
         self._module = language_model
         self._without = without
@@ -52,18 +85,21 @@ class CompiledPrefill:
         self._own = language_model.forward
         self._lowering = lowering
         self._mode = mode
+        self.steps = tuple(steps)
+        self._fall_back = fall_back
+        self._shorter: list[ShorterLayer] = []
         self._reset()
         functools.update_wrapper(self, self._own)
         self.install()
 
     def _reset(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._padded: ContextVar[bool | None] = ContextVar("earlytom_prefill", default=None)  # None = not active
+        self._prompt: ContextVar[Prompt | None] = ContextVar("earlytom_prefill", default=None)  # None = not active
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledPrefill":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_padded")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_compiled", "_prompt")}
         twin.__dict__.update(copy.deepcopy(state, memo))
         twin._reset()
         return twin
@@ -71,62 +107,140 @@ class CompiledPrefill:
     def install(self) -> None:
         """Put this in the place of the language model's ``forward``, where it is from the start."""
         self._module.__dict__["forward"] = self
+        if self.steps and not self._shorter:
+            first, layers = self.steps[0].layer, decoder_layers(self._module)
+            self._shorter = [ShorterLayer(layer, index) for index, layer in enumerate(layers) if index >= first]
 
     def remove(self) -> None:
         """Put the language model's own ``forward`` back, unless somebody has replaced ours since."""
+        for layer in self._shorter:
+            layer.remove()
+        self._shorter = []
         if self._module.__dict__.get("forward") is self:
             del self._module.__dict__["forward"]
             if self._before is not None:
                 self._module.__dict__["forward"] = self._before
 
     @contextmanager
-    def active(self, attention_mask: torch.Tensor | None) -> Iterator[None]:
+    def active(self, attention_mask: torch.Tensor | None, inner: InnerPrompt | None = None) -> Iterator[Prompt]:
         """Compile prompts inside this context; other threads and other calls run the model's own code.
 
         ``attention_mask`` [R, S] is that of the prompts to come. It is read here, on the host or where the device
-        has nothing to finish, since their own mask comes behind the encoder; None stands for one not known.
-        """
-        token = self._padded.set(attention_mask is None or not bool(attention_mask.all()))
+        has nothing to finish, since their own mask comes behind the encoder; None stands for one not known. ``inner``
+        says where the videos are whose tokens go inside."""
+        prompt = Prompt(attention_mask is None or not bool(attention_mask.all()), inner)
+        token = self._prompt.set(prompt)
         try:
-            yield
+            yield prompt
         finally:
-            self._padded.reset(token)
+            self._prompt.reset(token)
 
     @property
     def left_alone(self) -> str | None:
         """Why prompts run as they are, whatever their length; None if they are compiled."""
-        attention = attention_of(self._module)
-        fine = attention is None or attention in COMPILES
-        reason = own_code_because(self._module, self._without) if fine else f"its attention is {attention}"
+        reason = self._why_own_code
         return f"the language model's pass over the prompt is not compiled: {reason}" if reason else None
 
+    @property
+    def _why_own_code(self) -> str | None:
+        attention = attention_of(self._module)
+        fine = attention is None or attention in COMPILES
+        return own_code_because(self._module, self._without) if fine else f"its attention is {attention}"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_dynamo_compiling():
             return self._own(*args, **kwargs)
-        padded, embeds = self._padded.get(), kwargs.get("inputs_embeds")
-        if padded is None or embeds is None or embeds.shape[1] < _fewest_positions(embeds.device) or self.left_alone:
+        if self.steps:
+            forget_if_empty(given_cache(kwargs))
+        prompt, embeds = self._prompt.get(), kwargs.get("inputs_embeds")
+        if prompt is None or embeds is None:
+            return self._own(*args, **kwargs)
+        inner = self._inner_of(prompt, kwargs)
+        gains = self._lowering != "eager" and embeds.shape[1] >= _fewest_positions(embeds.device)
+        if torch.is_grad_enabled() or (inner is None and (not gains or self.left_alone)):
             return self._own(*args, **kwargs)
         mask = kwargs.get("attention_mask")
-        if not padded and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if not prompt.padded and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             kwargs["attention_mask"] = None  # causal attention needs no mask then, and traced code cannot look
-        return self._compiled_for(kwargs)(self._own, args, kwargs)
+        lowering = self._lowering if gains else "eager"
+        output = self._compiled_for(kwargs, prompt, inner, lowering)(self._own, args, kwargs, inner)
+        if inner is not None and prompt.kept:
+            cache = given_cache(kwargs)
+            keep_in_mind(cache_of(output) if cache is None else cache, inner, self.steps, prompt.kept)
+        return output
 
-    def _compiled_for(self, kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def _inner_of(self, prompt: Prompt, kwargs: dict[str, Any]) -> InnerPrompt | None:
+        """Where the videos of this call are; None where no tokens go."""
+        inner = prompt.take_inner(kwargs["inputs_embeds"])
+        if inner is None:
+            return None
+        cache = given_cache(kwargs)
+        why, cure = None, "Call in torch.inference_mode()"
+        if torch.is_grad_enabled():
+            why = "gradients are enabled"
+        elif cache is not None and int(cache.get_seq_length()) > 0:
+            why, cure = "its cache holds a prompt already", "Start without a cache"
+        elif self._why_own_code:
+            why, cure = self._why_own_code, "Load it with attn_implementation='sdpa' on one device, without hooks"
+        if why is None:
+            return inner
+        self._tell(f"no tokens go inside the language model: {why}", cure)
+        return None
+
+    def _tell(self, reason: str, cure: str) -> None:
+        if self._fall_back is not None:
+            self._fall_back(reason, cure)
+
+    def _compiled_for(
+        self, kwargs: dict[str, Any], prompt: Prompt, inner: InnerPrompt | None, lowering: str
+    ) -> Callable[..., Any]:
         """The compiled code for prompts of this kind: one row or several, masked or not, its sort of cache."""
         tensors = dict(_tensors(kwargs))
-        for tensor in tensors.values():
+        plan = () if inner is None else (inner.video_of, *inner.last, *inner.slots)
+        for tensor in (*tensors.values(), *plan):
             for axis in range(min(tensor.dim(), 2) if tensor.is_floating_point() else tensor.dim()):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
         several = kwargs["inputs_embeds"].shape[0] > 1
         shapes = tuple((name, tensor.dim()) for name, tensor in tensors.items())
-        kind = (several, shapes, type(given_cache(kwargs)))
+        inside = None if inner is None else inner.padded
+        kind = (several, shapes, type(given_cache(kwargs)), inside, lowering)
         if kind not in self._compiled:
-            masked = "attention_mask" in tensors or bool(self._padded.get())
+            masked = "attention_mask" in tensors or prompt.padded
             cause = f"prompts of {'several rows' if several else 'one row'}{', padded' if masked else ''}"
-            backend = partial(_compile_prompt, self._lowering, self._mode, cause)
-            compiled = FirstCallAlone(torch.compile(with_its_own_code(_call), backend=backend))
+            backend = partial(self._compile, lowering, cause, bool(inside))
+            function = with_its_own_code(_call if inner is None else _call_marked)
+            compiled = FirstCallAlone(torch.compile(function, backend=backend))
             self._compiled.setdefault(kind, compiled)  # another thread may have come first
         return self._compiled[kind]
+
+    def _compile(
+        self, lowering: str, cause: str, padded: bool, graph_module: GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        mark, own_outputs = find_mark(graph_module), None
+        if mark is not None:
+            original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+            try:
+                own_outputs = shorten(graph_module, mark, self.steps, padded)
+            except NotApplicable as found:
+                graph_module = original
+                erase_mark(graph_module, find_mark(graph_module))  # type: ignore[arg-type]
+                try:
+                    self._tell(f"no tokens go inside the language model: {found.reason}", found.cure)
+                except EarlyTomError as error:
+                    return raising(error)
+        run = _compile_prompt(lowering, self._mode, cause, graph_module, example_inputs)
+        return run if own_outputs is None else partial(self._run_shorter, run, own_outputs)
+
+    def _run_shorter(self, run: Callable[..., Any], own_outputs: int, *args: Any) -> Any:
+        outputs, prompt = run(*args), self._prompt.get()
+        if prompt is not None:
+            prompt.kept = outputs[own_outputs:]
+        return outputs[:own_outputs]
+
+
+def decoder_layers(language_model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+    """Its layers, as all language models of transformers hang them; [] where there are none."""
+    return getattr(language_model, "layers", ())
 
 
 def _fewest_positions(device: torch.device) -> int:
@@ -143,8 +257,14 @@ def _tensors(kwargs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _tensors(value)
 
 
-def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inner: None) -> Any:
     return own(*args, **kwargs)
+
+
+def _call_marked(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inner: InnerPrompt) -> Any:
+    embeds = kwargs["inputs_embeds"]
+    marked = torch.ops.earlytom.mark_videos(embeds, inner.video_of, list(inner.last), list(inner.slots))
+    return own(*args, **{**kwargs, "inputs_embeds": marked})
 
 
 def _compile_prompt(

@@ -1,0 +1,70 @@
+"""Find the layers of a language model by what they compute, in the order in which a prompt goes through them.
+
+    h1 = h + project(attention(q(h), k(h), v(h)))      # causal, or masked; h: [R, S, C]
+
+What follows the attention does not matter: all that is asked of a layer is the stream that enters it, and the attention
+inside. A key may lie in a cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from earlytom_compile.passes.axes import op_name
+from earlytom_compile.passes.find_vision_encoder import GraphView, is_bidirectional, stream_of
+from earlytom_compile.passes.patterns import argument
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One layer: the stream [R, S, C] that enters it, and its attention."""
+
+    input: Node
+    attention: Node
+
+    @property
+    def query(self) -> Node:
+        """[R, H, S, d]."""
+        return self.attention.args[0]  # type: ignore[return-value]
+
+    @property
+    def key(self) -> Node:
+        """[R, G, T, d]."""
+        return self.attention.args[1]  # type: ignore[return-value]
+
+    @property
+    def mask(self) -> Node | None:
+        """[R or 1, H or 1, S, T], as the attention reads it now."""
+        return argument(self.attention, 3, "attn_mask")  # type: ignore[no-any-return]
+
+    @property
+    def causal(self) -> bool:
+        """Whether the attention hides what comes later by itself."""
+        return bool(argument(self.attention, 5, "is_causal", False))
+
+    @property
+    def scale(self) -> Any:
+        """Factor on q·k; None means 1/sqrt(d)."""
+        return self.attention.kwargs.get("scale")
+
+
+def find_decoder_layers(view: GraphView, prompt: Node) -> list[DecoderLayer]:
+    """All layers behind ``prompt``, [R, S, C] as it enters the language model; [] where there are none."""
+    layers: list[DecoderLayer] = []
+    (_, positions, _), after = view.dims(prompt), set(view.flow.behind(prompt))
+    for node in view.graph.nodes:
+        if node not in after or op_name(node) != "scaled_dot_product_attention" or is_bidirectional(node):
+            continue
+        operands = [operand for operand in node.args[:3] if isinstance(operand, Node)]
+        stream = stream_of(view, node, operands) if _is_of(view, operands, positions) else None
+        if stream is not None and view.dims(stream)[1] is positions:
+            layers.append(DecoderLayer(stream, node))
+    return layers
+
+
+def _is_of(view: GraphView, operands: Sequence[Node], positions: object) -> bool:
+    """Whether the queries are those of the prompt's ``positions``."""
+    query = view.dims(operands[0]) if len(operands) == 3 else ()
+    return len(query) == 4 and query[2] is positions
