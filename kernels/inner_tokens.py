@@ -38,6 +38,64 @@ def _(embeds: Tensor, video_of: Tensor, last: list[Tensor], slots: list[Tensor])
     return torch.empty_like(embeds)
 
 
+@torch.library.custom_op("earlytom::plan_inner_tokens", mutates_args=())
+def plan_inner_tokens(
+    input_ids: Tensor, mask: Tensor | None, video_token: int, before: int, after: list[int], lengths: list[int]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Where videos of one size are in a prompt, and what is left of it after each step.
+
+    Args:
+        input_ids: int64 or int32 [R, S]; every ``before`` consecutive placeholders of a row are a video.
+        mask: [R, S], 0 or False where nothing is attended to; None: nowhere.
+        video_token: id of the placeholder.
+        before: placeholders of each video.
+        after: how many of them each video keeps in each step, never more than before.
+        lengths: positions that are left of each row after each step, the same for all rows.
+
+    Returns:
+        video_of: int64 [R, S], the video of the row that each position belongs to; -1: none.
+        last: int64 [R] before each step, the last position that is attended to.
+        slots: int64 [R, lengths[i]] after each step.
+
+    Raises:
+        ValueError: shapes or dtypes that do not match.
+    """
+    _check_prompt(input_ids, mask, after, lengths)
+    place = torch.arange(input_ids.shape[1], device=input_ids.device)
+    placeholder = input_ids == video_token
+    video_of = torch.where(placeholder, (placeholder.cumsum(1) - 1) // before, _NO_VIDEO)
+    seen = place if mask is None else torch.where(mask != 0, place, -1)
+    current, last, slots = video_of, [seen.expand(input_ids.shape).amax(1)], list[Tensor]()
+    for left, length in zip(after, lengths, strict=True):
+        slots.append(_slots(current, before, left, length))
+        before, current = left, torch.where(slots[-1] <= _FIRST_VIDEO, _FIRST_VIDEO - slots[-1], _NO_VIDEO)
+        # A prompt may end in a video, whose last slot it is then.
+        ends = slots[-1] == last[-1][:, None]
+        last.append(torch.where(ends.any(1), ends.int().argmax(1), length - 1))
+    return video_of, last[:-1], slots
+
+
+@plan_inner_tokens.register_fake
+def _(
+    input_ids: Tensor, mask: Tensor | None, video_token: int, before: int, after: list[int], lengths: list[int]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    _check_prompt(input_ids, mask, after, lengths)
+    rows = input_ids.shape[0]
+    slots = [input_ids.new_empty((rows, length), dtype=torch.int64) for length in lengths]
+    last = [input_ids.new_empty((rows,), dtype=torch.int64) for _ in lengths]
+    return torch.empty_like(input_ids, dtype=torch.int64), last, slots
+
+
+def _slots(video_of: Tensor, before: int, after: int, length: int) -> Tensor:
+    """int64 [R, length]: the first ``after`` places of each video are its slots, all else stays."""
+    inside = video_of >= 0
+    within = (inside.cumsum(1) - 1) % before
+    stays = ~inside | (within < after)
+    position = torch.sort(~stays, dim=1, stable=True).indices[:, :length]
+    video = video_of.gather(1, position)
+    return torch.where(video >= 0, _FIRST_VIDEO - video, position)
+
+
 @torch.library.custom_op("earlytom::attention_paid", mutates_args=())
 def attention_paid(
     query: Tensor, key: Tensor, mask: Tensor | None, last: Tensor, scale: float, causal: bool, everyone: bool
@@ -273,6 +331,18 @@ def _(mask: Tensor | None, kept: Tensor, room: bool) -> Tensor:
     heads, dtype = (1, torch.bool) if mask is None else (mask.shape[1], mask.dtype)
     keys = mask.shape[3] if room else kept.shape[1]  # type: ignore[union-attr]
     return kept.new_empty((kept.shape[0], heads, kept.shape[1], keys), dtype=dtype)
+
+
+def _check_prompt(input_ids: Tensor, mask: Tensor | None, after: list[int], lengths: list[int]) -> None:
+    if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"earlytom::plan_inner_tokens: input_ids must be int64 or int32 [rows, positions], got {input_ids.dtype} "
+            f"with {input_ids.dim()} axes"
+        )
+    if (mask is not None and mask.dim() != 2) or len(after) != len(lengths):
+        raise ValueError(
+            f"earlytom::plan_inner_tokens: mask must be [rows, positions], and after={after} must be as many as lengths"
+        )
 
 
 def _check_attention(query: Tensor, key: Tensor, mask: Tensor | None, last: Tensor) -> None:
