@@ -55,17 +55,18 @@ def keep(video: FrameTokens, budget: int) -> Kept:
         squared = squared_distances(integers[anchor_frames])
         scores = peak_scores(squared, ~salient[anchor_frames], unit, channels, _NEIGHBOURS)
         anchors[anchor_frames] = best(scores, [anchor_numbers[frame] for frame in anchor_frames])
-    wide, directions = features.to(torch.float64, copy=True), fixed_point(features, each=True)[0]
-    out = wide.clone()
+    out = features.clone()
     for begin, last in segments:
         inside = slice(begin, last + 1)
+        of_segment = features[inside].flatten(0, 1).double()
+        directions, _ = fixed_point(of_segment, each=True)
         free = ~(salient[inside] | anchors[inside]).flatten()
-        of_segment = directions[inside].flatten(0, 1), wide[inside].flatten(0, 1)
         for frame in range(begin, last + 1, _EVERY):
             if anchor_numbers[frame]:
                 at = first_of(anchors[frame], anchor_numbers[frame])
-                out[frame, at] = _aggregated(wide[frame, at], directions[frame, at], *of_segment, free)
-    return kept(out.to(features.dtype), salient | anchors, budget)
+                among = (frame - begin) * tokens + at
+                out[frame, at] = _aggregated(of_segment, directions, among, free).to(out.dtype)
+    return kept(out, salient | anchors, budget)
 
 
 def _segments(integers: Tensor) -> list[tuple[int, int]]:
@@ -90,14 +91,14 @@ def _shares(budget: int, tokens: int, segments: list[tuple[int, int]]) -> tuple[
     return salient, anchors
 
 
-def _aggregated(anchors: Tensor, towards: Tensor, directions: Tensor, tokens: Tensor, free: Tensor) -> Tensor:
-    """float64 [k, C]: the ``anchors`` [k, C], which point ``towards`` [k, C], with those of a segment's tokens [m, C]
-    that are ``free`` [m] merged into them."""
-    assigned = likenesses(directions, towards).argmax(1)
+def _aggregated(tokens: Tensor, directions: Tensor, anchors: Tensor, free: Tensor) -> Tensor:
+    """float64 [k, C]: of a segment's tokens [m, C] the ``anchors``, int64 [k], with those that are ``free`` [m] merged
+    into them; ``directions`` are the tokens as integers."""
+    assigned = likenesses(directions, directions[anchors]).argmax(1)
     belongs = (assigned[:, None] == torch.arange(len(anchors), device=anchors.device)) & free[:, None]
     number = belongs.sum(0)[:, None]
     mean = (belongs.double().T @ tokens) / number.clamp(min=1)
-    return torch.where(number > 0, _BETA * anchors + (1 - _BETA) * mean, anchors)
+    return torch.where(number > 0, _BETA * tokens[anchors] + (1 - _BETA) * mean, tokens[anchors])
 
 
 METHOD = Method(
