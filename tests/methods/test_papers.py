@@ -47,6 +47,22 @@ def test_all_tokens_stay_as_they_are(name, sizes):
     assert torch.equal(tokens, drawn.features.flatten(0, 1))
 
 
+@pytest.mark.gpu(only=True)
+@pytest.mark.parametrize("name", KEEPING)
+@examples(40)
+@given(case=cases(most_frames=12, most_tokens=16))
+def test_a_gpu_keeps_what_a_cpu_keeps(name, case):
+    drawn, budget = case
+    tokens, places = method_named(name).keep(drawn, budget)
+    there = drawn._replace(features=drawn.features.cuda(), importance=drawn.importance.cuda())
+    found = method_named(name).keep(there, budget)
+    assert found.tokens.is_cuda and found.places.is_cuda and torch.equal(found.places.cpu(), places)
+    rounding = torch.finfo(tokens.dtype).eps  # of means, whose sums are added in another order
+    torch.testing.assert_close(
+        found.tokens.cpu(), tokens, rtol=rounding, atol=drawn.features.abs().max().item() * 2**-46
+    )
+
+
 def test_names_need_no_torch_nor_do_those_that_act_inside_the_language_model():
     code = (
         "import sys; sys.modules['torch'] = None\n"
