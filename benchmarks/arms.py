@@ -26,7 +26,7 @@ from torch import Tensor
 
 import earlytom_compile
 from earlytom_compile.benchmarks.workload import Inputs, with_video
-from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.config import OF_EARLYTOM, EarlyTomConfig
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.integrations.caches import cache_of
 from earlytom_compile.methods.registry import EARLYTOM, method_named, method_names
@@ -98,7 +98,8 @@ def of_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Those of EarlyTom's ``options`` that mean something to another paper's method, and its name."""
     found = method_named(method)
     inside = found is not None and found.inside is not None
-    without = [*EarlyTomConfig.of_earlytom(), *(_OF_INNER if inside else ()), *([] if options.get("reuse") else _OF_REUSE)]
+    reused = () if options.get("reuse") else _OF_REUSE
+    without = (*OF_EARLYTOM, *reused, *(_OF_INNER if inside else ()))
     return {**{name: value for name, value in options.items() if name not in without}, "method": method}
 
 

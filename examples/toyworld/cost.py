@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.flops import Reuse, count, reuse_of
+from earlytom_compile.flops import Reuse, Variant, count, reuse_of
 from earlytom_compile.flops_inside import lengths_inside, operations_inside, rows_left
 from earlytom_compile.methods.base import Step
+from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.shapes import ModelShape
 
 NEWLINE = 1
@@ -25,7 +26,8 @@ NEWLINE = 1
 def of_report(shape: ModelShape, report: Mapping[str, Any], config: EarlyTomConfig) -> float:
     """Of the only video of the report's last call: vision encoder, operators of ours, projector."""
     (video,), (reuse,) = report["videos"], reuse_of(report)
-    return _before(shape, tuple(video["frames"]), tuple(report["merge_layers"]), config.variant, reuse)
+    method = None if config.method == EARLYTOM else (config.method, video["tokens"][1])
+    return _before(shape, tuple(video["frames"]), tuple(report["merge_layers"]), config.variant, method, reuse)
 
 
 def of_frames(shape: ModelShape, schedule: Sequence[int], merge_layers: Sequence[int]) -> float:
@@ -46,9 +48,12 @@ def _before(
     shape: ModelShape,
     schedule: tuple[int, ...],
     merge_layers: tuple[int, ...],
-    variant: Any,
+    variant: Variant,
+    method: tuple[str, int] | None,
     reuse: Reuse | None,
 ) -> float:
+    """``method``: another than EarlyTom, and how many tokens it keeps."""
+    name, kept = method or (EARLYTOM, None)
     counted = count(
         shape,
         protocol="exact",
@@ -56,6 +61,8 @@ def _before(
         llm_tokens=0,
         merge_layers=merge_layers,
         variant=variant,
+        method=name,
+        kept=kept,
         reuse=reuse,
     )
     return counted.encoder + counted.operators + counted.projector
