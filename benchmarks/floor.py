@@ -7,9 +7,10 @@ A part takes at least its operations at the rate of a large matrix product, or i
 whichever is more, and the parts wait for each other.
 
 Operations are those of ``flops.count(protocol="exact")``, but causal attention is the triangle that it needs and not
-the full square; what is counted with the square stands beside them. Bytes are what must move if nothing outlives a layer in a cache: every weight once, pixels once, the
-sequence into and out of every layer, keys and values into the cache, what the projector reads and writes. What goes
-on inside a layer, and the small operands of our operators, move nothing.
+the full square; what the square counts beyond that stands beside them. Bytes are what must move if nothing outlives a
+layer in a cache: every weight once, pixels once, the sequence into and out of every layer, keys and values into the
+cache, what the projector reads and writes. What goes on inside a layer, and the small operands of our operators, move
+nothing.
 """
 
 from collections.abc import Mapping, Sequence

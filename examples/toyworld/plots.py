@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from earlytom_compile.toyworld.evaluate import Result
-from earlytom_compile.toyworld.installed import INNER
+from earlytom_compile.toyworld.installed import INNER, own_options
 from earlytom_compile.toyworld.methods import ALL_TOKENS
 from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.toyworld.report import label, title
 
 _ACCURACY = "right answers (95 % interval)"
-_MARKERS = "osD^vP*X<>hp"
+_MARKERS = "osD^vPX<>hp"
+_STRONG = (
+    "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan", "tab:olive",
+    "navy", "gold", "darkgreen", "magenta",
+)  # fmt: skip
+_PALE = ("silver", "lightsteelblue", "sandybrown", "palegreen", "plum", "rosybrown", "khaki", "paleturquoise", "gray")
 _Style = dict[str, Any]
 
 
@@ -29,8 +34,7 @@ def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    colors = [matplotlib.colormaps["tab20"](index) for index in range(20)]
-    styles = line_styles(list(dict.fromkeys(label(result.arm) for result in results)), colors)
+    styles = line_styles(list(dict.fromkeys(label(result.arm) for result in results)))
     drawn = {
         "cost": _cost_figure(plt, results, styles),
         "accuracy": _ratio_figure(plt, results, styles),
@@ -43,20 +47,19 @@ def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
     return [folder / f"{name}.png" for name in drawn]
 
 
-def line_styles(labels: Sequence[str], colors: Sequence[Any]) -> dict[str, _Style]:
-    """Colour and marker of each line; a row with inner merging has those of the row without, hollow and dashed.
-
-    Colours come in pairs, a strong and a pale one: the strong ones go first.
-    """
-    ordered = [*colors[::2], *colors[1::2]]
+def line_styles(labels: Sequence[str]) -> dict[str, _Style]:
+    """Colour and marker of each line: strong colours for what users run, pale ones for parts of it and baselines; a row
+    with inner merging has those of the row without, hollow and dashed."""
     bases = list(dict.fromkeys(name.replace(INNER, "") for name in labels if name != ALL_TOKENS))
-    styles = {}
+    bases.sort(key=lambda name: own_options(name.partition(",")[0]) is None)
+    colors = [*_STRONG, *_PALE]
+    styles: dict[str, _Style] = {}
     for name in labels:
         if name == ALL_TOKENS:
             styles[name] = {"color": "black", "marker": "*", "markersize": 12}
             continue
         place = bases.index(name.replace(INNER, ""))
-        style = {"color": ordered[place % len(ordered)], "marker": _MARKERS[place % len(_MARKERS)]}
+        style = {"color": colors[place % len(colors)], "marker": _MARKERS[place % len(_MARKERS)]}
         styles[name] = {**style, "linestyle": "--", "markerfacecolor": "white"} if INNER in name else style
     return styles
 
