@@ -104,8 +104,8 @@ def of_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_ours(name: str) -> bool:
-    """Whether this package compresses in the arm of that name, or in those whose names begin so."""
-    return any(name.startswith(method) or method.startswith(name) for method in method_names())
+    """Whether this package compresses in the arm, or the server, of that name."""
+    return name.startswith(tuple(method_names()))
 
 
 def arm_names(ratios: Sequence[float], options: dict[str, Any], methods: Sequence[str] = ()) -> list[str]:
@@ -161,6 +161,8 @@ def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         output = twin.generate(**inputs, **choices)
         return output.sequences[:, -1:], cache_of(output)
 
+    # Tokens go inside the language model only where no hooks watch it.
+    called = () if EarlyTomConfig.from_options(options).reduces_inside() else ("language_model",)
     return Arm(
         f"earlytom {options['retain_ratio']:g}",
         first_token,
@@ -168,7 +170,7 @@ def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         twin,
         inputs["pixel_values_videos"].shape[1],
         compresses=True,
-        called=("language_model",),
+        called=called,
         options=options,
     )
 

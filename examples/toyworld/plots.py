@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from earlytom_compile.benchmarks.colours import MARKERS, PALE, STRONG
 from earlytom_compile.toyworld.evaluate import Result
 from earlytom_compile.toyworld.installed import INNER, own_options
 from earlytom_compile.toyworld.methods import ALL_TOKENS
@@ -17,12 +18,6 @@ from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.toyworld.report import label, title
 
 _ACCURACY = "right answers (95 % interval)"
-_MARKERS = "osD^vPX<>hp"
-_STRONG = (
-    "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan", "tab:olive",
-    "navy", "gold", "darkgreen", "magenta",
-)  # fmt: skip
-_PALE = ("silver", "lightsteelblue", "sandybrown", "palegreen", "plum", "rosybrown", "khaki", "paleturquoise", "gray")
 _Style = dict[str, Any]
 
 
@@ -52,14 +47,14 @@ def line_styles(labels: Sequence[str]) -> dict[str, _Style]:
     with inner merging has those of the row without, hollow and dashed."""
     bases = list(dict.fromkeys(name.replace(INNER, "") for name in labels if name != ALL_TOKENS))
     bases.sort(key=lambda name: own_options(name.partition(",")[0]) is None)
-    colors = [*_STRONG, *_PALE]
+    colors = [*STRONG, *PALE]
     styles: dict[str, _Style] = {}
     for name in labels:
         if name == ALL_TOKENS:
             styles[name] = {"color": "black", "marker": "*", "markersize": 12}
             continue
         place = bases.index(name.replace(INNER, ""))
-        style = {"color": colors[place % len(colors)], "marker": _MARKERS[place % len(_MARKERS)]}
+        style = {"color": colors[place % len(colors)], "marker": MARKERS[place % len(MARKERS)]}
         styles[name] = {**style, "linestyle": "--", "markerfacecolor": "white"} if INNER in name else style
     return styles
 
