@@ -296,7 +296,7 @@ def shorten_mask(mask: Tensor | None, kept: Tensor) -> Tensor:
 
     Args:
         mask: bool, or a float to be added, [R or 1, H or 1, S, S]. None: each position sees itself and all before it.
-        kept: int64 [R, S'], ascending in each row; -1: padding, which nobody sees but itself.
+        kept: int64 [R, S'], ascending in each row; -1: padding, which sees itself alone, and nobody sees it.
 
     Returns:
         [R, H or 1, S', S'], dtype of ``mask``; bool where it is None.
@@ -316,10 +316,11 @@ def shorten_mask(mask: Tensor | None, kept: Tensor) -> Tensor:
         short = mask.expand(rows, -1, -1, -1)
         short = short.gather(2, index[:, None, :, None].expand(-1, short.shape[1], -1, short.shape[3]))
         short = short.gather(3, index[:, None, None, :].expand(-1, short.shape[1], left, -1))
-    itself = torch.eye(left, dtype=torch.bool, device=kept.device)
-    seen = True if short.dtype == torch.bool else 0.0
-    short = torch.where(padding[:, None, None, :], hidden, short)
-    short = torch.where(padding[:, None, :, None] & itself, seen, short)
+    shown: bool | float = True if short.dtype == torch.bool else 0.0
+    alone = torch.eye(left, dtype=torch.bool, device=kept.device)
+    unseen = padding[:, None, None, :] | padding[:, None, :, None]
+    short = torch.where(unseen, hidden, short)
+    short = torch.where(padding[:, None, :, None] & alone, shown, short)
     return short.contiguous()
 
 
