@@ -53,6 +53,7 @@ class GraphRecord:
     last_call: float = 0.0  # time.monotonic(), 0 = never
     last_counts: "Counts | None" = None
     prompt: tuple[int, int] | None = None
+    inside: Sequence[int] = ()  # positions of the prompt that were left at each step inside the language model
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
     @property
@@ -74,7 +75,7 @@ class GraphRecord:
 
     def ran_uncompressed(self) -> None:
         """Remember a call that kept all tokens."""
-        self.last_call, self.last_counts, self.prompt = time.monotonic(), None, None
+        self.last_call, self.last_counts, self.prompt, self.inside = time.monotonic(), None, None, ()
 
     def note(self, reason: str) -> None:
         """Remember a reason, once."""

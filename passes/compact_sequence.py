@@ -67,8 +67,8 @@ def find_sequence_inputs(axes: AxisMap, input_ids: Node) -> SequenceInputs:
 
 def compact_sequence(
     graph: Graph, boundary: Boundary, selected: SelectedTokens, inputs: SequenceInputs, even_rows: bool
-) -> tuple[Node, list[ResizedAxis]]:
-    """Insert the cut; returns the positions that stay, [R, S'], and the sequence axes of the graph inputs. Unless
+) -> tuple[Node, dict[Node, ResizedAxis]]:
+    """Insert the cut; returns the positions that stay, [R, S'], and what each graph input has become. Unless
     ``even_rows``, rows have different numbers of videos, and S' is known at run time only."""
     carriers = (inputs.input_ids, *inputs.masks, *inputs.others, *inputs.positions)
     consumers = {node: list(node.users) for node in carriers}
@@ -78,11 +78,11 @@ def compact_sequence(
             keep, length = _keep_exactly(graph, boundary, selected.budget)
         else:
             keep, length = _keep_ragged(graph, boundary, selected, inputs)
-        axes = []
+        axes = {}
         for node in carriers:
             cut = _cut_positions(graph, node, keep) if node in inputs.positions else _cut(graph, node, keep)
             cut.meta["example_value"] = value_of(node)
-            axes.append(ResizedAxis(cut, 1, "prompt", length))
+            axes[node] = ResizedAxis(cut, 1, "prompt", length)
             for consumer in consumers[node]:
                 consumer.replace_input_with(node, cut)
     return keep, axes

@@ -3,7 +3,7 @@
     h1 = h + project(attention(q(h), k(h), v(h)))      # causal, or masked; h: [R, S, C]
 
 What follows the attention does not matter: all that is asked of a layer is the stream that enters it, and the attention
-inside. A key may lie in a cache.
+inside.
 """
 
 from collections.abc import Sequence
@@ -51,9 +51,9 @@ class DecoderLayer:
 
 
 def find_decoder_layers(view: GraphView, prompt: Node) -> list[DecoderLayer]:
-    """All layers behind ``prompt``, [R, S, C] as it enters the language model; [] where there are none."""
+    """All layers behind ``prompt``, ids [R, S] or [R, S, C] as it enters the language model; [] if there are none."""
     layers: list[DecoderLayer] = []
-    (_, positions, _), after = view.dims(prompt), set(view.flow.behind(prompt))
+    positions, after = view.dims(prompt)[1], set(view.flow.behind(prompt))
     for node in view.graph.nodes:
         if node not in after or op_name(node) != "scaled_dot_product_attention" or is_bidirectional(node):
             continue

@@ -23,6 +23,7 @@ from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops
 from earlytom_compile.methods.base import Step
 from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.find_decoder_layers import DecoderLayer
+from earlytom_compile.passes.find_video_boundary import Boundary
 from earlytom_compile.passes.find_vision_encoder import GraphView
 from earlytom_compile.passes.patterns import MOVES, argument, insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable, describe
@@ -52,6 +53,28 @@ class InnerSteps:
     kept: tuple[Node, ...]
     """int64 [R, S'] behind each step: positions of the whole prompt."""
     axes: tuple[ResizedAxis, ...]
+
+
+def plan_inner_steps(
+    graph: Graph, boundary: Boundary, budget: int, ids: ResizedAxis, mask: Node | None, steps: Sequence[Step]
+) -> InnerPlan:
+    """The plan of a prompt whose videos keep ``budget`` tokens each; ``ids`` [R, S] and ``mask`` as they are then."""
+    assert boundary.placeholders is not None
+    entered = boundary.rows_of(int(boundary.frames)) - int(boundary.frames) * boundary.tokens + budget
+    after = [max(1, round(entered * step.keep_ratio)) for step in steps]
+    videos = boundary.videos // int(shape_of(ids.node)[0])  # type: ignore[index]
+    behind = [node for node in (ids.node, mask, ids.size) if isinstance(node, Node)]
+    with graph.inserting_before(_behind(*behind)):
+        lengths = [_minus(graph, ids.size, videos * (entered - left)) for left in after]
+        op, token = torch.ops.earlytom.plan_inner_tokens.default, boundary.placeholders.token
+        planned = insert(graph, op, ids.node, mask, token, entered, after, lengths)
+        parts = [insert(graph, operator.getitem, planned, i) for i in range(3)]
+        last, slots = ([insert(graph, operator.getitem, part, i) for i in range(len(steps))] for part in parts[1:])
+    return InnerPlan(parts[0], last, slots, lengths, padded=False)
+
+
+def _minus(graph: Graph, size: int | Node, less: int) -> int | Node:
+    return size - less if isinstance(size, int) else insert(graph, operator.sub, size, less)
 
 
 def require_layers(layers: Sequence[DecoderLayer], steps: Sequence[Step]) -> None:
@@ -148,14 +171,10 @@ class _Shortened:
         """Let ``region`` read ``node`` at the positions that are left."""
         places = [i for i, dim in enumerate(self.view.dims(node)) if dim is self.positions]
         with self.graph.inserting_before(_behind(node, self.kept)):
-            if _is_mask(node) and places in ([2], [2, 3]):
-                room = places == [2]
-                short = insert(self.graph, torch.ops.earlytom.shorten_mask.default, node, self.kept, room)
+            if _is_mask(node) and places == [2, 3]:
+                short = insert(self.graph, torch.ops.earlytom.shorten_mask.default, node, self.kept)
             elif places == [1]:
                 short = self._taken(node)
-            elif places == [0] and len(shape_of(node) or ()) == 1 and not value_of(node).is_floating_point():  # type: ignore[union-attr]
-                # Where a cache is written: as many places, the first ones.
-                short = insert(self.graph, "narrow", node, 0, 0, self.length)
             else:
                 raise NotApplicable(
                     f"{describe(node)} has the prompt on axes {places}, and is read by layers that get fewer tokens",
@@ -197,7 +216,7 @@ def _mask_padding(graph: Graph, layers: Sequence[DecoderLayer], region: set[Node
     if not bare:
         return
     with graph.inserting_before(kept.next):
-        mask = insert(graph, torch.ops.earlytom.shorten_mask.default, None, kept, False)
+        mask = insert(graph, torch.ops.earlytom.shorten_mask.default, None, kept)
     for attention in bare:
         query, key, value = attention.args[:3]
         attention.args = query, key, value

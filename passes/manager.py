@@ -32,6 +32,7 @@ from earlytom_compile.passes.canonicalize_sizes import canonicalize_sizes
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.canonicalize_writes import canonicalize_writes
 from earlytom_compile.passes.compact_sequence import SequenceInputs, compact_sequence, find_sequence_inputs
+from earlytom_compile.passes.find_decoder_layers import DecoderLayer, find_decoder_layers
 from earlytom_compile.passes.find_patch_grid import PatchGrid, find_patch_grid
 from earlytom_compile.passes.find_video_boundary import (
     Boundary,
@@ -43,6 +44,12 @@ from earlytom_compile.passes.find_video_boundary import (
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, Miss, find_vision_encoder
 from earlytom_compile.passes.graph_order import eliminate_dead_code, stable_topological_sort
 from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge, require_merged_features
+from earlytom_compile.passes.insert_inner_steps import (
+    InnerSteps,
+    insert_inner_steps,
+    plan_inner_steps,
+    require_layers,
+)
 from earlytom_compile.passes.insert_patch_reuse import ReusedPlaces, insert_patch_reuse
 from earlytom_compile.passes.insert_token_selection import SelectedTokens, insert_token_selection
 from earlytom_compile.passes.opaque_operators import mark_position_wise, read_instead, weights_of
@@ -85,6 +92,11 @@ class Rewrite:
     video: MergedVideo | None = None
     selected: SelectedTokens | None = None
     keep: Node | None = None  # int64 [R, S'], positions of the prompt that stay
+    cut: dict[Node, ResizedAxis] = field(default_factory=dict)
+    """What each input along the prompt has become."""
+    decoder_layers: list[DecoderLayer] = field(default_factory=list)
+    """Of the language model, if tokens go inside it."""
+    inner: InnerSteps | None = None
     axes: list[ResizedAxis] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -96,8 +108,8 @@ class Rewrite:
     @property
     def counted(self) -> tuple[Node, ...]:
         """What a call tells beside the graph's own outputs: the plan by which patches are reused, frames of each video,
-        positions of the prompt that stay, which tokens were kept, and how many where that depends on the content; of a
-        tower, what its frames are made of and their importance."""
+        positions of the prompt that stay, which tokens were kept, how many where that depends on the content, and what
+        is left inside the language model; of a tower, what its frames are made of and their importance."""
         assert self.video is not None
         plan = self.reused
         reused = () if plan is None else (plan.source, plan.change, plan.computed, plan.distinct, plan.measured)
@@ -107,7 +119,8 @@ class Rewrite:
             return (*reused, *self.video.counts, *plans, *importance)
         assert self.selected is not None
         some = (self.keep, self.selected.kept, self.selected.kept_counts)
-        return (*reused, *self.video.counts, *(node for node in some if node is not None))
+        inside = () if self.inner is None else self.inner.kept
+        return (*reused, *self.video.counts, *(node for node in some if node is not None), *inside)
 
     @property
     def inserted(self) -> dict[str, int]:
@@ -224,6 +237,20 @@ def _find_sequence(state: Rewrite) -> None:
         state.sequence = find_sequence_inputs(state.view.axes, boundary.placeholders.input_ids)
 
 
+def _find_decoder_layers(state: Rewrite) -> None:
+    boundary, config = state.boundary, state.config
+    if boundary is None or boundary.placeholders is None or not config.reduces_inside():
+        return  # in place, the language model has a graph of its own (integrations/inner_steps.py)
+    assert state.view is not None
+    state.decoder_layers = find_decoder_layers(state.view, boundary.placeholders.input_ids)
+    require_layers(state.decoder_layers, config.steps_inside(len(state.decoder_layers)))
+    if not config.keeps_exactly() or not state.even_rows:
+        raise NotApplicable(
+            "rows of the batch keep different numbers of tokens, of which some are to go inside the language model",
+            "Use earlytom_compile.compile(model) and generate()",
+        )
+
+
 def _have_rows_as_many_videos(state: Rewrite, placeholders: Placeholders) -> bool:
     """As the prompt shows for which the graph was traced; every later one is looked at before it runs."""
     assert state.boundary is not None
@@ -290,8 +317,20 @@ def _compact(state: Rewrite) -> None:
     if state.sequence is not None:
         assert state.boundary is not None and state.selected is not None
         graph = state.graph_module.graph
-        state.keep, axes = compact_sequence(graph, state.boundary, state.selected, state.sequence, state.even_rows)
-        state.axes += axes
+        state.keep, state.cut = compact_sequence(graph, state.boundary, state.selected, state.sequence, state.even_rows)
+        state.axes += state.cut.values()
+
+
+def _insert_inner_steps(state: Rewrite) -> None:
+    if not state.decoder_layers:
+        return
+    assert state.boundary is not None and state.sequence is not None and state.view is not None
+    assert state.selected is not None and isinstance(state.selected.budget, int)
+    graph, steps = state.graph_module.graph, state.config.steps_inside(len(state.decoder_layers))
+    ids, masks = state.cut[state.sequence.input_ids], [state.cut[mask].node for mask in state.sequence.masks]
+    plan = plan_inner_steps(graph, state.boundary, state.selected.budget, ids, next(iter(masks), None), steps)
+    state.inner = insert_inner_steps(graph, state.view, state.decoder_layers, steps, plan)
+    state.axes += state.inner.axes
 
 
 def _retarget(state: Rewrite) -> None:
@@ -316,12 +355,14 @@ PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
     ("find_token_map", _find_token_map),
     ("find_patch_grid", _find_patch_grid),
     ("require_inference", _require_inference),
-    ("find_sequence_inputs", _find_sequence),  # the last analysis: needs the graph as Dynamo left it
+    ("find_sequence_inputs", _find_sequence),
+    ("find_decoder_layers", _find_decoder_layers),  # the last analysis: needs the graph as Dynamo left it
     ("lay_out_frames", _lay_out_frames),  # the first layer, which reads what a convolution made, is one of all then
     ("insert_patch_reuse", _reuse_patches),  # before anybody reads what leaves a layer
     ("insert_frame_merge", _merge_frames),
     ("insert_token_selection", _select_tokens),  # reads the importance and segments the merges leave
     ("compact_sequence", _compact),  # needs K
+    ("insert_inner_steps", _insert_inner_steps),  # its plan is of the shorter prompt
     ("retarget_axes", _retarget),  # every new size is known now
     ("check", _check),
 )
