@@ -26,6 +26,8 @@ SCHEMAS = [
     "select_tokens_released(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, "
     'SymInt frames, float retain_ratio, *, str static_selection="device") -> (Tensor, Tensor, Tensor)',
     "select_representatives(Tensor features, Tensor counts, SymInt budget) -> (Tensor, Tensor)",
+    "keep_by_method(Tensor features, Tensor? importance, Tensor? keys, Tensor counts, SymInt budget, str method) -> "
+    "(Tensor, Tensor)",
     "append_separators(Tensor tokens, Tensor kept_counts, Tensor separator) -> Tensor",
     "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) -> Tensor",
     "keep_positions_ragged(Tensor input_ids, Tensor kept, SymInt video_token, SymInt before) -> Tensor",
@@ -102,6 +104,7 @@ def calls(dtype, layout):
         (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {}),
         (ops.select_tokens_released, (hidden, importance, dynamic, counts, 6, 0.4), {}),
         (ops.select_representatives, (hidden, counts, 11), {}),
+        (ops.keep_by_method, (hidden, importance, hidden[..., :3], counts, 11, "visionzip"), {}),
         (ops.append_separators, (hidden[:, 0], counts, hidden[0, 0]), {}),
         (ops.keep_positions, (ids, VIDEO, 3, 2, 4), {}),
         (ops.keep_positions_ragged, (ids, kept, VIDEO, 3), {}),
