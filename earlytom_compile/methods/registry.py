@@ -18,7 +18,7 @@ from .base import Method
 GROUP = "earlytom_compile.methods"
 EARLYTOM = "earlytom"
 """The method that this package is named after; ``variant`` says which form of it."""
-BUILT_IN: tuple[str, ...] = ("visionzip",)
+BUILT_IN: tuple[str, ...] = ("visionzip", "fastv", "pyramiddrop", "dycoke", "prunevid", "fastvid", "holitom")
 """Names of ours, each in a file of that name here, which is imported when it is asked for."""
 _registered: dict[str, Method] = {}
 _of_packages: dict[str, Method] = {}  # what has been loaded, since every call of a compressed model asks
