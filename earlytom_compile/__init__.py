@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .integrations.in_place import compile, encode_videos, restore
     from .integrations.observe import Observation, observe
     from .integrations.tower import MergedFrames, compile_tower
+    from .methods.registry import register_method
     from .passes.attention_spellings import register_attention
     from .passes.opaque_operators import register_position_wise
     from .reporting import Report, report
@@ -39,6 +40,7 @@ __all__ = [
     "encode_videos",
     "observe",
     "register_attention",
+    "register_method",
     "register_position_wise",
     "report",
     "restore",
@@ -54,6 +56,7 @@ _PLACES = {
     "encode_videos": ".integrations.in_place",
     "observe": ".integrations.observe",
     "register_attention": ".passes.attention_spellings",
+    "register_method": ".methods.registry",
     "register_position_wise": ".passes.opaque_operators",
     "report": ".reporting",
     "restore": ".integrations.in_place",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from .errors import EarlyTomConfigError
 from .methods.base import Step
 from .methods.registry import EARLYTOM, method_named, method_names
+from .presets import preset_row
 
 RELEASED_MAX_WINDOW = 8
 """Window of the released code where ``max_window`` is left None (algorithm.md, stage 1)."""
@@ -26,26 +27,8 @@ DEFAULT_MERGE_LAYERS = (6, 21, 23)
 DEFAULT_FULL_LAYERS = 3
 """How many of the last layers compute every place, so that what stands still sees what is new around it."""
 
-# Table 8 of the paper: tau_seg and merge layers for a retain ratio; every row has alpha = 0.9.
-PRESET_RATIOS = (0.25, 0.20, 0.15, 0.10)
-"""Retain ratios that presets have settings for."""
-_TABLE_8: dict[str, tuple[tuple[float, tuple[int, ...]], ...]] = {
-    "mvbench": ((0.8, (6, 14, 20)), (0.8, (6, 14, 20)), (0.8, (6, 14, 20)), (0.65, (8, 14, 20))),
-    "egoschema": ((0.7, (10, 21, 23)), (0.6, (10, 21, 23)), (0.5, (10, 21, 23)), (0.3, (10, 21, 23))),
-    "longvideobench": ((0.8, (6, 21, 23)), (0.6, (10, 21, 23)), (0.5, (10, 21, 23)), (0.3, (10, 21, 23))),
-    "videomme": ((0.6, (10, 21, 23)), (0.5, (8, 21, 23)), (0.4, (8, 21, 23)), (0.3, (10, 21, 23))),
-    "mvbench-0.5b": ((0.8, (8, 21, 23)), (0.8, (8, 21, 23)), (0.8, (8, 21, 23)), (0.65, (8, 21, 23))),
-    "egoschema-0.5b": ((0.7, (10, 21, 23)), (0.6, (10, 21, 23)), (0.5, (10, 21, 23)), (0.3, (10, 21, 23))),
-    "longvideobench-0.5b": (
-        (0.8, (6, 21, 23)),
-        (0.6, (10, 21, 23)),
-        (0.5, (10, 21, 23)),
-        (0.3, (10, 21, 23)),
-    ),
-    "videomme-0.5b": ((0.6, (8, 21, 23)), (0.5, (8, 21, 23)), (0.4, (8, 21, 23)), (0.3, (8, 21, 23))),
-}
-PRESETS = tuple(_TABLE_8)
-_OF_EARLYTOM = (
+OF_EARLYTOM = (
+    "preset",  # first: it sets some of the others
     "variant",
     "merge_layers",
     "tau_seg",
@@ -53,8 +36,8 @@ _OF_EARLYTOM = (
     "max_window",
     "tau_merge",
     "static_selection",
-    "preset",
 )
+"""Options that have no effect with another ``method``."""
 _LARGEST_CHANGE = 1e6  # beyond any difference of normalised pixels, and far from overflow
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -74,8 +57,8 @@ class EarlyTomConfig:
     patches that did not change are not computed again, in the place of merging frames, and K tokens stay that represent
     all others, whatever attention they receive."""
     reuse: bool | None = None
-    """Compute a patch once, and again only when its pixels change, instead of merging frames (docs/reuse.md); None:
-    under ``variant="plus"``."""
+    """Compute a patch once, and again only when its pixels change, instead of merging frames (docs/reuse.md), with any
+    method; None: under ``variant="plus"``."""
     tau_reuse: float = 0.06
     """Largest change of a patch's normalised pixels, beside the video's own noise, that does not count: the largest
     difference of the means of its quarters, or a third of the mean absolute difference (docs/reuse.md)."""
@@ -147,20 +130,21 @@ class EarlyTomConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _layers(name, getattr(self, name)))
         if self.preset is not None:
-            row = _preset(self.preset, self.retain_ratio)
+            row = preset_row(self.preset, self.retain_ratio)
             if self.tau_seg == type(self).tau_seg and self.merge_layers is None:
                 for name, value in row.items():
                     object.__setattr__(self, name, value)
                 object.__setattr__(self, "_preset_layers", True)
-        self._check_reuse()
         self._check_method()
+        self._check_reuse()
         self._check_inner()
 
     def _check_method(self) -> None:
-        _require_choice("method", self.method, tuple(method_names()))
         if self.method == EARLYTOM:
             return
-        given = [name for name in _OF_EARLYTOM if getattr(self, name) != getattr(type(self), name)]
+        _require_choice("method", self.method, tuple(method_names()))
+        method_named(self.method)  # which may not load
+        given = [name for name in OF_EARLYTOM if getattr(self, name) != getattr(type(self), name)]
         if given:
             raise EarlyTomConfigError(
                 f"{given[0]}={getattr(self, given[0])!r} with method={self.method!r}: it belongs to EarlyTom's own "
@@ -201,7 +185,7 @@ class EarlyTomConfig:
         without_effect = ["tau_merge"] if self.reuses() else ["tau_reuse", "full_layers", "encode_ratio"]
         if self.reuses() and self.variant == "plus":
             without_effect.append("merge_layers")  # by which the others select
-        row = {} if self.preset is None else _preset(self.preset, self.retain_ratio)
+        row = {} if self.preset is None else preset_row(self.preset, self.retain_ratio)
         not_given = {name: (getattr(type(self), name), row.get(name)) for name in without_effect}
         given = [name for name in without_effect if getattr(self, name) not in not_given[name]]
         if given:
@@ -213,8 +197,8 @@ class EarlyTomConfig:
                     "out, or merge frames instead with reuse=False."
                 )
             raise EarlyTomConfigError(
-                f"{name}={value!r} without reuse, which is off with variant={self.variant!r} unless asked for: it "
-                f"would have no effect. Leave {name} out, or say reuse=True."
+                f"{name}={value!r} without reuse, which is off with {self.chosen()} unless asked for: it would have no "
+                f"effect. Leave {name} out, or say reuse=True."
             )
 
     @classmethod
@@ -227,26 +211,36 @@ class EarlyTomConfig:
                 raise unknown_option(key, fields)
         if "preset" not in options:
             return cls(**options)
-        row = _preset(options["preset"], options.get("retain_ratio", cls.retain_ratio))
+        row = preset_row(options["preset"], options.get("retain_ratio", cls.retain_ratio))
         config = cls(**{**row, **options})
         object.__setattr__(config, "_preset_layers", "merge_layers" not in options)
         return config
 
     def resolve_merge_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of an encoder of ``num_layers`` layers after which frames merge: none with ``reuse``; raises if one
-        does not exist."""
+        """Layers of an encoder of ``num_layers`` layers after which frames merge: none with ``reuse`` or another
+        method; raises if one does not exist."""
         layers = self._merge_layers_of(num_layers)
-        return () if self.reuses() else layers
+        return () if self.reuses() or self.method != EARLYTOM else layers
 
     def require_layers(self, num_layers: int) -> None:
         """Raise where an encoder of ``num_layers`` layers does not have those that the options name."""
         self._merge_layers_of(num_layers)
+        self.scored_layer(num_layers)
         if self.reuses():
             self.resolve_full_layers(num_layers)
 
     def scored_layer(self, num_layers: int) -> int:
-        """The layer whose attention ranks tokens, and behind which frames are segmented to select them."""
-        return max(self._merge_layers_of(num_layers), default=num_layers - 1)
+        """The layer whose attention ranks tokens, and behind which frames are segmented to select them. Raises where an
+        encoder of ``num_layers`` layers does not have that of the method."""
+        method = method_named(self.method)
+        if method is None:
+            return max(self._merge_layers_of(num_layers), default=num_layers - 1)
+        if not -1 <= method.scored_layer < num_layers:
+            raise EarlyTomConfigError(
+                f"method={self.method!r} looks at layer {method.scored_layer} of the vision encoder, which has layers "
+                f"0 to {num_layers - 1}. Choose another method, or a model with more layers."
+            )
+        return method.scored_layer if method.scored_layer >= 0 else num_layers - 1
 
     def _merge_layers_of(self, num_layers: int) -> tuple[int, ...]:
         if self.merge_layers is not None and not self._preset_layers:
@@ -273,8 +267,15 @@ class EarlyTomConfig:
         return 0 if self.encode_ratio is None else max(fewest, round(self.encode_ratio * frames * places))
 
     def token_budget(self, frames: int, tokens: int) -> int:
-        """K = max(1, round(r·F·P)): tokens a video keeps, except under ``released`` (Eq. 5, made exact)."""
-        return max(1, round(self.retain_ratio * frames * tokens))
+        """K = max(1, round(r·F·P)): tokens of a video that reach the language model, except under ``released`` (Eq. 5,
+        made exact); F·P with a method that leaves tokens out in the language model only."""
+        return max(1, round(self.ratio_behind_encoder() * frames * tokens))
+
+    def ratio_behind_encoder(self) -> float:
+        """Share of a video's tokens that reach the language model: r, or 1 with a method that keeps all behind the
+        encoder."""
+        method = method_named(self.method)
+        return 1.0 if method is not None and method.keep is None else self.retain_ratio
 
     def min_frames(self, frames: int) -> int:
         """Frames stage 1 leaves at least, so that stage 2 can fill its budget; ``released`` has no floor."""
@@ -308,8 +309,19 @@ class EarlyTomConfig:
         return self.variant != "released"
 
     def selects_by_attention(self) -> bool:
-        """Whether the attention that tokens receive decides which stay; under ``plus`` it does not."""
-        return self.variant != "plus"
+        """Whether the attention that tokens receive decides which stay; under ``plus`` it does not, with another method
+        it may."""
+        method = method_named(self.method)
+        return self.variant != "plus" if method is None else method.importance
+
+    def selects_by_keys(self) -> bool:
+        """Whether the keys of the vision encoder's attention decide which tokens stay."""
+        method = method_named(self.method)
+        return method is not None and method.keys
+
+    def chosen(self) -> str:
+        """What makes the selection, as a reader has said it: ``"variant='paper'"``, ``"method='visionzip'"``."""
+        return f"variant={self.variant!r}" if self.method == EARLYTOM else f"method={self.method!r}"
 
     def window(self) -> int:
         """``max_window`` as the operators take it: 0 = no limit."""
@@ -332,17 +344,6 @@ def _scaled(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     """Layers of 26, moved to where the same share of the depth is done; never behind the last layer but one."""
     scaled = {round((layer + 1) * num_layers / 26) - 1 for layer in layers}
     return tuple(sorted({min(max(layer, 0), num_layers - 2) for layer in scaled if num_layers > 1}))
-
-
-def _preset(name: Any, ratio: Any) -> dict[str, Any]:
-    _require_choice("preset", name, PRESETS)
-    if ratio not in PRESET_RATIOS:
-        raise EarlyTomConfigError(
-            f"preset={name!r} with retain_ratio={ratio!r}: Table 8 has rows for {', '.join(map(str, PRESET_RATIOS))}. "
-            "Take one of those, or give tau_seg and merge_layers yourself without a preset."
-        )
-    tau_seg, merge_layers = _TABLE_8[name][PRESET_RATIOS.index(ratio)]
-    return {"tau_seg": tau_seg, "merge_layers": merge_layers, "alpha": 0.9}
 
 
 def is_whole_number(value: Any) -> bool:

@@ -25,6 +25,8 @@ from typing import Any, Literal
 
 from .config import EarlyTomConfig
 from .errors import EarlyTomConfigError
+from .methods.base import Sizes
+from .methods.registry import EARLYTOM, method_named
 from .shapes import ModelShape
 
 Protocol = Literal["paper", "exact"]
@@ -76,6 +78,8 @@ def count(
     merge_layers: Sequence[int] | None = None,
     lm_head_positions: int = 1,
     variant: Variant = "paper",
+    method: str = EARLYTOM,
+    kept: int | None = None,
     reuse: Reuse | None = None,
 ) -> Flops:
     """Work of one prompt with one video.
@@ -89,16 +93,23 @@ def count(
         merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
         lm_head_positions: positions that get logits: 1 in ``generate``, all of them in a plain ``forward``.
         variant: that of ``EarlyTomConfig``, by which the operators are counted: ``"plus"`` selects by others.
+        method: likewise; with another than ``"earlytom"`` no frames merge, and ``keep`` has operators of its own.
+        kept: K, tokens that a ``method`` keeps of the video behind the encoder; only the work of keeping depends on it.
         reuse: what is computed where unchanged patches are not computed again; then no frames merge.
 
     Raises:
-        EarlyTomConfigError: an unknown protocol or variant, a schedule that fits neither the merge layers nor time, or
-            more patches or other layers than there are.
+        EarlyTomConfigError: an unknown protocol, variant or method, a schedule that fits neither the merge layers nor
+            time, more patches or other layers than there are, or a method without the number of tokens it keeps.
     """
     if protocol not in PROTOCOLS:
         raise EarlyTomConfigError(f"protocol={protocol!r}: must be one of {', '.join(map(repr, PROTOCOLS))}.")
-    config = EarlyTomConfig(variant=variant)
+    config = EarlyTomConfig(variant=variant, method=method)
     merges = EarlyTomConfig(merge_layers=_optional(merge_layers)).resolve_merge_layers(shape.vision_layers)
+    if method == EARLYTOM:
+        kept = None  # what its operators do follows from the schedule
+    else:
+        merges = ()
+        _check_kept(method, kept, frames_schedule, shape)
     _check_schedule(frames_schedule, merges)
     if reuse is not None:
         _check_reuse(reuse, frames_schedule, shape)
@@ -116,7 +127,7 @@ def count(
     return Flops(
         protocol,
         encoder=_patch_embedding(shape, frames[0]) + sum(_vision_layer(shape, n) for n in computed),
-        operators=_operators(shape, frames_schedule, config) if boundaries or reuse else 0,
+        operators=_operators(shape, frames_schedule, config, kept) if boundaries or reuse or kept else 0,
         projector=2 * frames[-1] * shape.frame_tokens * shape.llm_width * (shape.vision_width + shape.llm_width),
         llm=sum(_llm_layer(shape, n) for n in lengths),
         lm_head=2 * lm_head_positions * shape.llm_width * shape.vocab,
@@ -174,7 +185,7 @@ def _llm_layer(shape: ModelShape, tokens: float) -> float:
     return 2 * (tokens * matrices + 2 * tokens**2 * width)
 
 
-def _operators(shape: ModelShape, schedule: Sequence[float], config: EarlyTomConfig) -> float:
+def _operators(shape: ModelShape, schedule: Sequence[float], config: EarlyTomConfig, kept: int | None) -> float:
     """Similarities of every frame with every other, at each merge layer and once more for selection; and the
     scores of the last merge layer's attention, which nobody keeps and importance needs again. A schedule of one number
     is one in which unchanged patches are reused and no frames merge.
@@ -182,6 +193,8 @@ def _operators(shape: ModelShape, schedule: Sequence[float], config: EarlyTomCon
     ``plus`` selects by neither, but by the similarities of every pooled token with every other of its window; taking
     the tokens one by one is sums and comparisons, without a product.
     """
+    if config.method != EARLYTOM:
+        return _of_method(shape, round(schedule[0]), config, kept or 0)
     tokens, width = shape.frame_tokens, shape.vision_width
     similarities = [2 * frames**2 * tokens * width for frames in schedule]
     if config.selects_by_attention():
@@ -190,6 +203,17 @@ def _operators(shape: ModelShape, schedule: Sequence[float], config: EarlyTomCon
     size, larger = divmod(schedule[-1], windows)
     squares = (windows - larger) * size**2 + larger * (size + 1) ** 2
     return sum(similarities[:-1]) + 2 * squares * shape.pooled_tokens**2 * shape.llm_width
+
+
+def _of_method(shape: ModelShape, frames: int, config: EarlyTomConfig, kept: int) -> float:
+    """The scores of the attention that another method asks for, and the products that it says it has."""
+    method = method_named(config.method)
+    assert method is not None
+    scores = 2 * frames * shape.frame_tokens**2 * shape.vision_width if method.importance else 0
+    if method.keep is None or method.operations is None:
+        return scores
+    sizes = Sizes(frames, shape.pooled_tokens, shape.llm_width, shape.vision_width // shape.vision_heads, kept)
+    return scores + method.operations(sizes)
 
 
 def _optional(layers: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -205,6 +229,20 @@ def _check_schedule(schedule: Sequence[float], merges: Sequence[int]) -> None:
         )
     if min(schedule) <= 0 or any(after > before for before, after in zip(schedule, schedule[1:], strict=False)):
         raise EarlyTomConfigError(f"frame schedule {given}: must be positive and never grow.")
+
+
+def _check_kept(method: str, kept: int | None, schedule: Sequence[float], shape: ModelShape) -> None:
+    if len(schedule) > 1:
+        raise EarlyTomConfigError(
+            f"frame schedule {','.join(f'{frames:g}' for frames in schedule)} with method={method!r}: no frames merge "
+            "with it; give one number."
+        )
+    most = schedule[0] * shape.pooled_tokens
+    if kept is None or not 1 <= kept <= most:
+        raise EarlyTomConfigError(
+            f"kept={kept} with method={method!r}: must be the tokens that it keeps behind the encoder, from 1 to "
+            f"{most:g}, all."
+        )
 
 
 def _check_reuse(reuse: Reuse, schedule: Sequence[float], shape: ModelShape) -> None:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from .config import EarlyTomConfig
+from .methods.registry import EARLYTOM
 from .reused import ComputedPatches
 
 NEVER_COMPILED = "never compiled"
@@ -73,6 +74,8 @@ _LAST_CALL_TEXTS = {
 
 def _describe_layers(content: Mapping[str, Any], config: EarlyTomConfig | None) -> str:
     """What happens in the layers of the vision encoder."""
+    if config is not None and config.method != EARLYTOM and not config.reuses():
+        return "no frames merge"
     if config is None or not config.reuses():
         return f"merges after {', '.join(map(str, content['merge_layers'])) or 'none'}"
     full = ", ".join(map(str, content["full_layers"]))
@@ -91,7 +94,7 @@ def _describe_video(video: Mapping[str, Any]) -> str:
 
 def _describe_options(config: EarlyTomConfig) -> str:
     """What a reader looks for first, and whatever else somebody has chosen."""
-    always = ("retain_ratio", "variant")
+    always = ("retain_ratio", "variant" if config.method == EARLYTOM else "method")
     chosen = [
         f"{option.name}={value!r}"
         for option in fields(config)

@@ -104,8 +104,8 @@ def attention_paid(
 
     Args:
         query: [R, H, S, d], any float dtype and strides.
-        key: [R, G, T, d], of which each serves H / G heads of the query; T = S, or more where a cache has room left.
-        mask: bool, or a float to be added, [R or 1, H or 1, S, T]; None: every key is seen, or with ``causal`` those
+        key: [R, G, S, d], of which each serves H / G heads of the query.
+        mask: bool, or a float to be added, [R or 1, H or 1, S, S]; None: every key is seen, or with ``causal`` those
             up to the query's own position.
         last: int64 [R], the position of each row that pays attention.
         scale: factor on the scores before the softmax.
@@ -120,16 +120,16 @@ def attention_paid(
     """
     _check_attention(query, key, mask, last)
     rows, heads, positions, _ = query.shape
-    if key.shape[2] < positions or heads % key.shape[1]:
+    if key.shape[2] != positions or heads % key.shape[1]:
         raise ValueError(
             f"earlytom::attention_paid: {heads} heads of {positions} queries and {key.shape[1]} of {key.shape[2]} "
             "keys; heads must be a multiple of the keys', and there must be a key for each query"
         )
     paid = query.new_empty((rows, positions), dtype=torch.float32)
-    for row in range(rows):  # all heads of one row at a time: with everyone, S x T for each
+    for row in range(rows):  # all heads of one row at a time: with everyone, S x S for each
         own, hidden = slice(None) if everyone else last[row : row + 1], None if mask is None else mask[row % len(mask)]
         weights, seen = _weights(query[row], key[row], hidden, own, scale, causal)
-        paid[row] = weights.sum(0)[:positions] / seen.sum(0).clamp_min(1)[:positions]
+        paid[row] = weights.sum(0) / seen.sum(0).clamp_min(1)
     return paid
 
 
@@ -144,7 +144,7 @@ def _(
 def _weights(
     query: Tensor, key: Tensor, mask: Tensor | None, own: slice | Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """(mean over heads of the softmax, float32 [Q, T]; who sees whom, bool [Q, T]) for the queries ``own``."""
+    """(mean over heads of the softmax, float32 [Q, S]; who sees whom, bool [Q, S]) for the queries ``own``."""
     positions = torch.arange(query.shape[1], device=query.device)[own]
     query = query[:, own].float()
     groups = query.unflatten(0, (key.shape[0], -1)).flatten(1, 2)  # [G, H/G * Q, d]
@@ -291,22 +291,20 @@ def _weights_of_joined(joins: Tensor, dropped: Tensor, slots: int, sequential: b
 
 
 @torch.library.custom_op("earlytom::shorten_mask", mutates_args=())
-def shorten_mask(mask: Tensor | None, kept: Tensor, room: bool) -> Tensor:
+def shorten_mask(mask: Tensor | None, kept: Tensor) -> Tensor:
     """The mask of a prompt in which the positions ``kept`` are left.
 
     Args:
-        mask: bool, or a float to be added, [R or 1, H or 1, S, T]. None: each position sees itself and all before it.
-        kept: int64 [R, S'], ascending in each row; -1: padding, which nobody sees but itself.
-        room: whether the T keys are the places of a cache that has room left: then there are as many, and what is
-            free stays hidden.
+        mask: bool, or a float to be added, [R or 1, H or 1, S, S]. None: each position sees itself and all before it.
+        kept: int64 [R, S'], ascending in each row; -1: padding, which sees itself alone, and nobody sees it.
 
     Returns:
-        [R, H or 1, S', S'], or [..., T] with ``room``, dtype of ``mask``; bool where it is None.
+        [R, H or 1, S', S'], dtype of ``mask``; bool where it is None.
 
     Raises:
         ValueError: shapes or dtypes that do not match.
     """
-    _check_mask(mask, kept, room)
+    _check_mask(mask, kept)
     rows, left = kept.shape
     padding, index = kept < 0, kept.clamp_min(0)
     if mask is None:
@@ -318,19 +316,19 @@ def shorten_mask(mask: Tensor | None, kept: Tensor, room: bool) -> Tensor:
         short = mask.expand(rows, -1, -1, -1)
         short = short.gather(2, index[:, None, :, None].expand(-1, short.shape[1], -1, short.shape[3]))
         short = short.gather(3, index[:, None, None, :].expand(-1, short.shape[1], left, -1))
-    itself = torch.eye(left, dtype=torch.bool, device=kept.device)
-    seen = True if short.dtype == torch.bool else 0.0
-    short = torch.where(padding[:, None, None, :], hidden, short)
-    short = torch.where(padding[:, None, :, None] & itself, seen, short)
-    return torch.nn.functional.pad(short, (0, mask.shape[3] - left), value=hidden) if room else short.contiguous()
+    shown: bool | float = True if short.dtype == torch.bool else 0.0
+    alone = torch.eye(left, dtype=torch.bool, device=kept.device)
+    unseen = padding[:, None, None, :] | padding[:, None, :, None]
+    short = torch.where(unseen, hidden, short)
+    short = torch.where(padding[:, None, :, None] & alone, shown, short)
+    return short.contiguous()
 
 
 @shorten_mask.register_fake
-def _(mask: Tensor | None, kept: Tensor, room: bool) -> Tensor:
-    _check_mask(mask, kept, room)
+def _(mask: Tensor | None, kept: Tensor) -> Tensor:
+    _check_mask(mask, kept)
     heads, dtype = (1, torch.bool) if mask is None else (mask.shape[1], mask.dtype)
-    keys = mask.shape[3] if room else kept.shape[1]  # type: ignore[union-attr]
-    return kept.new_empty((kept.shape[0], heads, kept.shape[1], keys), dtype=dtype)
+    return kept.new_empty((kept.shape[0], heads, kept.shape[1], kept.shape[1]), dtype=dtype)
 
 
 def _check_prompt(input_ids: Tensor, mask: Tensor | None, after: list[int], lengths: list[int]) -> None:
@@ -375,7 +373,7 @@ def _check_tokens(hidden: Tensor, scores: Tensor, video_of: Tensor, slots: Tenso
             )
 
 
-def _check_mask(mask: Tensor | None, kept: Tensor, room: bool) -> None:
+def _check_mask(mask: Tensor | None, kept: Tensor) -> None:
     if mask is not None and (mask.dim() != 4 or not (mask.dtype == torch.bool or mask.is_floating_point())):
         raise ValueError(
             f"earlytom::shorten_mask: mask must be bool or float [rows, heads, positions, keys], got {mask.dtype} with "
@@ -385,5 +383,3 @@ def _check_mask(mask: Tensor | None, kept: Tensor, room: bool) -> None:
         raise ValueError(
             f"earlytom::shorten_mask: kept must be int64 [rows, positions], got {kept.dtype} with {kept.dim()} axes"
         )
-    if room and mask is None:
-        raise ValueError("earlytom::shorten_mask: room=True says what the mask's keys are, and there is none")

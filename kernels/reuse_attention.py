@@ -20,9 +20,7 @@ _WIDEST_HEAD_BYTES = 320  # of the Triton kernel, whose tiles must fit into shar
 
 
 @torch.library.custom_op("earlytom::reuse_attention", mutates_args=())
-def reuse_attention(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, offsets: Tensor, scale: float
-) -> Tensor:
+def reuse_attention(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, offsets: Tensor, scale: float) -> Tensor:
     """softmax(q k^T * scale) v of each frame: its own packed queries, keys and values of all its places.
 
     Args:
@@ -117,9 +115,7 @@ def _borders(rows: Tensor, offsets: Tensor, total: int) -> list[int]:
     return borders
 
 
-def _triton_supports(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, offsets: Tensor, scale: float
-) -> bool:
+def _triton_supports(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, offsets: Tensor, scale: float) -> bool:
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or query.dim() != 4:
         return False
     if query.is_cuda and torch.cuda.is_available() and torch.cuda.get_device_capability(query.device) < (8, 0):

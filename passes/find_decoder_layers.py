@@ -3,7 +3,7 @@
     h1 = h + project(attention(q(h), k(h), v(h)))      # causal, or masked; h: [R, S, C]
 
 What follows the attention does not matter: all that is asked of a layer is the stream that enters it, and the attention
-inside. A key may lie in a cache.
+inside.
 """
 
 from collections.abc import Sequence

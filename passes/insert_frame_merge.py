@@ -9,7 +9,8 @@ After:  ``sim = frame_similarity(h6); source, weight, counts = plan_merge(sim, c
 The last merge layer also yields what token selection needs: the importance of every token (the attention it
 receives in that layer, which rides along with its frame: ``merge_frames([h23, importance], ...)``) and which frames
 begin or end a segment; ``plus``, which compares the tokens themselves, needs neither. Frame counts differ between
-videos, so they travel as a tensor; videos stay consecutive and never mix.
+videos, so they travel as a tensor; videos stay consecutive and never mix. With the method of another paper no frames
+merge, and what that method asks for, importance or the keys of the encoder's attention, is read of its layer.
 """
 
 import math
@@ -23,6 +24,7 @@ from torch.fx import Graph, Node
 
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
+from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath
 from earlytom_compile.passes.find_vision_encoder import Block, GraphView
 from earlytom_compile.passes.insert_patch_reuse import ReusedPlaces
@@ -41,6 +43,7 @@ class MergedVideo:
     """What stage 1 leaves behind, as graph nodes; N frames in all, S tokens each."""
 
     importance: Node | None  # float32 [N, S]; None where selection does not need it
+    keys: Node | None  # float32 [N, S, d], of the scored layer's attention; likewise
     dynamic: Node | None  # bool [N]; likewise
     counts: tuple[Node, ...]  # int64 [V], frames of each video: at first, then after each merge layer
     plans: tuple[tuple[Node, Node], ...]  # (source, weight) of each merge layer, see kernels/plan_merge.py
@@ -71,10 +74,12 @@ def insert_frame_merge(
     blocks = path.encoder.blocks
     layers = config.resolve_merge_layers(len(blocks))
     scored = blocks[config.scored_layer(len(blocks))]
-    importance, dynamic = None, None
-    if config.selects_by_attention():
-        with graph.inserting_before(scored.attention):
+    importance, keys, dynamic = None, None, None
+    with graph.inserting_before(scored.attention):
+        if config.selects_by_attention():
             importance = _attention_received(graph, scored, reused)
+        if config.selects_by_keys():
+            keys = _mean_keys(graph, scored, reused)
     with graph.inserting_before(blocks[0].input.next):
         counts = [_frame_counts(graph, path, sizes)]
     features = reused.whole(graph, scored.output) if reused is not None else scored.output
@@ -90,14 +95,14 @@ def insert_frame_merge(
         axes.append(ResizedAxis(merge.hidden, 0, f"frames after layer {layer}", merge.size))
         if riders:
             features, (importance,) = merge.hidden, merge.riders
-    if importance is not None:
+    if importance is not None and config.method == EARLYTOM:
         with graph.inserting_before(_behind(features, importance)):
             band = sizes.similarity_band
             similarity = insert(graph, torch.ops.earlytom.frame_similarity.default, features, band)
             dynamic = insert(
                 graph, torch.ops.earlytom.dynamic_frames.default, similarity, counts[-1], **_segmentation(config)
             )
-    return MergedVideo(importance, dynamic, tuple(counts), tuple(plans), tuple(axes))
+    return MergedVideo(importance, keys, dynamic, tuple(counts), tuple(plans), tuple(axes))
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,17 @@ def _attention_received(graph: Graph, block: Block, reused: ReusedPlaces | None)
     if reused is not None and reused.has_distinct_frames(block):
         return reused.of_all_frames(graph, received)
     return received
+
+
+def _mean_keys(graph: Graph, block: Block, reused: ReusedPlaces | None) -> Node:
+    """float32 [N, S, d]: keys of a block, mean over heads."""
+    key = block.key
+    if reused is not None and reused.is_packed(block):
+        key = reused.spread(graph, key)
+    mean = insert(graph, torch.mean, key, 1, dtype=torch.float32)
+    if reused is not None and reused.has_distinct_frames(block):
+        return reused.of_all_frames(graph, mean)
+    return mean
 
 
 def _segmentation(config: EarlyTomConfig) -> dict[str, Any]:

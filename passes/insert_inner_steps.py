@@ -171,14 +171,10 @@ class _Shortened:
         """Let ``region`` read ``node`` at the positions that are left."""
         places = [i for i, dim in enumerate(self.view.dims(node)) if dim is self.positions]
         with self.graph.inserting_before(_behind(node, self.kept)):
-            if _is_mask(node) and places in ([2], [2, 3]):
-                room = places == [2]
-                short = insert(self.graph, torch.ops.earlytom.shorten_mask.default, node, self.kept, room)
+            if _is_mask(node) and places == [2, 3]:
+                short = insert(self.graph, torch.ops.earlytom.shorten_mask.default, node, self.kept)
             elif places == [1]:
                 short = self._taken(node)
-            elif places == [0] and len(shape_of(node) or ()) == 1 and not value_of(node).is_floating_point():  # type: ignore[union-attr]
-                # Where a cache is written: as many places, the first ones.
-                short = insert(self.graph, "narrow", node, 0, 0, self.length)
             else:
                 raise NotApplicable(
                     f"{describe(node)} has the prompt on axes {places}, and is read by layers that get fewer tokens",
@@ -220,7 +216,7 @@ def _mask_padding(graph: Graph, layers: Sequence[DecoderLayer], region: set[Node
     if not bare:
         return
     with graph.inserting_before(kept.next):
-        mask = insert(graph, torch.ops.earlytom.shorten_mask.default, None, kept, False)
+        mask = insert(graph, torch.ops.earlytom.shorten_mask.default, None, kept)
     for attention in bare:
         query, key, value = attention.args[:3]
         attention.args = query, key, value

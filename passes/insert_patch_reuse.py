@@ -196,9 +196,7 @@ def _pack(
     _note_inputs(graph, places, chosen, begin, packed)
 
 
-def _leave_out_repeats(
-    graph: Graph, flow: Dataflow, places: ReusedPlaces, chosen: Sequence[Block], begin: int
-) -> None:
+def _leave_out_repeats(graph: Graph, flow: Dataflow, places: ReusedPlaces, chosen: Sequence[Block], begin: int) -> None:
     """Let the blocks ``chosen``, of which the first is number ``begin``, run on the distinct frames."""
     assert places.frames is not None
     same, distinct = places.frames
@@ -237,9 +235,7 @@ def _attend(places: ReusedPlaces, attention: Node) -> None:
     attention.kwargs = {"scale": scale if scale is not None else int(shape_of(query)[3]) ** -0.5}  # type: ignore[index]
 
 
-def _gather_operands(
-    graph: Graph, view: GraphView, places: ReusedPlaces, hidden: Node, region: Sequence[Node]
-) -> None:
+def _gather_operands(graph: Graph, view: GraphView, places: ReusedPlaces, hidden: Node, region: Sequence[Node]) -> None:
     """Let a run's operators read what differs from place to place, such as rotary tables, in the order in which the
     places are packed."""
     frames, tokens, *_ = view.dims(hidden) or view.dims(hidden.args[0])  # of a copy, what it is a copy of

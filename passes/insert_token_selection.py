@@ -1,10 +1,12 @@
-"""Keep the most important tokens of each video (algorithm.md, stage 2), or those that represent it (``plus``).
+"""Keep the most important tokens of each video (algorithm.md, stage 2), those that represent it (``plus``), or those
+that another method keeps.
 
 Before: ``flat = features.reshape(V, F*P, C)``
 After:  ``tokens, kept = select_tokens(features, pooled_importance, dynamic, counts, K)   # [V, K, C]``
  plus:  ``tokens, kept = select_representatives(features, counts, K)                      # [V, K, C]``
+other:  ``tokens, kept = keep_by_method(features, importance, keys, counts, K, "visionzip") # [V, K, C]``
 
-``paper`` and ``plus`` keep exactly K tokens a video, so the axis F*P becomes the constant K. ``released`` keeps a
+All but ``released`` keep exactly K tokens a video, so the axis F*P becomes the constant K. ``released`` keeps a
 number that depends on the content, different for every video: its rows replace the flattened ones, separators
 included.
 """
@@ -17,6 +19,7 @@ import torch
 from torch.fx import Graph, Node
 
 from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.passes.find_video_boundary import Boundary
 from earlytom_compile.passes.insert_frame_merge import MergedVideo
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
@@ -49,6 +52,9 @@ def insert_token_selection(
     consumers = {node: list(node.users) for node in ends if node is not None}  # before our own are among them
     with graph.inserting_before(boundary.features.next):
         features = _by_frame(graph, boundary)
+        if config.method != EARLYTOM:
+            selected = _kept_by_method(graph, features, video, sizes, config, token_map)
+            return _kept_exactly(graph, boundary, consumers, selected, sizes)
         if video.importance is None or video.dynamic is None:
             op = torch.ops.earlytom.select_representatives.default
             selected = insert(graph, op, features, video.counts[-1], sizes.budget)
@@ -61,6 +67,23 @@ def insert_token_selection(
             selected = insert(graph, op, *operands, sizes.budget, static_selection=config.static_selection)
             return _kept_exactly(graph, boundary, consumers, selected, sizes)
         return _select_released(graph, boundary, consumers, operands, sizes, config)
+
+
+def _kept_by_method(
+    graph: Graph,
+    features: Node,
+    video: MergedVideo,
+    sizes: VideoSizes,
+    config: EarlyTomConfig,
+    token_map: TokenMap | None,
+) -> Node:
+    importance, keys = video.importance, video.keys
+    if importance is not None or keys is not None:
+        assert token_map is not None
+        importance = None if importance is None else token_map.carry(graph, importance)
+        keys = None if keys is None else token_map.carry_keys(graph, keys)
+    op = torch.ops.earlytom.keep_by_method.default
+    return insert(graph, op, features, importance, keys, video.counts[-1], sizes.budget, config.method)
 
 
 def _by_frame(graph: Graph, boundary: Boundary) -> Node:

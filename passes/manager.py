@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.errors import EarlyTomError
 from earlytom_compile.kernels.providers import provider_of
+from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
 from earlytom_compile.passes.canonicalize_sizes import canonicalize_sizes
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
@@ -186,14 +187,23 @@ def _find_token_map(state: Rewrite) -> None:
         return
     hidden = boundary.encoder.blocks[-1].output
     state.token_map = find_token_map(view, hidden, boundary.features, boundary.frame_axes, _probe(state, boundary))
-    if state.token_map is None and state.config.selects_by_attention():
+    if state.token_map is None and (needed := _needed_of_patches(state.config)):
         patches = shape_of(hidden)[1]  # type: ignore[index]
+        cure = "Use" if state.config.method == EARLYTOM else "Leave method out and use"
         raise NotApplicable(
-            f"variant={state.config.variant!r} keeps the tokens that receive most attention in the vision encoder, and "
-            f"the {boundary.tokens} tokens of a frame behind {boundary.encoder.name} are no shrunken grid of its "
-            f"{patches} patches, as behind a resampler",
-            'Use variant="plus", which looks at the tokens themselves',
+            f"{state.config.chosen()} {needed}, and the {boundary.tokens} tokens of a frame behind "
+            f"{boundary.encoder.name} are no shrunken grid of its {patches} patches, as behind a resampler",
+            f'{cure} variant="plus", which looks at the tokens themselves',
         )
+
+
+def _needed_of_patches(config: EarlyTomConfig) -> str:
+    """What selection has to know of each token that only patches have, for people; empty if nothing."""
+    if config.method == EARLYTOM and config.selects_by_attention():
+        return "keeps the tokens that receive most attention in the vision encoder"
+    needed = ["the attention that each token receives"] * config.selects_by_attention()
+    needed += ["the key of each token"] * config.selects_by_keys()
+    return f"goes by {' and '.join(needed)} in the vision encoder" if needed else ""
 
 
 def _probe(state: Rewrite, path: VideoPath) -> Probe:

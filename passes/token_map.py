@@ -40,6 +40,13 @@ class TokenMap:
     shape: tuple[int, int] = (0, 0)
     """(h, w) of the tokens."""
 
+    def carry_keys(self, graph: Graph, keys: Node) -> Node:
+        """[N, S, d] -> [N, P, d], each of the d by itself as importance is."""
+        width = insert(graph, torch.ops.aten.sym_size.int, keys, 2)
+        by_channel = insert(graph, "flatten", insert(graph, "transpose", keys, 1, 2), 0, 1)  # [N * d, S]
+        carried = insert(graph, "unflatten", self.carry(graph, by_channel), 0, (-1, width))
+        return insert(graph, "transpose", carried, 1, 2)
+
     def carry(self, graph: Graph, importance: Node) -> Node:
         """[N, S] -> [N, P], inserted at the graph's insertion point."""
         patches = math.prod(self.grid)

@@ -48,7 +48,7 @@ def _computed(graph: Graph, path: VideoPath, symbol: torch.SymInt, config: Early
     band: int | Node = config.window() - 1 if config.window() else insert(graph, operator.sub, frames, 1)
     if not config.keeps_exactly():
         return VideoSizes(frames, 0, config.min_frames(1), band)
-    table = insert(graph, torch.ops.earlytom.video_budget.default, frames, path.tokens, config.retain_ratio)
+    table = insert(graph, torch.ops.earlytom.video_budget.default, frames, path.tokens, config.ratio_behind_encoder())
     likely = likely_size(symbol)
     budget = _read(graph, table, 0, config.token_budget(likely, path.tokens))
     most = insert(graph, operator.mul, frames, path.tokens)

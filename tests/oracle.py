@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from oracle_inner import reduced_logits
 from oracle_reuse import ReusingEncoder, attention_of, tensor_of
+from oracle_tower import layers_behind, layers_in_use, pool_importance, seen_by_method, tokens_of
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.reference import plan_frame_merge, segment_frames, select_representatives, select_tokens
@@ -39,6 +39,10 @@ class Options:
     tau_reuse: float = EarlyTomConfig.tau_reuse
     full_layers: Sequence[int] | None = None
     encode_ratio: float | None = None
+    keep: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
+    """(features [F, P, C], attention received [F, P], keys [F, P, d], K) -> (tokens [K, C], int64 [K, 2]): another
+    method, in the place of ``variant``."""
+    scored_layer: int = -1
     steps: Sequence[Any] = ()
     """Steps inside the language model, as ``earlytom_compile.methods.base.Step`` has them."""
 
@@ -169,48 +173,11 @@ def _attention_received(query: Tensor, key: Tensor, attention: nn.Module) -> Ten
     return torch.stack(frames)
 
 
-def _layers(model) -> nn.ModuleList:
-    """The layers of the vision tower, which are called ``layer`` in DINOv2."""
-    tower = model.model.vision_tower.modules()
-    lists = (getattr(module, name, None) for module in tower for name in ("layers", "layer"))
-    return next(layers for layers in lists if isinstance(layers, nn.ModuleList))
-
-
-def _layers_behind(model) -> list[int]:
-    """How many layers each of the hidden states that the model selects has gone through."""
-    selected, total = model.config.vision_feature_layer, len(_layers(model))
-    chosen = [selected] if isinstance(selected, int) else list(selected)
-    return [count if count >= 0 else total + 1 + count for count in chosen]
-
-
-def _tokens(model, hidden: Tensor) -> Tensor:
-    """``[N, S, D] -> [N, P, C]``: projector and pooling, in the order of the model."""
-    inner = model.model
-    if hasattr(inner, "vision_resampler"):
-        return inner.multi_modal_projector(inner.vision_resampler(hidden))
-    return inner.apply_pooling(inner.multi_modal_projector(hidden))
-
-
-def _layers_in_use(model) -> nn.ModuleList:
-    """The encoder layers that feed the hidden states the model selects; hidden state k leaves layer k - 1."""
-    return _layers(model)[: max(_layers_behind(model))]
-
-
-def _pool_importance(model, importance: Tensor) -> Tensor:
-    """``[N, S] -> [N, P]``, as the model pools its features: LLaVA-OneVision's are bilinear to half the side (rounded
-    up); where a convolution pools, importance is the mean of what makes a token."""
-    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    half = math.ceil(side / 2)
-    grid = importance.view(len(importance), 1, side, side)
-    if hasattr(model.model, "vision_resampler"):
-        pool = F.max_pool2d if model.config.spatial_pool_mode == "max" else F.avg_pool2d
-        return pool(grid, model.config.spatial_pool_stride).flatten(1)
-    return F.interpolate(grid, size=(half, half), mode="bilinear").flatten(1)
-
-
 def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     """``pixels [F, C, H, W]``: encode with merging, project, pool, select, append the separator."""
-    layers = _layers_in_use(model)
+    if options.keep is not None:
+        return _keep_by_method(model, pixels, options)
+    layers = layers_in_use(model)
     merge_layers = options.merge_layers
     if merge_layers is None:
         merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
@@ -219,29 +186,37 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     encoder = encoder_of(layers, merge_layers, pixels, model.config.vision_config.patch_size, options)
     with encoder.hooked():
         model.model.vision_tower(pixels)
-    hidden = torch.cat([encoder.outputs[count - 1] for count in _layers_behind(model)], dim=-1)
+    hidden = torch.cat([encoder.outputs[count - 1] for count in layers_behind(model)], dim=-1)
     importance = encoder.importance
     if model.config.vision_feature_select_strategy == "default":
         hidden, importance = hidden[:, 1:], importance[:, 1:]
-    features = _tokens(model, hidden)
+    features = tokens_of(model, hidden)
     if options.variant == "plus":
         kept = select_representatives(features, frames_in=len(pixels), retain_ratio=options.retain_ratio)
     else:
         kept = select_tokens(
-            _pool_importance(model, importance),
+            pool_importance(model, importance),
             encoder.segments,
             frames_in=len(pixels),
             retain_ratio=options.retain_ratio,
             variant=options.variant,
         )
+    return _with_separator(model, features[kept[:, 0], kept[:, 1]], kept, encoder, len(pixels) * features.shape[1])
+
+
+def _with_separator(model, tokens: Tensor, kept: Tensor, encoder, placeholders: int) -> CompressedVideo:
     separators = 0 if hasattr(model.model, "vision_resampler") else 1
-    separator = model.model.image_newline.to(features)[None]
-    return CompressedVideo(
-        features=torch.cat([features[kept[:, 0], kept[:, 1]], separator[:separators]]),
-        kept=kept,
-        frames_after=encoder.frames_after,
-        placeholders=len(pixels) * features.shape[1] + separators,
-    )
+    separator = model.model.image_newline.to(tokens)[None]
+    features = torch.cat([tokens, separator[:separators]])
+    return CompressedVideo(features, kept, encoder.frames_after, placeholders + separators)
+
+
+def _keep_by_method(model, pixels: Tensor, options: Options) -> CompressedVideo:
+    """The same where no frames merge and another method selects."""
+    encoder, features, importance, keys = seen_by_method(model, pixels, options)
+    every = features[..., 0].numel()
+    tokens, kept = options.keep(features, importance, keys, max(1, round(options.retain_ratio * every)))
+    return _with_separator(model, tokens, kept, encoder, every)
 
 
 # --- The prompt -----------------------------------------------------------------------------------

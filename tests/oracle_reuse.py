@@ -31,8 +31,8 @@ class ReusingEncoder:
     """Forward hooks that make the layers of a vision encoder reuse, and note what selection needs.
 
     plan: of the video, once its frames have come to the first layer. outputs: of each layer, ``[F, S, D]``. importance:
-    float32 ``[F, S]``, the attention that tokens receive in ``importance_layer``; segments: int64 ``[n, 2]`` of the
-    features behind it.
+    float32 ``[F, S]``, the attention that tokens receive in ``importance_layer``; keys: float32 ``[F, S, d]``, of that
+    layer, mean over heads; segments: int64 ``[n, 2]`` of the features behind it.
     """
 
     def __init__(
@@ -72,6 +72,12 @@ class ReusingEncoder:
     @property
     def output(self) -> Tensor:
         return self.outputs[len(self.layers) - 1]
+
+    @property
+    def keys(self) -> Tensor:
+        width = attention_of(self.layers[self.importance_layer]).head_dim
+        heads = self._projected["k_proj"].float().unflatten(-1, (-1, width))  # each place has its source's already
+        return sum(heads.unbind(-2)) / heads.shape[-2]
 
     def hooked(self) -> ExitStack:
         stack = ExitStack()

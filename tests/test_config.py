@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError
-from earlytom_compile.config import PRESETS
-from earlytom_compile.methods.base import Step
+from earlytom_compile.methods import registry
+from earlytom_compile.methods.base import Method, Step
+from earlytom_compile.methods.registry import register_method
+from earlytom_compile.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,6 @@ def test_inner_options_name_their_layer_and_need_it():
         EarlyTomConfig(inner_layer=18).steps_inside(18)
     with pytest.raises(EarlyTomConfigError, match="inner_drop_ratio=0.3 without inner_layer"):
         EarlyTomConfig(inner_drop_ratio=0.3)
-
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -280,3 +281,98 @@ def test_numpy_numbers_are_numbers_of_reuse_too():
     assert EarlyTomConfig(reuse=True, encode_ratio=np.float64(0.25)).place_budget(8, 10) == 20
     with pytest.raises(EarlyTomConfigError, match="tau_reuse=0.5 with encode_ratio=0.25: a budget .* Leave one"):
         EarlyTomConfig(reuse=True, tau_reuse=0.5, encode_ratio=0.25)
+
+
+def by_method(name="mine", **what):
+    return register_method(Method(name=name, paper="none", **what))
+
+
+@pytest.fixture
+def no_methods(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+
+
+@pytest.mark.parametrize("reuse", [None, True, False])
+def test_no_frames_merge_with_another_method(reuse):
+    config = EarlyTomConfig(method="visionzip", reuse=reuse)
+    assert config.resolve_merge_layers(26) == () and config.keeps_exactly() and config.reuses() is bool(reuse)
+    assert config.selects_by_attention() and config.selects_by_keys() and config.scored_layer(26) == 25
+    assert not EarlyTomConfig().selects_by_keys() and not EarlyTomConfig(variant="plus").selects_by_attention()
+
+
+@pytest.mark.parametrize("asks", [{}, {"importance": True}, {"keys": True}, {"importance": True, "keys": True}])
+def test_a_method_gets_what_it_asks_for(no_methods, asks):
+    by_method(keep=print, **asks)
+    config = EarlyTomConfig(method="mine")
+    assert config.selects_by_attention() is asks.get("importance", False)
+    assert config.selects_by_keys() is asks.get("keys", False)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layers", "expected"), [(-1, 1, 0), (-1, 26, 25), (0, 1, 0), (5, 6, 5), (5, 5, None), (-2, 5, None)]
+)
+def test_the_layer_that_a_method_looks_at(no_methods, layer, layers, expected):
+    by_method(keep=print, scored_layer=layer)
+    config = EarlyTomConfig(method="mine")
+    if expected is not None:
+        assert config.scored_layer(layers) == expected
+        config.require_layers(layers)
+        return
+    for look in (config.scored_layer, config.require_layers):
+        with pytest.raises(EarlyTomConfigError, match=f"method='mine' looks at layer {layer} .*0 to {layers - 1}"):
+            look(layers)
+
+
+@given(ratio=st.floats(0, 1, exclude_min=True), frames=st.integers(1, 500), tokens=st.integers(1, 800))
+def test_a_method_that_keeps_nothing_behind_the_encoder_leaves_all_of_it(ratio, frames, tokens):
+    registry._registered.pop("inside_only", None)
+    by_method("inside_only", inside=lambda ratio, layers: ())
+    try:
+        config = EarlyTomConfig(method="inside_only", retain_ratio=ratio)
+        assert config.token_budget(frames, tokens) == frames * tokens and config.ratio_behind_encoder() == 1
+    finally:
+        registry._registered.pop("inside_only")
+    config = EarlyTomConfig(method="visionzip", retain_ratio=ratio)
+    assert config.token_budget(frames, tokens) == EarlyTomConfig(retain_ratio=ratio).token_budget(frames, tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"variant": "plus"}, "variant"),
+        ({"variant": "released"}, "variant"),
+        ({"merge_layers": (1, 2)}, "merge_layers"),
+        ({"tau_seg": 0.5}, "tau_seg"),
+        ({"alpha": 0.5}, "alpha"),
+        ({"max_window": 4}, "max_window"),
+        ({"tau_merge": 0.5}, "tau_merge"),
+        ({"tau_merge": 0.5, "reuse": True}, "tau_merge"),
+        ({"static_selection": "host"}, "static_selection"),
+        ({"preset": "videomme", "retain_ratio": 0.1}, "preset"),
+    ],
+)
+def test_options_of_earlytom_belong_to_it(options, first):
+    message = f"^{first}={re.escape(repr(options[first]))} with method='visionzip': it belongs to EarlyTom's own method"
+    for make in (EarlyTomConfig.from_options, lambda options: EarlyTomConfig(**options)):
+        with pytest.raises(EarlyTomConfigError, match=message):
+            make({"method": "visionzip", **options})
+
+
+@pytest.mark.parametrize("option", [{"tau_reuse": 0.1}, {"full_layers": (1,)}, {"encode_ratio": 0.5}])
+def test_options_of_reuse_need_it_with_a_method_too(option):
+    (name,) = option
+    with pytest.raises(EarlyTomConfigError, match=f"{name}=.* without reuse, which is off with method='visionzip'"):
+        EarlyTomConfig(method="visionzip", **option)
+    assert EarlyTomConfig(method="visionzip", reuse=True, **option).reuses()
+
+
+def test_names_of_methods(no_methods, monkeypatch):
+    for bad in ("vision_zip", None, 3):
+        with pytest.raises(EarlyTomConfigError, match="method=.*must be one of 'earlytom', .*'visionzip'"):
+            EarlyTomConfig(method=bad)
+    mine = by_method(keep=print)
+    assert EarlyTomConfig(method="mine").chosen() == "method='mine'" and by_method(keep=print) == mine
+    assert EarlyTomConfig(variant="plus").chosen() == "variant='plus'"
+    for taken in ("mine", "visionzip", "earlytom"):
+        with pytest.raises(EarlyTomConfigError, match=f"a method named '{taken}' exists already"):
+            by_method(taken)

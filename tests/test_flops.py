@@ -12,7 +12,10 @@ from earlytom_compile.backend import earlytom
 from earlytom_compile.flops import count, implied_encoder, implied_frames, merged_inside
 from earlytom_compile.kernels.attention_received import attention_received
 from earlytom_compile.kernels.frame_similarity import frame_similarity
+from earlytom_compile.kernels.keep_by_method import keep_by_method
 from earlytom_compile.kernels.select_representatives import select_representatives
+from earlytom_compile.methods import registry
+from earlytom_compile.methods.base import Method
 from earlytom_compile.shapes import SHAPES, ModelShape, config_of, shape_of
 
 BIG, SMALL, VIDEO = (shape_of(f"llava-{name}") for name in ("onevision-7b", "onevision-0.5b", "video-7b"))
@@ -203,6 +206,40 @@ def test_operators_of_plus_cost_what_torch_counts_inside_them(schedule):
     assert count(shape, protocol="paper", **options).operators == 0
 
 
+@pytest.mark.parametrize("frames, kept", [(10, 31), (3, 27), (8, 5)])
+def test_operators_of_another_method_cost_what_torch_counts_inside_them(frames, kept):
+    shape = ModelShape.from_config(tiny_llava_onevision(vision_layers=6).config)
+    heads, width = shape.vision_heads, shape.vision_width // shape.vision_heads
+    with counter() as counted:
+        query, key = torch.randn(2, frames, heads, shape.frame_tokens, width)
+        attention_received._init_fn(query, key, 1.0)
+        features = torch.randn(frames, shape.pooled_tokens, shape.llm_width)
+        importance, keys = features[..., 0], features[..., :width].contiguous()
+        keep_by_method._init_fn(features, importance, keys, torch.tensor([frames]), kept, "visionzip")
+    options = {"frames_schedule": (frames,), "llm_tokens": 1, "method": "visionzip", "kept": kept}
+    assert count(shape, protocol="exact", **options).operators == counted.get_total_flops() > 0
+    assert count(shape, protocol="paper", **options).operators == 0
+
+
+def test_a_method_costs_what_it_asks_for(monkeypatch):
+    plain = {"protocol": "exact", "frames_schedule": (32,), "llm_tokens": 665}
+    whole = count(BIG, **plain)
+    scores = 2 * 32 * 729**2 * 1152
+    for asks, expected in (({}, 0), ({"importance": True}, scores), ({"keys": True}, 0)):
+        for more, own in (
+            ({}, 0),
+            ({"operations": lambda sizes: sizes.kept * sizes.frames + sizes.key_width}, 627 * 32 + 72),
+        ):
+            mine = Method("mine", "none", keep=print, **asks, **more)
+            monkeypatch.setattr(registry, "_registered", {"mine": mine})
+            counted = count(BIG, **plain, method="mine", kept=627)
+            assert counted.operators == expected + own
+            assert counted.total - counted.operators == whole.total
+    inside = Method("inside_only", "none", inside=lambda ratio, layers: ())
+    monkeypatch.setattr(registry, "_registered", {"inside_only": inside})
+    assert count(BIG, **plain, method="inside_only", kept=6272) == whole
+
+
 def test_merging_frames_only_changes_what_comes_after():
     before = count(BIG, protocol="exact", frames_schedule=(32,), llm_tokens=665)
     after = count(BIG, protocol="exact", frames_schedule=(32, 32, 32, 16), llm_tokens=665)
@@ -217,6 +254,12 @@ def test_merging_frames_only_changes_what_comes_after():
     [
         ({"protocol": "both"}, "'paper', 'exact'"),
         ({"variant": "more"}, "'paper', 'released', 'plus'"),
+        ({"method": "more"}, "method='more': must be one of 'earlytom', "),
+        ({"method": "visionzip"}, "kept=None with method='visionzip': must be the tokens .* from 1 to 6272, all"),
+        ({"method": "visionzip", "kept": 0}, "kept=0 with method='visionzip'"),
+        ({"method": "visionzip", "kept": 6273}, "kept=6273 with method='visionzip'"),
+        ({"method": "visionzip", "kept": 9, "variant": "plus"}, "variant='plus' with method='visionzip'"),
+        ({"method": "visionzip", "kept": 9, "frames_schedule": (32, 20)}, "32,20 with method='visionzip': no frames"),
         ({"frames_schedule": (32, 20)}, "must have one number, or 4"),
         ({"frames_schedule": (32, 20, 21, 10)}, "never grow"),
         ({"frames_schedule": (0,)}, "positive"),

@@ -8,7 +8,8 @@ from effort import examples
 from generating import trace_of_video_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import MergingEncoder, Options, _compress_video, _layers_in_use, _pool_importance
+from oracle import MergingEncoder, Options, _compress_video
+from oracle_tower import layers_in_use, pool_importance
 from scenes import video
 from tiny_models import tiny_llava_onevision, video_inputs
 from torch.testing import assert_close
@@ -77,7 +78,7 @@ def seen(one_trace, model, pixels, given):
 def specified(model, pixels, given):
     """(hidden states before each merge, the oracle's encoder, what it keeps)."""
     made = Options(**given)
-    encoder = _Watched(_layers_in_use(model), LAYERS, len(pixels), made)
+    encoder = _Watched(layers_in_use(model), LAYERS, len(pixels), made)
     with encoder.hooked():
         model.model.vision_tower(pixels)
     return encoder, _compress_video(model, pixels, made)
@@ -127,7 +128,7 @@ def test_an_observation_is_what_the_specification_decides(one_trace, model, data
     assert observation.dynamic == flags
     # plus does not ask for the attention received, and yet what is shown of it is the encoder's.
     assert observation.importance_decides == (chosen["variant"] != "plus")
-    assert_close(torch.from_numpy(observation.importance).flatten(1), _pool_importance(model, encoder.importance))
+    assert_close(torch.from_numpy(observation.importance).flatten(1), pool_importance(model, encoder.importance))
 
 
 def assert_is_equation_1(step, hidden, chosen):
@@ -163,7 +164,7 @@ def test_a_video_too_short_to_merge(one_trace, model, frames, variant):
     assert observation.frame_counts[-1] == frames and not any(step.merged for step in observation.merges)
     assert observation.origins() == tuple(((frame, 1.0),) for frame in range(frames))
     assert len(observation.kept) == len(kept.kept)
-    assert_close(torch.from_numpy(observation.importance).flatten(1), _pool_importance(model, encoder.importance))
+    assert_close(torch.from_numpy(observation.importance).flatten(1), pool_importance(model, encoder.importance))
 
 
 def test_observing_leaves_the_model_as_it_was_and_tells_what_its_calls_do(model):

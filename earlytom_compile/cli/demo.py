@@ -186,8 +186,10 @@ def _encoded(report: dict[str, Any]) -> str:
     """What the vision encoder computed."""
     for patches in patches_of(report):
         return f"The vision encoder computes {patches.in_short()}, those that changed"
-    frames = " -> ".join(map(str, report["videos"][0]["frames"]))
-    return f"Frames merge inside the vision encoder, {frames}"
+    frames = report["videos"][0]["frames"]
+    if len(frames) == 1:
+        return f"No frames merge with this method, {frames[0]} go through the vision encoder"
+    return f"Frames merge inside the vision encoder, {' -> '.join(map(str, frames))}"
 
 
 @dataclass(frozen=True)

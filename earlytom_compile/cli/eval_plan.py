@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import PRESET_RATIOS
 from ..errors import EarlyTomConfigError
+from ..presets import PRESET_RATIOS
 from .options import given_options
 
 BENCHMARKS = ("mvbench", "egoschema", "longvideobench", "videomme")

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
+from ..methods.registry import EARLYTOM, method_named
 from ..picture import Asked
 from ..reused import ComputedPatches
 from ..toyworld.model import WEIGHTS
@@ -165,14 +166,25 @@ def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:
         name = "the video" if len(report["videos"]) == 1 else f"video {number}"
         reused = video.get("patches")
         said = _merged(name, video["frames"], report["merge_layers"])
+        if config.method != EARLYTOM:
+            said = f"The vision encoder gets {counted(video['frames'][0], 'frame')} of {name}; none merge."
         if reused is not None:
             said = _reused(name, ComputedPatches(**reused), config, report["encoder"]["layers"])
         before, after = video["tokens"]
         lines.append(
             f"{said} {after} of the video's {before} tokens ({after / before:.1%}) go to the language model: "
-            f"{_CHOSEN_BY[config.variant]}."
+            f"{_chosen_by(config)}."
         )
     return "\n".join(textwrap.fill(line, 110) for line in lines)
+
+
+def _chosen_by(config: EarlyTomConfig) -> str:
+    method = method_named(config.method)
+    if method is None:
+        return _CHOSEN_BY[config.variant]
+    if method.keep is None:
+        return f"all of them, since method {method.name} leaves tokens out inside the language model only"
+    return f"those that method {method.name} keeps"
 
 
 def _merged(name: str, frames: Sequence[int], layers: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Flops, Protocol, Reuse, count, implied_encoder, implied_frames, merged_inside
+from ..methods.registry import EARLYTOM
 from ..shapes import ModelShape, shape_of
 from .outputs import output_console, write_text
 
@@ -84,13 +85,24 @@ class Case:
         """Of the video."""
         return self.frames * self.shape.frame_tokens
 
+    def budget(self, retain_ratio: float) -> int:
+        """Tokens that are kept of the video."""
+        return EarlyTomConfig(retain_ratio=retain_ratio).token_budget(self.frames, self.shape.pooled_tokens)
+
     def tokens(self, retain_ratio: float) -> int:
         """Tokens in the language model: of the video alone in protocol ``paper``, else the whole prompt."""
-        budget = EarlyTomConfig(retain_ratio=retain_ratio).token_budget(self.frames, self.shape.pooled_tokens)
+        budget = self.budget(retain_ratio)
         return budget if self.protocol == "paper" else budget + 1 + self.prompt_length  # 1: newline after a video
 
-    def count(self, llm_tokens: int | Mapping[int, int], *, merge: bool = False) -> Flops:
-        """Work with these tokens, with or without merging frames."""
+    def count(
+        self,
+        llm_tokens: int | Mapping[int, int],
+        *,
+        merge: bool = False,
+        method: str = EARLYTOM,
+        kept: int | None = None,
+    ) -> Flops:
+        """Work with these tokens, with or without merging frames, or where a ``method`` has ``kept`` so many."""
         schedule = self.schedule if merge else (self.frames,)
         return count(
             self.shape,
@@ -98,6 +110,8 @@ class Case:
             frames_schedule=schedule,
             llm_tokens=llm_tokens,
             merge_layers=self.merge_layers,
+            method=method,
+            kept=kept,
         )
 
     def count_reused(self, llm_tokens: int) -> Flops:
@@ -147,8 +161,8 @@ def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple
     """Every method whose tokens are known layer by layer.
 
     VisionZip and DyCoke shorten the sequence before the language model, FastV after its first two layers, HoliTom
-    before it and once more inside; none of them touches the encoder. In protocol ``exact`` their own selection is
-    not counted.
+    before it and once more inside; none of them touches the encoder. In protocol ``exact`` VisionZip's own selection
+    is counted.
     """
     whole = case.tokens(1.0)
     inside = case.shape.llm_layers > INNER_LAYER
@@ -160,7 +174,7 @@ def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple
     for ratio in retain_ratios:
         kept = case.tokens(ratio)
         merged = _merged_inside(case, ratio)
-        found.append((_VISIONZIP, ratio, case.count(kept)))
+        found.append((_VISIONZIP, ratio, case.count(kept, method="visionzip", kept=case.budget(ratio))))
         if inside:
             found.append((_HOLITOM, ratio, case.count(merged)))
         found.append((_EARLYTOM, ratio, case.count(kept, merge=True)))

@@ -12,7 +12,7 @@ Tokens are those of the call, and times were measured in it. Work is counted as 
 The encoder's is the same with and without compression, since its first layers, or those in full, see all frames.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Reuse, count, reuse_of
+from ..methods.registry import EARLYTOM
 from ..shapes import ModelShape
 from .comparison import Comparison
 from .quality import faster
@@ -75,7 +76,7 @@ def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gai
         return Cost(
             video_tokens=sum(video["tokens"][place] for video in videos),
             prompt_tokens=prompt[place],
-            flops=_flops(shape, schedules, reused, prompt[place], report["merge_layers"], config) if shape else None,
+            flops=_flops(shape, report, schedules, reused, place, config) if shape else None,
             seconds=seconds,
             cache_bytes=cached * prompt[place] * size,
             language_bytes=prompt[place] * text.intermediate_size * size,
@@ -90,24 +91,28 @@ def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gai
 
 def _flops(
     shape: ModelShape,
+    report: Mapping[str, Any],
     schedules: list[list[int]],
     reuse: Sequence[Reuse | None],
-    prompt: int,
-    layers: list[int],
+    place: int,
     config: EarlyTomConfig,
 ) -> float:
-    """Work of a prompt with some videos, each of which the encoder sees by itself."""
+    """Work of a prompt with some videos, each of which the encoder sees by itself; ``place`` is 0 for that with all
+    tokens, 1 for that with fewer."""
+    method = config.method if place else EARLYTOM  # with all tokens, nobody keeps any
     counts = [
         count(
             shape,
             protocol="exact",
             frames_schedule=schedule,
-            llm_tokens=prompt,
-            merge_layers=layers if len(schedule) > 1 else None,
+            llm_tokens=report["prompt"][place],
+            merge_layers=report["merge_layers"] if len(schedule) > 1 else None,
             variant=config.variant,
+            method=method,
+            kept=video["tokens"][place],
             reuse=each,
         )
-        for schedule, each in zip(schedules, reuse, strict=True)
+        for schedule, each, video in zip(schedules, reuse, report["videos"], strict=True)
     ]
     return counts[0].total + sum(other.total - other.llm - other.lm_head for other in counts[1:])
 

@@ -18,11 +18,12 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config import EarlyTomConfig, unknown_option
+from ..config import OF_EARLYTOM, EarlyTomConfig, unknown_option
 from ..errors import EarlyTomConfigError
+from ..methods.registry import EARLYTOM
 from .parser import CommandParser
 
-COMMON = ("retain_ratio", "variant")
+COMMON = ("retain_ratio", "variant", "method")
 """What ``--help`` shows; ``--help-all`` shows every field."""
 
 
@@ -61,6 +62,8 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     names = [field.name for field in dataclasses.fields(EarlyTomConfig)]
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    if options.get("method", EARLYTOM) != EARLYTOM:  # a command's own default variant is for nobody else
+        options = {name: x for name, x in options.items() if name not in OF_EARLYTOM or name in arguments.given}
     config = EarlyTomConfig.from_options(options)
     if config.mode is not None and config.lowering == "eager":
         raise EarlyTomConfigError(f"mode={config.mode!r} with lowering='eager': nothing is compiled; leave one out.")

@@ -184,9 +184,9 @@ class _Shorter:
         steps = zip(reversed(self.layers), reversed(self.kept), strict=True)
         return next(kept for layer, kept in steps if index >= layer)
 
-    def mask(self, index: int, mask: Tensor | None, room: bool, keys: int) -> Tensor | None:
-        """That of a decoding step for layer ``index``, whose attention sees ``keys`` of which the cache fills all, or
-        some where it has ``room``. ``mask`` [..., S + t, or more with room] is what the first layers get."""
+    def mask(self, index: int, mask: Tensor | None, keys: int) -> Tensor | None:
+        """That of a decoding step for layer ``index``, whose attention sees ``keys``; ``mask`` [..., S + t] is what the
+        first layers get."""
         kept = self.of_layer(index)
         left = kept.shape[1]
         if mask is None:
@@ -197,8 +197,7 @@ class _Shorter:
         along = (len(kept), *(1,) * (mask.dim() - 2), left)
         index_of = kept.clamp_min(0).view(along).expand(*mask.shape[:-1], left)
         prompt = mask.gather(-1, index_of).masked_fill(kept.view(along) < 0, hidden)
-        short = torch.cat((prompt, mask[..., self.length :]), -1)
-        return torch.nn.functional.pad(short, (0, self.length - left), value=hidden) if room else short
+        return torch.cat((prompt, mask[..., self.length :]), -1)
 
 
 def keep_in_mind(cache: Any, plan: InnerPrompt, steps: Sequence[Step], kept: Sequence[Tensor]) -> None:
@@ -208,8 +207,15 @@ def keep_in_mind(cache: Any, plan: InnerPrompt, steps: Sequence[Step], kept: Seq
         setattr(cache, _STATE, _Shorter(plan.length, layers, tuple(kept), plan.padded))
 
 
+def grows(cache: Any) -> bool:
+    """Whether every layer of a cache holds as many keys as were written to it; a static one has room for more."""
+    return all(
+        getattr(each, "max_cache_len", None) is None for each in (cache, *(getattr(cache, "layers", None) or ()))
+    )
+
+
 def forget_if_empty(cache: Any) -> None:
-    """A cache that begins anew, as a static one does for each call, knows of no prompt."""
+    """A cache that begins anew knows of no prompt."""
     if _STATE in getattr(cache, "__dict__", {}) and int(cache.get_seq_length()) == 0:
         delattr(cache, _STATE)
 
@@ -235,19 +241,10 @@ class ShorterLayer:
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         state: _Shorter | None = getattr(cache, _STATE, None)
         if state is not None:
-            room, length = _room_and_length(cache, self._index)
-            keys = 0 if room else length + hidden_states.shape[1]
-            kwargs["attention_mask"] = state.mask(self._index, kwargs.get("attention_mask"), room, keys)
+            keys = cache.get_seq_length(self._index) + hidden_states.shape[1]
+            kwargs["attention_mask"] = state.mask(self._index, kwargs.get("attention_mask"), keys)
         return self._own(hidden_states, *args, **kwargs)
 
 
 _CACHES = ("cache", "past_key_values", "past_key_value")
 """What versions of transformers call it."""
-
-
-def _room_and_length(cache: Any, index: int) -> tuple[bool, int]:
-    """Whether a layer of the cache has places that are not filled, and how many keys it has where it has none."""
-    layers = getattr(cache, "layers", None)
-    if getattr(layers[index] if layers else cache, "max_cache_len", None) is not None:
-        return True, 0
-    return False, cache.get_seq_length(index)

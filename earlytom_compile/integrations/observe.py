@@ -102,12 +102,13 @@ class Observation:
     dynamic: tuple[bool, ...] | None
     """[N]: whether a frame keeps its most important tokens wherever they are; None where selection does not ask."""
     importance: np.ndarray | None
-    """float32 [N, h, w]: attention that each token receives in the last merge layer, pooled as the features are; None
-    where the encoder does not tell and selection does not ask."""
+    """float32 [N, h, w]: attention that each token receives in the last merge layer, or in the layer of ``method``,
+    pooled as the features are; None where the encoder does not tell and selection does not ask."""
     importance_decides: bool
-    """False under ``variant="plus"``, which keeps tokens without a look at ``importance``."""
+    """False under ``variant="plus"`` and with a ``method`` that keeps tokens without a look at ``importance``."""
     kept: tuple[tuple[int, int, int], ...]
-    """(frame of N, row, column) of each token that reaches the language model, in their order there."""
+    """(frame of N, row, column) of each token that reaches the language model, in their order there. What another
+    ``method`` keeps at a place may be made of several tokens."""
     reuse: ReusedPatches | None = None
     """What was computed, where unchanged patches are reused instead of merging frames."""
 
@@ -267,7 +268,7 @@ class _Recorder(Interpreter):
             (self._received,) = torch.ops.earlytom.merge_frames([self._received], *plan)
         elif name == "dynamic_frames":
             self._dynamic = result
-        elif name.startswith("select_"):
+        elif name.startswith("select_") or name == "keep_by_method":
             self._selected = given, result
         return result
 
@@ -279,7 +280,8 @@ class _Recorder(Interpreter):
         kept = result[1].reshape(-1, result[1].shape[-1])[:, -2:].tolist()  # released: the video before them
         if self._map is not None and self._map.pool is None and self._received is not None:
             self._importance = self._map.apply(self._received)
-        importance = given.get("importance", self._importance)
+        decides = given.get("importance") is not None
+        importance = given["importance"] if decides else self._importance
         layers = self._layers if self._plans else ()  # a short video has nothing to merge
         steps = tuple(_merge_step(layer, *plan) for layer, plan in zip(layers, self._plans, strict=True))
         return Observation(
@@ -290,7 +292,7 @@ class _Recorder(Interpreter):
             merges=steps,
             dynamic=None if self._dynamic is None else tuple(self._dynamic.tolist()),
             importance=None if importance is None else importance.float().cpu().numpy().reshape(-1, height, width),
-            importance_decides="importance" in given,
+            importance_decides=decides,
             kept=tuple((frame, place // width, place % width) for frame, place in kept),
             reuse=None if self._reuse is None else reused_patches(*self._reuse),
         )

@@ -33,7 +33,7 @@ from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .attention_choice import COMPILES, attention_of
 from .caches import cache_of, given_cache
-from .inner_steps import InnerPrompt, ShorterLayer, erase_mark, find_mark, forget_if_empty, keep_in_mind, shorten
+from .inner_steps import InnerPrompt, ShorterLayer, erase_mark, find_mark, forget_if_empty, grows, keep_in_mind, shorten
 from .placement import own_code_because
 from .tracing import FirstCallAlone, with_its_own_code
 
@@ -180,6 +180,8 @@ class CompiledPrefill:
             why = "gradients are enabled"
         elif cache is not None and int(cache.get_seq_length()) > 0:
             why, cure = "its cache holds a prompt already", "Start without a cache"
+        elif cache is not None and not grows(cache):
+            why, cure = "its cache is static, as long in all layers", "Leave cache_implementation out"
         elif self._why_own_code:
             why, cure = self._why_own_code, "Load it with attn_implementation='sdpa' on one device, without hooks"
         if why is None:

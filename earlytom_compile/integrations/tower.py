@@ -21,6 +21,7 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..families.base import Family, Video
 from ..frame_sources import Source, blend, parts, untouched
+from ..methods.registry import EARLYTOM
 from ..stages import LAST_MERGES, Kinds, asks_for_cuda_graphs
 from . import placement
 from .tracing import prepare_transformers
@@ -58,11 +59,19 @@ def compile_tower(tower: nn.Module, *, hidden: Hidden | None = None, **options: 
     says which output is wanted: by default the tensor that ``tower(pixels)`` returns, or its ``last_hidden_state``;
     another layer is ``lambda tower, pixels: tower(pixels, output_hidden_states=True).hidden_states[-2]``. ``options``
     are those of :class:`EarlyTomConfig`: ``retain_ratio`` is the share of the frames that stay at least, and the
-    language model's have no effect. Raises :class:`EarlyTomConfigError` for bad options or what is no module.
+    language model's have no effect. Raises :class:`EarlyTomConfigError` for bad options, a ``method``, which would
+    select tokens behind the tower, or what is no module.
     """
     if not isinstance(tower, nn.Module):
         raise EarlyTomConfigError(f"compile_tower() got a {type(tower).__name__}; it takes a vision tower, a module.")
-    return CompiledTower(tower, hidden or _last_hidden_state, EarlyTomConfig.from_options(options))
+    config = EarlyTomConfig.from_options(options)
+    if config.method != EARLYTOM:
+        raise EarlyTomConfigError(
+            f"method={config.method!r} with compile_tower(), which selects nothing: what a method keeps is chosen "
+            "behind projector and pooling, which a tower does not have. Leave method out, or give the whole model to "
+            "earlytom_compile.compile()."
+        )
+    return CompiledTower(tower, hidden or _last_hidden_state, config)
 
 
 class CompiledTower:

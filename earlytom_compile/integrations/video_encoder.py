@@ -1,7 +1,7 @@
 """Videos of a model to the rows that its language model gets: one compiled path for each kind of them.
 
-    encoder = VideoEncoder(model, config, family, record)
-    encoded = encoder.encode(video)          # .rows [K, C], .size rows it would have had, .counts of what was kept
+encoder = VideoEncoder(model, config, family, record)
+encoded = encoder.encode(video)          # .rows [K, C], .size rows it would have had, .counts of what was kept
 """
 
 import copy

@@ -37,6 +37,21 @@ class Kept(NamedTuple):
     """int64 [K, 2]: the (frame, token) that each stands at, in time order and then in raster order."""
 
 
+class Sizes(NamedTuple):
+    """Of one video, what the work of ``Method.keep`` depends on."""
+
+    frames: int
+    """F."""
+    tokens: int
+    """P."""
+    channels: int
+    """C."""
+    key_width: int
+    """d."""
+    kept: int
+    """K."""
+
+
 class Step(NamedTuple):
     """One reduction inside the language model."""
 
@@ -70,3 +85,5 @@ class Method:
     """The encoder layer whose attention these two are of; -1: the last that the model runs."""
     inside: Callable[[float, int], tuple[Step, ...]] | None = None
     """The steps inside a language model of so many layers, for a retain ratio."""
+    operations: Callable[[Sizes], float] | None = None
+    """How many operations the matrix products of ``keep`` are, a multiply-add being two; None: it has none."""

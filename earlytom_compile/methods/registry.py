@@ -18,9 +18,10 @@ from .base import Method
 GROUP = "earlytom_compile.methods"
 EARLYTOM = "earlytom"
 """The method that this package is named after; ``variant`` says which form of it."""
-BUILT_IN: tuple[str, ...] = ("fastv", "pyramiddrop", "dycoke", "prunevid", "fastvid", "holitom")
+BUILT_IN: tuple[str, ...] = ("visionzip", "fastv", "pyramiddrop", "dycoke", "prunevid", "fastvid", "holitom")
 """Names of ours, each in a file of that name here, which is imported when it is asked for."""
 _registered: dict[str, Method] = {}
+_of_packages: dict[str, Method] = {}  # what has been loaded, since every call of a compressed model asks
 
 
 def register_method(method: Method) -> Method:
@@ -45,11 +46,12 @@ def method_named(name: str) -> Method | None:
     if name in BUILT_IN:
         method: Method = importlib.import_module(f".{name}", __package__).METHOD
         return method
-    if name in _registered:
-        return _registered[name]
+    known = _registered.get(name) or _of_packages.get(name)
+    if known is not None:
+        return known
     for entry in _entry_points():
         if entry.name == name:
-            return _loaded(entry)
+            return _of_packages.setdefault(name, _loaded(entry))
     raise EarlyTomConfigError(f"method={name!r}: must be one of {', '.join(map(repr, method_names()))}.")
 
 

@@ -11,14 +11,16 @@ from itertools import pairwise
 import numpy as np
 
 from ..integrations.observe import MergeStep, Observation, ReusedPatches, Source
+from ..methods.registry import EARLYTOM, method_named
 from .content import Clip, Fact
 
 # Nine colours of matplotlib's "inferno": dark to bright, even to the eye, and to those who see fewer colours.
 _INFERNO = ("000004", "1f0c48", "550f6d", "88226a", "ba3655", "e35933", "f98e09", "f9cb35", "fcffa4")
 _VEIL, _VEIL_OPACITY = (0x7D, 0x82, 0x8C), 0.72
 """Of pixels, what style.py has for the page."""
+FRAMES = "Frames"
 MERGES, LEFT, LOOKS = "Frames, segments and merges", "What is left", "Where the encoder looks: every frame, every place"
-"""The three parts of what is shown of a video."""
+"""The three parts of what is shown of a video; the first is ``FRAMES`` where none can merge."""
 COMPUTED = "What was computed"
 """The first of them where unchanged patches are reused and no frames merge."""
 _SINK = 3.0
@@ -73,7 +75,9 @@ def _frames_fact(clips: Sequence[Clip]) -> Fact:
     if len(set(map(len, chains))) > 1:  # short videos have nothing to merge
         chains = [(chain[0], chain[-1]) for chain in chains]
     frames = " → ".join(str(sum(counts)) for counts in zip(*chains, strict=True))
-    return Fact("frames", frames, merged_word([step for clip in clips for step in clip.observation.merges]))
+    merges = [step for clip in clips for step in clip.observation.merges]
+    none = clips[0].observation.config.method != EARLYTOM  # of others none can
+    return Fact("frames", frames, "none merged" if none else merged_word(merges))
 
 
 def merged_word(steps: Sequence[MergeStep]) -> str:
@@ -124,6 +128,9 @@ def merging_word(observation: Observation) -> str:
 
 def encoded(observation: Observation) -> tuple[str, str]:
     """Title of the first part of what is shown of a video, and how to read it."""
+    method = observation.config.method
+    if observation.reuse is None and method != EARLYTOM:
+        return FRAMES, f"With method {method} no frames merge: the vision encoder computes all of every frame."
     if observation.reuse is None:
         return MERGES, merging_word(observation)
     return COMPUTED, observation.reuse.counts.told(observation.config, observation.layers)
@@ -139,9 +146,11 @@ def attention_word(observation: Observation, heat: "Heat | None") -> str:
     """How to read the heat map, and what is to be seen in it."""
     if heat is None:
         return "This encoder does not tell how much attention a token receives."
-    unused = "" if observation.importance_decides else ' With variant="plus" it decides nothing and is only shown.'
+    config = observation.config
+    chosen = 'variant="plus"' if config.method == EARLYTOM else f'method="{config.method}"'
+    unused = "" if observation.importance_decides else f" With {chosen} it decides nothing and is only shown."
     layer = "the last merge layer"
-    if observation.reuse is not None:
+    if observation.reuse is not None or config.method != EARLYTOM:
         layer = f"encoder layer {observation.config.scored_layer(observation.layers)}"
     return (
         f"Attention that each token receives in {layer}. A row is a frame that is left, a column the same "
@@ -162,6 +171,13 @@ def compared_with(observation: Observation) -> str:
 
 def selection_word(observation: Observation) -> str:
     """By which rule the tokens were kept."""
+    if (method := method_named(observation.config.method)) is not None:
+        if method.keep is None:
+            return f"Method {method.name} ({method.paper}) keeps every token up to the language model."
+        return (
+            f"Kept is what method {method.name} keeps ({method.paper}). A token of it may stand for several, whose "
+            "average it is, at the place of one of them."
+        )
     if observation.config.variant == "plus":
         return (
             "Kept are the tokens that together represent all others best; the attention they receive has no part in it."
@@ -175,7 +191,8 @@ def selection_word(observation: Observation) -> str:
 def options_in_force(observation: Observation) -> list[tuple[str, str]]:
     """Those that decide what is computed, by name, as they were resolved."""
     config = observation.config
-    always = [("variant", config.variant), ("retain_ratio", f"{config.retain_ratio:g}")]
+    first = ("variant", config.variant) if config.method == EARLYTOM else ("method", config.method)
+    always = [first, ("retain_ratio", f"{config.retain_ratio:g}")]
     if config.reuses():
         budget = config.encode_ratio
         return [
@@ -184,6 +201,8 @@ def options_in_force(observation: Observation) -> list[tuple[str, str]]:
             ("encode_ratio", "none" if budget is None else f"{budget:g}"),
             ("full_layers", ", ".join(map(str, config.resolve_full_layers(observation.layers))) or "none"),
         ]
+    if config.method != EARLYTOM:
+        return always
     layers = [step.layer for step in observation.merges] or config.resolve_merge_layers(observation.layers)
     return [
         *always,

@@ -4,7 +4,8 @@ import pytest
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.cli.eval_plan import plan, preset_of
-from earlytom_compile.config import PRESETS, EarlyTomConfig
+from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.presets import PRESETS
 
 
 def settings(evaluation):

@@ -26,6 +26,8 @@ SCHEMAS = [
     "select_tokens_released(Tensor features, Tensor importance, Tensor dynamic, Tensor counts, "
     'SymInt frames, float retain_ratio, *, str static_selection="device") -> (Tensor, Tensor, Tensor)',
     "select_representatives(Tensor features, Tensor counts, SymInt budget) -> (Tensor, Tensor)",
+    "keep_by_method(Tensor features, Tensor? importance, Tensor? keys, Tensor counts, SymInt budget, str method) -> "
+    "(Tensor, Tensor)",
     "append_separators(Tensor tokens, Tensor kept_counts, Tensor separator) -> Tensor",
     "keep_positions(Tensor input_ids, SymInt video_token, SymInt before, SymInt after, SymInt length) -> Tensor",
     "keep_positions_ragged(Tensor input_ids, Tensor kept, SymInt video_token, SymInt before) -> Tensor",
@@ -41,6 +43,14 @@ SCHEMAS = [
     "distinct_frames(Tensor source, Tensor change, SymInt prefix) -> (Tensor, Tensor)",
     "take_frames(Tensor x, Tensor rows, SymInt n) -> Tensor",
     "return_frames(Tensor x, Tensor rows) -> Tensor",
+    "mark_videos(Tensor embeds, Tensor video_of, Tensor[] last, Tensor[] slots) -> Tensor",
+    "plan_inner_tokens(Tensor input_ids, Tensor? mask, SymInt video_token, SymInt before, SymInt[] after, "
+    "SymInt[] lengths) -> (Tensor, Tensor[], Tensor[])",
+    "attention_paid(Tensor query, Tensor key, Tensor? mask, Tensor last, float scale, bool causal, bool everyone) "
+    "-> Tensor",
+    "keep_inner_tokens(Tensor hidden, Tensor scores, Tensor video_of, Tensor slots, str merge) -> (Tensor, Tensor)",
+    "videos_of_slots(Tensor slots) -> Tensor",
+    "shorten_mask(Tensor? mask, Tensor kept) -> Tensor",
     "video_budget(SymInt frames, SymInt tokens, float retain_ratio) -> Tensor",
     "place_budget(SymInt frames, SymInt places, SymInt prefix, float encode_ratio) -> Tensor",
 ]
@@ -83,6 +93,8 @@ def calls(dtype, layout):
     packed = laid_out(torch.randn(1, len(index), 16).to(dtype), layout)
     same = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
     three = laid_out(torch.randn(3, 1, 2, len(index), 8).to(dtype), layout)
+    inside, last = torch.tensor([[0, 0, 0, -1], [-1, 0, 0, 0]]), torch.tensor([3, 3])
+    slots = torch.tensor([[-2, -2, 3], [0, -2, -2]])
     return [
         (ops.frame_similarity, (hidden, 4), {}),
         (ops.plan_merge, (similarity, counts), SEGMENTATION | {"tau_merge": SEGMENT, "min_frames": 1}),
@@ -92,6 +104,7 @@ def calls(dtype, layout):
         (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {}),
         (ops.select_tokens_released, (hidden, importance, dynamic, counts, 6, 0.4), {}),
         (ops.select_representatives, (hidden, counts, 11), {}),
+        (ops.keep_by_method, (hidden, importance, hidden[..., :3], counts, 11, "visionzip"), {}),
         (ops.append_separators, (hidden[:, 0], counts, hidden[0, 0]), {}),
         (ops.keep_positions, (ids, VIDEO, 3, 2, 4), {}),
         (ops.keep_positions_ragged, (ids, kept, VIDEO, 3), {}),
@@ -106,6 +119,12 @@ def calls(dtype, layout):
         (ops.distinct_frames, (reuse, torch.zeros(reuse.shape), 1), {}),
         (ops.take_frames, (states, same, 3), {}),
         (ops.return_frames, (states[:3], same), {}),
+        (ops.mark_videos, (hidden[:2], inside, [last], [slots]), {}),
+        (ops.plan_inner_tokens, (ids, None, VIDEO, 3, [2], [4]), {}),
+        (ops.attention_paid, (query, key[:, :1], None, last, 0.5, True, False), {}),
+        (ops.keep_inner_tokens, (hidden[:2], importance[:2].float(), inside, slots, "mean"), {}),
+        (ops.videos_of_slots, (slots,), {}),
+        (ops.shorten_mask, (None, slots.clamp_min(-1)), {}),
         (ops.video_budget, (8, 196, 0.1), {}),
         (ops.place_budget, (8, 730, 1, 0.4), {}),
         (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {"static_selection": "host"}),

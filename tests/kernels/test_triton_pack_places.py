@@ -64,9 +64,7 @@ def test_a_plan_of_another_total_stays_inside(total):
 
 
 @some
-@given(
-    seed=seeds, shape=shapes, share=shares, channels=st.sampled_from([1, 5, 72, 2049]), dtype=dtypes, layout=layouts
-)
+@given(seed=seeds, shape=shapes, share=shares, channels=st.sampled_from([1, 5, 72, 2049]), dtype=dtypes, layout=layouts)
 def test_takes_what_the_native_operator_takes(seed, shape, share, channels, dtype, layout):
     source = sources(seed, *shape, share)[..., :37]
     hidden = drawn(seed, shape[0] * shape[1], source.shape[2], channels, dtype=dtype)

@@ -9,6 +9,8 @@ from spelled_towers import LINEARS, MIXERS, Tower, expected_rows, video
 
 from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
 from earlytom_compile.backend import compile_graph
+from earlytom_compile.methods import registry
+from earlytom_compile.methods.base import Kept, Method
 from earlytom_compile.passes.attention_spellings import register_attention
 from earlytom_compile.passes.probe import Probe
 from earlytom_compile.stages import CompressedGraph
@@ -251,6 +253,40 @@ def test_a_resampler_leaves_importance_without_a_map():
     with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match='no shrunken grid of its 16 patches.*"plus"'):
         torch.testing.assert_close(run(pixels), tower(pixels))
     check(tower, variant="plus")
+
+
+METHOD = {"merge_layers": None, "tau_seg": None, "retain_ratio": R, "method": "mine"}
+ASKS = {
+    "the attention that each token receives": {"importance": True},
+    "the key of each token": {"keys": True},
+    "the attention that each token receives and the key of each token": {"importance": True, "keys": True},
+}
+
+
+@pytest.mark.parametrize("what", ASKS)
+def test_a_resampler_leaves_a_method_without_what_it_asks_for(what, monkeypatch):
+    tower, pixels = Tower(tokens="resampler"), video(8)
+    monkeypatch.setitem(registry._registered, "mine", Method("mine", "none", keep=longest, **ASKS[what]))
+    run, _ = compiled(tower, **METHOD)
+    reason = f"method='mine' goes by {what} in the vision encoder, .* no shrunken grid .*Leave method out .*plus"
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match=reason):
+        torch.testing.assert_close(run(pixels), tower(pixels))
+
+
+def test_a_method_that_asks_for_features_alone_works_behind_a_resampler(monkeypatch):
+    tower, pixels = Tower(tokens="resampler"), video(8)
+    monkeypatch.setitem(registry._registered, "mine", Method("mine", "none", keep=longest))
+    run, _ = compiled(tower, **METHOD)
+    with torch.no_grad():
+        rows, every = run(pixels).flatten(0, -2), tower(pixels).flatten(0, -2)
+    kept = every.norm(dim=1).topk(round(R * len(every))).indices.sort().values
+    torch.testing.assert_close(rows, every[kept], atol=2e-5, rtol=1e-4)
+
+
+def longest(video, budget):
+    rows, size = video.features.flatten(0, 1), video.features.shape[1]
+    kept = rows.norm(dim=1).topk(budget).indices.sort().values
+    return Kept(rows[kept], torch.stack([kept // size, kept % size], dim=1))
 
 
 def test_newlines_inside_a_frame_are_tokens_of_no_patch():

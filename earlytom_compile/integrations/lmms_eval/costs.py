@@ -1,8 +1,8 @@
 """What answers cost, beside what they are worth: the numbers that stand beside accuracy in the results.
 
-    costs = Costs(retain_ratio=0.2)
-    costs.add(seconds=0.31, rows=1, shown=[Shown(frames=32, merged_frames=25, tokens=6272, kept=1254)])
-    costs.means()   -> {"ttft_ms": 310.0, "video_frames": 32.0, "stage1_retention": 0.78, ...}
+costs = Costs(retain_ratio=0.2)
+costs.add(seconds=0.31, rows=1, shown=[Shown(frames=32, merged_frames=25, tokens=6272, kept=1254)])
+costs.means()   -> {"ttft_ms": 310.0, "video_frames": 32.0, "stage1_retention": 0.78, ...}
 """
 
 from collections.abc import Sequence

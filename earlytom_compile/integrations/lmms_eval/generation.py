@@ -1,7 +1,7 @@
 """The generation arguments of a task -> those of ``generate()``, and where an answer ends.
 
-    {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "until": ["\\n\\n"]}
-    -> Decoding(until=("\\n\\n",), arguments={"max_new_tokens": 16, "do_sample": False, ...})
+{"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "until": ["\\n\\n"]}
+-> Decoding(until=("\\n\\n",), arguments={"max_new_tokens": 16, "do_sample": False, ...})
 """
 
 import json

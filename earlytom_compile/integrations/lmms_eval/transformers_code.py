@@ -1,8 +1,8 @@
 """Models of transformers: any checkpoint whose family the command line can load, through its own processor.
 
-    [Turn("user", (Film("a.mp4"), "What happens?"))]
-    -> chat template -> "<|im_start|>user <video>\\nWhat happens?<|im_end|>..."
-    -> processor -> ids [S] with a placeholder for each token, pixels [F, 3, H, W]
+[Turn("user", (Film("a.mp4"), "What happens?"))]
+-> chat template -> "<|im_start|>user <video>\\nWhat happens?<|im_end|>..."
+-> processor -> ids [S] with a placeholder for each token, pixels [F, 3, H, W]
 """
 
 import functools
