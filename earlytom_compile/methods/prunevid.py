@@ -55,8 +55,7 @@ def keep(video: FrameTokens, budget: int) -> Kept:
 
 
 def operations(sizes: Sizes) -> float:
-    """Distances of frames; the most cosines of pairs that there can be, in one long segment beside segments of one frame;
-    and clusters."""
+    """Distances of frames, cosines of pairs, and clusters. Pairs are most where all segments but one have one frame."""
     segments = _number_of_segments(sizes.frames)
     pairs = (sizes.frames - segments + 1) ** 2
     compared = 2 * sizes.channels * (sizes.frames**2 + pairs * sizes.tokens)
