@@ -16,7 +16,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from ..families.base import Call, Family, Reason, Video
 from ..families.base import Prompt as FamilyPrompt
 from ..methods.base import Step
 from ..prompt import Places, PromptCut, UncuttablePrompt, sizes_in_prompt, videos_of, without_waiting
-from ..reporting import Counts, GraphRecord
+from ..reporting import Counts, GraphRecord, Inside
 from ..stages import fall_back
 from .caches import cache_of, given_cache, mark_cache, refuse_compressed_cache
 from .checks import (
@@ -87,7 +87,7 @@ class CompiledModel:
         self.own = {name: getattr(model, name) for name in self.methods}
         self.replaced = {name: model.__dict__[name] for name in self.own if name in model.__dict__}
         self.prompt: tuple[int, int] | None = None
-        self.inside: list[int] = []  # of the last call, the positions of its prompt that were left at each step
+        self.inside: Inside = ()
         self.videos: list[tuple[GraphRecord, Counts]] = []
         self.last_call: str | None = None  # what became of it, in the words of reporting.Report.last_call
         self.compressed = False  # whether any call was
@@ -111,10 +111,16 @@ class CompiledModel:
         """Compile the language model's pass over prompts too, or let tokens go in it, where the options say so."""
         lowering = self.config.lowering if self.config.compile_llm else "eager"
         if self.prefill is None and (steps or lowering != "eager"):
-            language_model, within = self.family.language_model(self.model), self.family.vision_within(self.model)
+            language_model = self.family.language_model(self.model)
             if language_model is not None:
-                options = {"without": within, "steps": steps, "fall_back": self._fall_back_inside}
-                self.prefill = CompiledPrefill(language_model, lowering, self.config.mode, **options)
+                self.prefill = CompiledPrefill(
+                    language_model,
+                    lowering,
+                    self.config.mode,
+                    without=self.family.vision_within(self.model),
+                    steps=steps,
+                    fall_back=self._fall_back_inside,
+                )
         if self.prefill is not None:
             self.prefill.install()
 
@@ -123,7 +129,7 @@ class CompiledModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         twin = memo[id(self)] = type(self).__new__(type(self))
-        called: dict[str, Any] = {"videos": [], "inside": [], "prompt": None, "last_call": None, "compressed": False}
+        called: dict[str, Any] = {"videos": [], "inside": (), "prompt": None, "last_call": None, "compressed": False}
         state = {**self.__dict__, **called}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
@@ -266,7 +272,10 @@ class CompiledModel:
                 "no tokens go inside the language model: it was not called with the prompt as one piece",
                 "Call generate() or forward() of the model itself",
             )
-        self.inside = [kept.shape[1] for kept in prompt.kept]
+        if prompt.kept:
+            assert self.prefill is not None
+            layers = [step.layer for step in self.prefill.steps]
+            self.inside = [(layer, kept.shape[1]) for layer, kept in zip(layers, prompt.kept, strict=True)]
 
     def _reason_to_leave_alone(self, ids: Any, call: Call, forward: bool = False) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
@@ -335,7 +344,7 @@ class CompiledModel:
         self, last_call: str, videos: Sequence[tuple[GraphRecord, Counts]] = (), prompt: tuple[int, int] | None = None
     ) -> None:
         """What the report says of this call."""
-        self.last_call, self.videos, self.prompt, self.inside = last_call, list(videos), prompt, []
+        self.last_call, self.videos, self.prompt, self.inside = last_call, list(videos), prompt, ()
         self.compressed = self.compressed or bool(videos)
 
     @torch.no_grad()
@@ -387,15 +396,15 @@ class CompiledModel:
             changed["labels"] = plan.take(call["labels"], -100)
         gone = self.family.consumed | {"input_ids", "pixel_values_videos"}
         kept = {name: value for name, value in call.items() if name not in gone}
-        inner = self._inner_prompt(plan.take(host_ids, -1), cut_mask, list(map(len, rows)))
+        token, kept_rows = self.family.video_token(self.model), list(map(len, rows))
+        inner = self._inner_steps(lambda: videos_of(plan.take(host_ids, -1), token, kept_rows), cut_mask)
         return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids, inner=inner)
 
-    def _inner_prompt(self, ids: torch.Tensor, mask: torch.Tensor | None, sizes: Sequence[int]) -> InnerPrompt | None:
-        """Where the videos of the cut prompt are, if tokens of theirs go inside the language model."""
+    def _inner_steps(self, find: Callable[[], torch.Tensor], mask: torch.Tensor | None) -> InnerPrompt | None:
+        """The steps of a prompt in which :func:`find` says where the videos are; None where none of their tokens go."""
         if self.prefill is None or not self.prefill.steps:
             return None
-        videos = videos_of(ids, self.family.video_token(self.model), sizes)
-        return InnerPrompt.plan(videos, mask, self.prefill.steps)
+        return InnerPrompt.plan(find(), None if mask is None else mask.cpu(), self.prefill.steps)
 
     def _put_into_prompt(self, ids: torch.Tensor, call: Call, videos: Sequence[Video | torch.Tensor]) -> "_CutCall":
         """The call as it came, and the prompt that the model's own method makes of the compressed rows."""
@@ -403,12 +412,13 @@ class CompiledModel:
         with weights_in_place(self.model, family):
             others = list(family.other_rows(self.model, ids, call))
             prompt = family.prompt(self.model, ids, call, [video.rows for video in encoded], others)
-            length, sizes = prompt.length, [video.size for video in encoded]
+            length, sizes, kept = prompt.length, [video.size for video in encoded], [len(v.rows) for v in encoded]
             if any(video.size != len(video.rows) for video in encoded):  # else they came encoded, or kept all
                 length = family.prompt_length(self.model, ids, call, sizes, others)
+            inner = self._inner_steps(lambda: family.prompt_videos(self.model, ids, call, kept, others), prompt.mask)
         self._note_videos(videos, encoded, (length, prompt.length))
         mask = torch.ones(1, 1) if prompt.mask is None else prompt.mask
-        return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt)
+        return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt, inner=inner)
 
     @torch.no_grad()
     def encode_videos(self, videos: Sequence[Video]) -> list[torch.Tensor]:
