@@ -42,7 +42,8 @@ def lines_of(content: Mapping[str, Any], config: EarlyTomConfig | None) -> list[
         lines.append(("CUDA graphs", f"{used} of {len(graphs)} measured faster"))
     lines += [(f"video {index}", _describe_video(video)) for index, video in enumerate(content["videos"])]
     if content["prompt"]:
-        lines.append(("prompt", "{} -> {} tokens".format(*content["prompt"])))
+        inside = "".join(f", {step['prompt']} from layer {step['layer']} on" for step in content["inside"])
+        lines.append(("prompt", "{} -> {} tokens".format(*content["prompt"]) + inside))
     if content["graphs"]:
         summary = (
             f"{content['graphs']} graphs in {content['compile_seconds']} s, {content['recompiles']} recompiles, "

@@ -29,6 +29,10 @@ from .reused import computed_patches
 log = logging.getLogger(__name__)
 
 
+Inside = Sequence[tuple[int, int]]
+"""(layer, positions of the prompt from there on) where the language model went on with fewer tokens."""
+
+
 @dataclass
 class GraphRecord:
     """One compiled graph; what a call did is kept as device tensors and read only when somebody asks."""
@@ -53,7 +57,7 @@ class GraphRecord:
     last_call: float = 0.0  # time.monotonic(), 0 = never
     last_counts: "Counts | None" = None
     prompt: tuple[int, int] | None = None
-    inside: Sequence[int] = ()  # positions of the prompt that were left at each step inside the language model
+    inside: Inside = ()
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
 
     @property
@@ -192,6 +196,7 @@ class Report:
     records: tuple[GraphRecord, ...]
     calls: tuple[tuple[GraphRecord, Counts], ...] | None = None
     prompt: tuple[int, int] | None = None
+    inside: Inside = ()
     notes: tuple[str, ...] = ()
     state: str = NOT_CALLED
     """One of :data:`report_lines.STATES`."""
@@ -207,11 +212,12 @@ class Report:
         last = max(compressed, key=lambda record: record.last_call, default=None)
         reasons = [*self.notes, *(reason for record in self.records for reason in record.reasons)]
         prompt = self.prompt if self.calls is not None else last.prompt if last else None
+        inside = self.inside if self.calls is not None else last.inside if last else ()
         calls = self.calls
         if calls is None:
             calls = ((last, last.last_counts),) if last is not None and last.last_counts is not None else ()
         if self.last_call not in (None, "compressed", "encoded"):
-            prompt, calls = None, ()
+            prompt, inside, calls = None, (), ()
         return {
             "state": self.state,
             "last_call": self.last_call,
@@ -226,6 +232,7 @@ class Report:
             "cuda_graphs": [graph.to_dict() for record in self.records for graph in record.cuda_graphs],
             "videos": [video for record, counts in calls for video in record.describe(counts)],
             "prompt": list(prompt) if prompt else None,
+            "inside": [{"layer": layer, "prompt": positions} for layer, positions in inside],
             "reasons": list(dict.fromkeys(reasons)),
             "compile_seconds": round(sum(sum(record.seconds.values()) for record in self.records), 3),
             "graphs": len(self.records),
@@ -320,7 +327,8 @@ def _report_in_place(handle: Any, records: tuple[GraphRecord, ...]) -> Report:
     notes = (*handle.notes, left_alone) if left_alone else tuple(handle.notes)
     # Weights that are loaded for each call (accelerate) are other ones every time, and own no records.
     records += tuple(record for record in handle.records() if all(record is not known for known in records))
-    return Report(records, tuple(handle.videos), handle.prompt, notes, state, handle.config, handle.last_call)
+    last = tuple(handle.videos), handle.prompt, tuple(handle.inside)
+    return Report(records, *last, notes, state, handle.config, handle.last_call)
 
 
 def _report_of_backend(records: tuple[GraphRecord, ...], options: Any) -> Report:

@@ -50,6 +50,8 @@ class InnerPlan:
 class InnerSteps:
     """What the rewrite leaves behind."""
 
+    layers: tuple[int, ...]
+    """Of the language model, before which tokens go."""
     kept: tuple[Node, ...]
     """int64 [R, S'] behind each step: positions of the whole prompt."""
     axes: tuple[ResizedAxis, ...]
@@ -115,7 +117,7 @@ def insert_inner_steps(
             _mask_padding(graph, layers, region, total)
         axes += shortened.axes
         kept.append(total)
-    return InnerSteps(tuple(kept), tuple(axes))
+    return InnerSteps(tuple(step.layer for step in steps), tuple(kept), tuple(axes))
 
 
 def _regions(view: GraphView, layers: Sequence[DecoderLayer], steps: Sequence[Step]) -> list[set[Node]]:

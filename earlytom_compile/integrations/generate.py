@@ -29,7 +29,7 @@ from ..families.base import Call, Family, Reason, Video
 from ..families.base import Prompt as FamilyPrompt
 from ..methods.base import Step
 from ..prompt import Places, PromptCut, UncuttablePrompt, sizes_in_prompt, videos_of, without_waiting
-from ..reporting import Counts, GraphRecord
+from ..reporting import Counts, GraphRecord, Inside
 from ..stages import fall_back
 from .caches import cache_of, given_cache, mark_cache, refuse_compressed_cache
 from .checks import (
@@ -87,7 +87,7 @@ class CompiledModel:
         self.own = {name: getattr(model, name) for name in self.methods}
         self.replaced = {name: model.__dict__[name] for name in self.own if name in model.__dict__}
         self.prompt: tuple[int, int] | None = None
-        self.inside: list[int] = []  # of the last call, the positions of its prompt that were left at each step
+        self.inside: Inside = ()
         self.videos: list[tuple[GraphRecord, Counts]] = []
         self.last_call: str | None = None  # what became of it, in the words of reporting.Report.last_call
         self.compressed = False  # whether any call was
@@ -111,10 +111,16 @@ class CompiledModel:
         """Compile the language model's pass over prompts too, or let tokens go in it, where the options say so."""
         lowering = self.config.lowering if self.config.compile_llm else "eager"
         if self.prefill is None and (steps or lowering != "eager"):
-            language_model, within = self.family.language_model(self.model), self.family.vision_within(self.model)
+            language_model = self.family.language_model(self.model)
             if language_model is not None:
-                options = {"without": within, "steps": steps, "fall_back": self._fall_back_inside}
-                self.prefill = CompiledPrefill(language_model, lowering, self.config.mode, **options)
+                self.prefill = CompiledPrefill(
+                    language_model,
+                    lowering,
+                    self.config.mode,
+                    without=self.family.vision_within(self.model),
+                    steps=steps,
+                    fall_back=self._fall_back_inside,
+                )
         if self.prefill is not None:
             self.prefill.install()
 
@@ -123,7 +129,7 @@ class CompiledModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         twin = memo[id(self)] = type(self).__new__(type(self))
-        called: dict[str, Any] = {"videos": [], "inside": [], "prompt": None, "last_call": None, "compressed": False}
+        called: dict[str, Any] = {"videos": [], "inside": (), "prompt": None, "last_call": None, "compressed": False}
         state = {**self.__dict__, **called}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
@@ -266,7 +272,10 @@ class CompiledModel:
                 "no tokens go inside the language model: it was not called with the prompt as one piece",
                 "Call generate() or forward() of the model itself",
             )
-        self.inside = [kept.shape[1] for kept in prompt.kept]
+        if prompt.kept:
+            assert self.prefill is not None
+            layers = [step.layer for step in self.prefill.steps]
+            self.inside = [(layer, kept.shape[1]) for layer, kept in zip(layers, prompt.kept, strict=True)]
 
     def _reason_to_leave_alone(self, ids: Any, call: Call, forward: bool = False) -> str | None:
         """Why the call runs uncompressed, said in a warning unless it simply has no video."""
@@ -335,7 +344,7 @@ class CompiledModel:
         self, last_call: str, videos: Sequence[tuple[GraphRecord, Counts]] = (), prompt: tuple[int, int] | None = None
     ) -> None:
         """What the report says of this call."""
-        self.last_call, self.videos, self.prompt, self.inside = last_call, list(videos), prompt, []
+        self.last_call, self.videos, self.prompt, self.inside = last_call, list(videos), prompt, ()
         self.compressed = self.compressed or bool(videos)
 
     @torch.no_grad()

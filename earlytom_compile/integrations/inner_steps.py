@@ -9,9 +9,9 @@
 Which tokens stay depends on the attention they receive, how many does not: sizes are known before anything runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,17 +52,14 @@ class InnerPrompt:
         max(1, round(n * keep_ratio)) in each step, of those that it has left."""
         last = torch.full((len(video_of),), video_of.shape[1] - 1) if mask is None else _last_of(mask)
         entered = [torch.bincount(row[row >= 0]).tolist() for row in video_of]
-        lasts, slots, videos = [], [], video_of
+        lasts, slots, videos = list[Tensor](), list[Tensor](), video_of
         for step in steps:
             lasts.append(last)
             left = [[max(1, round(n * step.keep_ratio)) for n in row] for row in entered]
             slots.append(_slots(videos, left))
+            # A prompt may end in a video, whose last slot it is then.
             ends = slots[-1] == last[:, None]
-            # A prompt may end in a video, whose last token is no longer there.
-            behind = (slots[-1] == _PADDING).sum(1)
-            fits = ends.any(1)
-            last = torch.where(fits, ends.int().argmax(1), slots[-1].shape[1] - 1)
-            assert bool((behind < slots[-1].shape[1]).all())
+            last = torch.where(ends.any(1), ends.int().argmax(1), slots[-1].shape[1] - 1)
             videos = torch.where(slots[-1] <= _FIRST_VIDEO, _FIRST_VIDEO - slots[-1], -1)
         return cls(video_of, tuple(lasts), tuple(slots))
 
@@ -79,19 +76,14 @@ class InnerPrompt:
     def for_rows(self, rows: int) -> "InnerPrompt":
         """The same where ``generate`` has each row several times, for beams or samples."""
         copies = rows // len(self.video_of)
-
-        def repeat(each: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(x.repeat_interleave(copies, 0) for x in each)
-
-        return self if copies == 1 else InnerPrompt(*repeat([self.video_of]), repeat(self.last), repeat(self.slots))
+        return self if copies == 1 else self._each(lambda x: x.repeat_interleave(copies, 0))
 
     def on_device(self, device: torch.device) -> "InnerPrompt":
         """The same beside the model."""
+        return self._each(lambda x: without_waiting(x.contiguous(), device))
 
-        def move(each: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(without_waiting(x.contiguous(), device) for x in each)
-
-        return InnerPrompt(*move([self.video_of]), move(self.last), move(self.slots))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "InnerPrompt":
+        return InnerPrompt(change(self.video_of), tuple(map(change, self.last)), tuple(map(change, self.slots)))
 
 
 def _last_of(mask: Tensor) -> Tensor:
@@ -137,16 +129,14 @@ def shorten(graph_module: GraphModule, mark: Node, steps: Sequence[Step], padded
     """Rewrite the graph in place, so that it goes on with fewer tokens at each step and returns, beside its own
     outputs, the positions that are left behind each; returns how many outputs are its own. Raises NotApplicable."""
     graph = graph_module.graph
-    _, video_of, last, slots = mark.args
-    assert isinstance(video_of, Node) and isinstance(last, (list, tuple)) and isinstance(slots, (list, tuple))
-    prompt = mark.args[0]
+    prompt, video_of, last, slots = cast(tuple[Node, Node, Sequence[Node], Sequence[Node]], mark.args)
     erase_mark(graph_module, mark)
     canonicalize_sizes(graph)
     canonicalize_writes(graph)
     canonicalize_attention(graph)
     eliminate_dead_code(graph, keep={video_of, *last, *slots})
     view = GraphView(graph_module)
-    layers = find_decoder_layers(view, prompt)  # type: ignore[arg-type]
+    layers = find_decoder_layers(view, prompt)
     require_layers(layers, steps)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     with graph.inserting_before(first):
@@ -238,7 +228,7 @@ class ShorterLayer:
                 self._layer.__dict__["forward"] = self._before
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        cache: Any = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         state: _Shorter | None = getattr(cache, _STATE, None)
         if state is not None:
             keys = cache.get_seq_length(self._index) + hidden_states.shape[1]

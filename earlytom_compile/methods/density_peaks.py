@@ -15,6 +15,7 @@ density the lower index is the denser one, where that code adds random noise.
 import torch
 from torch import Tensor
 
+from .base import Sizes
 from .exact import MOST_NEIGHBOURS, squared_distances
 from .selection import best
 
@@ -66,6 +67,11 @@ def cluster_means(tokens: Tensor, squared: Tensor, members: Tensor, centers: Ten
     nearest = torch.where(centers, places, nearest)
     belongs = ((nearest[:, :, None] == places) & members[:, :, None]).double()
     return (belongs.mT @ tokens) / belongs.sum(1).clamp(min=1)[:, :, None]
+
+
+def operations(groups: int, sizes: Sizes) -> int:
+    """Of the matrix products of ``cluster``: distances, and the sums that means are made of."""
+    return groups * 4 * sizes.tokens**2 * sizes.channels
 
 
 def cluster(

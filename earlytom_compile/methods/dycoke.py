@@ -13,8 +13,8 @@ window whole, so that a quarter of the tokens is the least that the paper's rule
 
 Exactly K tokens: the other frames keep what the first frames leave of K, in even shares, earlier frames one more.
 Where the first frames alone have more than K tokens (below 25 %, where the paper has no rule), the video becomes its
-first frames, every fourth one, and the same is done to these, again and again. Of a single frame that is too large,
-tokens stay that lie evenly in raster order.
+first frames, every fourth one, and the same is done to these, again and again. Where one window is left and its first
+frame is too large still, K < P, that one keeps an even share as well: tokens that lie evenly in raster order.
 
 The released code keeps as many tokens in each compared frame, ties as ``topk`` likes, and does not put them back in
 raster order; it reads the similarities of another pair of frames than those it prunes, and the last window keeps the
@@ -25,28 +25,30 @@ import torch
 
 from .base import FrameTokens, Kept, Method
 from .exact import fixed_point, likeness
-from .selection import best, even_shares, kept, on
+from .selection import best, even_shares, kept
 
 _WINDOW = 4
 
 
 def keep(video: FrameTokens, budget: int) -> Kept:
     features = video.features
-    total, tokens = features.shape[:2]
-    frames = list(range(total))
-    while len(frames) > 1 and len(frames[::_WINDOW]) * tokens > budget:
+    tokens = features.shape[1]
+    frames = list(range(features.shape[0]))
+    while len(frames) > _WINDOW and len(frames[::_WINDOW]) * tokens > budget:
         frames = frames[::_WINDOW]
     chosen = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
-    if len(frames) == 1 and budget < tokens:
-        chosen[0, on(features, [index * tokens // budget for index in range(budget)])] = True
-        return kept(features, chosen, budget)
-    chosen[on(features, frames[::_WINDOW])] = True
+    firsts = len(frames[::_WINDOW]) * tokens
     compared = [index for index in range(len(frames)) if index % _WINDOW]
+    if firsts <= budget:
+        chosen[frames[::_WINDOW]] = True
+        numbers = even_shares(budget - firsts, [tokens] * len(compared))
+    else:
+        share, *numbers = even_shares(budget, [tokens] * len(frames))
+        chosen[0, [place * tokens // share for place in range(share)]] = True
     if compared:
-        numbers = even_shares(budget - len(frames[::_WINDOW]) * tokens, [tokens] * len(compared))
-        integers, _ = fixed_point(features[on(features, frames)], each=True)
+        integers, _ = fixed_point(features[frames], each=True)
         alike = likeness(integers[compared], integers[[_reference(index) for index in compared]])
-        chosen[on(features, [frames[index] for index in compared])] = best(-alike, numbers)
+        chosen[[frames[index] for index in compared]] = best(-alike, numbers)
     return kept(features, chosen, budget)
 
 

@@ -28,7 +28,7 @@ takes ATS first as here, and merges the anchors of other anchor frames, too.
 import torch
 from torch import Tensor
 
-from .base import FrameTokens, Kept, Method
+from .base import FrameTokens, Kept, Method, Sizes
 from .density_peaks import peak_scores
 from .exact import fixed_point, frame_tokens, likeness, likenesses, squared_distances
 from .selection import attention, best, even_shares, first_of, kept, proportional_shares
@@ -69,6 +69,16 @@ def keep(video: FrameTokens, budget: int) -> Kept:
     return kept(out, salient | anchors, budget)
 
 
+def operations(sizes: Sizes) -> float:
+    """The most that distances in anchor frames can be, where every frame is one, and the most that cosines with anchors
+    and sums of tokens can be, where one segment has all frames that it can have."""
+    frames, tokens, channels = sizes.frames, sizes.tokens, sizes.channels
+    others = min(_SEGMENTS, frames) - 1
+    squares = (frames - others) ** 2 + others
+    anchors_by_frames = (sizes.kept * squares / frames + frames) * _ANCHOR_SHARE[0] / _ANCHOR_SHARE[1]
+    return 2 * frames * tokens**2 * channels + 4 * anchors_by_frames * tokens * channels
+
+
 def _segments(integers: Tensor) -> list[tuple[int, int]]:
     """First and last frame of each segment; the host waits for F - 1 truth values."""
     frames = frame_tokens(integers)
@@ -106,4 +116,5 @@ METHOD = Method(
     paper="FastVID: Dynamic Density Pruning for Fast Video Large Language Models, NeurIPS 2025, arXiv 2503.11187",
     keep=keep,
     importance=True,
+    operations=operations,
 )

@@ -22,8 +22,8 @@ end in newlines, and passes the ratio that it computed for one video on to the n
 import torch
 from torch import Tensor
 
-from .base import FrameTokens, Kept, Method
-from .density_peaks import cluster
+from . import density_peaks
+from .base import FrameTokens, Kept, Method, Sizes
 from .exact import fixed_point, likeness
 from .selection import attention, kept, on
 from .static_tokens import Segments, best_moving, merge_static, quotas
@@ -53,10 +53,15 @@ def keep(video: FrameTokens, budget: int) -> Kept:
         with_static = [index for index, number in enumerate(places) if number]
         at, members = begins[with_static], repeats[with_static]
         numbers = [still[index] for index in with_static]
-        means, centers = cluster(tokens[at], integers[at], members, unit, numbers, _NEIGHBOURS)
+        means, centers = density_peaks.cluster(tokens[at], integers[at], members, unit, numbers, _NEIGHBOURS)
         tokens[at] = torch.where(centers[:, :, None], means, tokens[at])
         chosen[at] |= centers
     return kept(tokens.to(features.dtype), chosen, budget)
+
+
+def operations(sizes: Sizes) -> float:
+    """Of a video of which every second frame repeats: the most that there can be to cluster."""
+    return density_peaks.operations(sizes.frames // 2, sizes)
 
 
 def _runs(alike: Tensor) -> Tensor:
@@ -91,4 +96,5 @@ METHOD = Method(
     paper="HoliTom: Holistic Token Merging for Fast Video Large Language Models, NeurIPS 2025, arXiv 2505.21334",
     keep=keep,
     importance=True,
+    operations=operations,
 )

@@ -22,7 +22,8 @@ cluster and gives other frames to the longer of the runs beside them, which can 
 import torch
 from torch import Tensor
 
-from .base import FrameTokens, Kept, Method
+from . import density_peaks
+from .base import FrameTokens, Kept, Method, Sizes
 from .density_peaks import cluster, peak_scores
 from .exact import fixed_point, likeness, likenesses, squared_distances
 from .selection import best, kept, on
@@ -53,6 +54,18 @@ def keep(video: FrameTokens, budget: int) -> Kept:
     return kept(means.to(features.dtype), chosen, budget)
 
 
+def operations(sizes: Sizes) -> float:
+    """Distances of frames, cosines of pairs, and clusters. Pairs are most where all segments but one have one frame."""
+    segments = _number_of_segments(sizes.frames)
+    pairs = (sizes.frames - segments + 1) ** 2
+    compared = 2 * sizes.channels * (sizes.frames**2 + pairs * sizes.tokens)
+    return compared + density_peaks.operations(sizes.frames + segments, sizes)
+
+
+def _number_of_segments(frames: int) -> int:
+    return max(1, frames // _FRAMES_A_SEGMENT)
+
+
 def _segments(features: Tensor) -> Segments:
     """Consecutive frames around the density peaks among them. The host waits for [F, F + 1] numbers."""
     frames = features.shape[0]
@@ -61,7 +74,7 @@ def _segments(features: Tensor) -> Segments:
     squared = squared_distances(means)[None]
     everyone = torch.ones(1, frames, dtype=torch.bool, device=features.device)
     scores = peak_scores(squared, everyone, coarser * unit / features.shape[1], features.shape[2], _NEIGHBOURS)
-    centers = best(scores, [max(1, frames // _FRAMES_A_SEGMENT)])
+    centers = best(scores, [_number_of_segments(frames)])
     *distances, is_center = torch.cat([squared[0], centers.double()]).tolist()
     chosen = [frame for frame in range(frames) if is_center[frame]]
     borders = [_border(distances, *pair) for pair in zip(chosen, chosen[1:], strict=False)]
@@ -93,4 +106,5 @@ METHOD = Method(
     name="prunevid",
     paper="PruneVid: Visual Token Pruning for Efficient Video Large Language Models, ACL 2025, arXiv 2412.16117",
     keep=keep,
+    operations=operations,
 )

@@ -12,14 +12,16 @@ def by_the_rules(tokens, budget):
     """{(frame, place): token}: DyCoke's first stage as its paper and the docstring read."""
     frames = list(range(len(tokens)))
     places = range(len(tokens[0]))
-    while len(frames) > 1 and -(-len(frames) // 4) * len(places) > budget:
+    while len(frames) > 4 and -(-len(frames) // 4) * len(places) > budget:
         frames = [frame for index, frame in enumerate(frames) if index % 4 == 0]
-    if len(frames) * len(places) > budget and len(frames) == 1:
-        return {(0, i * len(places) // budget): tokens[0][i * len(places) // budget] for i in range(budget)}
     firsts = [frames[index] for index in range(0, len(frames), 4)]
     others = [index for index in range(len(frames)) if index % 4]
-    out = {(f, p): tokens[f][p] for f in firsts for p in places}
-    shares = dealt(budget - len(out), [len(places)] * len(others))
+    if len(firsts) * len(places) <= budget:
+        out = {(f, p): tokens[f][p] for f in firsts for p in places}
+        shares = dealt(budget - len(out), [len(places)] * len(others))
+    else:
+        share, *shares = dealt(budget, [len(places)] * len(frames))
+        out = {(0, i * len(places) // share): tokens[0][i * len(places) // share] for i in range(share)}
     for index, share in zip(others, shares, strict=True):
         frame, reference = frames[index], frames[{1: index - 1, 2: index - 2, 3: index - 1}[index % 4]]
         like = {p: signed_square(tokens[frame][p], tokens[reference][p]) for p in places}
@@ -52,6 +54,12 @@ def test_below_a_quarter_windows_are_of_first_frames():
     number = torch.bincount(kept.places[:, 0], minlength=32)
     assert number[[0, 16]].tolist() == [6, 6]
     assert number[[4, 8, 12, 20, 24, 28]].tolist() == [2, 1, 1, 1, 1, 1]
+
+
+def test_of_less_than_one_frame_every_frame_of_the_last_window_has_some():
+    kept = keep(video(2, 12, 8, 4), 7)
+    assert kept.places[:, 0].tolist() == [0, 0, 0, 4, 4, 8, 8]
+    assert kept.places[:3].tolist() == [[0, 0], [0, 2], [0, 5]]
 
 
 def test_an_object_that_moves_is_kept_and_the_background_once():

@@ -8,8 +8,9 @@ import torch
 from effort import examples
 from hypothesis import given
 from method_videos import cases, video
+from torch.utils.flop_counter import FlopCounterMode
 
-from earlytom_compile.methods.base import Method
+from earlytom_compile.methods.base import Method, Sizes
 from earlytom_compile.methods.registry import BUILT_IN, method_named
 
 KEEPING = [name for name in BUILT_IN if method_named(name).keep and not method_named(name).keys]
@@ -45,6 +46,31 @@ def test_all_tokens_stay_as_they_are(name, sizes):
     drawn = video(5, *sizes)
     tokens, _ = method_named(name).keep(drawn, sizes[0] * sizes[1])
     assert torch.equal(tokens, drawn.features.flatten(0, 1))
+
+
+def counted(name, drawn, budget):
+    """Of one call: the operations of matrix products that torch counts, and those that the method says it has."""
+    method, (frames, tokens, channels) = method_named(name), drawn.features.shape
+    with FlopCounterMode(display=False) as counter:
+        method.keep(drawn, budget)
+    said = method.operations(Sizes(frames, tokens, channels, 0, budget)) if method.operations else 0
+    return counter.get_total_flops(), said
+
+
+@pytest.mark.parametrize("name", KEEPING)
+@examples(60)
+@given(case=cases(most_frames=20, most_tokens=8))
+def test_has_no_more_products_than_it_says(name, case):
+    found, said = counted(name, *case)
+    assert found <= said
+
+
+@pytest.mark.parametrize(("name", "least"), [("holitom", 1), ("prunevid", 0.7), ("fastvid", 0.4)])
+def test_may_have_as_many_products_as_it_says(name, least):
+    """Frames that stand still two by two. What PruneVid and FastVID have most of, no one video has all of."""
+    pairs = torch.randn(8, 9, 6, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)
+    found, said = counted(name, video(3, 16, 9, 6)._replace(features=pairs), 40)
+    assert least * said <= found <= said
 
 
 @pytest.mark.gpu(only=True)
