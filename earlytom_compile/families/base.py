@@ -227,6 +227,13 @@ class Family:
         """How many positions that prompt has if video v has ``sizes[v]`` rows."""
         raise NotImplementedError
 
+    def prompt_videos(
+        self, model: Any, ids: Tensor, call: Call, sizes: Sequence[int], others: Sequence[tuple[int, Tensor]]
+    ) -> Tensor:
+        """Where they are in it: int64 [R, S'], on the host, the video of its row that each position belongs to,
+        numbered from 0; -1 for none. Asked where tokens go inside the language model."""
+        raise NotImplementedError
+
     def position_ids(self, model: Any, call: Call, cut: PromptCut) -> Tensor | None:
         """Position ids of the cut prompt; None leaves it to the model to count. Here the caller's, gaps closed."""
         given = call.get("position_ids")

@@ -24,6 +24,8 @@ PLACEHOLDER = -200
 """The id that stands for each of ``images``."""
 _SPLICE = "prepare_inputs_labels_for_multimodal"
 _NONE = torch.empty(1)  # to the model's own code, pictures that are to be encoded, which they are
+_UNLABELLED = -100
+"""What the model's own code labels rows of ``images`` with, and padding."""
 _POOLS = ("average", "bilinear", "max")
 _POSITIONS = ("one_token", "no_token", "frame", "grid")
 
@@ -151,6 +153,31 @@ class Llava(Family):
         row = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=ids.device)
         videos = [row.expand(size, -1) for size in sizes]
         return self.prompt(model, ids, {**call, "labels": None}, videos, others).length
+
+    def prompt_videos(
+        self, model: Any, ids: Tensor, call: Call, sizes: Sequence[int], others: Sequence[tuple[int, Tensor]]
+    ) -> Tensor:
+        """By the model's own code, which labels what comes of ``images`` as nothing to learn."""
+        pictures, videos = dict(others), _videos_among(call)
+        rest = iter(sizes)
+        lengths = [len(pictures[i]) if i in pictures else next(rest) for i in range(len(call["images"]))]
+        row = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=ids.device)
+        ready = like(model, encode_images=lambda images: [row.expand(length, -1) for length in lengths])
+        spliced = _splice(type(model), ready, ids, {**call, "images": _NONE, "labels": ids.clamp_min(0)})
+        mask, labels = spliced[2], spliced[5].cpu()
+        from_images = labels == _UNLABELLED if mask is None else (labels == _UNLABELLED) & mask.cpu().bool()
+        found = torch.full(labels.shape, -1)
+        images = iter(range(len(lengths)))
+        for i, placeholders in enumerate((ids == PLACEHOLDER).sum(1).tolist()):
+            number, numbers = -1, list[int]()
+            for place in [next(images) for _ in range(placeholders)]:
+                number += place in videos
+                numbers += [number if place in videos else -1] * lengths[place]
+            places = from_images[i].nonzero()[:, 0]
+            found[i, places] = torch.tensor(numbers[: len(places)], dtype=torch.int64)  # a long prompt is cut
+            if not placeholders:
+                next(images, None)  # a row without one takes a picture, of which nothing is left
+        return found
 
     # --- What does not work ---------------------------------------------------------------------------
 

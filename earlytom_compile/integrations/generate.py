@@ -16,7 +16,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -396,15 +396,15 @@ class CompiledModel:
             changed["labels"] = plan.take(call["labels"], -100)
         gone = self.family.consumed | {"input_ids", "pixel_values_videos"}
         kept = {name: value for name, value in call.items() if name not in gone}
-        inner = self._inner_prompt(plan.take(host_ids, -1), cut_mask, list(map(len, rows)))
+        token, kept_rows = self.family.video_token(self.model), list(map(len, rows))
+        inner = self._inner_steps(lambda: videos_of(plan.take(host_ids, -1), token, kept_rows), cut_mask)
         return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids, inner=inner)
 
-    def _inner_prompt(self, ids: torch.Tensor, mask: torch.Tensor | None, sizes: Sequence[int]) -> InnerPrompt | None:
-        """Where the videos of the cut prompt are, if tokens of theirs go inside the language model."""
+    def _inner_steps(self, find: Callable[[], torch.Tensor], mask: torch.Tensor | None) -> InnerPrompt | None:
+        """The steps of a prompt in which :func:`find` says where the videos are; None where none of their tokens go."""
         if self.prefill is None or not self.prefill.steps:
             return None
-        videos = videos_of(ids, self.family.video_token(self.model), sizes)
-        return InnerPrompt.plan(videos, mask, self.prefill.steps)
+        return InnerPrompt.plan(find(), None if mask is None else mask.cpu(), self.prefill.steps)
 
     def _put_into_prompt(self, ids: torch.Tensor, call: Call, videos: Sequence[Video | torch.Tensor]) -> "_CutCall":
         """The call as it came, and the prompt that the model's own method makes of the compressed rows."""
@@ -412,12 +412,13 @@ class CompiledModel:
         with weights_in_place(self.model, family):
             others = list(family.other_rows(self.model, ids, call))
             prompt = family.prompt(self.model, ids, call, [video.rows for video in encoded], others)
-            length, sizes = prompt.length, [video.size for video in encoded]
+            length, sizes, kept = prompt.length, [video.size for video in encoded], [len(v.rows) for v in encoded]
             if any(video.size != len(video.rows) for video in encoded):  # else they came encoded, or kept all
                 length = family.prompt_length(self.model, ids, call, sizes, others)
+            inner = self._inner_steps(lambda: family.prompt_videos(self.model, ids, call, kept, others), prompt.mask)
         self._note_videos(videos, encoded, (length, prompt.length))
         mask = torch.ones(1, 1) if prompt.mask is None else prompt.mask
-        return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt)
+        return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt, inner=inner)
 
     @torch.no_grad()
     def encode_videos(self, videos: Sequence[Video]) -> list[torch.Tensor]:
