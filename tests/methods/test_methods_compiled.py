@@ -111,6 +111,7 @@ CLIP = CLIPVisionConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=4
 )
 MODELS = {
+    "an odd grid": lambda: tiny(image_size=36),
     "a class token": lambda: tiny(tower=CLIP),
     "the last layer is not used": lambda: tiny(vision_feature_layer=-2),
     "features of two layers": lambda: tiny(vision_feature_layer=[1, -1]),
