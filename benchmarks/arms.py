@@ -90,7 +90,7 @@ def asked_methods(ratios: Sequence[float], beginnings: Sequence[str]) -> list[st
     return [
         method
         for method in other_methods()
-        if EVERY in beginnings or any(f"{method} {ratio:g}".startswith(tuple(beginnings)) for ratio in ratios)
+        if EVERY in beginnings or any(f"{method} {ratio:g}".startswith(_meant(beginnings)) for ratio in ratios)
     ]
 
 
@@ -128,8 +128,8 @@ def _other_way(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def choose(arms: Iterable[Any], beginnings: Sequence[str]) -> list[Any]:
-    """Those of ``arms`` (anything with a name) whose names begin so, in their order; without beginnings, and for
-    ``"all"``, all.
+    """Those of ``arms`` (anything with a name) whose names begin so, in their order; a whole method's name is the
+    beginning of its own arms alone. Without beginnings, and for ``"all"``, all.
 
     Raises :class:`EarlyTomConfigError` for a beginning that no name has.
     """
@@ -137,14 +137,20 @@ def choose(arms: Iterable[Any], beginnings: Sequence[str]) -> list[Any]:
     require_beginnings([arm.name for arm in arms], beginnings)
     if not beginnings or EVERY in beginnings:
         return arms
-    return [arm for arm in arms if arm.name.startswith(tuple(beginnings))]
+    return [arm for arm in arms if arm.name.startswith(_meant(beginnings))]
 
 
 def require_beginnings(names: Sequence[str], beginnings: Sequence[str]) -> None:
     """Raise :class:`EarlyTomConfigError` for a beginning that none of ``names`` has."""
     for beginning in beginnings:
-        if beginning != EVERY and not any(name.startswith(beginning) for name in names):
+        if beginning != EVERY and not any(name.startswith(_meant([beginning])) for name in names):
             raise EarlyTomConfigError(f"arms={beginning!r}: no arm begins so; there are {', '.join(names)}.")
+
+
+def _meant(beginnings: Sequence[str]) -> tuple[str, ...]:
+    """``"fastv"`` is no beginning of ``"fastvid 0.1"``: it is the whole name of a method."""
+    known = method_names()
+    return tuple(f"{beginning} " if beginning in known else beginning for beginning in beginnings)
 
 
 def twin_of(model: Any) -> Any:

@@ -187,28 +187,39 @@ def arms(
 ) -> list[Arm]:
     """What is compared, all tokens first.
 
-    ``beginnings``: beside all tokens only methods whose names begin so, ``"all"`` for every one there is; None: all but
-    other papers' methods. ``settings``: options that each of those methods that take all of them is tried with once
-    more. Raises :class:`EarlyTomConfigError` for a beginning that no name has, and for settings that no method takes.
+    ``beginnings``: beside all tokens only methods whose names begin so; a whole name is the beginning of that method
+    and its forms alone (``fastv`` not of ``fastvid``), and ``"all"`` that of every one; None: all but other papers'.
+    ``settings``: options that each of those methods that take all of them is tried with once more. Raises
+    :class:`EarlyTomConfigError` for a beginning that no name has, and for settings that no method takes.
     """
-    if beginnings is None:
-        names, beginnings = METHODS, ("",)
-    else:
-        names = (*METHODS, *other_methods())
+    names = METHODS if beginnings is None else (*METHODS, *other_methods())
     every = [Arm(name) for name in FIXED] + [Arm(name, ratio) for name in names for ratio in ratios]
-    for beginning in beginnings:
-        if beginning != EVERY and not any(arm.method.startswith(beginning) for arm in every):
-            known = ", ".join((*FIXED, *names))
-            raise EarlyTomConfigError(f"methods={beginning!r}: no method begins so; there are {known}.")
-    if EVERY in beginnings:
+    known = (*FIXED, *names)
+    for beginning in beginnings or ():
+        if beginning != EVERY and not any(_begins(name, beginning, known) for name in known):
+            raise EarlyTomConfigError(
+                f"methods={beginning!r}: no method begins so; there are {', '.join(known)}, and {EVERY}."
+            )
+    if beginnings is None or EVERY in beginnings:
         beginnings = ("",)
-    chosen = [arm for arm in every if arm.method == ALL_TOKENS or arm.method.startswith(beginnings)]
+    chosen = [
+        arm
+        for arm in every
+        if arm.method == ALL_TOKENS or any(_begins(arm.method, beginning, known) for beginning in beginnings)
+    ]
     for options in settings:
         if not any(taken(arm.method, options) == options for arm in chosen):
             given = " ".join(f"{name}={value!r}" for name, value in options.items())
-            known = ", ".join(dict.fromkeys(arm.method for arm in chosen))
-            raise EarlyTomConfigError(f"settings {given}: none of these takes all of it: {known}.")
+            these = ", ".join(dict.fromkeys(arm.method for arm in chosen))
+            raise EarlyTomConfigError(f"settings {given}: none of these takes all of it: {these}.")
     return [row for arm in chosen for row in (arm, *_tried(arm, settings))]
+
+
+def _begins(name: str, beginning: str, known: Sequence[str]) -> bool:
+    """Whether ``name`` begins so; behind a whole name of those that are ``known`` only what tells its forms apart."""
+    if beginning in known:
+        return name == beginning or name.startswith(f"{beginning},")
+    return name.startswith(beginning)
 
 
 def _tried(arm: Arm, settings: Sequence[Mapping[str, Any]]) -> list[Arm]:
