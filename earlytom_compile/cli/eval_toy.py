@@ -28,6 +28,7 @@ from .resume import saved_content, stopped
 
 _FILE_WIDTH = 190  # columns, where nobody watches
 _PIECE = 20  # videos that are asked about to say how long all take
+_PROMPT_TRACED = 2.0  # seconds for each kind of prompt whose tokens go inside: of one question, and of several
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -223,7 +224,7 @@ def _say_how_long(model: Any, questions: Any, arms: list[Any], timed: int, progr
     compiled = sum(installed.own_options(arm.method) is not None for arm in arms)
     inside = sum(installed.reduces_inside(arm.method) for arm in arms)
     seconds = row * len(arms) + call * (len(by_call) * timed + inside * len(questions.asked))
-    seconds += compiled * compilation("earlytom", layers, "eager")
+    seconds += compiled * compilation("earlytom", layers, "eager") + inside * _PROMPT_TRACED * (2 if timed else 1)
     progress_on.print(
         f"{counted(len(arms), 'row')}, {counted(len(questions.asked), 'video')}: {in_words(seconds)} (measured with "
         f"{len(few.asked)} of them)",
