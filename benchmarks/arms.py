@@ -87,10 +87,11 @@ def other_methods() -> tuple[str, ...]:
 
 def asked_methods(ratios: Sequence[float], beginnings: Sequence[str]) -> list[str]:
     """Those of :func:`other_methods` whose arms somebody asks for; none without ``beginnings``."""
+    meant = _meant(beginnings)
     return [
         method
         for method in other_methods()
-        if EVERY in beginnings or any(f"{method} {ratio:g}".startswith(_meant(beginnings)) for ratio in ratios)
+        if EVERY in beginnings or any(f"{method} {ratio:g}".startswith(meant) for ratio in ratios)
     ]
 
 
@@ -137,13 +138,14 @@ def choose(arms: Iterable[Any], beginnings: Sequence[str]) -> list[Any]:
     require_beginnings([arm.name for arm in arms], beginnings)
     if not beginnings or EVERY in beginnings:
         return arms
-    return [arm for arm in arms if arm.name.startswith(_meant(beginnings))]
+    meant = _meant(beginnings)
+    return [arm for arm in arms if arm.name.startswith(meant)]
 
 
 def require_beginnings(names: Sequence[str], beginnings: Sequence[str]) -> None:
     """Raise :class:`EarlyTomConfigError` for a beginning that none of ``names`` has."""
-    for beginning in beginnings:
-        if beginning != EVERY and not any(name.startswith(_meant([beginning])) for name in names):
+    for beginning, meant in zip(beginnings, _meant(beginnings), strict=True):
+        if beginning != EVERY and not any(name.startswith(meant) for name in names):
             raise EarlyTomConfigError(f"arms={beginning!r}: no arm begins so; there are {', '.join(names)}.")
 
 

@@ -58,12 +58,16 @@ _DEPTH = 18 / 28  # share of the language model's layers before HoliTom's inner_
 
 def other_methods() -> tuple[str, ...]:
     """The rows of other papers' methods, each of which has a ratio."""
-    rows = []
-    for name in method_names():
+    names = [name for name in method_names() if name != EARLYTOM]
+    return tuple(row for name in names for row in ([name, name + INNER] if _may_merge_inside(name) else [name]))
+
+
+def _may_merge_inside(name: str) -> bool:
+    try:
         method = method_named(name)
-        if method is not None:
-            rows += [name] if method.inside is not None else [name, name + INNER]
-    return tuple(rows)
+    except EarlyTomConfigError:  # one of another package that cannot be loaded: who asks for its row is told so
+        return False
+    return method is not None and method.inside is None
 
 
 def own_options(row: str) -> dict[str, Any] | None:

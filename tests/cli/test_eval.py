@@ -1,6 +1,7 @@
 """``earlytom eval``: which rows, what an interruption leaves, and what is refused."""
 
 import json
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
@@ -95,6 +96,15 @@ def test_other_papers_methods_are_rows_where_somebody_asks_for_them(here):
     assert found == [Arm(ALL_TOKENS), *(Arm(name, ratio) for name in expected for ratio in (0.25, 0.1))]
     with pytest.raises(EarlyTomConfigError, match="no method begins so; there are all tokens, .*some keep, inner"):
         arms((0.1,), ("nobody's",))
+
+
+def test_a_method_that_cannot_be_loaded_is_told_to_who_asks_for_it_alone(counted, monkeypatch, capsys):
+    broken = EntryPoint("broken", "nowhere_to_be_found:METHOD", registry.GROUP)
+    monkeypatch.setattr(registry, "_entry_points", lambda: (broken,))
+    words = [*TOY, "--retain-ratios", "0.1", "--repeats", "0", "--methods"]
+    assert main([*words, "random"]) == 0 and counted == [Arm(ALL_TOKENS), Arm("random tokens", 0.1)]
+    assert main([*words, "all"]) == 2
+    assert "method='broken' of another package cannot be loaded" in capsys.readouterr().err and len(counted) == 2
 
 
 @pytest.fixture
