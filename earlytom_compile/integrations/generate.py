@@ -59,7 +59,7 @@ from .generation import (
     warn_of_right_padding,
     with_own_prompt,
 )
-from .inner_steps import InnerPrompt
+from .inner_steps import InnerPrompt, refuse_other_cache
 from .method import Method
 from .placement import weights_in_place
 from .prefill import CompiledPrefill, Prompt
@@ -125,7 +125,11 @@ class CompiledModel:
             self.prefill.install()
 
     def _fall_back_inside(self, reason: str, cure: str) -> None:
-        fall_back(reason, cure, self.config, self.record)
+        try:
+            fall_back(reason, cure, self.config, self.record)
+        except EarlyTomError:
+            self._note("failed")
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -206,6 +210,7 @@ class CompiledModel:
                 return self.own["forward"](**kwargs)  # transformers compiles decoding steps: it sees the model alone
             # Behind a graph break: traced by another torch.compile, our own would do nothing.
             return torch.compiler.disable(self.forward)(**kwargs)
+        refuse_other_cache(given_cache(call), () if self.prefill is None else self.prefill.steps)
         if within_generate():  # transformers 5.17 encodes the video here
             return self.own["forward"](**kwargs)
         ids: Any = call.get("input_ids")
@@ -397,12 +402,20 @@ class CompiledModel:
         gone = self.family.consumed | {"input_ids", "pixel_values_videos"}
         kept = {name: value for name, value in call.items() if name not in gone}
         token, kept_rows = self.family.video_token(self.model), list(map(len, rows))
-        inner = self._inner_steps(lambda: videos_of(plan.take(host_ids, -1), token, kept_rows), cut_mask)
+        inner = self._inner_steps(lambda: videos_of(plan.take(host_ids, -1), token, kept_rows), cut_mask, call)
         return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids, inner=inner)
 
-    def _inner_steps(self, find: Callable[[], torch.Tensor], mask: torch.Tensor | None) -> InnerPrompt | None:
+    def _inner_steps(
+        self, find: Callable[[], torch.Tensor], mask: torch.Tensor | None, call: Call
+    ) -> InnerPrompt | None:
         """The steps of a prompt in which :func:`find` says where the videos are; None where none of their tokens go."""
         if self.prefill is None or not self.prefill.steps:
+            return None
+        if call.get("labels") is not None:
+            self._fall_back_inside(
+                "no tokens go inside the language model: each of its labels belongs to a position of the whole prompt",
+                "Leave labels out, and compute the loss from the logits",
+            )
             return None
         return InnerPrompt.plan(find(), None if mask is None else mask.cpu(), self.prefill.steps)
 
@@ -415,7 +428,9 @@ class CompiledModel:
             length, sizes, kept = prompt.length, [video.size for video in encoded], [len(v.rows) for v in encoded]
             if any(video.size != len(video.rows) for video in encoded):  # else they came encoded, or kept all
                 length = family.prompt_length(self.model, ids, call, sizes, others)
-            inner = self._inner_steps(lambda: family.prompt_videos(self.model, ids, call, kept, others), prompt.mask)
+            inner = self._inner_steps(
+                lambda: family.prompt_videos(self.model, ids, call, kept, others), prompt.mask, call
+            )
         self._note_videos(videos, encoded, (length, prompt.length))
         mask = torch.ones(1, 1) if prompt.mask is None else prompt.mask
         return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt, inner=inner)
