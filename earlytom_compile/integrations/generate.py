@@ -185,6 +185,7 @@ class CompiledModel:
 
         with around():
             output = self._own("generate", **arguments)
+            cut.has_begun = not inspect.isgenerator(output)
         mark_cache(cache_of(output), given_cache(call))
         if cut.input_ids is not None:
             output = with_own_prompt(output, ids, cut.input_ids)
@@ -259,8 +260,13 @@ class CompiledModel:
         prefill = nullcontext() if self.prefill is None else self.prefill.active(cut.mask, cut.inner)
         with hand_over(self, cut.prompt) as handed, prefill as prompt:
             yield
+            if not cut.has_begun:  # a generator, which takes its prompt in one of its steps
+                cut.has_begun = True
+                return
             if prompt is not None:
                 self._note_inside(cut, prompt)
+                cut.inner = prompt.inner
+            cut.prompt = handed.prompt
         if handed.prompt is not None:
             self._note("uncompressed")
             fall_back(
@@ -484,7 +490,7 @@ class CompiledModel:
         return padding if isinstance(padding, int) and padding != self.family.video_token(self.model) else 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _CutCall:
     """A call whose videos are compressed."""
 
@@ -492,5 +498,6 @@ class _CutCall:
     mask: torch.Tensor | None  # [R, S'], of the cut prompt; None if not known
     dropped: int  # S - S'
     input_ids: torch.Tensor | None = None  # int64 [R, S'], on the device of the caller's; None leaves its own
-    prompt: FamilyPrompt | None = None  # what the model's own method returns in this call
-    inner: InnerPrompt | None = None  # where its videos are, if tokens of theirs go inside the language model
+    prompt: FamilyPrompt | None = None  # what the model's own method returns in this call; None once it has
+    inner: InnerPrompt | None = None  # where its videos are, if tokens of theirs go inside; None once they have
+    has_begun: bool = True  # False for a generator that nobody has asked for anything

@@ -99,3 +99,21 @@ def test_layers_that_are_one_module_are_restored():
     assert "forward" in layers[1].__dict__
     earlytom_compile.restore(model)
     assert layers[1].__dict__ == before
+
+
+def test_a_generate_that_is_a_generator(model):
+    """The first of its steps has the prompt, no other, and nothing is said."""
+
+    class Streaming(type(model)):
+        def generate(self, *args, **kwargs):
+            yield super().generate(*args, **kwargs)
+            yield "more"
+
+    streaming = Streaming(model.config).eval()
+    streaming.load_state_dict(model.state_dict())
+    inputs = video_inputs(model, 8)
+    expected = new_tokens(compiled(model, **INNER), inputs)
+    compiled(streaming, strict=True, **INNER)
+    steps = list(streaming.generate(**inputs, max_new_tokens=expected.shape[1], do_sample=False, pad_token_id=0))
+    assert torch.equal(steps[0][:, -expected.shape[1] :], expected) and steps[1] == "more"
+    assert report(streaming).to_dict()["inside"] == report(model).to_dict()["inside"] != []
