@@ -21,6 +21,7 @@ from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from ..methods.base import Step
 from ..passes.canonicalize_attention import canonicalize_attention
 from ..passes.canonicalize_sizes import canonicalize_sizes
+from ..passes.canonicalize_vmap import canonicalize_vmap
 from ..passes.canonicalize_writes import canonicalize_writes
 from ..passes.find_decoder_layers import find_decoder_layers
 from ..passes.find_vision_encoder import GraphView
@@ -133,6 +134,7 @@ def shorten(graph_module: GraphModule, mark: Node, steps: Sequence[Step], padded
     erase_mark(graph_module, mark)
     canonicalize_sizes(graph)
     canonicalize_writes(graph)
+    canonicalize_vmap(graph)
     canonicalize_attention(graph)
     eliminate_dead_code(graph, keep={video_of, *last, *slots})
     view = GraphView(graph_module)
