@@ -57,7 +57,10 @@ def keep_by_method(
         _check_budget(budget, frames, features.shape[1])
     parts = (_split(x, lengths) for x in (features, importance, keys))
     kept = [_kept_of(chosen, FrameTokens(*video), budget) for video in zip(*parts, strict=True)]
-    return torch.stack([each.tokens for each in kept]), torch.stack([each.places for each in kept])
+    tokens, places = torch.stack([each.tokens for each in kept]), torch.stack([each.places for each in kept])
+    if chosen.keep is not None:
+        _check_values(chosen, tokens, places, lengths, features.shape[1])
+    return tokens, places
 
 
 @keep_by_method.register_fake
@@ -132,7 +135,7 @@ def _split(x: Tensor | None, lengths: list[int]) -> tuple[Tensor | None, ...]:
 
 
 def _kept_of(method: Method, video: FrameTokens, budget: int) -> Kept:
-    """What the method keeps of one video, checked, in the dtype of its features."""
+    """What the method keeps of one video, of the right shapes, in the dtype of its features."""
     if method.keep is None:
         return _all_of(method, video, budget)
     importance, keys = (None if x is None else x.float() for x in (video.importance, video.keys))
@@ -144,9 +147,7 @@ def _kept_of(method: Method, video: FrameTokens, budget: int) -> Kept:
         error.add_note(f"in keep() of method {method.name!r}, for {list(video.features.shape)} and K = {budget}")
         raise
     tokens, places = _checked_shapes(method, video.features, returned, budget)
-    tokens = tokens.to(video.features.dtype)
-    _check_values(method, video.features, tokens, places)
-    return Kept(tokens, places)
+    return Kept(tokens.to(video.features.dtype), places)
 
 
 def _all_of(method: Method, video: FrameTokens, budget: int) -> Kept:
@@ -178,16 +179,16 @@ def _checked_shapes(method: Method, features: Tensor, returned: Any, budget: int
     return Kept(tokens, places)
 
 
-def _check_values(method: Method, features: Tensor, tokens: Tensor, places: Tensor) -> None:
-    """Raise for values that are wrong; one small copy to the host."""
-    sizes = places.new_tensor(features.shape[:2])
-    inside = ((places >= 0) & (places < sizes)).all()
-    index = places[:, 0] * features.shape[1] + places[:, 1]
-    ascending = (index[1:] > index[:-1]).all()
+def _check_values(method: Method, tokens: Tensor, places: Tensor, lengths: list[int], size: int) -> None:
+    """Raise for values that are wrong in any video of [V, K, ...]; one small copy to the host."""
+    frame, token = places.unbind(2)
+    inside = ((places >= 0).all() & (token < size).all()) & (frame < places.new_tensor(lengths)[:, None]).all()
+    index = frame * size + token
+    ascending = (index[:, 1:] > index[:, :-1]).all()
     checks = torch.stack([inside, ascending, tokens.isfinite().all()]).tolist()
     if not checks[0]:
-        frames, tokens_of_each = features.shape[:2]
-        raise _wrong(method, "places outside the video", f"frames below {frames} and tokens below {tokens_of_each}")
+        most = ", ".join(map(str, sorted(set(lengths))))
+        raise _wrong(method, "places outside the video", f"frames below {most} and tokens below {size}")
     if not checks[1]:
         raise _wrong(method, "places out of order, or one twice", "ascending ones, by frame and then by token")
     if not checks[2]:

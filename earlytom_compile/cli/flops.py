@@ -161,22 +161,22 @@ def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple
     """Every method whose tokens are known layer by layer.
 
     VisionZip and DyCoke shorten the sequence before the language model, FastV after its first two layers, HoliTom
-    before it and once more inside; none of them touches the encoder. In protocol ``exact`` VisionZip's own selection
-    is counted.
+    before it and once more inside; none of them touches the encoder. In protocol ``exact``, what VisionZip, DyCoke and
+    HoliTom multiply to choose tokens behind the encoder is counted; what ranks tokens inside the language model is not.
     """
     whole = case.tokens(1.0)
     inside = case.shape.llm_layers > INNER_LAYER
     found = [
         (_FULL, 1.0, case.count(whole)),
         (_FASTV, 1.0, case.count({0: whole, FASTV_LAYERS: case.tokens(FASTV_RATIO)})),
-        (_DYCOKE, 0.25, case.count(case.tokens(0.25))),
+        (_DYCOKE, 0.25, case.count(case.tokens(0.25), method="dycoke", kept=case.budget(0.25))),
     ]
     for ratio in retain_ratios:
-        kept = case.tokens(ratio)
+        kept, budget = case.tokens(ratio), case.budget(ratio)
         merged = _merged_inside(case, ratio)
-        found.append((_VISIONZIP, ratio, case.count(kept, method="visionzip", kept=case.budget(ratio))))
+        found.append((_VISIONZIP, ratio, case.count(kept, method="visionzip", kept=budget)))
         if inside:
-            found.append((_HOLITOM, ratio, case.count(merged)))
+            found.append((_HOLITOM, ratio, case.count(merged, method="holitom", kept=budget)))
         found.append((_EARLYTOM, ratio, case.count(kept, merge=True)))
         if inside:
             found.append((_EARLYTOM_INNER, ratio, case.count(merged, merge=True)))

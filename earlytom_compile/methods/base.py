@@ -25,7 +25,8 @@ class FrameTokens(NamedTuple):
     """float32 [F, P]: attention that each token receives in the encoder, mean over heads and queries, pooled as the
     features are; None unless the method asks for it."""
     keys: Tensor | None
-    """float32 [F, P, d]: keys of the encoder's attention, mean over heads, pooled likewise; None unless asked for."""
+    """float32 [F, P, d]: keys of the encoder's attention, as they enter it (behind norms and rotary positions), mean
+    over heads, pooled likewise; None unless asked for."""
 
 
 class Kept(NamedTuple):

@@ -86,6 +86,17 @@ def test_reused_patches_have_rows_of_their_own_where_somebody_says_how_many(flop
     assert "729 of 5,832 patches (12.5%)" in " ".join(default.split())  # the first frame, at least
 
 
+@pytest.mark.parametrize("name, method", [("VisionZip", "visionzip"), ("HoliTom", "holitom")])
+def test_exact_rows_have_what_a_method_multiplies_to_choose(flops, tmp_path, name, method):
+    file = tmp_path / "rows.json"
+    status, *_ = flops("--protocol", "exact", "--retain-ratio", 0.2, "--frames", 8, "--json", file)
+    found = {row["method"]: row["flops"] for row in json.loads(file.read_text())["rows"]}
+    given = {"protocol": "exact", "frames_schedule": (8,), "llm_tokens": 1}
+    expected = count(shape_of("llava-onevision-7b"), **given, method=method, kept=round(0.2 * 8 * 196))
+    assert status == 0 and found[name]["operators"] == expected.operators > found["full"]["operators"] == 0
+    assert found[name]["encoder"] == found["full"]["encoder"]
+
+
 def test_a_checkpoint_needs_only_its_config(flops, checkpoint, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     status, output, _ = flops("--model", tmp_path, "--frames", 8, "--protocol", "exact")

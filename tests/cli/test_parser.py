@@ -62,7 +62,7 @@ def flags_of(command):
         (["run", "--max_new_tokens=3"], "--max-new-tokens"),
         (["run", "--retain_ratio", "0.1"], "--retain-ratio"),
         (["explain", "--merge-layer", "6"], "--merge-layers"),
-        (["eval", "--method", "plus"], "--methods"),
+        (["eval", "--methodes", "plus"], "--methods"),
         (["--verson"], "--version"),
     ],
 )

@@ -377,10 +377,10 @@ def test_between_encoder_and_prompt_the_host_reads_nothing(model, monkeypatch, l
             reads.found.append("tolist")
         return tolist(x)
 
-    def language_model(prefill, kwargs):
+    def language_model(prefill, kwargs, *_):
         stop()
         reached.append(kwargs["inputs_embeds"].shape)
-        return lambda own, args, kwargs: own(*args, **kwargs)
+        return lambda own, args, kwargs, inner: own(*args, **kwargs)
 
     def sent(x, device):
         moved = x.clone()
@@ -412,10 +412,10 @@ def test_between_encoder_and_prompt_a_gpu_is_not_waited_for(monkeypatch, layout)
         torch.cuda.set_sync_debug_mode("error")
         return encoded
 
-    def language_model(prefill, kwargs):
+    def language_model(prefill, kwargs, *_):
         torch.cuda.set_sync_debug_mode("default")
         reached.append(kwargs["inputs_embeds"].shape)
-        return lambda own, args, kwargs: own(*args, **kwargs)
+        return lambda own, args, kwargs, inner: own(*args, **kwargs)
 
     leave_pieces_as_they_are(monkeypatch)
     monkeypatch.setattr(VideoEncoder, "encode", encode_then_watch)

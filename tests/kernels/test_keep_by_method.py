@@ -134,6 +134,23 @@ def test_a_method_that_returns_something_else_is_named_with_what_it_must_return(
         call(name)
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+@pytest.mark.parametrize("how", ["a frame too far", "descending", "NaN"])
+def test_it_is_found_in_whichever_video_it_is(wrong, how):
+    numbers = iter(range(3))
+    name = register("mine", lambda *video: (WRONG[how][0] if next(numbers) == wrong else first)(*video))
+    with pytest.raises(ValueError, match="method 'mine' returned "):
+        call(name, frames=12, counts=[4, 4, 4])
+
+
+def test_places_are_those_of_their_own_video():
+    """What is inside the longest of them may be outside of another."""
+    last = register("mine", lambda video, budget: Kept(video.features[-1, -1:], torch.tensor([[5, 2]])))
+    assert call(last, frames=6, budget=1)[1].tolist() == [[[5, 2]]]
+    with pytest.raises(ValueError, match="outside the video; it must return frames below 4, 6 and tokens below 3"):
+        call(last, frames=10, counts=[6, 4], budget=1)
+
+
 def test_too_large_for_the_dtype_of_the_features_is_not_handed_on():
     name = register("mine", changed(tokens=lambda x: x.float() * 1e5))
     with pytest.raises(ValueError, match="'mine' returned tokens with NaN or inf"):

@@ -26,6 +26,7 @@ def zipped(features, importance, keys, budget):
 
 
 def oracle_options(*, method="visionzip", lowering="eager", **options):
+    """As ``compiled`` takes them, for the oracle."""
     return {"variant": "paper", "keep": zipped, **options}
 
 
@@ -110,6 +111,7 @@ CLIP = CLIPVisionConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=4
 )
 MODELS = {
+    "an odd grid": lambda: tiny(image_size=36),
     "a class token": lambda: tiny(tower=CLIP),
     "the last layer is not used": lambda: tiny(vision_feature_layer=-2),
     "features of two layers": lambda: tiny(vision_feature_layer=[1, -1]),
@@ -125,6 +127,24 @@ def test_attention_and_keys_are_carried_as_the_model_pools(kind):
     (expected,) = compressed_videos(model, inputs, **oracle_options(**ZIP))
     (rows,) = earlytom_compile.encode_videos(compiled(model), inputs["pixel_values_videos"])
     torch.testing.assert_close(rows, expected.features, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_tokens_have_its_dtype(dtype):
+    model = tiny(dtype=dtype)
+    inputs = video_inputs(model, FRAMES)
+    (expected,) = compressed_videos(model, inputs, **oracle_options(**ZIP, keep=halved(dtype)))
+    (rows,) = earlytom_compile.encode_videos(compiled(model), inputs["pixel_values_videos"])
+    assert rows.dtype == dtype
+    torch.testing.assert_close(rows, expected.features, atol=2e-2, rtol=2e-2)
+
+
+def halved(dtype):
+    def keep(*given):
+        tokens, places = zipped(*given)
+        return tokens.to(dtype), places
+
+    return keep
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tiny_models import tiny_llava_onevision, video_inputs
 
 import earlytom_compile
 from earlytom_compile import EarlyTomConfig, EarlyTomConfigError, observe, report
-from earlytom_compile.cli import explain
+from earlytom_compile.cli import demo, explain
 from earlytom_compile.cli.main import build_parser
 from earlytom_compile.cli.options import given_options
 from earlytom_compile.methods import registry
@@ -121,6 +121,11 @@ def test_explain_says_who_chose(monkeypatch, method, said):
     content = {"videos": [{"frames": [8], "tokens": [128, 13]}], "merge_layers": [], "encoder": {"layers": 4}}
     text = words(explain._findings(SimpleNamespace(report=content), EarlyTomConfig(method=method)))
     assert text.startswith("The vision encoder gets 8 frames of the video; none merge. 13 of") and said in text
+
+
+@pytest.mark.parametrize(("frames", "said"), [([8], "No frames merge with this method, 8 go"), ([8, 6], "8 -> 6")])
+def test_the_demo_says_how_many_frames_there_are(frames, said):
+    assert said in demo._encoded({"videos": [{"frames": frames, "tokens": [128, 13]}], "full_layers": []})
 
 
 def options_of(*words):
