@@ -32,7 +32,7 @@ from ..passes.reasons import NotApplicable
 from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .attention_choice import COMPILES, attention_of
-from .caches import cache_of, given_cache
+from .caches import cache_of, cache_to_make, given_cache
 from .inner_steps import InnerPrompt, ShorterLayer, erase_mark, find_mark, forget_if_empty, grows, keep_in_mind, shorten
 from .placement import own_code_because
 from .tracing import FirstCallAlone, with_its_own_code
@@ -162,6 +162,7 @@ class CompiledPrefill:
         mask = kwargs.get("attention_mask")
         if not prompt.padded and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             kwargs["attention_mask"] = None  # causal attention needs no mask then, and traced code cannot look
+        kwargs |= cache_to_make(self._own, kwargs, getattr(self._module, "config", None))
         lowering = self._lowering if gains else "eager"
         output = self._compiled_for(kwargs, prompt, inner, lowering)(self._own, args, kwargs, inner)
         if inner is not None and prompt.kept:
