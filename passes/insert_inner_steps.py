@@ -133,18 +133,10 @@ def _regions(view: GraphView, layers: Sequence[DecoderLayer], steps: Sequence[St
         while pending:
             for source in pending.pop().all_input_nodes:
                 if source not in region and place[source] > place[stream] and source.op.startswith("call"):
-                    if not _is_square_of_mask(view, source, view.dims(stream)[1]):
-                        region.add(source)
-                        pending.append(source)
+                    region.add(source)
+                    pending.append(source)
         regions.append(region)
     return regions
-
-
-def _is_square_of_mask(view: GraphView, node: Node, positions: object) -> bool:
-    """Whether ``node`` is what a layer takes for itself of a mask that has room for more keys, as those of transformers
-    before 4.53 have: it is the mask along the prompt, and what it is taken of is not."""
-    axes = {read: [i for i, dim in enumerate(view.dims(read)) if dim is positions] for read in (node, node.args[0])}
-    return op_name(node) == "getitem" and axes[node] == [2, 3] != axes[node.args[0]] and _is_mask(node)
 
 
 def _crossing(view: GraphView, regions: Sequence[set[Node]], number: int, stream: Node) -> list[Node]:
@@ -176,18 +168,9 @@ class _Shortened:
 
     def __post_init__(self) -> None:
         self.axes: list[ResizedAxis] = []
-        self._parts: dict[str, Node] = {}
-        self._short: dict[Node, Node] = {}
 
     def read(self, node: Node, region: set[Node]) -> None:
         """Let ``region`` read ``node`` at the positions that are left."""
-        if op_name(node) == "getitem":  # the same part in each layer
-            same = self._parts.setdefault(str(node.args), node)
-            if same is not node:
-                return _read_instead(node, self._short[same], region)
-        self._short[node] = self._read(node, region)
-
-    def _read(self, node: Node, region: set[Node]) -> Node:
         places = [i for i, dim in enumerate(self.view.dims(node)) if dim is self.positions]
         with self.graph.inserting_before(_behind(node, self.kept)):
             if _is_mask(node) and places == [2, 3]:
@@ -202,7 +185,6 @@ class _Shortened:
         short.meta["example_value"] = value_of(node)
         self.axes += [ResizedAxis(short, place, self.name, self.length) for place in places]
         _read_instead(node, short, region)
-        return short
 
     def _taken(self, node: Node) -> Node:
         """[1 or R, S, ...] -> [R, S', ...]."""

@@ -43,6 +43,11 @@ def cache_to_make(function: Callable[..., Any], arguments: Mapping[str, Any], co
     return {} if "config" in inspect.signature(kind).parameters else {cache_name(function): kind()}
 
 
+def counts_first_layer(cache: Any) -> bool:
+    """Whether ``cache`` has a number for how many keys its first layer holds, as those of transformers before 4.54."""
+    return hasattr(cache, "_seen_tokens")
+
+
 _CUT = "_earlytom_compressed"
 
 
