@@ -81,7 +81,7 @@ def _is_of_numbers(node: Node, inside: set[Node], depth: int) -> bool:
     if name == "index":  # numbers out of a tensor that is the same for all
         table, places = node.args
         return table not in inside and value_of(table).dim() == len(places) and None not in places  # type: ignore
-    return name in _OF_NUMBERS or name in _SCALARS
+    return name.strip("_") in _OF_NUMBERS or name in _SCALARS
 
 
 def _removed(node: Node) -> list[Node]:
