@@ -4,8 +4,8 @@ Before: ``q = _add_batch_dim(queries, 0, 1); k = _add_batch_dim(keys, 0, 2); see
         ``mask = _remove_batch_dim(_remove_batch_dim(seen, 2, S, 0), 1, S, 0)                         # [S, S]``
 After:  ``q = queries[:, None]; k = keys[None, :]; mask = k.le(q).expand(S, S)``
 
-This is how transformers 4.53 to 4.55 write the mask of a language model. What ``vmap`` hides, such as that the mask lies
-along the prompt, is in the data flow then. Left alone where it is more than functions of single numbers.
+This is how transformers 4.53 to 4.55 write the mask of a language model. What ``vmap`` hides, such as that the mask
+lies along the prompt, is in the data flow then. Left alone where it is more than functions of single numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from earlytom_compile.passes.patterns import insert, op_name, value_of
+from earlytom_compile.passes.patterns import insert, op_name, shape_of, value_of
 
 _ENTER, _LEAVE = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 _ADD, _REMOVE = "_add_batch_dim", "_remove_batch_dim"
@@ -73,14 +73,15 @@ def _is_of_numbers(node: Node, inside: set[Node], depth: int) -> bool:
         return True
     if name == _ADD:
         source, axis, level = node.args
-        return source not in inside and value_of(source).dim() == 1 and axis == 0 and 1 <= level <= depth  # type: ignore
+        plain = source not in inside and len(shape_of(source) or ()) == 1
+        return plain and axis == 0 and level in range(1, depth + 1)
     if name == _REMOVE:
         return node.args[3] == 0 and all(op_name(user) == _REMOVE for user in node.users if user in inside)
     if not isinstance(value, torch.Tensor) or value.dim():
         return False
     if name == "index":  # numbers out of a tensor that is the same for all
         table, places = node.args
-        return table not in inside and value_of(table).dim() == len(places) and None not in places  # type: ignore
+        return table not in inside and shape_of(table) is not None and len(shape_of(table)) == len(places)  # type: ignore
     return name.strip("_") in _OF_NUMBERS or name in _SCALARS
 
 

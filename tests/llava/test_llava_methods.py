@@ -123,7 +123,8 @@ def test_what_is_left_behind_the_encoder_merges_inside(model):
 @pytest.mark.parametrize(
     "name, ratio, newline",
     cases(
-        ("fastv", 0.1, "grid"), ("fastv", 0.6, "one_token"), ("pyramiddrop", 0.1, "frame"), ("pyramiddrop", 0.6, "grid"),
+        ("fastv", 0.1, "grid"), ("fastv", 0.6, "one_token"),
+        ("pyramiddrop", 0.1, "frame"), ("pyramiddrop", 0.6, "grid"),
         among=list(product(INSIDE, [0.1, 0.6], NEWLINES)),
     ),
 )  # fmt: skip
@@ -136,7 +137,6 @@ def test_answers_where_tokens_are_left_out_inside(model, name, ratio, newline):
     told = report(model).to_dict()
     assert told["prompt"][0] == told["prompt"][1] > told["inside"][-1]["prompt"]
     assert [step["layer"] for step in told["inside"]] == [step.layer for step in oracle["steps"]]
-
 
 
 @pytest.mark.parametrize("name", ["visionzip", *RULES, *INSIDE])

@@ -43,7 +43,9 @@ def by_loops(mask, seen, rows, queries, keys):
 
 
 def vmaps(traced):
-    return [n for name in ("_add_batch_dim", "_remove_batch_dim", "_vmap_increment_nesting") for n in traced.called(name)]
+    return [
+        n for name in ("_add_batch_dim", "_remove_batch_dim", "_vmap_increment_nesting") for n in traced.called(name)
+    ]
 
 
 @examples(12)
