@@ -7,6 +7,6 @@ profiling.py    one call of each under a profiler, and breakdown.py, which reads
 floor.py        the time the work takes at least, at the rates that ceilings.py measures
 failures.py     what happens to an arm for which there is no memory
 environment.py  machine, versions, date and command
-results.py      tables, JSON, Markdown and plots of all that
+results.py      tables, JSON and Markdown of all that, and result_plots.py, its plots
 load.py         the same models with several clients at once, and load_results.py, its tables and plots
 """

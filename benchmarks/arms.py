@@ -8,9 +8,10 @@ earlytom reuse r        as earlytom r, variant="plus": unchanged patches are reu
 earlytom merging r      the other way round: with reuse=False, where the options let the others reuse patches
 subsampling r           inductor, every 1/r-th frame
 average pooling r       inductor, means of 1/r neighbouring frames
+visionzip r, ...        as earlytom r, method="visionzip" and so on: those of other papers, where they are asked for
 
-All compiled ones get the same ``mode``, so that CUDA graphs or autotuning are no advantage of one of them. The last
-two keep whole frames, as many as come nearest to the tokens that EarlyTom keeps.
+All compiled ones get the same ``mode``, so that CUDA graphs or autotuning are no advantage of one of them. Subsampling
+and average pooling keep whole frames, as many as come nearest to the tokens that EarlyTom keeps.
 """
 
 import copy
@@ -25,15 +26,19 @@ from torch import Tensor
 
 import earlytom_compile
 from earlytom_compile.benchmarks.workload import Inputs, with_video
-from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.config import OF_EARLYTOM, EarlyTomConfig
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.integrations.caches import cache_of
+from earlytom_compile.methods.registry import EARLYTOM, method_named, method_names
 
 First = tuple[Tensor, Any]
 """The first token [R, 1] and the cache behind it."""
 _OF_REUSE, _OF_MERGING = ("tau_reuse", "full_layers", "encode_ratio"), ("merge_layers", "tau_merge")
 """Options that have an effect where unchanged patches are reused, and where frames merge instead."""
+_OF_INNER = ("inner_layer", "inner_drop_ratio")
 _PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+EVERY = "all"
+"""In the place of an arm's beginning: those that are measured anyhow, and other papers' methods."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,10 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)  # EarlyTom's, where it compresses
 
 
-def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict[str, Any]) -> Iterator[Arm]:
-    """Every arm for ``inputs``; nothing is compiled before its first call."""
+def make_arms(
+    model: Any, inputs: Inputs, ratios: Sequence[float], options: dict[str, Any], methods: Sequence[str] = ()
+) -> Iterator[Arm]:
+    """Every arm for ``inputs``, and those of ``methods``; nothing is compiled before its first call."""
     frames = inputs["pixel_values_videos"].shape[1]
     yield Arm("transformers", partial(_forward, model, inputs), 1.0, model, frames, called=_PARTS)
     inductor = torch.compile(model, dynamic=False, mode=options.get("mode"))
@@ -67,14 +74,48 @@ def make_arms(model: Any, inputs: Inputs, ratios: Sequence[float], options: dict
         for name, fewer in (("subsampling", _subsampled), ("average pooling", _averaged)):
             shorter = _with_fewer_frames(model, inputs, fewer(inputs["pixel_values_videos"], few))
             yield Arm(f"{name} {ratio:g}", partial(_forward, inductor, shorter), ratio, model, few)
+    for method in methods:
+        for ratio in ratios:
+            chosen = {**of_method(method, options), "retain_ratio": ratio}
+            yield replace(_in_place(model, inputs, chosen), name=f"{method} {ratio:g}")
 
 
-def arm_names(ratios: Sequence[float], options: dict[str, Any]) -> list[str]:
+def other_methods() -> tuple[str, ...]:
+    """The methods of other papers."""
+    return tuple(name for name in method_names() if name != EARLYTOM)
+
+
+def asked_methods(ratios: Sequence[float], beginnings: Sequence[str]) -> list[str]:
+    """Those of :func:`other_methods` whose arms somebody asks for; none without ``beginnings``."""
+    meant = _meant(beginnings)
+    return [
+        method
+        for method in other_methods()
+        if EVERY in beginnings or any(f"{method} {ratio:g}".startswith(meant) for ratio in ratios)
+    ]
+
+
+def of_method(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of EarlyTom's ``options`` that mean something to another paper's method, and its name."""
+    found = method_named(method)
+    inside = found is not None and found.inside is not None
+    reused = () if options.get("reuse") else _OF_REUSE
+    without = (*OF_EARLYTOM, *reused, *(_OF_INNER if inside else ()))
+    return {**{name: value for name, value in options.items() if name not in without}, "method": method}
+
+
+def is_ours(name: str) -> bool:
+    """Whether this package compresses in the arm, or the server, of that name."""
+    return name.startswith(tuple(method_names()))
+
+
+def arm_names(ratios: Sequence[float], options: dict[str, Any], methods: Sequence[str] = ()) -> list[str]:
     """Names of :func:`make_arms`, before there is a model."""
     names, other = ["transformers", "inductor"], _other_way(options)[0]
     for ratio in ratios:
         names += [f"earlytom {ratio:g}", f"earlytom {ratio:g} (backend)", f"earlytom {other} {ratio:g}"]
-    return names + [f"{name} {ratio:g}" for ratio in ratios for name in ("subsampling", "average pooling")]
+    names += [f"{name} {ratio:g}" for ratio in ratios for name in ("subsampling", "average pooling")]
+    return names + [f"{method} {ratio:g}" for method in methods for ratio in ratios]
 
 
 def _other_way(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -88,20 +129,30 @@ def _other_way(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def choose(arms: Iterable[Any], beginnings: Sequence[str]) -> list[Any]:
-    """Those of ``arms`` (anything with a name) whose names begin so, in their order; without beginnings, all.
+    """Those of ``arms`` (anything with a name) whose names begin so, in their order; a whole method's name is the
+    beginning of its own arms alone. Without beginnings, and for ``"all"``, all.
 
     Raises :class:`EarlyTomConfigError` for a beginning that no name has.
     """
     arms = list(arms)
     require_beginnings([arm.name for arm in arms], beginnings)
-    return [arm for arm in arms if arm.name.startswith(tuple(beginnings))] if beginnings else arms
+    if not beginnings or EVERY in beginnings:
+        return arms
+    meant = _meant(beginnings)
+    return [arm for arm in arms if arm.name.startswith(meant)]
 
 
 def require_beginnings(names: Sequence[str], beginnings: Sequence[str]) -> None:
     """Raise :class:`EarlyTomConfigError` for a beginning that none of ``names`` has."""
-    for beginning in beginnings:
-        if not any(name.startswith(beginning) for name in names):
+    for beginning, meant in zip(beginnings, _meant(beginnings), strict=True):
+        if beginning != EVERY and not any(name.startswith(meant) for name in names):
             raise EarlyTomConfigError(f"arms={beginning!r}: no arm begins so; there are {', '.join(names)}.")
+
+
+def _meant(beginnings: Sequence[str]) -> tuple[str, ...]:
+    """``"fastv"`` is no beginning of ``"fastvid 0.1"``: it is the whole name of a method."""
+    known = method_names()
+    return tuple(f"{beginning} " if beginning in known else beginning for beginning in beginnings)
 
 
 def twin_of(model: Any) -> Any:
@@ -118,6 +169,8 @@ def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         output = twin.generate(**inputs, **choices)
         return output.sequences[:, -1:], cache_of(output)
 
+    # Tokens go inside the language model only where no hooks watch it.
+    called = () if EarlyTomConfig.from_options(options).reduces_inside() else ("language_model",)
     return Arm(
         f"earlytom {options['retain_ratio']:g}",
         first_token,
@@ -125,7 +178,7 @@ def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         twin,
         inputs["pixel_values_videos"].shape[1],
         compresses=True,
-        called=("language_model",),
+        called=called,
         options=options,
     )
 

@@ -7,9 +7,10 @@ A part takes at least its operations at the rate of a large matrix product, or i
 whichever is more, and the parts wait for each other.
 
 Operations are those of ``flops.count(protocol="exact")``, but causal attention is the triangle that it needs and not
-the full square. Bytes are what must move if nothing outlives a layer in a cache: every weight once, pixels once, the
-sequence into and out of every layer, keys and values into the cache, what the projector reads and writes. What goes
-on inside a layer, and the small operands of our operators, move nothing.
+the full square; what the square counts beyond that stands beside them. Bytes are what must move if nothing outlives a
+layer in a cache: every weight once, pixels once, the sequence into and out of every layer, keys and values into the
+cache, what the projector reads and writes. What goes on inside a layer, and the small operands of our operators, move
+nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ from typing import Any
 
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.flops import Reuse, Variant, count
+from earlytom_compile.flops_inside import layer_lengths, operations_inside
+from earlytom_compile.methods.base import Step
+from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.shapes import ModelShape
 
 
@@ -28,6 +32,8 @@ class Work:
 
     flops: float
     bytes: float
+    not_needed: float = 0.0
+    """Operations that ``flops.count`` counts beyond ``flops``: causal attention above the diagonal."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +45,28 @@ class Floor:
     seconds: float
     encoder_flops: float
     """Of the vision encoder alone."""
+    exact_flops: float
+    """All work as ``flops.count(protocol="exact")`` counts it."""
 
 
 def floor(work: Mapping[str, Work], ceilings: Mapping[str, float]) -> Floor:
     """``work`` as :func:`work_of` gives it; ``ceilings``: ``matmul`` in operations and ``copy`` in bytes per second."""
     seconds = sum(max(part.flops / ceilings["matmul"], part.bytes / ceilings["copy"]) for part in work.values())
     flops, moved = (sum(getattr(part, name) for part in work.values()) for name in ("flops", "bytes"))
-    return Floor(flops, moved, seconds, work["encoder"].flops)
+    not_needed = sum(part.not_needed for part in work.values())
+    return Floor(flops, moved, seconds, work["encoder"].flops, flops + not_needed)
 
 
 def work_of(
     model: Any,
     *,
     schedules: Sequence[Sequence[int]],
-    prompt: int,
+    prompt: int | Mapping[int, int],
     merge_layers: Sequence[int] | None = None,
     variant: Variant = "paper",
+    method: str = EARLYTOM,
+    kept: Sequence[int] = (),
+    steps: Sequence[Step] = (),
     reuse: Sequence[Reuse] = (),
 ) -> dict[str, Work]:
     """Work of one batch of prompts with one video each.
@@ -62,9 +74,12 @@ def work_of(
     Args:
         model: a LLaVA-OneVision; its weights are counted as they are stored.
         schedules: frames of each video, at first and after each merge layer; just the first where nothing merges.
-        prompt: positions in the language model, the same in every row.
+        prompt: positions in the language model, the same in every row; or, where ``steps`` inside make them fewer, from
+            each 0-based layer on.
         merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
-        variant: that of ``EarlyTomConfig``, by which the operators are counted.
+        variant, method: those of ``EarlyTomConfig``, by which the operators are counted.
+        kept: tokens of each video that another ``method`` keeps behind the encoder.
+        steps: what those operators inside the language model are.
         reuse: what is computed of each video where unchanged patches are not computed again; else empty.
 
     Raises:
@@ -74,19 +89,24 @@ def work_of(
     chosen = None if merge_layers is None else tuple(merge_layers)
     merges = EarlyTomConfig(merge_layers=chosen).resolve_merge_layers(shape.vision_layers)
     reused: list[Reuse | None] = [*reuse] or [None] * len(schedules)
-    options: dict[str, Any] = {"protocol": "exact", "llm_tokens": prompt, "merge_layers": merges, "variant": variant}
+    starts = {0: prompt} if isinstance(prompt, int) else prompt
+    options: dict[str, Any] = {"protocol": "exact", "llm_tokens": starts, "merge_layers": merges, "variant": variant}
+    if method != EARLYTOM:
+        options["method"] = method
+    left: list[int | None] = [*kept] if method != EARLYTOM else [None] * len(schedules)
     counts = [
-        count(shape, frames_schedule=schedule, reuse=each, **options)
-        for schedule, each in zip(schedules, reused, strict=True)
+        count(shape, frames_schedule=schedule, reuse=each, kept=tokens, **options)
+        for schedule, each, tokens in zip(schedules, reused, left, strict=True)
     ]
     pixels = 3 * shape.image_size**2 * sum(schedule[0] for schedule in schedules)
     tokens = sum(
         _tokens_of_all_layers(schedule, each, merges, shape) for schedule, each in zip(schedules, reused, strict=True)
     )
     features = shape.frame_tokens * sum(schedule[-1] for schedule in schedules)
-    positions = len(schedules) * prompt * shape.llm_layers
+    rows, lengths = len(schedules), layer_lengths(starts, shape.llm_layers)
+    positions = rows * sum(lengths)
     keys = shape.llm_width * shape.llm_kv_heads // shape.llm_heads
-    above_diagonal = len(schedules) * shape.llm_layers * 2 * prompt * (prompt - 1) * shape.llm_width
+    above_diagonal = rows * sum(2 * length * (length - 1) * shape.llm_width for length in lengths)
     moved = {
         "encoder": _weights(inner.vision_tower) + item * (pixels + 2 * tokens * shape.vision_width),
         "operators": 0,
@@ -96,7 +116,8 @@ def work_of(
     }
     done = {part: sum(getattr(counted, part) for counted in counts) for part in moved}
     done["llm"] -= above_diagonal
-    return {part: Work(done[part], moved[part]) for part in moved}
+    done["operators"] += rows * operations_inside(shape, starts, steps)
+    return {part: Work(done[part], moved[part], above_diagonal if part == "llm" else 0.0) for part in moved}
 
 
 def _tokens_of_all_layers(

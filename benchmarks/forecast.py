@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from earlytom_compile.benchmarks.arms import Arm
+from earlytom_compile.benchmarks.arms import Arm, is_ours
 from earlytom_compile.benchmarks.failures import attempt
 from earlytom_compile.benchmarks.measure import decode, timed
 from earlytom_compile.benchmarks.workload import Inputs
@@ -82,7 +82,7 @@ def share_of_work(arm: Arm, frames: int) -> float:
 
 def compilation(name: str, layers: int, lowering: str) -> float:
     """Seconds that the first call of what is called ``name`` takes longer than a later one."""
-    ours = name.startswith("earlytom")
+    ours = is_ours(name)
     if name.startswith("transformers") or name.startswith("average pooling"):  # the latter is compiled already
         return 0.0
     if ours and lowering == "eager":
@@ -125,7 +125,7 @@ def forecast_of_load(
     """
     calls = compiling = 0.0
     for name in names:
-        share = COMPRESSED if name.startswith("earlytom") else 1.0
+        share = COMPRESSED if is_ours(name) else 1.0
         request = piece.scaled(share) + new_tokens * piece.token
         compiling += compilation(name, layers, lowering)
         calls += (1 + rounds) * requests * request

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from earlytom_compile.benchmarks import markdown
 from earlytom_compile.benchmarks.load import PERCENTILES, REQUESTS_EACH, LoadResult, percentiles
-from earlytom_compile.benchmarks.results import REFERENCE, _pyplot
+from earlytom_compile.benchmarks.result_plots import pyplot_without_screen
+from earlytom_compile.benchmarks.results import REFERENCE
 
 _PERCENTILES = "/".join(f"p{share}" for share in PERCENTILES)
 _HEADINGS = (
@@ -130,7 +131,7 @@ def load_to_markdown(loads: Sequence[Load], about: dict[str, Any]) -> str:
 
 def write_load_plots(loads: Sequence[Load], folder: Path) -> list[Path]:
     """Requests a second and time to the first token against clients; a PNG file in ``folder`` for each video length."""
-    pyplot = _pyplot()
+    pyplot = pyplot_without_screen()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for frames in sorted({load.frames for load in loads}):

@@ -42,9 +42,11 @@ class Result:
     decode: list[float] = field(default_factory=list)  # seconds a token of every row
     rows: int = 1
     cache_tokens: int = 0  # prompt positions in the cache
+    layer_tokens: list[int] = field(default_factory=list)  # the same of each layer of the language model
     peak_memory: int | None = None  # None where the device does not tell
     recompiles: int = 0  # graphs compiled after the first call
     frames: list[list[int]] = field(default_factory=list)  # of each video: at first, then after each merge layer
+    kept: list[int] = field(default_factory=list)  # of each video, tokens behind the encoder
     merge_layers: list[int] = field(default_factory=list)
     # Of each video: all, those that were computed, and its distinct frames.
     patches: list[list[int]] = field(default_factory=list)
@@ -93,6 +95,12 @@ class Result:
         if not self.frames:
             return None
         return sum(video[-1] for video in self.frames) / sum(video[0] for video in self.frames)
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """``cache_tokens``, and where layers have fewer from some layer on, those too: by the first such layer."""
+        steps = [layer for layer, (one, next_) in enumerate(pairwise(self.layer_tokens), 1) if one != next_]
+        return {0: self.cache_tokens, **{layer: self.layer_tokens[layer] for layer in steps}}
 
     @property
     def computed(self) -> float | None:
@@ -157,9 +165,11 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
     result.recompiles = _graphs() - graphs
     result.compilation = compile_seconds() - compiled
     result.rows, result.cache_tokens = len(token), cache.get_seq_length()
+    result.layer_tokens = [layer.get_seq_length() for layer in getattr(cache, "layers", ())]
     if arm.compresses:
         report = earlytom_compile.report(arm.model).to_dict()
         result.frames = [video["frames"] for video in report["videos"]]
+        result.kept = [video["tokens"][1] for video in report["videos"]]
         result.merge_layers = report["merge_layers"]
         counts = patches_of(report)
         result.patches = [[each.every, each.total, each.distinct or len(each.by_frame)] for each in counts]

@@ -1,10 +1,16 @@
-"""What ``earlytom bench`` prints and writes: four tables a workload, the same as JSON and Markdown, and plots.
+"""What ``earlytom bench`` prints and writes: five tables a workload, the same as JSON and Markdown.
+
+Plots are in result_plots.py.
 
 The numbers here are made up:
 
 | arm           | compile s | first call s | TTFT ms | range     | vs inductor | vs eager | frames left | ...
 | inductor      |      45.3 |         48.1 |    2902 | 2890-2950 |       1.00x |    1.10x |             | ...
 | earlytom 0.1  |      29.8 |         31.0 |    1398 | 1390-1401 |       2.08x |    2.28x |         75% | ...
+
+| arm           | video tokens | a layer | of all | exact TFLOP | of full | TTFT ms | of full time
+| inductor      |         1568 |    1568 |   100% |       2.513 |    100% |    2902 |         100%
+| earlytom 0.1  |          157 |     157 |    10% |       0.846 |     34% |    1398 |          48%
 
 | arm           | patches computed | encoder ms | range     | of its time | TFLOP | of its work | time / work
 | inductor      |                  |       1900 | 1890-1930 |        100% |  1.20 |        100% |        1.00
@@ -19,9 +25,8 @@ The numbers here are made up:
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -29,9 +34,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from earlytom_compile.benchmarks import markdown
-from earlytom_compile.benchmarks.breakdown import LLM, NOT_SEPARABLE, OVERHEAD, STAGES, TOKENS, VISION, Breakdown
+from earlytom_compile.benchmarks.breakdown import NOT_SEPARABLE, STAGES, Breakdown
 from earlytom_compile.benchmarks.measure import Result, speeds
-from earlytom_compile.errors import EarlyTomConfigError
 
 REFERENCE, EAGER = "inductor", "transformers"
 """Arms with all tokens, which the others are compared with."""
@@ -41,6 +45,12 @@ _HEADINGS = (
     "arm", "compile s", "first call s", "TTFT ms", "range", f"vs {REFERENCE}", "vs eager", "frames left",
     "video tokens", "tokens/s", "compiled later",
 )  # fmt: skip
+_COST_HEADINGS = (
+    "arm", "video tokens", "a layer", "of all", "exact TFLOP", "of full", "TTFT ms", "of full time",
+)  # fmt: skip
+_COST_TITLE = (
+    "video tokens that enter the language model, and that a layer of it sees on average; all operations of the prefill"
+)
 _ENCODER_HEADINGS = (
     "arm", "patches computed", "encoder ms", "range", "of its time", "TFLOP", "of its work", "time / work",
 )  # fmt: skip
@@ -54,9 +64,6 @@ _BREAKDOWN_HEADINGS = (
 )  # fmt: skip
 _MEMORY_HEADINGS = ("arm", "vision encoding", "token processing", "LLM prefill", "whole call", "device GiB")
 _MEMORY_TITLE = f"peak memory of the profiled call: MiB beyond what was there before it (share of {REFERENCE}'s)"
-_COLOURS = {
-    VISION: "tab:blue", TOKENS: "tab:orange", LLM: "tab:green", NOT_SEPARABLE: "tab:olive", OVERHEAD: "tab:gray",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,19 +137,56 @@ class Workload:
         """Operations with all tokens, if an arm has them."""
         return next((result.floor.flops for result in self.results if result.retain_ratio == 1 and result.floor), None)
 
+    def layer_tokens(self, result: Result) -> float | None:
+        """Of a row: video tokens that a layer of the language model sees, on average; where some are left out inside,
+        the newline is one of those that stay, or it is gone."""
+        entered = self.video_tokens(result)
+        if entered is None:
+            return None
+        later = [length - self.prompt_length for length in result.layer_tokens if length != result.cache_tokens]
+        layers = len(result.layer_tokens)
+        return (entered * (layers - len(later)) + sum(later)) / layers if later else float(entered)
+
+    def cost_rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table of tokens and operations, a row for each arm."""
+        full = next((result for result in self.measured if result.retain_ratio == 1 and result.ttft), None)
+        return [self._cost_row(result, full) for result in self.results]
+
+    def _cost_row(self, result: Result, full: Result | None) -> tuple[str, ...]:
+        entered, seen = self.video_tokens(result), self.layer_tokens(result)
+        if entered is None or seen is None:
+            return (result.name, *[""] * (len(_COST_HEADINGS) - 1))
+        every = self.layer_tokens(full) if full else None
+        work, time = "", ""
+        if full and full.floor and result.floor:
+            work = f"{result.floor.exact_flops / full.floor.exact_flops:.0%}"
+        if full:
+            time = f"{result.median / full.median:.0%}"
+        return (
+            result.name,
+            str(entered),
+            f"{seen:.0f}",
+            f"{seen / every:.0%}" if every else "",
+            _short(result.floor.exact_flops / 1e12) if result.floor else "",
+            work,
+            _milliseconds(result.median),
+            time,
+        )
+
     def encoder_rows(self) -> list[tuple[str, ...]]:
         """Cells of the table of the vision encoder, a row for each arm."""
         return [_encoder_row(result, self.reference) for result in self.results]
 
     def memory_rows(self) -> list[tuple[str, ...]]:
         """Cells of the table of peaks, a row for each arm."""
-        reference = next((_peaks(result) for result in self.results if result.name == REFERENCE), _NO_PEAKS)
+        reference = next((peaks(result) for result in self.results if result.name == REFERENCE), _NO_PEAKS)
         return [_memory_row(result, reference) for result in self.results]
 
     def sections(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
         """(title, headings, rows) of every table."""
         return [
             (self.title, _HEADINGS, self.rows()),
+            (_COST_TITLE, _COST_HEADINGS, self.cost_rows()),
             (_ENCODER_TITLE, _ENCODER_HEADINGS, self.encoder_rows()),
             (self.breakdown_title, _BREAKDOWN_HEADINGS, self.breakdown_rows()),
             (_MEMORY_TITLE, _MEMORY_HEADINGS, self.memory_rows()),
@@ -224,7 +268,7 @@ _Peaks = tuple[int | None, ...]
 _NO_PEAKS: _Peaks = (None,) * (len(STAGES) + 1)
 
 
-def _peaks(result: Result) -> _Peaks:
+def peaks(result: Result) -> _Peaks:
     """Bytes of each stage and of the whole call."""
     if result.breakdown is None:
         return _NO_PEAKS
@@ -238,7 +282,7 @@ def _memory_row(result: Result, reference: _Peaks) -> tuple[str, ...]:
             return ""
         return f"{peak / 2**20:.1f}" + (f" ({peak / full:.0%})" if full else "")
 
-    cells = (cell(peak, full) for peak, full in zip(_peaks(result), reference, strict=True))
+    cells = (cell(peak, full) for peak, full in zip(peaks(result), reference, strict=True))
     return result.name, *cells, "" if result.peak_memory is None else f"{result.peak_memory / 2**30:.2f}"
 
 
@@ -276,6 +320,7 @@ def _to_dict(workload: Workload) -> dict[str, Any]:
         {
             **dataclasses.asdict(result),
             "video_tokens": workload.video_tokens(result),
+            "video_tokens_of_a_layer": workload.layer_tokens(result),
             "speed": {name: times.get(result.name) for name, times in speed.items()},
             "share_of_full_flops": result.floor.flops / full if result.floor and full else None,
             "encoder_shares": encoder_shares(result, reference),
@@ -293,101 +338,3 @@ def to_markdown(workloads: Sequence[Workload], about: dict[str, Any]) -> str:
             lines += markdown.table(*section)
         lines += [f"- {failure}" for failure in workload.failures] + [""] * bool(workload.failures)
     return "\n".join(lines)
-
-
-def write_plots(workloads: Sequence[Workload], folder: Path) -> list[Path]:
-    """PNG files in ``folder``: for each workload, stages of the time to the first token (as Figure 3 of the paper)
-    and that time against the work; for several, it and the memory against the number of frames."""
-    pyplot = _pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-
-    def save(name: str, figure: Any) -> None:
-        written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=150)
-        pyplot.close(figure)
-
-    for workload in workloads:
-        save(f"ttft-{workload.frames}-frames", _plot_stages(pyplot, workload))
-        if any(result.floor for result in workload.measured):
-            save(f"ttft-against-flops-{workload.frames}-frames", _plot_against_flops(pyplot, workload))
-    if len(workloads) > 1:
-        save("cost-against-frames", _plot_against_frames(pyplot, workloads))
-    return written
-
-
-def _plot_stages(pyplot: Any, workload: Workload) -> Any:
-    """Stacked bars of the profiled calls, and beside each the median of the timed ones."""
-    results = workload.measured[::-1]
-    names = [result.name for result in results]
-    figure, axes = pyplot.subplots(figsize=(8, 0.5 * len(results) + 2), layout="constrained")
-    parts = [result.breakdown.parts if result.breakdown else {} for result in results]
-    before = [0.0] * len(results)
-    for part, colour in _COLOURS.items():
-        lengths = [1e3 * known.get(part, 0.0) for known in parts]
-        axes.barh(names, lengths, left=before, label=part if any(lengths) else None, color=colour)
-        before = [start + length for start, length in zip(before, lengths, strict=True)]
-    axes.plot([1e3 * result.median for result in results], names, "k|", markersize=16, label="median, not profiled")
-    axes.set(xlabel="time to first token (ms)", title=workload.title)
-    axes.set_xlim(left=0)
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
-
-
-def _plot_against_flops(pyplot: Any, workload: Workload) -> Any:
-    """A point for each arm, and the line on which the machine's largest products would lie."""
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    most = 0.0
-    for result in workload.measured:
-        if result.floor is not None:
-            work, most = result.floor.flops / 1e12, max(most, result.floor.flops / 1e12)
-            axes.scatter([work], [1e3 * result.median], label=result.name)
-    axes.plot([0, most], [0, 1e15 * most / workload.ceilings["matmul"]], "k--", label="matrix products alone")
-    axes.set(xlabel="TFLOP", ylabel="time to first token (ms)", title=workload.title, xlim=(0, None), ylim=(0, None))
-    axes.legend()
-    return figure
-
-
-def _plot_against_frames(pyplot: Any, workloads: Sequence[Workload]) -> Any:
-    """Time and peaks of memory against the number of frames, with gaps where one is not known."""
-    costs: dict[str, Callable[[Result], float]] = {
-        "time to first token (ms)": lambda result: float("nan") if result.failure else 1e3 * result.median,
-        "peak memory of vision encoding (MiB)": lambda result: _mebibytes(_peaks(result)[0]),
-        "peak memory of a call (MiB)": lambda result: _mebibytes(_peaks(result)[-1]),
-    }
-    figure, panels = pyplot.subplots(1, len(costs), figsize=(7 * len(costs), 5), layout="constrained", squeeze=False)
-    ticks = [workload.frames for workload in workloads]
-    for axes, (label, cost) in zip(panels[0], costs.items(), strict=True):
-        for index, result in enumerate(workloads[0].results):
-            costs_of_arm = [cost(workload.results[index]) for workload in workloads]
-            axes.plot(ticks, costs_of_arm, marker="o", label=result.name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set(xlabel="frames", ylabel=label, yscale="log")
-        axes.grid(alpha=0.3)
-    panels[0][0].legend()
-    return figure
-
-
-def _mebibytes(peak: int | None) -> float:
-    return float("nan") if peak is None else peak / 2**20
-
-
-def require_matplotlib() -> None:
-    """Raise :class:`EarlyTomConfigError` where nothing can be plotted."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise EarlyTomConfigError(
-            "--plot needs matplotlib: pip install 'earlytom-compile[plot]' (or leave --plot out)."
-        ) from error
-
-
-def _pyplot() -> Any:
-    require_matplotlib()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -3,12 +3,12 @@
 Before: ``h18 = layer17(h17, cos, sin, mask); h19 = layer18(h18, cos, sin, mask)``              # [R, S, C]
 After:  ``paid = attention_paid(q17, k17, mask, last, ...)``                                     # [R, S]
         ``h18, kept = keep_inner_tokens(h18, paid, video_of, slots, merge)``                     # [R, S', C]
-        ``cos, sin = cos[rows, kept], sin[rows, kept]; mask = shorten_mask(mask, kept)``
+        ``cos, sin, mask = take_inner_positions(cos, kept), ..., shorten_mask(mask, kept)``
         ``h19 = layer18(h18, cos, sin, mask)``
 
 Everything along the prompt that later layers read besides the stream is taken at the positions that are left, so that
 these keep their position ids; keys and values of later layers, which leave the graph for a cache, are shorter. S' is
-known before anything runs (kernels/inner_tokens.py): nobody waits.
+known before anything runs (kernels/inner_prompt.py): nobody waits.
 """
 
 import math
@@ -32,7 +32,7 @@ from earlytom_compile.passes.retarget_axes import ResizedAxis
 
 @dataclass(frozen=True)
 class InnerPlan:
-    """What is known of the prompt before the language model runs, as graph nodes (kernels/inner_tokens.py)."""
+    """What is known of the prompt before the language model runs, as graph nodes (kernels/inner_prompt.py)."""
 
     video_of: Node
     """int64 [R, S]."""
@@ -176,7 +176,8 @@ class _Shortened:
             if _is_mask(node) and places == [2, 3]:
                 short = insert(self.graph, torch.ops.earlytom.shorten_mask.default, node, self.kept)
             elif places == [1]:
-                short = self._taken(node)
+                op = torch.ops.earlytom.take_inner_positions.default
+                short = insert(self.graph, op, node, self.kept)
             else:
                 raise NotApplicable(
                     f"{describe(node)} has the prompt on axes {places}, and is read by layers that get fewer tokens",
@@ -185,16 +186,6 @@ class _Shortened:
         short.meta["example_value"] = value_of(node)
         self.axes += [ResizedAxis(short, place, self.name, self.length) for place in places]
         _read_instead(node, short, region)
-
-    def _taken(self, node: Node) -> Node:
-        """[1 or R, S, ...] -> [R, S', ...]."""
-        rows = insert(self.graph, torch.ops.aten.sym_size.int, self.kept, 0)
-        more = (-1,) * (len(shape_of(node) or ()) - 1)
-        of_rows = insert(self.graph, "expand", node, rows, *more)
-        device = value_of(node).device  # type: ignore[union-attr]
-        row = insert(self.graph, "unsqueeze", insert(self.graph, torch.arange, rows, device=device), 1)
-        index = insert(self.graph, "clamp_min", self.kept, 0)
-        return insert(self.graph, operator.getitem, of_rows, (row, index))
 
 
 def _attention_paid(graph: Graph, layer: DecoderLayer, last: Node, step: Step) -> Node:
@@ -208,8 +199,7 @@ def _of_whole_prompt(graph: Graph, kept: Node, before: Sequence[Node]) -> Node:
     """Positions of the step before as positions of the whole prompt."""
     if not before:
         return kept
-    taken = insert(graph, "gather", before[-1], 1, insert(graph, "clamp_min", kept, 0))
-    return insert(graph, "masked_fill", taken, insert(graph, operator.lt, kept, 0), -1)
+    return insert(graph, torch.ops.earlytom.kept_of_kept.default, before[-1], kept)
 
 
 def _mask_padding(graph: Graph, layers: Sequence[DecoderLayer], region: set[Node], kept: Node) -> None:

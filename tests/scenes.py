@@ -1,7 +1,7 @@
 """Videos as tensors, with scenes that a model can tell apart, and weights that let it: no transformers needed.
 
-    pixels = video(12, 24, scenes=3, generator=torch.Generator().manual_seed(0))      # [12, 3, 24, 24]
-    spread(model)                                                                     # random weights that matter
+pixels = video(12, 24, scenes=3, generator=torch.Generator().manual_seed(0))      # [12, 3, 24, 24]
+spread(model)                                                                     # random weights that matter
 """
 
 import torch

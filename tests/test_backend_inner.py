@@ -5,7 +5,7 @@ import pytest
 import torch
 from generating import LAYOUTS, OPTIONS
 from oracle import reduced_rows
-from tiny_models import tiny_llava_next_video, tiny_llava_onevision, video_inputs
+from tiny_models import tiny_llava_onevision, video_inputs
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning, report
@@ -73,13 +73,6 @@ def test_attention_spelled_out():
     logits = logits_of(model, inputs, **INNER)
     model.set_attn_implementation("sdpa")
     assert_equals_oracle(model, inputs, logits, [MEAN])
-
-
-def test_another_language_model():
-    model = tiny_llava_next_video(text_layers=3)
-    inputs = video_inputs(model, 8)
-    logits = logits_of(model, inputs, **{**INNER, "merge_layers": (0,)})
-    assert_equals_oracle(model, inputs, logits, [MEAN], merge_layers=(0,))
 
 
 def test_given_position_ids_stay_with_their_tokens(model):

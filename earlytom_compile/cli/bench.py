@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..benchmarks.arms import Arm, arm_names, choose, make_arms, require_beginnings
+from ..benchmarks.arms import (
+    EVERY,
+    Arm,
+    arm_names,
+    asked_methods,
+    choose,
+    make_arms,
+    of_method,
+    other_methods,
+    require_beginnings,
+)
 from ..benchmarks.ceilings import Clock, ceilings
 from ..benchmarks.environment import environment
 from ..benchmarks.floor import Work, floor, work_of
@@ -19,12 +29,14 @@ from ..benchmarks.forecast import Forecast, corrected, forecast_of, in_words, me
 from ..benchmarks.load import server_names
 from ..benchmarks.measure import Result, measure
 from ..benchmarks.profiling import profile_arms
-from ..benchmarks.results import Workload, tables, to_dict, to_markdown, write_plots
+from ..benchmarks.result_plots import write_plots
+from ..benchmarks.results import Workload, tables, to_dict, to_markdown
 from ..benchmarks.workload import Inputs, make_inputs, random_model
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Reuse
 from ..integrations.preprocess import PixelSettings, video_settings
+from ..methods.registry import EARLYTOM
 from ..shapes import ModelShape, config_of, shape_of
 from ..words import counted
 from .bench_load import check_load, measure_loads
@@ -46,7 +58,7 @@ from .resume import check_resume, saved_content, stopped
 from .toolchain import require_toolchain
 
 _SHAPES_SETTINGS = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}  # SigLIP's
-_NOT_INDUCTORS = ("transformers", "earlytom")
+_EAGER = "transformers"
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -120,9 +132,13 @@ def _what_is_there(workloads: Sequence[Workload], repeats: int) -> str:
 
 def _require_compiler(arguments: argparse.Namespace, device: torch.device, options: dict[str, Any]) -> None:
     """Whatever EarlyTom's lowering is, the other arms are Inductor's."""
-    ours = bool(arguments.arms) and all(name.startswith(_NOT_INDUCTORS) for name in arguments.arms)
-    otherwise = f"--lowering eager --arms {','.join(_NOT_INDUCTORS)}, which compile nothing"
+    ours = bool(arguments.arms) and all(_is_not_inductors(name) for name in arguments.arms)
+    otherwise = f"--lowering eager --arms {_EAGER},{EARLYTOM}, which compile nothing"
     require_toolchain(device, options if ours else {}, otherwise=otherwise)
+
+
+def _is_not_inductors(beginning: str) -> bool:
+    return any(beginning.startswith(name) for name in (_EAGER, EARLYTOM, *other_methods()))
 
 
 def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +171,8 @@ def _measure(
     arguments, model = session.arguments, session.model
     dtype = str(model.dtype).removeprefix("torch.")
     inputs = make_inputs(model, frames=frames, batch=arguments.batch, **session.look(frames))
-    arms = choose(make_arms(model, inputs, arguments.retain_ratios, session.options), arguments.arms)
+    methods = asked_methods(arguments.retain_ratios, arguments.arms)
+    arms = choose(make_arms(model, inputs, arguments.retain_ratios, session.options, methods), arguments.arms)
 
     forecast: Forecast | None = None  # until it was corrected
 
@@ -236,12 +253,17 @@ def _ceilings(model: Any, console: Console) -> dict[str, float]:
 
 
 def _work(model: Any, arm: Arm, result: Result, batch: int) -> dict[str, Work]:
+    config = EarlyTomConfig.from_options(arm.options)
+    layers = model.config.text_config.num_hidden_layers
     return work_of(
         model,
         schedules=result.frames or [[arm.frames]] * batch,
-        prompt=result.cache_tokens,
+        prompt=result.starts,
         merge_layers=result.merge_layers or None,
-        variant=EarlyTomConfig.from_options(arm.options).variant,
+        variant=config.variant,
+        method=config.method,
+        kept=result.kept,
+        steps=config.steps_inside(layers) if arm.compresses else (),
         reuse=[Reuse(computed, tuple(result.full_layers), distinct) for _, computed, distinct in result.patches],
     )
 
@@ -294,7 +316,12 @@ def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     if arguments.model:
         require_weights(arguments.model)
     ratios = arguments.retain_ratios
-    require_beginnings(server_names(ratios) if arguments.concurrency else arm_names(ratios, options), arguments.arms)
+    names = server_names(ratios) if arguments.concurrency else arm_names(ratios, options, other_methods())
+    require_beginnings(names, arguments.arms)
+    for method in () if arguments.concurrency else asked_methods(ratios, arguments.arms):
+        chosen = of_method(method, options)
+        require_layers(config, chosen)
+        EarlyTomConfig.from_options(chosen).steps_inside(config.text_config.num_hidden_layers)
     _refuse_what_does_nothing(arguments, options)
     check_resume(arguments)
 
@@ -314,13 +341,24 @@ def _refuse_what_does_nothing(arguments: argparse.Namespace, options: dict[str, 
             f"max_batch={arguments.max_batch} without --concurrency: there is no queue that makes batches; "
             "take --batch."
         )
-    ours = not arms or any(name.startswith("earlytom") or "earlytom".startswith(name) for name in arms)
-    inductors = any(not "transformers".startswith(name) and not name.startswith("transformers") for name in arms)
-    idle = {name for name in options if not ours and not (name == "mode" and inductors)}
+    if "method" in options and not arguments.concurrency:
+        raise EarlyTomConfigError(
+            f"method={options['method']!r}: methods are arms of their own; say --arms {options['method']}."
+        )
+    inductors = any(not _EAGER.startswith(name) and not name.startswith(_EAGER) for name in arms)
+    idle = options.keys() - _taken(arguments, options) - ({"mode"} if inductors else set())
     if idle:
         raise EarlyTomConfigError(f"{min(idle)} with --arms {','.join(arms)}: none of them takes it.")
-    if "retain_ratios" in given and arms and all(name in ("transformers", "inductor") for name in arms):
+    if "retain_ratios" in given and arms and all(name in (_EAGER, "inductor") for name in arms):
         raise EarlyTomConfigError(f"retain_ratios with --arms {','.join(arms)}: they keep all tokens.")
+
+
+def _taken(arguments: argparse.Namespace, options: dict[str, Any]) -> set[str]:
+    """Names of those of ``options`` that some arm takes."""
+    arms = arguments.arms
+    if not arms or EVERY in arms or any(name.startswith(EARLYTOM) or EARLYTOM.startswith(name) for name in arms):
+        return {*options}
+    return {name for method in asked_methods(arguments.retain_ratios, arms) for name in of_method(method, options)}
 
 
 def _write_documents(session: Session, workloads: list[Workload]) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .flags import add_device, add_documents, add_dtype, add_json, add_resume, add_retain_ratios, numbers
+from .flags import add_device, add_documents, add_dtype, add_json, add_repeats, add_resume, add_retain_ratios, numbers
 from .options import add_config_flags
 from .parser import CommandParser
 
@@ -14,7 +14,8 @@ def add_eval(parser: CommandParser) -> None:
     """Every flag of the command, and which of its three kinds of evaluation each belongs to."""
     parser.description = (
         "What compression costs in answers, and in features. --toy: a small model, trained for it, is asked about "
-        "synthetic videos; EarlyTom stands beside parts of it and trivial ways to fewer tokens. --tasks: a "
+        "synthetic videos; EarlyTom stands beside parts of it, trivial ways to fewer tokens and, with --methods all, "
+        "the methods of other papers. --tasks: a "
         "checkpoint of yours answers benchmarks of lmms-eval (pip install '.[eval]'), and the columns are those "
         "of the paper's Table 1. --fidelity: the features of a vision encoder beside those of cheaper ones, on real "
         "videos (pip install '.[fidelity]' for an encoder and three of them)."
@@ -43,7 +44,8 @@ def add_eval(parser: CommandParser) -> None:
         "--methods",
         type=lambda text: tuple(text.split(",")),
         metavar="NAME,NAME",
-        help="with --toy: beside all tokens only methods whose names begin so, such as earlytom,random (default: all)",
+        help="with --toy: beside all tokens only methods whose names begin so, such as earlytom,visionzip; all: every "
+        "one, those of other papers too (default: all but those)",
     )
     parser.add_argument(
         "--variant",
@@ -62,6 +64,7 @@ def add_eval(parser: CommandParser) -> None:
     )
     parser.add_argument("--videos", type=int, default=1000, metavar="N", help="with --toy: how many (%(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
+    add_repeats(parser, "with --toy: videos on which the first token is timed, all rows in turn (%(default)s)", 20)
     add_json(parser, "every number, after every row or task")
     add_resume(parser, "what is in the file of --json is not counted again")
     add_device(parser)

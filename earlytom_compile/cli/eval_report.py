@@ -19,6 +19,9 @@ from rich.table import Table
 from ..benchmarks import markdown
 from ..config import EarlyTomConfig
 from ..flops import Reuse, count
+from ..flops_inside import lengths_inside
+from ..methods.base import Step
+from ..methods.registry import EARLYTOM
 from ..shapes import ModelShape
 from ..words import counted
 from .eval_score import Score, unit_of
@@ -129,7 +132,8 @@ class Report:
         """Work of a prefill by Eq. 8, in T, with the frames and tokens that were measured.
 
         As in Table 5, one share of the frames is left by all merge layers together; it is counted behind each of them.
-        Where unchanged patches are reused, it is counted with the share of them that was computed.
+        Where unchanged patches are reused, it is counted with the share of them that was computed, and where tokens are
+        left out inside the language model, with what is left behind each step.
         """
         costs, shape = cell.costs, self._shape
         if shape is None or not {"video_frames", "stage1_retention", "video_tokens_kept"} <= costs.keys():
@@ -137,16 +141,19 @@ class Report:
         schedule: tuple[float, ...] = (costs["video_frames"],)
         layers: tuple[int, ...] | None = None
         reuse: Reuse | None = None
+        steps: tuple[Step, ...] = ()
         if cell.retain_ratio is not None:
             config = EarlyTomConfig.from_options({**cell.options, "retain_ratio": cell.retain_ratio})
             if config.reuses() and "patches_computed" in costs:
                 computed = costs["patches_computed"] * costs["video_frames"] * shape.frame_tokens
                 reuse = Reuse(computed, config.resolve_full_layers(shape.vision_layers))
+            steps = config.steps_inside(shape.llm_layers)
             layers = config.resolve_merge_layers(shape.vision_layers)
             schedule += (costs["video_frames"] * costs["stage1_retention"],) * len(layers)
         tokens = round(costs["video_tokens_kept"])
         given: dict[str, Any] = {"protocol": "paper", "frames_schedule": schedule, "merge_layers": layers}
-        return count(shape, **given, llm_tokens=tokens, reuse=reuse).total / 1e12
+        lengths = lengths_inside(tokens, [tokens], steps)
+        return count(shape, **given, llm_tokens=lengths, reuse=reuse).total / 1e12
 
     def sections(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
         """(title, headings, rows) of both tables."""
@@ -253,7 +260,9 @@ def _table_1_cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _method(cell: Cell) -> str:
     if cell.retain_ratio is None:
         return ALL_TOKENS
-    return f"earlytom {cell.options.get('variant', EarlyTomConfig.variant)}"
+    config = EarlyTomConfig.from_options({**cell.options, "retain_ratio": cell.retain_ratio})
+    name = f"earlytom {config.variant}" if config.method == EARLYTOM else config.method
+    return name if config.inner_layer is None else f"{name}, inner"
 
 
 def _metric(score: Score) -> str:

@@ -175,6 +175,11 @@ def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:
             f"{said} {after} of the video's {before} tokens ({after / before:.1%}) go to the language model: "
             f"{_chosen_by(config)}."
         )
+    lines += [
+        f"From layer {step['layer']} of the language model on, {step['prompt']} of the prompt's {report['prompt'][1]} "
+        "positions are left."
+        for step in report["inside"]
+    ]
     return "\n".join(textwrap.fill(line, 110) for line in lines)
 
 

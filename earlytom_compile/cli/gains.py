@@ -6,7 +6,7 @@
 Tokens are those of the call, and times were measured in it. Work is counted as :mod:`earlytom_compile.flops` counts it
 (``protocol="exact"``). Memory is what the sizes say, in bytes of the model's dtype:
 
-    keys and values    2 · layers · key heads · head width · prompt tokens
+    keys and values    2 · key heads · head width · prompt tokens, summed over the layers
     widest activation  prompt tokens · MLP width in the language model, frames · patches · MLP width in the encoder
 
 The encoder's is the same with and without compression, since its first layers, or those in full, see all frames.
@@ -21,6 +21,7 @@ from rich.table import Table
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Reuse, count, reuse_of
+from ..flops_inside import layer_lengths, operations_inside
 from ..methods.registry import EARLYTOM
 from ..shapes import ModelShape
 from .comparison import Comparison
@@ -72,13 +73,13 @@ def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gai
         vision = model.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        cached = 2 * text.num_hidden_layers * text.num_key_value_heads * head
+        positions = sum(layer_lengths(_lengths(report, place), text.num_hidden_layers))
         return Cost(
             video_tokens=sum(video["tokens"][place] for video in videos),
             prompt_tokens=prompt[place],
             flops=_flops(shape, report, schedules, reused, place, config) if shape else None,
             seconds=seconds,
-            cache_bytes=cached * prompt[place] * size,
+            cache_bytes=2 * text.num_key_value_heads * head * positions * size,
             language_bytes=prompt[place] * text.intermediate_size * size,
             encoder_bytes=max(schedule[0] for schedule in schedules) * patches * vision.intermediate_size * size,
         )
@@ -100,12 +101,14 @@ def _flops(
     """Work of a prompt with some videos, each of which the encoder sees by itself; ``place`` is 0 for that with all
     tokens, 1 for that with fewer."""
     method = config.method if place else EARLYTOM  # with all tokens, nobody keeps any
+    lengths = _lengths(report, place)
+    steps = config.steps_inside(shape.llm_layers) if len(lengths) > 1 else ()
     counts = [
         count(
             shape,
             protocol="exact",
             frames_schedule=schedule,
-            llm_tokens=report["prompt"][place],
+            llm_tokens=lengths,
             merge_layers=report["merge_layers"] if len(schedule) > 1 else None,
             variant=config.variant,
             method=method,
@@ -114,7 +117,14 @@ def _flops(
         )
         for schedule, each, video in zip(schedules, reuse, report["videos"], strict=True)
     ]
-    return counts[0].total + sum(other.total - other.llm - other.lm_head for other in counts[1:])
+    others = sum(other.total - other.llm - other.lm_head for other in counts[1:])
+    return counts[0].total + others + operations_inside(shape, lengths, steps)
+
+
+def _lengths(report: Mapping[str, Any], place: int) -> dict[int, int]:
+    """Of the prompt, from each layer of the language model on."""
+    inside = {step["layer"]: step["prompt"] for step in report["inside"]} if place else {}
+    return {0: report["prompt"][place], **inside}
 
 
 def gains_table(gains: Gains) -> Table:

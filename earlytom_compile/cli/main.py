@@ -246,9 +246,9 @@ def _add_compare(parser: CommandParser) -> None:
 def _add_bench(parser: CommandParser) -> None:
     parser.description = (
         "Times the way to the first token and decoding behind it: transformers, Inductor, EarlyTom in both "
-        "spellings, and fewer frames in two trivial ways, all in turn in one process; then one call of each under a "
-        "profiler, for where the time goes. The video is synthetic unless one is given; how far its frames merge is "
-        "printed beside every row."
+        "spellings, fewer frames in two trivial ways, and the methods of other papers that --arms names, all in turn "
+        "in one process; then one call of each under a profiler, for where the time goes. The video is synthetic "
+        "unless one is given; how far its frames merge is printed beside every row."
     )
     add_model(parser, required=False, fallback="")
     parser.add_argument(
@@ -264,7 +264,8 @@ def _add_bench(parser: CommandParser) -> None:
         type=lambda text: tuple(text.split(",")),
         default=(),
         metavar="NAME,NAME",
-        help="measure only arms whose names begin so, such as transformers,earlytom (default: all)",
+        help="measure only arms whose names begin so, such as 'transformers,earlytom 0.1,visionzip'; all: every one, "
+        "the methods of other papers too (default: all but those)",
     )
     add_json(parser, "every single number, after every round")
     add_resume(parser, "what is in the file of --json is not measured again")

@@ -43,7 +43,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             raise EarlyTomConfigError(f"{name}={path!r}: that is the file of {other}; name another one.")
         _require_writable(name, path)
     if getattr(arguments, "plot", None):
-        from ..benchmarks.results import require_matplotlib  # which imports torch; `earlytom flops` needs none
+        from ..benchmarks.result_plots import require_matplotlib  # which imports torch; `earlytom flops` needs none
 
         require_matplotlib()
     for name in FOLDERS:

@@ -33,7 +33,7 @@ from ..passes.retarget_axes import retarget_axes
 from ..passes.run_on_fakes import run_on_fake_tensors
 from ..prompt import without_waiting
 
-_PADDING, _FIRST_VIDEO = -1, -2  # of slots, as kernels/inner_tokens.py has them
+_PADDING, _FIRST_VIDEO = -1, -2  # of slots, as kernels/inner_prompt.py has them
 _STATE = "_earlytom_inner"
 
 
@@ -46,7 +46,7 @@ class InnerPrompt:
     last: tuple[Tensor, ...]
     """int64 [R], the last position that is attended to, before each step."""
     slots: tuple[Tensor, ...]
-    """int64 [R, S'], what is left after each step (kernels/inner_tokens.py)."""
+    """int64 [R, S'], what is left after each step (kernels/inner_prompt.py)."""
 
     @classmethod
     def plan(cls, video_of: Tensor, mask: Tensor | None, steps: Sequence[Step]) -> "InnerPrompt":

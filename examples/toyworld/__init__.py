@@ -8,11 +8,15 @@ checkpoint.py a LLaVA-OneVision of any size as a checkpoint folder
 batches.py    training batches, and rows of questions
 answers.py    answers to many questions in one pass
 train.py      the training script
-methods.py    ways to fewer video tokens: EarlyTom, its parts, and trivial baselines
+methods.py    ways to fewer video tokens: parts of EarlyTom, and trivial baselines
+installed.py  those that run the code that users run: EarlyTom, and other papers' methods
+cost.py       operations of a whole prefill
 evaluate.py   accuracy by method, ratio and category
+timing.py     the time to the first token, all methods in turn
 kept.py       what the tokens show that a selection keeps
 
-report.py     the table, JSON, Markdown and plots of evaluate.py
+report.py     the table, JSON and Markdown of evaluate.py
+plots.py      its pictures
 weights/      the trained checkpoint
 
 Videos, questions, language and weights belong together: whoever changes one of the first three trains anew

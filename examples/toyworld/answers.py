@@ -2,17 +2,25 @@
 
 Every question sees the video and itself and has the positions it would have if it were asked alone, so the
 answers are those of ``generate`` (tests/toyworld/test_answers.py), for a fraction of its time.
+
+Where tokens leave inside the language model, which of them depends on the question: then ``generate`` itself answers,
+with a row of its batch for each question about a video.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from earlytom_compile.toyworld.batches import BEFORE, IDS, IGNORED, Rows
+from earlytom_compile.toyworld.batches import AFTER, BEFORE, IDS, IGNORED, Rows
+from earlytom_compile.toyworld.questions import Question
 
 _PREFIX, _NOT_THERE = -2, -3  # beside the numbers of the questions
+_PAD, _VIDEO = IDS["<|endoftext|>"], IDS["<video>"]
+FIRST_TOKEN = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": _PAD}
+"""What ``generate`` is called with, beside the prompt."""
 
 
 def normalized(frames: torch.Tensor) -> torch.Tensor:
@@ -53,3 +61,32 @@ def _mask(lengths: torch.Tensor, question: torch.Tensor, dtype: torch.dtype) -> 
     causal = torch.ones(group.shape[1], group.shape[1], dtype=torch.bool, device=question.device).tril()
     sees = causal & ((group[:, :, None] == group[:, None, :]) | (group == _PREFIX)[:, None, :])
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
+
+
+def prompt_ids(question: Question, placeholders: int) -> list[int]:
+    """The prompt of one question, with so many placeholders for the video."""
+    words = [IDS[word] for word in question.text.split()]
+    return [*(IDS[word] for word in BEFORE), *[_VIDEO] * placeholders, *words, *(IDS[word] for word in AFTER)]
+
+
+def prompt_length(question: Question, video_tokens: int) -> int:
+    """Positions of the prompt: the video's tokens, a newline behind them, and the words."""
+    return len(prompt_ids(question, video_tokens + 1))
+
+
+@torch.no_grad()
+def generated(compiled: Any, tokens: torch.Tensor, asked: Sequence[Question]) -> list[int]:
+    """The word that greedy ``generate`` says first to each question, by its id.
+
+    ``compiled``: the model after :func:`earlytom_compile.compile`; ``tokens``: those of the video, [K, C], without the
+    newline.
+    """
+    rows = torch.cat([tokens, compiled.model.image_newline[None]])
+    prompts = [prompt_ids(question, 1) for question in asked]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[_PAD] * (longest - len(prompt)) + prompt for prompt in prompts], device=tokens.device)
+    said = compiled.generate(
+        input_ids=ids, attention_mask=(ids != _PAD).long(), pixel_values_videos=[rows] * len(asked), **FIRST_TOKEN
+    )
+    words: list[int] = said[:, -1].tolist()
+    return words

@@ -2,12 +2,13 @@
 
     questions = load_questions("test", first=0, videos=1000)
     results = [evaluate(model, questions, Arm("earlytom paper", ratio)) for ratio in (0.25, 0.1)]
-    results[0].accuracy(), results[0].interval(), results[0].work
+    results[0].accuracy(), results[0].interval(), results[0].flops
 
 An answer is right if it is the word that greedy ``generate`` says, of all words there are. For each video there
 is at most one question of each category.
 """
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,25 +20,29 @@ import torch
 from scipy import stats
 
 from earlytom_compile.errors import EarlyTomConfigError
-from earlytom_compile.toyworld.answers import answer_logits, normalized
-from earlytom_compile.toyworld.batches import IGNORED, rows_of
-from earlytom_compile.toyworld.methods import (
-    ALL_TOKENS,
-    INSTALLED,
-    METHODS,
-    NO_TOKENS,
+from earlytom_compile.methods.base import Step
+from earlytom_compile.shapes import ModelShape
+from earlytom_compile.toyworld import cost
+from earlytom_compile.toyworld.answers import answer_logits, generated, normalized, prompt_length
+from earlytom_compile.toyworld.batches import IDS, rows_of
+from earlytom_compile.toyworld.installed import (
     REUSE,
-    STAGE_1,
+    Compress,
+    Compressed,
+    Installed,
     Model,
-    method,
-    taken,
+    other_methods,
+    own_options,
 )
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, method, taken
 from earlytom_compile.toyworld.questions import CATEGORIES, Question, ask
 from earlytom_compile.toyworld.world import HELD_OUT, Video, read_sampled, rng_of, sample_video, write_mp4
 
 RATIOS = (0.25, 0.20, 0.15, 0.10)
 FIXED = (ALL_TOKENS, NO_TOKENS, STAGE_1, REUSE)
 """Methods without a ratio."""
+EVERY = "all"
+"""In the place of a method's beginning: those that are compared anyhow, and other papers' methods."""
 _AT_ONCE = 50
 _ANY_RATIO = 0.1  # of methods without a ratio; it bounds how far frames may merge
 _RIGHT, _WRONG, _NO = "1", "0", "-"
@@ -79,16 +84,27 @@ class Questions:
         return float(np.mean([question.chance for questions in self.asked for question in questions]))
 
 
+class Cost(NamedTuple):
+    """What a row costs on average: ``tokens`` of a video that enter the language model, and how many of them a layer of
+    it sees (``layer_tokens``); ``work``: share of the work of the vision encoder's layers that is done for a video;
+    ``flops``: operations of a whole prefill, exactly (``cost.py``)."""
+
+    tokens: float
+    layer_tokens: float
+    work: float
+    flops: float
+
+
 @dataclass(frozen=True)
 class Result:
-    """``right`` and ``asked``: bool [V, 5], by video and category; ``tokens``: video tokens a video, ``work``: share of
-    the work of the vision encoder's layers that was done for it, both on average."""
+    """``right`` and ``asked``: bool [V, 5], by video and category; ``ttft``: seconds to the first token of the first
+    question about each of the first videos, as far as they were timed."""
 
     arm: Arm
-    tokens: float
-    work: float
+    cost: Cost
     right: np.ndarray
     asked: np.ndarray
+    ttft: tuple[float, ...] = ()
 
     def accuracy(self, category: str | None = None) -> float:
         """Share of right answers; overall, every question counts once. NaN where nothing was asked."""
@@ -101,25 +117,14 @@ class Result:
         NaN for fewer than two videos."""
         right, asked = self._columns(category)
         there = asked.any(1)
-        if there.sum() < 2:
-            return float("nan"), float("nan")
-        found = stats.bootstrap(
-            (right[there].sum(1), asked[there].sum(1)),
-            lambda r, a, axis=-1: r.sum(axis) / a.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=_RESAMPLES,
-            confidence_level=_CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        return float(found.low), float(found.high)
+        return _interval(right[there].sum(1).tobytes(), asked[there].sum(1).tobytes())
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Result":
         """The result that :meth:`to_dict` made a dictionary of."""
         answers = np.array([list(video) for video in content["answers"].split()])
-        return cls(arm_of(content), content["tokens"], content["work"], answers == _RIGHT, answers != _NO)
+        means = Cost(*(content[name] for name in Cost._fields))
+        return cls(arm_of(content), means, answers == _RIGHT, answers != _NO, tuple(content["ttft"]))
 
     def of(self, videos: np.ndarray) -> "Result":
         """The same for some of the videos, bool [V]."""
@@ -141,13 +146,32 @@ class Result:
             "method": self.arm.method,
             "retain_ratio": self.arm.retain_ratio,
             "settings": dict(self.arm.settings),
-            "tokens": self.tokens,
-            "work": self.work,
+            **self.cost._asdict(),
+            "ttft": list(self.ttft),
             "accuracy": self.accuracy(),
             "interval": [low, high],
             "answers": self._answers(),
             "categories": {c: {"accuracy": self.accuracy(c), "interval": list(self.interval(c))} for c in CATEGORIES},
         }
+
+
+@functools.lru_cache(maxsize=4096)
+def _interval(right: bytes, asked: bytes) -> tuple[float, float]:
+    """Of int64 [V] each; a table is written after each of its rows, and a row's interval stays what it is."""
+    counts = np.frombuffer(right, np.int64), np.frombuffer(asked, np.int64)
+    if len(counts[0]) < 2:
+        return float("nan"), float("nan")
+    found = stats.bootstrap(
+        counts,
+        lambda r, a, axis=-1: r.sum(axis) / a.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        confidence_level=_CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def arm_of(content: Mapping[str, Any]) -> Arm:
@@ -163,22 +187,39 @@ def arms(
 ) -> list[Arm]:
     """What is compared, all tokens first.
 
-    ``beginnings``: beside all tokens only methods whose names begin so. ``settings``: options that each of those
-    methods that take all of them is tried with once more. Raises :class:`EarlyTomConfigError` for a beginning that no
-    name has, and for settings that no method takes.
+    ``beginnings``: beside all tokens only methods whose names begin so; a whole name is the beginning of that method
+    and its forms alone (``fastv`` not of ``fastvid``), and ``"all"`` that of every one; None: all but other papers'.
+    ``settings``: options that each of those methods that take all of them is tried with once more. Raises
+    :class:`EarlyTomConfigError` for a beginning that no name has, and for settings that no method takes.
     """
-    every = [Arm(name) for name in FIXED] + [Arm(name, ratio) for name in METHODS for ratio in ratios]
+    names = METHODS if beginnings is None else (*METHODS, *other_methods())
+    every = [Arm(name) for name in FIXED] + [Arm(name, ratio) for name in names for ratio in ratios]
+    known = (*FIXED, *names)
     for beginning in beginnings or ():
-        if not any(arm.method.startswith(beginning) for arm in every):
-            names = ", ".join((*FIXED, *METHODS))
-            raise EarlyTomConfigError(f"methods={beginning!r}: no method begins so; there are {names}.")
-    chosen = [arm for arm in every if arm.method == ALL_TOKENS or arm.method.startswith(beginnings or "")]
+        if beginning != EVERY and not any(_begins(name, beginning, known) for name in known):
+            raise EarlyTomConfigError(
+                f"methods={beginning!r}: no method begins so; there are {', '.join(known)}, and {EVERY}."
+            )
+    if beginnings is None or EVERY in beginnings:
+        beginnings = ("",)
+    chosen = [
+        arm
+        for arm in every
+        if arm.method == ALL_TOKENS or any(_begins(arm.method, beginning, known) for beginning in beginnings)
+    ]
     for options in settings:
         if not any(taken(arm.method, options) == options for arm in chosen):
             given = " ".join(f"{name}={value!r}" for name, value in options.items())
-            names = ", ".join(dict.fromkeys(arm.method for arm in chosen))
-            raise EarlyTomConfigError(f"settings {given}: none of these takes all of it: {names}.")
+            these = ", ".join(dict.fromkeys(arm.method for arm in chosen))
+            raise EarlyTomConfigError(f"settings {given}: none of these takes all of it: {these}.")
     return [row for arm in chosen for row in (arm, *_tried(arm, settings))]
+
+
+def _begins(name: str, beginning: str, known: Sequence[str]) -> bool:
+    """Whether ``name`` begins so; behind a whole name of those that are ``known`` only what tells its forms apart."""
+    if beginning in known:
+        return name == beginning or name.startswith(f"{beginning},")
+    return name.startswith(beginning)
 
 
 def _tried(arm: Arm, settings: Sequence[Mapping[str, Any]]) -> list[Arm]:
@@ -224,9 +265,14 @@ def _noisy(frames: np.ndarray, noise: float, rng: np.random.Generator) -> np.nda
 
 def options_of(arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
     """All that its method is made with; of ``options`` those that it takes and its settings do not replace."""
-    known = INSTALLED.get(arm.method, {})
+    own = own_options(arm.method) or {}
     ratio = _ANY_RATIO if arm.retain_ratio is None else arm.retain_ratio
-    return {"retain_ratio": ratio, **known, **taken(arm.method, {**options, **dict(arm.settings)})}
+    return {"retain_ratio": ratio, **own, **taken(arm.method, {**options, **dict(arm.settings)})}
+
+
+def made(model: Model, arm: Arm, options: Mapping[str, Any]) -> Compress:
+    """The method of ``arm``; of ``options`` it gets those that it takes and ``arm`` does not set."""
+    return method(arm.method, model, **options_of(arm, options))
 
 
 @torch.no_grad()
@@ -236,26 +282,50 @@ def evaluate(
     arm: Arm,
     options: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda videos: None,
+    compress: Compress | None = None,
 ) -> Result:
-    """Ask everything, with the tokens that the method of ``arm`` leaves of each video; of ``options`` it gets those
-    that it takes and ``arm`` does not set."""
-    compress = method(arm.method, model, **options_of(arm, options or {}))
+    """Ask everything, with the tokens that the method of ``arm`` leaves of each video: ``compress``, or None to have it
+    :func:`made` with ``options``."""
+    compress = made(model, arm, options or {}) if compress is None else compress
     device = next(model.parameters()).device
     right, asked = (np.zeros((len(questions.asked), len(CATEGORIES)), bool) for _ in range(2))
-    tokens, work = 0, 0.0
+    costs: list[Cost] = []
     for first in range(0, len(questions.asked), _AT_ONCE):
         chunk = questions.asked[first : first + _AT_ONCE]
         left = [compress(normalized(f.to(device))) for f in questions.frames[first : first + _AT_ONCE]]
-        videos = [compressed.tokens for compressed in left]
-        tokens += sum(map(len, videos))
-        work += sum(compressed.work for compressed in left)
-        rows = rows_of(chunk).to(device)
-        logits, labels = answer_logits(model, videos, rows)
-        hits = (logits.argmax(-1) == labels)[::2].tolist()  # every other label is the end of an answer
-        row, _ = (rows.labels != IGNORED).nonzero(as_tuple=True)
-        category = rows.category[rows.labels != IGNORED]
-        for video, which, hit in zip(row[::2].tolist(), category[::2].tolist(), hits, strict=True):
-            asked[first + video, which] = True
-            right[first + video, which] = hit
+        words = _answers(model, compress, [compressed.tokens for compressed in left], chunk)
+        for video, (about, said) in enumerate(zip(chunk, words, strict=True), first):
+            for question, word in zip(about, said, strict=True):
+                column = CATEGORIES.index(question.category)
+                asked[video, column] = True
+                right[video, column] = word == IDS[question.answer]
+        costs += [_cost(model, compress, each, about) for each, about in zip(left, chunk, strict=True)]
         advance(len(chunk))
-    return Result(arm, tokens / len(questions.asked), work / len(questions.asked), right, asked)
+    tokens, layer_tokens, work, _ = np.mean(costs, axis=0).tolist()
+    flops = np.average([each.flops for each in costs], weights=asked.sum(1)).item()
+    return Result(arm, Cost(tokens, layer_tokens, work, flops), right, asked)
+
+
+def _cost(model: Model, compress: Compress, left: Compressed, asked: Sequence[Question]) -> Cost:
+    """Of one video, with the mean of its questions."""
+    shape, steps = ModelShape.from_config(model.config), _steps(compress)
+    tokens = len(left.tokens)
+    prompts = [cost.of_prompt(shape, prompt_length(question, tokens), tokens, steps) for question in asked]
+    seen = cost.mean_over_layers(tokens, steps, shape.llm_layers)
+    return Cost(tokens, seen, left.work, left.flops + float(np.mean(prompts)))
+
+
+def _steps(compress: Compress) -> tuple[Step, ...]:
+    """Where tokens leave inside the language model."""
+    return compress.steps if isinstance(compress, Installed) else ()
+
+
+def _answers(
+    model: Model, compress: Compress, videos: Sequence[torch.Tensor], asked: Sequence[Sequence[Question]]
+) -> list[list[int]]:
+    """The word said to each question about each video, by its id."""
+    if isinstance(compress, Installed) and _steps(compress):
+        return [generated(compress.model, tokens, about) for tokens, about in zip(videos, asked, strict=True)]
+    logits, _ = answer_logits(model, videos, rows_of(asked).to(videos[0].device))
+    words = iter(logits[::2].argmax(-1).tolist())  # every other one is behind the end of an answer
+    return [[next(words) for _ in about] for about in asked]

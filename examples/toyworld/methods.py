@@ -3,95 +3,70 @@
     compress = method("earlytom paper", model, retain_ratio=0.1)
     compress(pixels)           # pixels [8, 3, 96, 96] of one video -> its tokens [K, C], and what they cost
 
-The rows named ``earlytom`` and ``only reuse`` run the very code that users run. The others are written from its
-specification (``earlytom_compile.reference``) with hooks on the vision encoder, so that each part can be left out.
+Rows of ``installed.py`` run the very code that users run: those named ``earlytom``, ``only reuse``, and other papers'
+methods. The others are written from its specification (``earlytom_compile.reference``) with hooks on the vision
+encoder, so that each part can be left out.
 
 What a method costs is the work that it leaves of the vision encoder's layers. A layer's work is proportional to the
 places that it computes, since each of them is projected, looks at all places of its frame and goes through the MLP;
-so 1 is every place of every frame in every layer.
+so 1 is every place of every frame in every layer. All operations before the language model are counted beside it
+(``cost.py``).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import LlavaOnevisionForConditionalGeneration
 
-import earlytom_compile
 from earlytom_compile import reference
-from earlytom_compile.benchmarks.arms import twin_of
 from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.reporting import Counts, GraphRecord
+from earlytom_compile.shapes import ModelShape
+from earlytom_compile.toyworld import cost, installed
+from earlytom_compile.toyworld.installed import (
+    OF_SEGMENTS,
+    OURS,
+    Compress,
+    Compressed,
+    Installed,
+    Model,
+    inner_options,
+    own_options,
+    share,
+)
 from earlytom_compile.toyworld.model import POOLED
-
-
-class Compressed(NamedTuple):
-    """What is left of a video: the ``tokens`` [K, C] that the language model gets, and the ``work`` that was done in
-    the vision encoder's layers, as a share of that for all places of all frames."""
-
-    tokens: torch.Tensor
-    work: float
-
-
-Compress = Callable[[torch.Tensor], Compressed]
-"""Takes the pixels of one video, [8, 3, 96, 96]."""
-Model: TypeAlias = LlavaOnevisionForConditionalGeneration
 
 ALL_TOKENS = "all tokens"
 NO_TOKENS = "no tokens"
 STAGE_1 = "only stage 1"
-REUSE = "only reuse"
-PLUS_MERGING = "earlytom plus, merging"
+SUBSAMPLING = "frame subsampling"
 METHODS = (
-    "earlytom paper",
-    "earlytom released",
-    "earlytom plus",
-    PLUS_MERGING,
+    *OURS,
     "only stage 2",
     "top-k without decoupling",
     "random tokens",
-    "frame subsampling",
+    SUBSAMPLING,
     "average pooling",
 )
 """Those with a ratio; how much the others take does not depend on one."""
-INSTALLED: dict[str, dict[str, Any]] = {
-    "earlytom paper": {"variant": "paper"},
-    "earlytom released": {"variant": "released"},
-    "earlytom plus": {"variant": "plus"},
-    PLUS_MERGING: {"variant": "plus", "reuse": False},
-    REUSE: {"variant": "plus", "retain_ratio": 1.0},
-}
-"""Those that run the code that users run, and with what options."""
 _BY_HOOKS = (STAGE_1, "only stage 2", "top-k without decoupling", "random tokens")
-_OF_SEGMENTS = ("merge_layers", "tau_seg", "alpha")
-_OF_REUSE = ("tau_reuse", "full_layers", "encode_ratio")
 
 
 def taken(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``options`` that mean something to the method of that name; compile() refuses the others."""
-    if name in _BY_HOOKS:
-        takes: tuple[str, ...] = (*_OF_SEGMENTS, "tau_merge")
-    elif name in INSTALLED:
-        own = INSTALLED[name]
-        choice = () if name in (REUSE, PLUS_MERGING) else ("reuse",)
-        reuse = own.get("reuse", options.get("reuse") if choice else None)
-        if EarlyTomConfig(variant=own["variant"], reuse=reuse).reuses():
-            takes = (*choice, *_OF_REUSE) + (() if own["variant"] == "plus" else (*_OF_SEGMENTS, "max_window"))
-        else:
-            takes = (*choice, *_OF_SEGMENTS, "tau_merge", "max_window")
-    else:
-        takes = ()
+    takes = (*OF_SEGMENTS, "tau_merge") if name in _BY_HOOKS else installed.takes(name, options)
     return {option: value for option, value in options.items() if option in takes}
 
 
 def method(name: str, model: Model, retain_ratio: float, **options: Any) -> Compress:
     """The method of that name; ``options`` are those of :func:`earlytom_compile.compile`."""
-    if name in INSTALLED:
-        return _installed(model, {"retain_ratio": retain_ratio, **INSTALLED[name], **options})
+    own = own_options(name)
+    if own is not None:
+        inner = inner_options(name, model.config.text_config.num_hidden_layers)
+        return Installed(model, {"retain_ratio": retain_ratio, **own, **inner, **options})
     config = EarlyTomConfig.from_options({"retain_ratio": retain_ratio, **options})
     parts: dict[str, Callable[[Model, EarlyTomConfig, torch.Tensor], Compressed]] = {
         ALL_TOKENS: _all_tokens,
@@ -100,40 +75,11 @@ def method(name: str, model: Model, retain_ratio: float, **options: Any) -> Comp
         "only stage 2": _stage_2,
         "top-k without decoupling": _top_k,
         "random tokens": _random,
-        "frame subsampling": _subsampling,
+        SUBSAMPLING: _subsampling,
         "average pooling": _average_pooling,
     }
     compress = parts[name]
     return torch.no_grad()(lambda pixels: compress(model, config, pixels))
-
-
-def _installed(model: Model, options: dict[str, Any]) -> Compress:
-    # Eager, since compiling takes longer than all the videos; the lowerings agree.
-    compiled = earlytom_compile.compile(twin_of(model), lowering="eager", strict=True, **options)
-
-    def compress(pixels: torch.Tensor) -> Compressed:
-        (rows,) = earlytom_compile.encode_videos(compiled, pixels[None])
-        (call,) = earlytom_compile.report(compiled).calls or ()
-        return Compressed(rows[:-1], _share(_computed_frames(*call), len(pixels)))  # the newline is put back later
-
-    return compress
-
-
-def _computed_frames(record: GraphRecord, counts: Counts) -> list[float]:
-    """How many frames each layer of the vision encoder computed in a call with one video; reused patches make it a
-    broken number."""
-    frames = [int(merged) for merged in counts.frames]
-    if counts.reuse is None:
-        return [frames[sum(layer > merged for merged in record.merge_layers)] for layer in range(record.layers)]
-    assert record.config is not None
-    full = record.config.resolve_full_layers(record.layers)
-    changed = int(counts.reuse.computed) / counts.reuse.source.shape[-1]
-    distinct = int(counts.reuse.distinct)
-    return [distinct if layer in full else changed for layer in range(record.layers)]
-
-
-def _share(computed_frames: Sequence[float], frames: int) -> float:
-    return sum(computed_frames) / (len(computed_frames) * frames)
 
 
 # --- Parts ------------------------------------------------------------------------------------------
@@ -142,12 +88,19 @@ def _share(computed_frames: Sequence[float], frames: int) -> float:
 @dataclass(frozen=True)
 class Encoded:
     """A video behind projector and pooling: ``tokens`` [N, P, C], their ``importance`` [N, P], the segments of the N
-    frames, and how many frames each layer of the vision encoder computed."""
+    frames, how many frames each layer of the vision encoder computed and how many the one that importance is of, and
+    all operations up to here but those that importance and segments need."""
 
     tokens: torch.Tensor
     importance: torch.Tensor
     segments: torch.Tensor
     computed_frames: tuple[int, ...]
+    scored_frames: int
+    flops: float
+
+    def left(self, tokens: torch.Tensor, frames: int, choice: float = 0.0) -> Compressed:
+        """``tokens`` of a video of so many frames; ``choice``: operations that it took to choose them."""
+        return Compressed(tokens, share(self.computed_frames, frames), self.flops + choice)
 
 
 def encode(model: Model, config: EarlyTomConfig, pixels: torch.Tensor, *, merge: bool = True) -> Encoded:
@@ -161,7 +114,10 @@ def encode(model: Model, config: EarlyTomConfig, pixels: torch.Tensor, *, merge:
     segments = reference.segment_frames(
         seen["features"], variant=config.merge_variant(), tau_seg=config.tau_seg, alpha=config.alpha
     )
-    return Encoded(tokens, importance, segments, tuple(computed_frames))
+    merges = config.resolve_merge_layers(len(computed_frames))
+    schedule = [len(pixels), *([*computed_frames, len(tokens)][layer + 1] for layer in merges if merge)]
+    flops = cost.of_frames(ModelShape.from_config(model.config), schedule, merges)
+    return Encoded(tokens, importance, segments, tuple(computed_frames), computed_frames[merges[-1]], flops)
 
 
 @contextmanager
@@ -227,7 +183,7 @@ def _budget(config: EarlyTomConfig, frames: int) -> int:
 
 
 def _every(encoded: Encoded, frames: int) -> Compressed:
-    return Compressed(encoded.tokens.flatten(0, 1), _share(encoded.computed_frames, frames))
+    return encoded.left(encoded.tokens.flatten(0, 1), frames)
 
 
 def _all_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
@@ -235,7 +191,7 @@ def _all_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> C
 
 
 def _no_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    return Compressed(model.model.image_newline[None][:0], 0.0)
+    return Compressed(model.model.image_newline[None][:0], 0.0, 0.0)
 
 
 def _stage_1(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
@@ -243,26 +199,32 @@ def _stage_1(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Comp
 
 
 def _stage_2(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    encoded = encode(model, config, pixels, merge=False)
-    return _selected(encoded, encoded.segments, config, len(pixels))
+    encoded, shape = encode(model, config, pixels, merge=False), ModelShape.from_config(model.config)
+    choice = cost.importance(shape, encoded.scored_frames) + cost.similarities(shape, len(encoded.tokens))
+    return _selected(encoded, encoded.segments, config, len(pixels), choice)
 
 
 def two_stages(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
     """What is installed where frames merge, by hooks and specification: the oracle of test_methods.py."""
-    encoded = encode(model, config, pixels)
+    encoded, shape = encode(model, config, pixels), ModelShape.from_config(model.config)
     if config.selects_by_attention():
-        return _selected(encoded, encoded.segments, config, len(pixels))
+        choice = cost.importance(shape, encoded.scored_frames) + cost.similarities(shape, len(encoded.tokens))
+        return _selected(encoded, encoded.segments, config, len(pixels), choice)
     kept = reference.select_representatives(encoded.tokens, frames_in=len(pixels), retain_ratio=config.retain_ratio)
-    return Compressed(encoded.tokens[kept[:, 0], kept[:, 1]], _share(encoded.computed_frames, len(pixels)))
+    left = len(encoded.tokens)  # at most 8 frames: one window
+    choice = 2.0 * (left * shape.pooled_tokens) ** 2 * shape.llm_width
+    return encoded.left(encoded.tokens[kept[:, 0], kept[:, 1]], len(pixels), choice)
 
 
 def _top_k(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    encoded = encode(model, config, pixels)
+    encoded, shape = encode(model, config, pixels), ModelShape.from_config(model.config)
     alone = torch.arange(len(encoded.tokens))[:, None].expand(-1, 2)  # every frame a segment: none is static
-    return _selected(encoded, alone, config, len(pixels))
+    return _selected(encoded, alone, config, len(pixels), cost.importance(shape, encoded.scored_frames))
 
 
-def _selected(encoded: Encoded, segments: torch.Tensor, config: EarlyTomConfig, frames: int) -> Compressed:
+def _selected(
+    encoded: Encoded, segments: torch.Tensor, config: EarlyTomConfig, frames: int, choice: float
+) -> Compressed:
     kept = reference.select_tokens(
         encoded.importance,
         segments,
@@ -270,31 +232,35 @@ def _selected(encoded: Encoded, segments: torch.Tensor, config: EarlyTomConfig, 
         retain_ratio=config.retain_ratio,
         variant=config.variant,
     )
-    return Compressed(encoded.tokens[kept[:, 0], kept[:, 1]], _share(encoded.computed_frames, frames))
+    return encoded.left(encoded.tokens[kept[:, 0], kept[:, 1]], frames, choice)
 
 
 def _random(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    tokens, work = _stage_1(model, config, pixels)
+    every = _stage_1(model, config, pixels)
     # Random for every video, and the same in every run: the sum of its pixels is the seed.
     generator = torch.Generator().manual_seed(int(pixels.double().sum().item() * 1000) % 2**31)
-    kept = torch.randperm(len(tokens), generator=generator)[: _budget(config, len(pixels))].sort().values
-    return Compressed(tokens[kept], work)
+    kept = torch.randperm(len(every.tokens), generator=generator)[: _budget(config, len(pixels))].sort().values
+    return every._replace(tokens=every.tokens[kept])
 
 
 # --- Baselines --------------------------------------------------------------------------------------
 
 
-def _subsampling(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
+def middle_frames(config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:
     """As many evenly spaced frames as the budget has room for, at least one."""
     count = max(1, round(_budget(config, len(pixels)) / POOLED**2))
     middle = (torch.arange(count) + 0.5) * len(pixels) / count
-    return _every(encode(model, config, pixels[middle.long()], merge=False), len(pixels))
+    return pixels[middle.long()]
+
+
+def _subsampling(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
+    return _every(encode(model, config, middle_frames(config, pixels), merge=False), len(pixels))
 
 
 def _average_pooling(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
     """Means over 2 x 2 tokens of a frame, and over as many frames as the budget demands."""
-    tokens, work = _all_tokens(model, config, pixels)
+    every = _all_tokens(model, config, pixels)
     side = POOLED // 2
     times = max(1, round(_budget(config, len(pixels)) / side**2))
-    volume = tokens.view(len(pixels), POOLED, POOLED, -1).permute(3, 0, 1, 2)
-    return Compressed(F.adaptive_avg_pool3d(volume, (times, side, side)).flatten(1).T, work)
+    volume = every.tokens.view(len(pixels), POOLED, POOLED, -1).permute(3, 0, 1, 2)
+    return every._replace(tokens=F.adaptive_avg_pool3d(volume, (times, side, side)).flatten(1).T)

@@ -1,16 +1,17 @@
-"""What ``earlytom eval --toy`` prints and writes: a table of all rows, the same as JSON and Markdown, and plots.
+"""What ``earlytom eval --toy`` prints and writes: a table of all rows, the same as JSON and Markdown; plots.py draws.
 
-| method         | ratio | tokens | encoder | accuracy          | of all tokens' | appearance | motion | ...
-| all tokens     |       |    128 |  100.0% | 97.1 (96.5-97.7)  |                |       99.0 |   93.0 | ...
-| earlytom paper |   10% |     13 |   79.6% | 90.2 (89.1-91.3)  |          92.9% |       97.0 |   70.0 | ...
+| method         | ratio| tokens | a layer | encoder | MFLOP | TTFT ms | accuracy          | of all tokens' | motion ...
+| all tokens     |      |    128 |   128.0 |  100.0% |   839 |    15.2 | 97.1 (96.5-97.7)  |                |   93.0 ...
+| earlytom paper |  10% |     13 |    13.0 |   79.6% |   470 |    14.8 | 90.2 (89.1-91.3)  |          92.9% |   70.0 ...
 
-(made-up numbers; "encoder": the work of the vision encoder's layers; "–" where nothing was asked, or for an interval of
-too few videos, which is null in JSON)
+(made-up numbers; "a layer": video tokens that a layer of the language model sees, on average; "encoder": the work of
+the vision encoder's layers; "MFLOP": all operations of a prefill; "–" where nothing was asked or timed, or for an
+interval of too few videos, which is null in JSON)
 """
 
 import math
+import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -18,12 +19,15 @@ from rich.table import Table
 
 from earlytom_compile.benchmarks import markdown
 from earlytom_compile.toyworld.evaluate import Arm, Questions, Result
-from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS
+from earlytom_compile.toyworld.methods import ALL_TOKENS
 from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.words import counted
 
 _NOTHING = "–"
-HEADINGS = ("method", "ratio", "tokens", "encoder", "accuracy (95% CI)", "of all tokens'", *CATEGORIES)
+HEADINGS = (
+    "method", "ratio", "tokens", "a layer", "encoder", "MFLOP", "TTFT ms", "accuracy (95% CI)", "of all tokens'",
+    *CATEGORIES,
+)  # fmt: skip
 
 
 def label(arm: Arm) -> str:
@@ -42,16 +46,23 @@ def rows(results: Sequence[Result], questions: Questions) -> list[tuple[str, ...
             (
                 label(arm),
                 "" if arm.retain_ratio is None else f"{arm.retain_ratio:.0%}",
-                f"{result.tokens:.0f}",
-                f"{result.work:.1%}",
+                f"{result.cost.tokens:.0f}",
+                f"{result.cost.layer_tokens:.1f}",
+                f"{result.cost.work:.1%}",
+                f"{result.cost.flops / 1e6:.0f}",
+                _milliseconds(result),
                 _with_interval(result),
                 f"{result.accuracy() / full:.1%}" if full and arm.method != ALL_TOKENS else "",
                 *(_percent(result.accuracy(category)) for category in CATEGORIES),
             )
         )
     chance = questions.chance
-    guessing = ("guessing", "", "", "", _percent(questions.overall_chance), "")
+    guessing = ("guessing", *[""] * 6, _percent(questions.overall_chance), "")
     return [*cells, (*guessing, *(_percent(chance[category]) for category in CATEGORIES))]
+
+
+def _milliseconds(result: Result) -> str:
+    return f"{1e3 * statistics.median(result.ttft):.1f}" if result.ttft else _NOTHING
 
 
 def _percent(share: float) -> str:
@@ -88,7 +99,7 @@ def _unseen_text(results: Sequence[Result], questions: Questions) -> str:
 
 def table(results: Sequence[Result], questions: Questions) -> Table:
     """For people at a terminal."""
-    drawn = Table(title=_title(results), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn = Table(title=title(results), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(HEADINGS):
         drawn.add_column(heading, justify="right" if index else "left", overflow="fold")
     for cells in rows(results, questions):
@@ -99,7 +110,7 @@ def table(results: Sequence[Result], questions: Questions) -> Table:
 
 def to_markdown(results: Sequence[Result], questions: Questions, about: dict[str, Any]) -> str:
     """The command, where it ran, and the table."""
-    lines = markdown.heading(about) + markdown.table(_title(results), HEADINGS, rows(results, questions))
+    lines = markdown.heading(about) + markdown.table(title(results), HEADINGS, rows(results, questions))
     return "\n".join([*lines, _unseen_text(results, questions)]) + "\n"
 
 
@@ -120,61 +131,8 @@ def _without_nan(content: Any) -> Any:
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
-def write_plots(results: Sequence[Result], folder: Path) -> list[Path]:
-    """accuracy.png: accuracy against ratio. categories.png: the same for each category. encoder.png: accuracy against
-    the work of the vision encoder, where every token stays."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    _draw(axes, results, None)
-    axes.set(title=_title(results), ylabel="right answers (95 % interval)", xlabel="share of the video tokens kept")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(folder / "accuracy.png", dpi=120)
-    plt.close(figure)
-    figure, grid = plt.subplots(1, len(CATEGORIES), figsize=(14, 3.2), sharey=True, layout="constrained")
-    for axes, category in zip(grid, CATEGORIES, strict=True):
-        _draw(axes, results, category)
-        axes.set(title=category)
-    grid[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(folder / "categories.png", dpi=120)
-    plt.close(figure)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    _draw_work(axes, [result for result in results if result.arm.retain_ratio is None and result.tokens])
-    axes.set(title=_title(results), ylabel="right answers (95 % interval)", xlabel="work of the encoder's layers")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(folder / "encoder.png", dpi=120)
-    plt.close(figure)
-    return [folder / name for name in ("accuracy.png", "categories.png", "encoder.png")]
-
-
-def _draw_work(axes: Any, results: Sequence[Result]) -> None:
-    """A point with its interval for each row."""
-    for result in results:
-        low, high = result.interval()
-        bounds = [[result.accuracy() - low], [high - result.accuracy()]]
-        axes.errorbar(result.work, result.accuracy(), yerr=bounds, fmt="o", capsize=2, label=label(result.arm))
-    axes.grid(alpha=0.3)
-
-
-def _draw(axes: Any, results: Sequence[Result], category: str | None) -> None:
-    """A line with its interval for each method and its settings; all tokens as a line across."""
-    for name in dict.fromkeys(label(result.arm) for result in results if result.arm.method in METHODS):
-        of_method = [result for result in results if label(result.arm) == name]
-        ratios = [result.arm.retain_ratio for result in of_method]
-        bounds = [result.interval(category) for result in of_method]
-        (line,) = axes.plot(ratios, [result.accuracy(category) for result in of_method], marker="o", label=name)
-        axes.fill_between(ratios, *zip(*bounds, strict=True), color=line.get_color(), alpha=0.12)
-    for result in results:
-        if result.arm.method == ALL_TOKENS:
-            axes.axhline(result.accuracy(category), color="black", linestyle="--", label=ALL_TOKENS)
-    axes.grid(alpha=0.3)
-
-
-def _title(results: Sequence[Result]) -> str:
+def title(results: Sequence[Result]) -> str:
+    """How much was asked."""
     if not results:
         return ""
     asked = results[0].asked

@@ -17,19 +17,21 @@ from without_inductor import leave_graphs_as_they_are
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmarks import measure as measuring
-from earlytom_compile.benchmarks.arms import Arm, choose, make_arms
+from earlytom_compile.benchmarks.arms import (
+    Arm,
+    choose,
+    make_arms,
+)
 from earlytom_compile.benchmarks.breakdown import STAGES, Breakdown
 from earlytom_compile.benchmarks.floor import Floor
 from earlytom_compile.benchmarks.measure import Result, decode, measure
-from earlytom_compile.benchmarks.results import (
-    Workload,
+from earlytom_compile.benchmarks.result_plots import (
+    _plot_against_flops,
     _plot_against_frames,
     _plot_stages,
-    tables,
-    to_dict,
-    to_markdown,
     write_plots,
 )
+from earlytom_compile.benchmarks.results import Workload, tables, to_dict, to_markdown
 from earlytom_compile.benchmarks.workload import make_inputs, make_video, random_model
 from earlytom_compile.shapes import config_of
 
@@ -331,11 +333,11 @@ def workloads():
     return [
         Workload(frames, 1, 32, [
             result("inductor", [0.4, 0.5, 0.6], breakdown=Breakdown(0.6, 0.2, None, 400 << 20),
-                   floor=Floor(2e12, 3e9, 0.25, 1.6e12), encoder=[0.2, 0.25, 0.3]),
+                   floor=Floor(2e12, 3e9, 0.25, 1.6e12, 2.5e12), encoder=[0.2, 0.25, 0.3]),
             result("earlytom 0.1", [0.1, 0.1, 0.2], frames=[[32, 24], [32, 16]], peak_memory=3 << 30,
                    breakdown=Breakdown(0.2, 0.05, dict(zip(STAGES, (0.1, 0.02, 0.03), strict=True)), 100 << 20,
                                        dict(zip(STAGES, (100 << 20, 3 << 19, 2 << 20), strict=True))),
-                   floor=Floor(1e12, 2e9, 0.08, 0.8e12), encoder=[0.07, 0.08, 0.1]),
+                   floor=Floor(1e12, 2e9, 0.08, 0.8e12, 1.1e12), encoder=[0.07, 0.08, 0.1]),
         ], "bfloat16", {"matmul": 8e12, "copy": 4e9})
         for frames in (8, 16)
     ]  # fmt: skip
@@ -404,6 +406,36 @@ def test_rows_of_the_table_of_the_encoder():
     assert workload.encoder_rows() == [("inductor", *[""] * 7), alone]
 
 
+def test_rows_of_the_table_of_tokens_and_operations():
+    full, compressed = workloads()[0].cost_rows()
+    assert full == ("inductor", "67", "67", "100%", "2.5", "100%", "500", "100%")
+    assert compressed == ("earlytom 0.1", "67", "67", "100%", "1.1", "44%", "100", "20%")
+    workload = workloads()[0]
+    # 68 rows of the video, newline included, in 3 layers of 5; 34 and 17 in the others.
+    workload.results[1].layer_tokens = [100, 100, 100, 32 + 34, 32 + 17]
+    assert workload.cost_rows()[1][1:4] == ("67", "50", "75%")
+    assert workload.results[1].starts == {0: 100, 3: 66, 4: 49}
+    (content,) = to_dict([workload], {})["workloads"]
+    assert content["results"][1]["video_tokens_of_a_layer"] == pytest.approx((3 * 67 + 34 + 17) / 5)
+    workload.results.append(Result("fastv 0.1", 0.1, failure="out of memory"))
+    assert workload.cost_rows()[2] == ("fastv 0.1", *[""] * 7)
+    workload.results[0].floor = workload.results[1].floor = None
+    assert [row[4:6] for row in workload.cost_rows()[:2]] == [("", "")] * 2
+
+
+def test_points_stand_over_exact_operations_and_say_how_many_tokens():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    workload = workloads()[0]
+    workload.results[1].layer_tokens = [100, 32 + 34]
+    figure = _plot_against_flops(pyplot, workload)
+    (axes,) = figure.axes
+    points = {points.get_label(): points.get_offsets().tolist() for points in axes.collections}
+    assert points == {"inductor: 67 tokens": [[2.5, 500]], "earlytom 0.1: 50 tokens": [[1.1, 100]]}
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [0, 2.5] and list(line.get_ydata()) == [0, 1e3 * 2.5e12 / 8e12]
+    pyplot.close(figure)
+
+
 def test_arms_that_nobody_profiled_leave_their_cells_empty():
     workload = Workload(8, 1, 32, [Result("inductor", 1.0, ttft=[0.5])])
     assert workload.breakdown_rows() == [("inductor", *[""] * 10)]
@@ -412,7 +444,9 @@ def test_arms_that_nobody_profiled_leave_their_cells_empty():
     assert "floor" not in workload.breakdown_title
 
 
-@pytest.mark.parametrize("work", [Floor(119.6e12, 17.3e9, 0.156, 17.2e12), Floor(0.00341e12, 0.0636e9, 0.103, 1e9)])
+@pytest.mark.parametrize(
+    "work", [Floor(119.6e12, 17.3e9, 0.156, 17.2e12, 119.9e12), Floor(0.00341e12, 0.0636e9, 0.103, 1e9, 0.00345e12)]
+)
 def test_tables_fit_into_120_columns(work):
     """Names and numbers as long as those of a 7B model, work as small as that of a tiny one."""
     long = Result("earlytom 0.25 (backend)", 0.25, cold=148.2, compilation=139.5, ttft=[1.08, 1.09, 1.15],
@@ -439,7 +473,7 @@ def test_json_and_markdown_hold_the_numbers():
     assert content["workloads"][0]["results"][1]["breakdown"]["stages"]["vision encoding"] == 0.1
     assert content["workloads"][0]["results"][1]["breakdown"]["stage_memory"]["LLM prefill"] == 2 << 20
     assert content["workloads"][1]["results"][0]["floor"] == {
-        "flops": 2e12, "bytes": 3e9, "seconds": 0.25, "encoder_flops": 1.6e12,
+        "flops": 2e12, "bytes": 3e9, "seconds": 0.25, "encoder_flops": 1.6e12, "exact_flops": 2.5e12,
     }  # fmt: skip
     assert content["workloads"][0]["results"][1]["share_of_full_flops"] == 0.5
     assert content["workloads"][0]["results"][1]["speed"] == {"inductor": 5.0, "transformers": None}
@@ -450,7 +484,7 @@ def test_json_and_markdown_hold_the_numbers():
     assert "| earlytom 0.1 | 2.5 | 4.0 | 100 | 100-200 | 5.00x |  | 62% |" in text and "machine x" in text
     assert "| earlytom 0.1 | 100.0 | 1.5 | 2.0 | 100.0 (25%) | 3.00 |" in text
     assert "| earlytom 0.1 |  | 80.0 | 70.0-100 | 32% | 0.8 | 50% | 0.64, met |" in text
-    assert text.count("| arm |") == 8
+    assert text.count("| arm |") == 10
 
 
 def test_plots_are_pictures(tmp_path):

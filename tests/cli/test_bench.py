@@ -12,13 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_checkpoint import TinySize, write_checkpoint
+from transformers import AutoConfig
 from without_inductor import leave_graphs_as_they_are
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.cli import bench, toolchain
 from earlytom_compile.cli.bench import _ceilings, _model, _trace_path
 from earlytom_compile.cli.main import build_parser, main
-from earlytom_compile.shapes import config_of
+from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.flops import count
+from earlytom_compile.shapes import ModelShape, config_of
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +64,46 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
         assert result["floor"]["seconds"] > 0 and workload["ceilings"].keys() == {"copy", "matmul"}
         assert max(breakdown["stage_memory"].values()) == breakdown["memory"] > 0
         assert all(0 < encoder < ttft for encoder, ttft in zip(result["encoder"], result["ttft"], strict=True))
-    assert printed.count("earlytom 0.25 (backend)") == 4 and "TTFT / floor" in text
+    assert printed.count("earlytom 0.25 (backend)") == 5 and "TTFT / floor" in text
     trace = json.loads(Path(files["trace"]).read_text())["traceEvents"]
     ranges = {event["name"] for event in trace if event.get("cat") == "user_annotation"}
     stages = ("vision encoding", "visual token processing", "LLM prefill")
     assert {*names, *(f"{name}: {stage}" for name in names for stage in stages)} <= ranges
     assert re.search(r"8 frames: 4 arms, a first call and 2 rounds of each, (about|less than) ", told)
+
+
+def test_other_papers_methods_beside_earlytom(monkeypatch, tmp_path, capsys):
+    """Tokens, operations and first tokens of each, by the real numbers of its calls."""
+    leave_graphs_as_they_are(monkeypatch)
+    size = TinySize(image=64, patch=16, vision_layers=4, vision_width=32, text_layers=4, text_width=64)
+    checkpoint, file = str(write_checkpoint(tmp_path / "tiny", size)), tmp_path / "bench.json"
+    arms = "transformers,earlytom 0.25,visionzip 0.25,fastv 0.25"
+    words = ["bench", "--model", checkpoint, "--frames", "8", "--repeats", "1", "--decode-tokens", "1", "--arms", arms]
+    assert main([*words, "--lowering", "eager", "--retain-ratios", "0.25", "--strict", "--json", str(file)]) == 0
+    (workload,) = json.loads(file.read_text())["workloads"]
+    found = {result["name"]: result for result in workload["results"]}
+    assert list(found) == [
+        "transformers", "earlytom 0.25", "earlytom 0.25 (backend)", "visionzip 0.25", "fastv 0.25",
+    ]  # fmt: skip
+    assert [result["video_tokens"] for result in found.values()] == [32, 8, 8, 8, 32]
+    # FastV: 33 rows of the video, newline included, in two layers, and a quarter of them in the other two.
+    of_a_layer = [result["video_tokens_of_a_layer"] for result in found.values()]
+    assert of_a_layer == [32, 8, 8, 8, (2 * 32 + 2 * 8) / 4]
+    shape = ModelShape.from_config(AutoConfig.from_pretrained(checkpoint))
+
+    def exact(prompt, frames=(8,), **more):
+        return count(shape, protocol="exact", frames_schedule=frames, llm_tokens=prompt, **more).total
+
+    zipped = exact(8 + 33, method="visionzip", kept=8)
+    (step,) = EarlyTomConfig(method="fastv", retain_ratio=0.25).steps_inside(4)
+    assert step[:3] == (2, 0.25, "drop")
+    inside = exact({0: 65, 2: 8 + 32}, method="fastv", kept=32) + 2 * (65 if step.scores == "all" else 1) * 65 * 64
+    merged = exact(8 + 33, found["earlytom 0.25"]["frames"][0], merge_layers=found["earlytom 0.25"]["merge_layers"])
+    expected = [exact(65), merged, merged, zipped, inside]
+    assert [result["floor"]["exact_flops"] for result in found.values()] == expected
+    printed = capsys.readouterr()
+    assert "fastv 0.25" in printed.out and "warning" not in printed.err
+    assert all(result["breakdown"]["stages"] for result in found.values())
 
 
 def test_a_checkpoint_without_a_tokenizer_is_enough(checkpoint, tmp_path, capsys):
@@ -98,7 +135,12 @@ def test_places_that_cannot_be_written_to_are_found_first(flag, nothing_runs, tm
 
 @pytest.mark.parametrize(
     "given, stops",
-    [([], True), (["--arms", "transformers,earlytom 0.1"], False), (["--arms", "earlytom,inductor"], True)],
+    [
+        ([], True),
+        (["--arms", "transformers,earlytom 0.1,visionzip"], False),
+        (["--arms", "earlytom,inductor"], True),
+        (["--arms", "all"], True),
+    ],
 )
 def test_inductors_arms_need_a_compiler_whatever_the_lowering(given, stops, monkeypatch):
     monkeypatch.setattr(toolchain, "missing_toolchain", lambda device: "no C++ compiler was found")
@@ -157,6 +199,12 @@ def test_frames_are_the_shapes_own_unless_given():
         (["--arms", "transformers,inductor", "--retain-ratios", "0.2"], "they keep all tokens"),
         (["--static-selection", "host", "--device", "cpu"], "static_selection='host' on cpu"),
         (["--mode", "reduce-overhead", "--device", "cpu"], "there are no CUDA graphs"),
+        (["--method", "visionzip"], "method='visionzip': methods are arms of their own; say --arms visionzip"),
+        (["--arms", "visionzip", "--variant", "plus"], "variant with --arms visionzip: none of them takes it"),
+        (["--arms", "fastv 0.1", "--inner-layer", "2"], "inner_layer with --arms fastv 0.1: none of them takes it"),
+        (["--arms", "pyramiddrop", "--shape", "cpu-tiny"], "with a language model of 2 layers"),
+        (["--arms", "visionzip", "--concurrency", "2"], "arms='visionzip': no arm begins so"),
+        (["--arms", "x"], "average pooling 0.1, visionzip 0.1, fastv 0.1"),
         (["--resume"], "--resume without --json FILE"),
         (["--resume", "--json", "-"], "--resume without --json FILE"),
         (["--video", "nowhere.mp4"], "nowhere.mp4"),

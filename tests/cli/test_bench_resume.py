@@ -40,7 +40,7 @@ def counted(stop_at=None):
     """Calls by (frames, arm), in their order; the ``stop_at``-th is Ctrl-C."""
     calls = []
 
-    def arms(model, inputs, ratios, options):
+    def arms(model, inputs, ratios, options, methods):
         for name in ARMS:
 
             def first_token(name=name):

@@ -1,6 +1,7 @@
 """``earlytom eval``: which rows, what an interruption leaves, and what is refused."""
 
 import json
+from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.cli import eval as command
+from earlytom_compile.cli import eval_toy as command
 from earlytom_compile.cli.main import main
-from earlytom_compile.toyworld import evaluate
-from earlytom_compile.toyworld.evaluate import Arm, Result, arms
-from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, PLUS_MERGING, REUSE
+from earlytom_compile.methods import registry
+from earlytom_compile.methods.base import Method, Step
+from earlytom_compile.toyworld import evaluate, timing
+from earlytom_compile.toyworld.evaluate import Arm, Cost, Result, arms
+from earlytom_compile.toyworld.installed import OURS, PLUS_MERGING, REUSE, other_methods
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, SUBSAMPLING
 from earlytom_compile.toyworld.questions import CATEGORIES
 
 VIDEOS = 4
@@ -23,47 +27,110 @@ TOY = ["eval", "--toy", "--videos", str(VIDEOS), "--device", "cpu"]
 @pytest.fixture
 def counted(monkeypatch):
     """Rows that were asked for, in their order; answers are drawn. ``counted.stop_at`` is where Ctrl-C comes,
-    ``counted.options`` what each row was asked for with."""
+    ``counted.options`` what each row was asked for with. ``counted.called``: rows and videos whose first token was
+    timed, where ``stop_at_call`` is Ctrl-C; the ``n``-th takes n seconds."""
 
     class Rows(list):
         stop_at: int | None = None
+        stop_at_call: int | None = None
         options: list[dict] = []
+        called: list = []
 
     rows = Rows()
-    rows.options = []
+    rows.options, rows.called = [], []
 
-    def evaluated(model, questions, arm, options, answered):
+    def evaluated(model, questions, arm, options, answered, compress):
         if len(rows) == rows.stop_at:
             raise KeyboardInterrupt
         rows.append(arm)
         rows.options.append(evaluate.options_of(arm, options))
         rng = np.random.default_rng(len(arm.method))
         asked = np.array([[c in {q.category for q in asked} for c in CATEGORIES] for asked in questions.asked])
-        return Result(arm, 13.0, 0.5, asked & (rng.random(asked.shape) < 0.7), asked)
+        return Result(arm, Cost(13.0, 11.5, 0.5, 4e8), asked & (rng.random(asked.shape) < 0.7), asked)
 
+    def first_token(model, arm, compress):
+        def call(pixels, question):
+            if warm_up[arm] < timing._WARM_UP:
+                warm_up[arm] += 1
+                return
+            if len(rows.called) == rows.stop_at_call:
+                raise KeyboardInterrupt
+            rows.called.append((arm, question.text))
+
+        warm_up[arm] = 0
+        return call
+
+    def seconds_of(call, device):
+        call()
+        return float(len(rows.called)), None
+
+    warm_up = {}
+    monkeypatch.setattr(evaluate, "made", lambda model, arm, options: arm)
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    monkeypatch.setattr(timing, "first_token", first_token)
+    monkeypatch.setattr(timing, "seconds_of", seconds_of)
     monkeypatch.setattr(command, "_say_how_long", lambda *given: None)
     return rows
 
 
 def test_rows_are_chosen_by_the_beginnings_of_their_names():
     every = arms((0.25, 0.1))
-    plus = [Arm(name, ratio) for name in ("earlytom plus", PLUS_MERGING) for ratio in (0.25, 0.1)]
+    names = ("earlytom plus", "earlytom plus, inner", PLUS_MERGING)
+    plus = [Arm(name, ratio) for name in names for ratio in (0.25, 0.1)]
     assert arms((0.25, 0.1), ("earlytom plus",)) == [Arm(ALL_TOKENS), *plus]
-    assert arms((0.25, 0.1), ("e", "a", "o", "t", "r", "f", "n")) == every
+    assert arms((0.25, 0.1), (*OURS, "a", "o", "t", "r", "frame", "n")) == every
     with pytest.raises(EarlyTomConfigError, match="methods='pluss': no method begins so; there are all tokens"):
         arms((0.1,), ("earlytom", "pluss"))
 
 
+def test_other_papers_methods_are_rows_where_somebody_asks_for_them(here):
+    ours = arms((0.1,))
+    assert arms((0.1,), ("all",)) == [*ours, *(Arm(name, 0.1) for name in other_methods())]
+    assert {"some keep", "some keep, inner", "some inside"} <= {*other_methods()} and "some inside, inner" not in here
+    assert not any(arm.method in other_methods() for arm in ours)
+    assert {"fastv", "fastvid"} <= {*other_methods()}
+    assert {arm.method for arm in arms((0.1,), ("fastv",))} == {ALL_TOKENS, "fastv"}
+    assert {arm.method for arm in arms((0.1,), ("fastvi",))} == {ALL_TOKENS, "fastvid", "fastvid, inner"}
+    found = arms((0.25, 0.1), ("some keep", "some inside"))
+    expected = ("some keep", "some keep, inner", "some inside")
+    assert found == [Arm(ALL_TOKENS), *(Arm(name, ratio) for name in expected for ratio in (0.25, 0.1))]
+    with pytest.raises(EarlyTomConfigError, match="no method begins so; there are all tokens, .*some keep, inner"):
+        arms((0.1,), ("nobody's",))
+
+
+def test_a_method_that_cannot_be_loaded_is_told_to_who_asks_for_it_alone(counted, monkeypatch, capsys):
+    broken = EntryPoint("broken", "nowhere_to_be_found:METHOD", registry.GROUP)
+    monkeypatch.setattr(registry, "_entry_points", lambda: (broken,))
+    words = [*TOY, "--retain-ratios", "0.1", "--repeats", "0", "--methods"]
+    assert main([*words, "random"]) == 0 and counted == [Arm(ALL_TOKENS), Arm("random tokens", 0.1)]
+    assert main([*words, "all"]) == 2
+    assert "method='broken' of another package cannot be loaded" in capsys.readouterr().err and len(counted) == 2
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Names of rows, with two more methods: one keeps tokens behind the encoder, the other inside the model."""
+    monkeypatch.setattr(registry, "_registered", {})
+    registry.register_method(Method("some keep", "no paper", keep=lambda tokens, budget: None))
+    registry.register_method(Method("some inside", "no paper", inside=lambda ratio, layers: (Step(1, ratio, "drop"),)))
+    return {arm.method for arm in arms((0.1,), ("all",))}
+
+
+def begins(name, beginning):
+    """Letter by letter; a whole name is followed by a comma or nothing."""
+    same = all(one == other for one, other in zip(name.ljust(len(beginning)), beginning, strict=False))
+    return same and (beginning not in METHODS or name[len(beginning) :].startswith(",") or name == beginning)
+
+
 @examples(60)
-@given(st.lists(st.sampled_from([name for name in METHODS]), min_size=1, unique=True), st.data())
+@given(st.lists(st.sampled_from(METHODS), min_size=1, unique=True), st.data())
 def test_chosen_rows_are_those_of_the_full_table_in_its_order(names, data):
     beginnings = tuple(name[: data.draw(st.integers(1, len(name)))] for name in names)
     found = arms((0.25, 0.1), beginnings)
     expected = [
         arm
-        for arm in arms((0.25, 0.1))
-        if arm.method == ALL_TOKENS or any(arm.method[: len(beginning)] == beginning for beginning in beginnings)
+        for arm in arms((0.25, 0.1), ("all",))
+        if arm.method == ALL_TOKENS or any(begins(arm.method, beginning) for beginning in beginnings)
     ]
     assert found == expected and found[0] == Arm(ALL_TOKENS)
 
@@ -76,7 +143,7 @@ def test_settings_are_tried_with_every_method_that_takes_them_behind_its_own_row
         Arm(ALL_TOKENS),
         *(Arm("only stage 1", None, more) for more in ((), (("tau_merge", 0.9),))),
         *(Arm(REUSE, None, more) for more in ((), *reuse)),
-        *(Arm("earlytom plus", 0.1, more) for more in ((), *reuse)),
+        *(Arm(name, 0.1, more) for name in ("earlytom plus", "earlytom plus, inner") for more in ((), *reuse)),
         *(Arm(PLUS_MERGING, 0.1, more) for more in ((), (("tau_merge", 0.9),))),
         *(Arm("only stage 2", 0.1, more) for more in ((), (("tau_merge", 0.9),))),
     ]
@@ -88,7 +155,10 @@ def test_settings_are_tried_with_every_method_that_takes_them_behind_its_own_row
 @pytest.mark.parametrize(
     "more, rows",
     [
-        (["--variant", "paper"], [Arm(ALL_TOKENS), Arm("earlytom paper", 0.1)]),
+        (
+            ["--variant", "paper"],
+            [Arm(ALL_TOKENS), Arm("earlytom paper", 0.1), Arm("earlytom paper, inner", 0.1)],
+        ),
         (["--methods", "no,random"], [Arm(ALL_TOKENS), Arm("no tokens"), Arm("random tokens", 0.1)]),
     ],
 )
@@ -121,25 +191,26 @@ def test_settings_of_a_row_win_over_options_of_all_and_stand_beside_it(counted, 
     assert counted[4:] == [Arm(REUSE, None, (("tau_reuse", 0.02),))]
     plus = ["--variant", "plus", "--retain-ratios", "0.1", "--full-layers", "5", "--try", "full_layers=7"]
     assert main([*TOY, *plus]) == 0
-    assert [given.get("full_layers") for given in counted.options[-4:]] == [None, (5,), (7,), None]
+    # All tokens; plus with the option of all and with that of its row, and both with inner merging; merging.
+    assert [given.get("full_layers") for given in counted.options[-6:]] == [None, (5,), (7,), (5,), (7,), None]
 
 
 def test_ctrl_c_saves_finished_rows_and_resume_counts_the_rest(counted, tmp_path, capsys):
-    file, words = tmp_path / "eval.json", [*TOY, "--variant", "paper", "--retain-ratios", "0.25,0.1", "--json"]
+    untimed = [*TOY, "--repeats", "0", "--retain-ratios", "0.1"]
+    file, words = tmp_path / "eval.json", [*untimed, "--methods", "top,random", "--json"]
     counted.stop_at = 2
     assert main([*words, str(file)]) == 130
     assert f"stopped: {file} has 2 of 3 rows;" in " ".join(capsys.readouterr().err.split())
     saved = json.loads(file.read_text())["results"]
-    assert [evaluate.arm_of(row) for row in saved] == [Arm(ALL_TOKENS), Arm("earlytom paper", 0.25)]
+    assert [evaluate.arm_of(row) for row in saved] == [Arm(ALL_TOKENS), Arm("top-k without decoupling", 0.1)]
     counted.stop_at = None
     assert main([*words, str(file), "--resume"]) == 0
-    assert counted == [Arm(ALL_TOKENS), Arm("earlytom paper", 0.25), Arm("earlytom paper", 0.1)]
+    assert counted == [Arm(ALL_TOKENS), Arm("top-k without decoupling", 0.1), Arm("random tokens", 0.1)]
     resumed, table = json.loads(file.read_text()), capsys.readouterr().out
     assert resumed["results"][:2] == saved
     # Another ratio, another method: rows do not depend on each other.
-    others = ["--methods", "earlytom paper,random", "--retain-ratios", "0.1"]
-    assert main([*TOY, *others, "--json", str(file), "--resume"]) == 0
-    assert counted[3:] == [Arm("random tokens", 0.1)]
+    assert main([*untimed, "--methods", "top,average", "--json", str(file), "--resume"]) == 0
+    assert counted[3:] == [Arm("average pooling", 0.1)]
     kept = {evaluate.arm_of(row) for row in json.loads(file.read_text())["results"]}
     assert kept == {*counted}
     # In one go, the same numbers and the same table.
@@ -156,10 +227,50 @@ def test_a_row_comes_back_as_it_was(seed, videos):
     asked = rng.random((videos, len(CATEGORIES))) < 0.6
     settings = (("tau_reuse", 0.06), ("full_layers", (5, 7)))[: rng.integers(3)]
     arm = Arm("only reuse", 0.1 if rng.integers(2) else None, settings)
-    row = Result(arm, 12.5, 0.4, asked & (rng.random(asked.shape) < 0.5), asked)
+    row = Result(arm, Cost(12.5, 11.0, 0.4, 3e8), asked & (rng.random(asked.shape) < 0.5), asked, (0.5, 0.25))
     again = Result.from_dict(json.loads(json.dumps({**row.to_dict(), "interval": None, "categories": None})))
-    assert (again.arm, again.tokens, again.work) == (row.arm, row.tokens, row.work)
+    assert (again.arm, again.cost, again.ttft) == (row.arm, row.cost, row.ttft)
     assert np.array_equal(again.right, row.right) and np.array_equal(again.asked, row.asked)
+
+
+TIMED = [Arm(ALL_TOKENS), Arm(SUBSAMPLING, 0.25), Arm(SUBSAMPLING, 0.1)]
+
+
+@pytest.mark.parametrize("stop_at", range(VIDEOS * len(TIMED) + 1))
+def test_wherever_timing_is_stopped_the_rest_is_timed_and_nothing_twice(stop_at, counted, tmp_path, capsys):
+    file, whole, calls = tmp_path / "eval.json", stop_at // len(TIMED), VIDEOS * len(TIMED)
+    words = [*TOY, "--methods", "frame", "--retain-ratios", "0.25,0.1", "--json", str(file)]
+    counted.stop_at_call = stop_at
+    assert main(words) == (130 if stop_at < calls else 0)
+    said = f"has 3 of 3 rows, timed on {whole} video{'s' if whole > 1 else ''};" if whole else "has 3 of 3 rows;"
+    assert (said in " ".join(capsys.readouterr().err.split())) == (stop_at < calls)
+    before = json.loads(file.read_text())["results"]
+    assert [len(row["ttft"]) for row in before] == [whole] * len(TIMED)
+    counted.called, counted.stop_at_call = [], None
+    assert main([*words, "--resume"]) == 0
+    for row, earlier in zip(json.loads(file.read_text())["results"], before, strict=True):
+        assert len(row["ttft"]) == VIDEOS and row["ttft"][:whole] == earlier["ttft"]
+    # All rows on a video in turn.
+    asked = [question for _, question in counted.called]
+    assert [arm for arm, _ in counted.called] == TIMED * (VIDEOS - whole)
+    assert all(asked[i] == asked[i - i % len(TIMED)] for i in range(len(asked)))
+
+
+def test_rows_that_run_no_installed_code_are_not_timed(counted, tmp_path, capsys):
+    file = tmp_path / "eval.json"
+    words = [*TOY, "--retain-ratios", "0.1", "--json", str(file)]
+    assert main([*words, "--methods", "no tokens,random,average,earlytom paper"]) == 0
+    times = {row["method"]: len(row["ttft"]) for row in json.loads(file.read_text())["results"]}
+    assert times == {
+        **dict.fromkeys(("no tokens", "random tokens", "average pooling"), 0),
+        **dict.fromkeys((ALL_TOKENS, "earlytom paper", "earlytom paper, inner"), VIDEOS),
+    }
+    # More methods later: their videos are timed, and those of the others stay.
+    before, counted.called = json.loads(file.read_text())["results"], []
+    assert main([*words, "--methods", "earlytom paper,frame", "--resume"]) == 0
+    after = {row["method"]: row["ttft"] for row in json.loads(file.read_text())["results"]}
+    assert all(after[row["method"]] == row["ttft"] for row in before) and len(after[SUBSAMPLING]) == VIDEOS
+    assert {arm for arm, _ in counted.called} == {Arm(SUBSAMPLING, 0.1)}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +284,7 @@ def test_a_row_comes_back_as_it_was(seed, videos):
     ],
 )
 def test_rows_of_other_videos_or_options_are_refused(more, says, counted, tmp_path, capsys):
-    words = [*TOY, "--variant", "paper", "--retain-ratios", "0.1", "--json", str(tmp_path / "eval.json")]
+    words = [*TOY, "--methods", "only stage 2", "--retain-ratios", "0.1", "--json", str(tmp_path / "eval.json")]
     assert main(words) == 0
     words = words[:2] + words[4:] if more[0] == "--videos" else words
     assert main([*words, *more, "--resume"]) == 2
@@ -200,6 +311,11 @@ def test_rows_of_other_videos_or_options_are_refused(more, says, counted, tmp_pa
         (["--try", ""], "name at least one option"),
         (["--try", "retain_ratio=0.5"], "none of these takes all of it"),
         (["--noise", "-1"], "noise=-1.0: must be"),
+        (["--repeats", "-1"], "repeats=-1: must be"),
+        (["--method", "x"], "method='x': must be one of"),
+        (["--method", "earlytom"], "method='earlytom' with --toy, where methods are rows: name them with --methods"),
+        (["--inner-layer", "4"], "inner_layer=4: the language model has layers 0 to 3"),
+        (["--methods", "random", "--inner-layer", "2"], "inner_layer=2: none of these takes it"),
         (["--resume"], "--resume without --json FILE"),
     ],
 )
@@ -215,12 +331,12 @@ def test_mistakes_are_found_first(more, says, counted, monkeypatch, capsys):
 def test_how_long_it_takes_is_measured_and_said(monkeypatch, capsys):
     done = []
 
-    def evaluated(model, questions, arm, options=None, answered=lambda videos: None):
+    def evaluated(model, questions, arm, options=None, answered=lambda videos: None, compress=None):
         done.append((*arm[:2], len(questions.asked)))
         asked = np.ones((len(questions.asked), len(CATEGORIES)), bool)
-        return Result(arm, 1.0, 1.0, asked, asked)
+        return Result(arm, Cost(1.0, 1.0, 1.0, 1.0), asked, asked)
 
     monkeypatch.setattr(evaluate, "evaluate", evaluated)
-    assert main([*TOY, "--methods", "random", "--retain-ratios", "0.1"]) == 0
+    assert main([*TOY, "--methods", "random", "--retain-ratios", "0.1", "--repeats", "0"]) == 0
     assert "2 rows, 4 videos: less than a minute (measured with 4 of them)" in capsys.readouterr().err
     assert done == [(ALL_TOKENS, None, 1), (ALL_TOKENS, None, 4), (ALL_TOKENS, None, 4), ("random tokens", 0.1, 4)]

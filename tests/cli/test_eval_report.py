@@ -1,5 +1,6 @@
 """The tables of ``earlytom eval --tasks``: averages, shares of the full model's score, and what is left open."""
 
+import dataclasses
 import json
 
 import pytest
@@ -53,6 +54,23 @@ def test_work_of_reused_patches_is_what_earlytom_flops_counts_with_the_same_shar
     assert status == 0 and report.rows()[1]["tflop"] == pytest.approx(other["total"] / 1e12)
     ((_, _, _), (_, headings, rows)) = report.sections()
     assert [row[headings.index("patches")] for row in rows] == ["–", "25.0%"]
+
+
+@pytest.mark.parametrize(
+    "options, name, row",
+    [
+        ({"method": "visionzip"}, "visionzip", "VisionZip"),
+        ({"method": "holitom", "inner_layer": 18}, "holitom, inner", "HoliTom"),
+        ({"variant": "paper", "inner_layer": 18}, "earlytom paper, inner", "EarlyTom + inner"),
+    ],
+)
+def test_work_of_methods_and_inner_merging_is_what_earlytom_flops_counts(earlytom, options, name, row):
+    status, printed, _ = earlytom("flops", "--retain-ratios", "0.1", "--json", "-")
+    other = {each["method"]: each["total"] for each in json.loads(printed)["rows"]}
+    cut = cell("a", 0.1, 0.4, left=1.0 if "method" in options else None)
+    rows = Report([cell("a", None, 0.5), dataclasses.replace(cut, options=options)], SHAPE, None).rows()
+    assert rows[1]["method"] == name
+    assert status == 0 and rows[1]["tflop"] == pytest.approx(other[row] / 1e12, rel=1e-5)
 
 
 def test_shares_and_percentages_are_averaged_as_percentages():

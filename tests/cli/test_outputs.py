@@ -136,7 +136,7 @@ VIDEO = {"frames": [32, 24, 18, 14], "tokens": [6272, 627]}
 
 def tables():
     """What run --compare, explain, compare and demo print, with long contents."""
-    report = {"videos": [VIDEO], "prompt": [6300, 655], "merge_layers": [6, 21, 23], "full_layers": []}
+    report = {"videos": [VIDEO], "prompt": [6300, 655], "inside": [], "merge_layers": [6, 21, 23], "full_layers": []}
     arms = [Arm(list(answer), "a word " * 20, 12.3, 1.2) for answer in ([1, 2, 3], [1, 2, 4])]
     costs = [Cost(tokens, tokens, 1e13, 1.2, 1 << 30, 1 << 30, 1 << 30) for tokens in (6272, 627)]
     one = Summary(Setting("plus", 0.1), 100, 90, 80, 81, 0.0123, 627.0, 6272.0, 0.3, 1.2)

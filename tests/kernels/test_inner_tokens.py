@@ -241,6 +241,24 @@ def test_a_mask_keeps_what_is_left_and_hides_padding(rows, length, kind, one_for
                 assert bool(visible[row, 0, i, j]) == expected
 
 
+@operator_settings
+@given(prompts(), native_dtypes, layouts, st.booleans(), seeds)
+def test_what_lies_along_the_prompt_is_taken_of_each_row(longer, dtype, layout, one_for_all, seed):
+    slots, _ = planned(longer, 0.5)
+    kept = slots.clamp_min(-1)
+    rows, length = longer.shape
+    table = torch.randn(1 if one_for_all else rows, length, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    taken = ops.take_inner_positions(laid_out(table, layout), kept)
+    assert taken.shape == (*kept.shape, 3) and taken.dtype == dtype
+    again = kept[:, : max(1, kept.shape[1] // 2)].clamp_max(kept.shape[1] - 1)
+    whole = ops.kept_of_kept(kept, again)
+    for row in range(rows):
+        for place, position in enumerate(kept[row].tolist()):
+            assert torch.equal(taken[row, place], table[row % len(table), max(position, 0)])
+        expected = [-1 if place < 0 else int(kept[row, place]) for place in again[row].tolist()]
+        assert whole[row].tolist() == expected
+
+
 def test_wrong_input_is_refused_by_name():
     hidden, scores, numbers = torch.ones(1, 3, 2), torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="merge='sum'; use one of 'mean', 'sequential', 'drop'"):

@@ -239,9 +239,7 @@ class TestGenerate:
     def test_ids_as_inputs(self, model):
         call = Call.of(model, [[TEXT, VIDEO, TEXT]])
         tokens = generated(compiled(model), call)
-        by_name = model.generate(
-            inputs=call.ids, **call.arguments(), max_new_tokens=4, do_sample=False, pad_token_id=0
-        )
+        by_name = model.generate(inputs=call.ids, **call.arguments(), max_new_tokens=4, do_sample=False, pad_token_id=0)
         assert torch.equal(by_name, tokens)
 
     def test_a_picture_of_one_row_and_a_video_of_the_next(self, model):

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from earlytom_compile.integrations.preprocess import conversation, load_processor
-from earlytom_compile.toyworld.answers import answer_logits, normalized
+from earlytom_compile.toyworld.answers import answer_logits, generated, normalized, prompt_ids, prompt_length
 from earlytom_compile.toyworld.batches import END, IDS, rows_of
-from earlytom_compile.toyworld.model import VIDEO_TOKENS, build_model, save
+from earlytom_compile.toyworld.installed import Installed
+from earlytom_compile.toyworld.model import VIDEO_TOKENS, WEIGHTS, build_model, save
 from earlytom_compile.toyworld.questions import all_questions
 from earlytom_compile.toyworld.world import sample_video
 
@@ -83,3 +85,42 @@ def test_a_question_does_not_see_the_one_before(model, videos):
     other, _ = answer_logits(model, tokens, rows_of([[second, third]]))
     torch.testing.assert_close(behind[2:], other[2:], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(behind[:2], other[:2], atol=1e-5)
+
+
+def test_what_generate_says_to_many_questions_is_what_the_rows_say(model, videos):
+    """Where nothing happens inside the language model, both ways to ask are one; the model is random, and its answers
+    differ by question."""
+    compress = Installed(model, {"retain_ratio": 0.5})
+    said = []
+    for video in videos:
+        asked = all_questions(video)
+        tokens = compress(normalized(torch.from_numpy(video.frames()))).tokens
+        logits, _ = answer_logits(model, [tokens], rows_of([asked]))
+        assert generated(compress.model, tokens, asked) == logits[::2].argmax(-1).tolist()
+        said += logits[::2].argmax(-1).tolist()
+    assert len(set(said)) > 2
+
+
+def test_generate_answers_with_tokens_left_out_inside_as_it_does_from_pixels(processor, videos):
+    """With the video as pixels, each question alone; of the trained model, some of whose answers that changes."""
+    trained = LlavaOnevisionForConditionalGeneration.from_pretrained(WEIGHTS).eval()
+    compress = Installed(trained, {"retain_ratio": 1.0, "inner_layer": 1, "inner_drop_ratio": 0.95})
+    changed = 0
+    for video in videos[:2]:
+        asked = all_questions(video)[:4]
+        tokens = compress(normalized(torch.from_numpy(video.frames()))).tokens
+        found = generated(compress.model, tokens, asked)
+        alone = [inputs_for(processor, video, question) for question in asked]
+        said = [compress.model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1] for inputs in alone]
+        assert found == said
+        logits, _ = answer_logits(trained, [tokens], rows_of([asked]))
+        changed += found != logits[::2].argmax(-1).tolist()
+    assert changed
+
+
+def test_a_prompt_is_that_of_the_processor(processor, videos):
+    for question in all_questions(videos[1]):
+        assert inputs_for(processor, videos[1], question)["input_ids"][0].tolist() == prompt_ids(
+            question, VIDEO_TOKENS + 1
+        )
+        assert prompt_length(question, 13) == len(prompt_ids(question, 14)) == len(prompt_ids(question, 0)) + 14

@@ -15,9 +15,10 @@ from earlytom_compile.cli.main import main
 from earlytom_compile.toyworld import report
 from earlytom_compile.toyworld.answers import answer_logits
 from earlytom_compile.toyworld.checkpoint import build_model
-from earlytom_compile.toyworld.evaluate import Arm, Result, arms, evaluate, load_questions
+from earlytom_compile.toyworld.evaluate import Arm, Cost, Result, arms, evaluate, load_questions
+from earlytom_compile.toyworld.installed import REUSE
 from earlytom_compile.toyworld.language import build_tokenizer
-from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, REUSE, STAGE_1, method
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, method
 from earlytom_compile.toyworld.model import SHAPE, save
 from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.toyworld.world import sample_video
@@ -25,8 +26,9 @@ from earlytom_compile.toyworld.world import sample_video
 
 @pytest.fixture(scope="module")
 def model():
-    # What is counted and written does not depend on how deep the model is that is compiled for every arm.
-    return build_model(replace(SHAPE, vision_layers=3, text_layers=1), build_tokenizer(), seed=5).eval()
+    # What is counted and written does not depend on how deep the model is that is compiled for every arm; rows with
+    # inner merging need a layer before the one where tokens merge.
+    return build_model(replace(SHAPE, vision_layers=3, text_layers=2), build_tokenizer(), seed=5).eval()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def questions():
 
 
 def result_of(right, asked):
-    return Result(Arm("some", 0.1), 13.0, 0.5, np.array(right, bool), np.array(asked, bool))
+    return Result(Arm("some", 0.1), Cost(13.0, 11.5, 0.5, 4e8), np.array(right, bool), np.array(asked, bool))
 
 
 def test_questions_are_the_same_in_every_run(questions):
@@ -122,7 +124,8 @@ def test_arms_are_all_methods_at_all_ratios():
 def test_options_reach_the_methods(model, questions):
     never = evaluate(model, questions, Arm(STAGE_1), {"tau_merge": 2.0})
     sometimes = evaluate(model, questions, Arm(STAGE_1))
-    assert never.tokens == 128 > sometimes.tokens and never.work == 1 > sometimes.work
+    assert never.cost.tokens == 128 > sometimes.cost.tokens and never.cost.work == 1 > sometimes.cost.work
+    assert never.cost.flops > sometimes.cost.flops
 
 
 def test_tokens_and_accuracy_of_a_chunked_run_are_those_of_one_chunk(model, questions, monkeypatch):
@@ -173,7 +176,8 @@ def test_what_was_not_asked_is_a_dash_and_one_is_not_many(questions):
     few.asked[:] = [[q for q in asked_about if q.category == CATEGORIES[0]] for asked_about in few.asked]
     full = replace(result_of(asked, asked), arm=Arm(ALL_TOKENS))
     cells, guessing = report.rows([full], few)
-    assert cells[3:] == ("50.0%", "100.0 (100.0-100.0)", "", "100.0", "–", "–", "–", "–")
+    assert cells[2:7] == ("13", "11.5", "50.0%", "400", "–")
+    assert cells[7:] == ("100.0 (100.0-100.0)", "", "100.0", "–", "–", "–", "–")
     assert guessing[-4:] == ("–",) * 4
     text = report.to_markdown([full], few, {"command": "c"})
     assert "nan" not in text and "3 questions about 3 videos" in text
@@ -207,7 +211,9 @@ def test_the_command_evaluates_every_arm_and_writes_what_it_prints(model, tmp_pa
     printed = capsys.readouterr().out
     for name in (ALL_TOKENS, NO_TOKENS, STAGE_1, *METHODS, "guessing"):
         assert name in printed and f"| {name} |" in table
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"accuracy.png", "categories.png", "encoder.png"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "cost.png", "accuracy.png", "categories.png", "encoder.png",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from oracle_reuse import ReusingEncoder
 from earlytom_compile import reference
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.errors import EarlyTomConfigError
-from earlytom_compile.toyworld import methods
+from earlytom_compile.toyworld import installed, methods
 from earlytom_compile.toyworld.answers import normalized
 from earlytom_compile.toyworld.checkpoint import build_model as build_tiny_model
 from earlytom_compile.toyworld.language import build_tokenizer
@@ -57,13 +57,14 @@ QUICK = {(0.2, "released"), (0.15, "plus"), (0.1, "paper")}
 )
 @torch.no_grad()
 def test_the_installed_code_agrees_with_hooks_and_specification(shallow, videos, variant, ratio):
-    name = methods.PLUS_MERGING if variant == "plus" else f"earlytom {variant}"
+    name = installed.PLUS_MERGING if variant == "plus" else f"earlytom {variant}"
     compress = methods.method(name, shallow, ratio)
     config = EarlyTomConfig(retain_ratio=ratio, variant=variant, reuse=False)
     for pixels in videos:
         found, expected = compress(pixels), methods.two_stages(shallow, config, pixels)
         torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-5, atol=1e-6)
         assert found.work == expected.work < 1
+        assert found.flops == expected.flops  # of layers, similarities and scores, by two ways of counting
 
 
 def reused(model, pixels, **options):
@@ -88,7 +89,7 @@ def reused(model, pixels, **options):
 )
 @torch.no_grad()
 def test_reuse_alone_keeps_every_token_and_costs_what_is_computed(shallow, videos, given):
-    compress = methods.method(methods.REUSE, shallow, 0.1, **given)
+    compress = methods.method(installed.REUSE, shallow, 0.1, **given)
     for pixels in videos:
         tokens, work = reused(shallow, pixels, **{"tau_reuse": 0.03, **given})
         found = compress(pixels)
@@ -115,9 +116,9 @@ EVERY = {"tau_seg": 0.5, "max_window": 4, "tau_merge": 0.9, "tau_reuse": 0.1, "f
     [
         (("earlytom paper", "earlytom released"), {}, {"tau_seg", "max_window", "tau_merge"}),
         (("earlytom paper",), {"reuse": True}, {"reuse", "tau_seg", "max_window", "tau_reuse", "full_layers"}),
-        (("earlytom plus", methods.REUSE), {}, {"tau_reuse", "full_layers"}),
+        (("earlytom plus", installed.REUSE), {}, {"tau_reuse", "full_layers"}),
         (("earlytom plus",), {"reuse": False}, {"reuse", "tau_seg", "max_window", "tau_merge"}),
-        ((methods.PLUS_MERGING,), {"reuse": True}, {"tau_seg", "max_window", "tau_merge"}),
+        ((installed.PLUS_MERGING,), {"reuse": True}, {"tau_seg", "max_window", "tau_merge"}),
         ((methods.STAGE_1, "only stage 2", "random tokens"), {"reuse": True}, {"tau_seg", "tau_merge"}),
         ((methods.ALL_TOKENS, "frame subsampling", "average pooling"), {"reuse": True}, set()),
     ],
@@ -126,7 +127,7 @@ def test_each_method_takes_what_means_something_to_it(names, reuse, takes):
     for name in names:
         found = methods.taken(name, {**EVERY, **reuse})
         assert found == {option: value for option, value in {**EVERY, **reuse}.items() if option in takes}
-        EarlyTomConfig.from_options({**methods.INSTALLED.get(name, {}), **found})  # refuses what has no effect
+        EarlyTomConfig.from_options({**(installed.own_options(name) or {}), **found})  # refuses what has no effect
 
 
 @pytest.mark.long  # compiles twice; the ratio and the variant reach it in the test above
@@ -153,28 +154,28 @@ def test_how_many_tokens_each_leaves(model, videos, ratio):
 
 def test_all_tokens_are_the_models_own(model, videos):
     compress = methods.method(methods.ALL_TOKENS, model, 0.1)
-    tokens, work = compress(videos[0])
+    tokens, work, _ = compress(videos[0])
     torch.testing.assert_close(tokens, uncompressed(model, videos[0]), rtol=1e-5, atol=1e-6)
     nothing = methods.method(methods.NO_TOKENS, model, 0.1)(videos[0])
-    assert work == 1 and len(nothing.tokens) == nothing.work == 0
+    assert work == 1 and len(nothing.tokens) == nothing.work == nothing.flops == 0
 
 
 def test_frame_subsampling_takes_whole_frames_from_the_middle_of_equal_parts(model, videos):
-    kept, work = methods.method("frame subsampling", model, 0.25)(videos[1])
+    kept, work, _ = methods.method("frame subsampling", model, 0.25)(videos[1])
     assert work == 2 / 8
     every = uncompressed(model, videos[1]).view(8, 16, -1)
     torch.testing.assert_close(kept, every[[2, 6]].flatten(0, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_average_pooling_averages_blocks(model, videos):
-    kept, _ = methods.method("average pooling", model, 0.25)(videos[1])
+    kept, _, _ = methods.method("average pooling", model, 0.25)(videos[1])
     every = uncompressed(model, videos[1]).view(8, 2, 2, 2, 2, -1)  # frame, row, in block, column, in block
     torch.testing.assert_close(kept, every.mean((2, 4)).flatten(0, 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["only stage 2", "frame subsampling"])
 def test_what_selects_without_merging_takes_tokens_as_they_are(model, videos, name):
-    kept, work = methods.method(name, model, 0.1)(videos[2])
+    kept, work, _ = methods.method(name, model, 0.1)(videos[2])
     assert work == (1 if name == "only stage 2" else 1 / 8)
     # Through a matrix product, as cdist computes large ones, equal rows would be 1e-2 apart.
     distances = torch.cdist(kept, uncompressed(model, videos[2]), compute_mode="donot_use_mm_for_euclid_dist")
@@ -204,7 +205,7 @@ def test_top_k_takes_the_most_attended_of_every_frame(model, videos):
 
 def test_only_stage_1_keeps_every_token_of_the_frames_left(model):
     still = normalized(torch.from_numpy(sample_video("test", 0).frames()))[:1].expand(8, -1, -1, -1)
-    kept, work = methods.method(methods.STAGE_1, model, 0.1)(still)
+    kept, work, _ = methods.method(methods.STAGE_1, model, 0.1)(still)
     # 8 equal frames: 6 middle ones pair to 3, then 5 -> (1 + 1 + 1 of 3) 4.
     assert len(kept) == 16 * 4
     # Frames merge behind layers 1 and 6 of 0 to 7.

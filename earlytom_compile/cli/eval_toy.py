@@ -1,0 +1,250 @@
+"""``earlytom eval --toy``: every way to fewer tokens beside the others, on a small model that really answers.
+
+Draw the videos of a split -> ask about each, with all tokens and with what each method leaves -> time the first tokens,
+all methods on a video in turn -> table.
+
+A row is saved as soon as it is counted, and every row once more with each video that was timed.
+"""
+
+import argparse
+import functools
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..benchmarks.environment import environment
+from ..benchmarks.forecast import compilation, in_words
+from ..config import EarlyTomConfig
+from ..errors import EarlyTomConfigError
+from ..words import counted
+from .loading import open_checkpoint, progress_bars, require_layers
+from .options import read_settings
+from .outputs import STANDARD_OUTPUT, output_console, write_text
+from .resume import saved_content, stopped
+
+_FILE_WIDTH = 190  # columns, where nobody watches
+_PIECE = 20  # videos that are asked about to say how long all take
+_PROMPT_TRACED = 2.0  # seconds for each kind of prompt whose tokens go inside: of one question, and of several
+
+
+def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Every method at every ratio."""
+    try:
+        from ..toyworld import evaluate, plots, report
+        from ..toyworld.model import WEIGHTS
+    except ImportError as error:
+        raise EarlyTomConfigError(f"{error}: pip install '.[toy]' in the repository brings what it needs.") from error
+    progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
+    settings = [read_settings(text) for text in arguments.try_]
+    arms = evaluate.arms(arguments.retain_ratios, _methods(arguments), settings)
+    _refuse_what_does_nothing(arguments, options, arms)
+    checkpoint = open_checkpoint(str(arguments.model or WEIGHTS), device=arguments.device)
+    _require_layers(checkpoint.config, arms, options)
+    about = {**environment(checkpoint.device), **_asked(arguments, options)}
+    rows = _Rows(arguments, arms, about, saved_content(arguments, about, progress_on))
+    model: Any = checkpoint.load(progress_on).model
+    try:
+        questions = _draw(arguments, progress_on)
+        rows.questions = questions
+        _count(arguments, model, questions, rows, options, progress_on)
+        _time(arguments, model, questions, rows, options, progress_on)
+    except KeyboardInterrupt:
+        raise stopped(arguments, rows.told()) from None
+    console.print(report.table(rows.finished, questions))
+    rows.write(last=True)
+    if arguments.markdown:
+        write_text(arguments.markdown, report.to_markdown(rows.finished, questions, about))
+    if arguments.plot:
+        for path in plots.write_plots(rows.finished, Path(arguments.plot)):
+            console.print(f"wrote {path}")
+
+
+class _Rows:
+    """What was asked for, and what is known of it; saved as soon as there is more."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, arms: list[Any], about: dict[str, Any], saved: dict[str, Any]
+    ) -> None:
+        from ..toyworld.evaluate import Result
+
+        self.arms = arms
+        self.made: dict[Any, Any] = {}  # methods by row, since making one traces the model
+        self.questions: Any = None
+        self._arguments = arguments
+        self._about = about
+        # What the file has from before stays in it, whatever this run comes to.
+        self._known = {row.arm: row for row in map(Result.from_dict, saved.get("results", ()))}
+
+    @property
+    def finished(self) -> list[Any]:
+        """Of the rows that were asked for, in their order."""
+        return [self._known[arm] for arm in self.arms if arm in self._known]
+
+    @property
+    def missing(self) -> list[Any]:
+        """Those that nobody counted yet."""
+        return [arm for arm in self.arms if arm not in self._known]
+
+    def add(self, row: Any) -> None:
+        """One that is counted."""
+        self._known[row.arm] = row
+        self.write()
+
+    def add_times(self, seconds: dict[Any, tuple[float, ...]]) -> None:
+        """Seconds to the first token by row, as far as they are known."""
+        for arm, ttft in seconds.items():
+            self._known[arm] = replace(self._known[arm], ttft=ttft)
+        self.write()
+
+    def write(self, last: bool = False) -> None:
+        """To the standard output only what comes ``last``."""
+        from ..toyworld import report
+
+        file = self._arguments.json
+        if file and (last or file != STANDARD_OUTPUT):
+            others = [row for arm, row in self._known.items() if arm not in self.arms]
+            content = report.to_dict([*self.finished, *others], self.questions, self._about)
+            write_text(file, json.dumps(content, indent=2) + "\n")
+
+    def told(self) -> str:
+        """What is there, for somebody who stopped it."""
+        if not self.finished:
+            return ""
+        timed = min((len(row.ttft) for row in self.finished if row.ttft), default=0)
+        times = f", timed on {counted(timed, 'video')}" if timed else ""
+        return f"{len(self.finished)} of {counted(len(self.arms), 'row')}{times}"
+
+
+def _draw(arguments: argparse.Namespace, progress_on: Console) -> Any:
+    from ..toyworld import evaluate
+
+    with progress_bars(progress_on) as progress:
+        task = progress.add_task("drawing videos", total=arguments.videos)
+        return evaluate.load_questions(
+            arguments.split,
+            arguments.first,
+            arguments.videos,
+            lambda: progress.advance(task),
+            encoded=arguments.encoded,
+            noise=arguments.noise,
+        )
+
+
+def _count(
+    arguments: argparse.Namespace, model: Any, questions: Any, rows: _Rows, options: dict[str, Any], console: Console
+) -> None:
+    """Right answers of every row that is missing."""
+    from ..toyworld import evaluate, report
+
+    missing = rows.missing
+    with progress_bars(console) as progress:
+        progress.add_task(f"timing {_PIECE} videos", total=None)
+        _say_how_long(model, questions, missing, min(arguments.repeats, arguments.videos), console)
+        for arm in missing:
+            ratio = "" if arm.retain_ratio is None else f", {arm.retain_ratio:.0%}"
+            task = progress.add_task(report.label(arm) + ratio, total=arguments.videos)
+            answered = functools.partial(progress.advance, task)
+            rows.made[arm] = evaluate.made(model, arm, options)
+            rows.add(evaluate.evaluate(model, questions, arm, options, answered, rows.made[arm]))
+
+
+def _time(
+    arguments: argparse.Namespace, model: Any, questions: Any, rows: _Rows, options: dict[str, Any], console: Console
+) -> None:
+    """The first tokens of the rows that can be called, of as many videos as were asked for."""
+    from ..toyworld import evaluate, timing
+
+    videos = min(arguments.repeats, arguments.videos)
+    known = {row.arm: row.ttft for row in rows.finished}
+    if not videos or all(len(known[arm]) >= videos for arm in rows.arms if timing.can_be_called(arm)):
+        return
+    with progress_bars(console) as progress:
+        task = progress.add_task("first tokens: tracing", total=None)
+        called = [arm for arm in rows.arms if timing.can_be_called(arm)]
+        made = {arm: rows.made.get(arm) or evaluate.made(model, arm, options) for arm in called}
+        calls = {arm: timing.first_token(model, arm, made[arm]) for arm in called}
+
+        def save(seconds: dict[Any, tuple[float, ...]]) -> None:
+            rows.add_times(seconds)
+            done = min(map(len, seconds.values()))
+            progress.update(task, description="first tokens", total=videos, completed=done)
+
+        timing.timed(calls, questions, known, videos, model.device, save)
+
+
+def _require_layers(config: Any, arms: list[Any], options: dict[str, Any]) -> None:
+    """Raise :class:`EarlyTomConfigError` for layers that the model does not have."""
+    from ..toyworld.evaluate import options_of
+    from ..toyworld.installed import inner_options
+
+    layers = config.text_config.num_hidden_layers
+    for arm in arms:
+        given = options_of(arm, options)
+        require_layers(config, given)
+        EarlyTomConfig.from_options({**inner_options(arm.method, layers), **given}).steps_inside(layers)
+
+
+def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """What an answer depends on beside the machine and the row."""
+    return {
+        "split": arguments.split,
+        "first video": arguments.first,
+        "videos": arguments.videos,
+        "encoded": arguments.encoded,
+        "noise": arguments.noise,
+        "model": arguments.model or "the one that comes along",
+        "options": options,
+    }
+
+
+def _say_how_long(model: Any, questions: Any, arms: list[Any], timed: int, progress_on: Console) -> None:
+    """A few videos are asked about with all tokens, which costs about what other rows do; and one question as it is
+    asked where tokens leave inside the language model, and where first tokens are timed."""
+    from ..toyworld import evaluate, installed, timing
+
+    few = questions.first(_PIECE)
+    everything = evaluate.Arm(evaluate.ALL_TOKENS)
+    evaluate.evaluate(model, questions.first(1), everything)  # the first call is no measure
+    start = time.perf_counter()
+    evaluate.evaluate(model, few, everything)
+    row = (time.perf_counter() - start) / len(few.asked) * len(questions.asked)
+    ((call,),) = timing.timed(
+        {everything: timing.first_token(model, everything, evaluate.made(model, everything, {}))},
+        few,
+        {},
+        1,
+        model.device,
+    ).values()
+    layers = model.config.vision_config.num_hidden_layers
+    by_call = [arm for arm in arms if timing.can_be_called(arm)]
+    compiled = sum(installed.own_options(arm.method) is not None for arm in arms)
+    inside = sum(installed.reduces_inside(arm.method) for arm in arms)
+    seconds = row * len(arms) + call * (len(by_call) * timed + inside * len(questions.asked))
+    seconds += compiled * compilation("earlytom", layers, "eager") + inside * _PROMPT_TRACED * (2 if timed else 1)
+    progress_on.print(
+        f"{counted(len(arms), 'row')}, {counted(len(questions.asked), 'video')}: {in_words(seconds)} (measured with "
+        f"{len(few.asked)} of them)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _methods(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    return (f"earlytom {arguments.variant}",) if "variant" in arguments.given else arguments.methods
+
+
+def _refuse_what_does_nothing(arguments: argparse.Namespace, options: dict[str, Any], arms: list[Any]) -> None:
+    """Raise :class:`EarlyTomConfigError` for options that no chosen method takes."""
+    from ..toyworld.methods import taken
+
+    names = ", ".join(dict.fromkeys(arm.method for arm in arms))
+    if "retain_ratios" in arguments.given and all(arm.retain_ratio is None for arm in arms):
+        raise EarlyTomConfigError(f"retain_ratios: none of these has a ratio: {names}.")
+    for option in options:
+        if not any(option in taken(arm.method, options) for arm in arms):
+            raise EarlyTomConfigError(f"{option}={options[option]!r}: none of these takes it: {names}.")

@@ -1,0 +1,83 @@
+"""The time to the first token of the rows that can be called as users call a model: one video, one question.
+
+    calls = {arm: first_token(model, arm, made(model, arm, options)) for arm in arms if can_be_called(arm)}
+    timed(calls, questions, {}, 20, model.device)      # -> {arm: (0.015, 0.016, ...), ...}, seconds by video
+
+All rows answer about a video in turn, so that whatever else the machine does meets all of them alike. Nothing is
+compiled by Inductor: rows differ in what they compute alone. A model as small as this one has little to compute, and
+most of its time is what any call takes.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from earlytom_compile.benchmarks.measure import timed as seconds_of
+from earlytom_compile.config import EarlyTomConfig
+from earlytom_compile.toyworld.answers import FIRST_TOKEN, normalized, prompt_ids
+from earlytom_compile.toyworld.evaluate import Arm, Questions, options_of
+from earlytom_compile.toyworld.installed import Compress, Installed, Model, own_options
+from earlytom_compile.toyworld.methods import ALL_TOKENS, SUBSAMPLING, middle_frames
+from earlytom_compile.toyworld.model import POOLED
+from earlytom_compile.toyworld.questions import Question
+
+Call = Callable[[torch.Tensor, Question], torch.Tensor]
+"""From the pixels of a video, [8, 3, 96, 96], and a question about it to the prompt with the first new token."""
+_WARM_UP = 2  # calls of each: the first one traces the model
+
+
+def can_be_called(arm: Arm) -> bool:
+    """Whether ``generate`` runs it; what is written with hooks takes a time that says nothing."""
+    return arm.method in (ALL_TOKENS, SUBSAMPLING) or own_options(arm.method) is not None
+
+
+def first_token(model: Model, arm: Arm, compress: Compress) -> Call:
+    """``generate`` of one token, for an arm that :func:`can_be_called` and the method that was :func:`made` of it."""
+    if isinstance(compress, Installed):
+        return partial(_generate, compress.model)
+    if arm.method == SUBSAMPLING:
+        config = EarlyTomConfig.from_options(options_of(arm, {}))
+        return lambda pixels, question: _generate(model, middle_frames(config, pixels), question)
+    return partial(_generate, model)
+
+
+def _generate(model: Any, pixels: torch.Tensor, question: Question) -> torch.Tensor:
+    ids = torch.tensor([prompt_ids(question, len(pixels) * POOLED**2 + 1)], device=pixels.device)
+    said: torch.Tensor = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=pixels[None], **FIRST_TOKEN
+    )
+    return said
+
+
+@torch.no_grad()
+def timed(
+    calls: Mapping[Arm, Call],
+    questions: Questions,
+    known: Mapping[Arm, tuple[float, ...]],
+    videos: int,
+    device: torch.device,
+    save: Callable[[dict[Arm, tuple[float, ...]]], None] = lambda seconds: None,
+) -> dict[Arm, tuple[float, ...]]:
+    """Seconds of the first question about each of the first ``videos``, by row; those that are ``known`` stay.
+
+    ``save`` gets all of them after each video.
+    """
+    found = {arm: tuple(known.get(arm, ())) for arm in calls}
+    missing = [arm for arm in calls if len(found[arm]) < videos]
+    for arm in missing:
+        for _ in range(_WARM_UP):
+            calls[arm](*_asked(questions, 0, device))
+    for number in range(videos):
+        pixels, question = _asked(questions, number, device)
+        for arm in missing:
+            if len(found[arm]) == number:
+                seconds, _ = seconds_of(partial(calls[arm], pixels, question), device)
+                found[arm] = (*found[arm], seconds)
+        save(dict(found))
+    return found
+
+
+def _asked(questions: Questions, number: int, device: torch.device) -> tuple[torch.Tensor, Question]:
+    return normalized(questions.frames[number].to(device)), questions.asked[number][0]
