@@ -9,7 +9,7 @@ from sizes that are known.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +63,9 @@ class NewSizes:
         changed: the new size of each axis that changes, as an expression; nodes are symbols of their name.
     """
 
-    def __init__(self, axes: AxisMap, resized: Sequence[ResizedAxis]) -> None:
+    def __init__(self, axes: AxisMap, resized: Sequence[ResizedAxis], as_before: Container[Node] = ()) -> None:
         self.axes = axes
+        self.as_before = as_before
         self.changed: dict[Dim, sympy.Expr] = {}
         self.names: dict[Dim, str] = {}
         self.declared: dict[Dim, ResizedAxis] = {}
@@ -151,6 +152,8 @@ class NewSizes:
     def _check_numbers(self) -> None:
         symbols = set().union(*(dim.size.expr.free_symbols for dim in self.changed))
         for use in self.axes.sizes_as_values:
+            if use.node in self.as_before:
+                continue
             if isinstance(use.number, int):
                 self._check_divisor(use.node, Size.of(use.number))
                 continue

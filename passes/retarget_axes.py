@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,18 @@ from earlytom_compile.passes.new_sizes import Combined, NewSizes, Plan, ResizedA
 log = logging.getLogger(__name__)
 
 
-def retarget_axes(graph_module: GraphModule, axes: Sequence[ResizedAxis], wanted: Iterable[Node] = ()) -> int:
+def retarget_axes(
+    graph_module: GraphModule,
+    axes: Sequence[ResizedAxis],
+    wanted: Iterable[Node] = (),
+    as_before: Container[Node] = (),
+) -> int:
     """Rewrites every argument that spells the size of a changed axis, or of one computed from it.
 
     Pass all changed axes in one call. Dead code, which nobody keeps right, is removed; the graph is sorted again
     (a size may be needed before the place where it is computed), linted and recompiled. ``wanted`` are nodes that
-    somebody is going to read although nobody does yet.
+    somebody is going to read although nobody does yet; ``as_before`` are nodes to which a number that could be the old
+    size of an axis means the old size.
 
     Returns:
         The number of rewritten arguments.
@@ -47,7 +53,7 @@ def retarget_axes(graph_module: GraphModule, axes: Sequence[ResizedAxis], wanted
     for axis in axes:
         starts[axis.node].append(axis.dim)
     inferred = AxisMap.infer(graph_module, starts, skip=dead)
-    sizes = NewSizes(inferred, axes)
+    sizes = NewSizes(inferred, axes, as_before)
     if not sizes.changed:
         return 0
     sizes.check()

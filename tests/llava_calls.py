@@ -202,9 +202,12 @@ def generated(model, call: Call, new: int | None = 4, **kwargs) -> Tensor:
     )
 
 
-def check_generate(model, call: Call, new: int = 4, **options) -> None:
-    """The new tokens, and nothing but them, are those of the oracle, and so are their logits."""
-    tokens, logits = compressed_steps(model, expected(model, call, **options), new)
+def check_generate(model, call: Call, new: int = 4, oracle: dict[str, Any] | None = None, **options) -> None:
+    """The new tokens, and nothing but them, are those of the oracle, and so are their logits. ``oracle``: options that
+    it alone has."""
+    oracle = oracle or {}
+    prompt = expected(model, call, **options, **oracle)
+    tokens, logits = compressed_steps(model, prompt, new, oracle.get("steps", ()))
     output = generated(compiled(model, **options), call, new, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(output.sequences, tokens)
     torch.testing.assert_close(torch.stack(output.logits, dim=1), logits, **CLOSE_LOGITS)

@@ -34,7 +34,7 @@ class _Sequence:
 def reduced_logits(model, embeddings: Tensor, video_of: Sequence[int], steps, prompt: int | None = None) -> Tensor:
     """``[L', vocab]`` of one row ``[L, D]``, whose first ``prompt`` positions are the prompt."""
     assert prompt in (None, len(video_of))
-    text = model.model.language_model
+    text = getattr(model.model, "language_model", model.model)  # LLaVA's own has no model around it
     state = _Sequence(embeddings, list(range(len(embeddings))), list(video_of), len(video_of) - 1)
     entered = {video: list(video_of).count(video) for video in set(video_of) - {-1}}
     paid = None

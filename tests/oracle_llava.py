@@ -16,6 +16,8 @@ from unittest import mock
 
 import torch
 from oracle import Options, encoder_of
+from oracle_inner import reduced_logits
+from oracle_reuse import ReusingEncoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,13 +40,15 @@ class LlavaVideo:
 @dataclass(frozen=True)
 class LlavaPrompt:
     """A batch with everything in its place: embeddings ``[R, S', C]``; mask, labels and positions ``[R, S']`` where the
-    caller gave any; rows without their padding; the videos of all rows."""
+    caller gave any; rows without their padding, and for each of their positions the number of the video in the row that
+    it belongs to, -1 for none; the videos of all rows."""
 
     embeddings: Tensor
     mask: Tensor | None
     labels: Tensor | None
     positions: Tensor | None
     rows: list[Tensor]
+    video_of: list[list[int]]
     videos: list[LlavaVideo] = field(default_factory=list)
 
 
@@ -56,6 +60,8 @@ def compressed_video(model, pixels: Tensor, **options) -> LlavaVideo:
     """``pixels [F, 3, H, W]``: encode with merging, project, pool, select, put newlines between. ``options``: the
     fields of Options, by name."""
     chosen = Options(**options)
+    if chosen.keep is not None:
+        return _kept_by_method(model, pixels, chosen)
     layers = _layers(model)
     merge_layers = chosen.merge_layers
     if merge_layers is None:
@@ -80,6 +86,26 @@ def compressed_video(model, pixels: Tensor, **options) -> LlavaVideo:
         kept=kept,
         frames_after=encoder.frames_after,
     )
+
+
+def _kept_by_method(model, pixels: Tensor, chosen: Options) -> LlavaVideo:
+    """The same where no frames merge, no patch is reused, and another method selects."""
+    layers = _layers(model)
+    encoder = ReusingEncoder(
+        layers,
+        pixels,
+        model.get_vision_tower().config.patch_size,
+        tau_reuse=chosen.tau_reuse,
+        full_layers=range(len(layers)),
+        importance_layer=range(len(layers))[chosen.scored_layer],
+    )
+    with encoder.hooked():
+        features = model.get_2dPool(model.encode_images(pixels))
+    importance = _pool_importance(model, encoder.importance)
+    keys = torch.stack([_pool_importance(model, channel.contiguous()) for channel in encoder.keys.unbind(-1)], dim=-1)
+    budget = max(1, round(chosen.retain_ratio * features[..., 0].numel()))
+    tokens, kept = chosen.keep(features, importance, keys, budget)
+    return LlavaVideo(_with_newlines(model, tokens, kept.tolist()), kept, frames_after=[])
 
 
 def _layers(model) -> nn.ModuleList:
@@ -154,18 +180,19 @@ def compressed_prompt(
     for number, (each, kind) in enumerate(zip(images, kinds, strict=True)):
         if kind == "video":
             videos.append(compressed_video(model, each if each.dim() == 4 else each[None], **options))
-            entries.append(videos[-1].rows)
+            entries.append((True, videos[-1].rows))
         else:
-            entries.append(_own_rows(model, each, None if image_sizes is None else image_sizes[number]))
+            entries.append((False, _own_rows(model, each, None if image_sizes is None else image_sizes[number])))
     masks = torch.ones_like(ids) if attention_mask is None else attention_mask
     given_labels = torch.full_like(ids, IGNORED) if labels is None else labels
     limit = getattr(model.config, "tokenizer_model_max_length", None)
-    waiting, rows, row_labels = iter(entries), [], []
+    waiting, rows, row_labels, video_of = iter(entries), [], [], []
     for row_ids, row_mask, row_label in zip(ids, masks, given_labels, strict=True):
         seen = row_mask.bool()
-        row, label = _row(model, row_ids[seen].tolist(), row_label[seen].tolist(), waiting)
+        row, label, numbers = _row(model, row_ids[seen].tolist(), row_label[seen].tolist(), waiting)
         rows.append(row[:limit])
         row_labels.append(label[:limit])
+        video_of.append(numbers[:limit])
     left = getattr(model.config, "tokenizer_padding_side", "right") == "left"
     counted = [torch.arange(len(row)) for row in rows]
     return LlavaPrompt(
@@ -174,6 +201,7 @@ def compressed_prompt(
         labels=None if labels is None else _padded(row_labels, IGNORED, left),
         positions=None if position_ids is None else _padded(counted, 0, left),
         rows=rows,
+        video_of=video_of,
         videos=videos,
     )
 
@@ -188,20 +216,23 @@ def _own_rows(model, image: Tensor, size) -> Tensor:
     return prepared[4][0, 1:]
 
 
-def _row(model, ids: list[int], labels: list[int], waiting) -> tuple[Tensor, Tensor]:
-    """One row without padding: ``[S', C]`` and its labels ``[S']``."""
+def _row(model, ids: list[int], labels: list[int], waiting) -> tuple[Tensor, Tensor, list[int]]:
+    """One row without padding: ``[S', C]``, its labels ``[S']``, and which video each position belongs to."""
     words = model.get_input_embeddings()
-    parts, new_labels = [words.weight[:0]], []
+    parts, new_labels, video_of = [words.weight[:0]], [], []
     for token, label in zip(ids, labels, strict=True):
         if token == PLACEHOLDER:
-            parts.append(next(waiting))
-            new_labels += [IGNORED] * len(parts[-1])
+            is_video, rows = next(waiting)
+            parts.append(rows)
+            new_labels += [IGNORED] * len(rows)
+            video_of += [max(video_of, default=-1) + 1 if is_video else -1] * len(rows)
         else:
             parts.append(words(torch.tensor([token])))
             new_labels.append(label)
+            video_of.append(-1)
     if PLACEHOLDER not in ids:
         next(waiting)
-    return torch.cat(parts), torch.tensor(new_labels, dtype=torch.int64)
+    return torch.cat(parts), torch.tensor(new_labels, dtype=torch.int64), video_of
 
 
 def _padded(rows: Sequence[Tensor], value: float, left: bool) -> Tensor:
@@ -228,14 +259,15 @@ def compressed_loss(model, prompt: LlavaPrompt) -> Tensor:
 
 
 @torch.no_grad()
-def compressed_steps(model, prompt: LlavaPrompt, new: int) -> tuple[Tensor, Tensor]:
+def compressed_steps(model, prompt: LlavaPrompt, new: int, steps: Sequence = ()) -> tuple[Tensor, Tensor]:
     """Greedy tokens int64 ``[R, new]`` and their logits ``[R, new, vocabulary]``: each row alone and unpadded, computed
-    anew for every token."""
+    anew for every token. ``steps`` inside the language model, as ``earlytom_compile.methods.base.Step`` has them."""
     generated, decided = [], []
-    for row in prompt.rows:
+    for row, video_of in zip(prompt.rows, prompt.video_of, strict=True):
         sequence, tokens, logits = row[None], [], []
         for _ in range(new):
-            logits.append(_logits(model, sequence)[0, -1])
+            whole = reduced_logits(model, sequence[0], video_of, steps) if steps else _logits(model, sequence)[0]
+            logits.append(whole[-1])
             tokens.append(int(logits[-1].argmax()))
             following = model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
             sequence = torch.cat([sequence, following], dim=1)

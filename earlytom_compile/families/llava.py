@@ -24,8 +24,6 @@ PLACEHOLDER = -200
 """The id that stands for each of ``images``."""
 _SPLICE = "prepare_inputs_labels_for_multimodal"
 _NONE = torch.empty(1)  # to the model's own code, pictures that are to be encoded, which they are
-_UNLABELLED = -100
-"""What the model's own code labels rows of ``images`` with, and padding."""
 _POOLS = ("average", "bilinear", "max")
 _POSITIONS = ("one_token", "no_token", "frame", "grid")
 
@@ -157,27 +155,22 @@ class Llava(Family):
     def prompt_videos(
         self, model: Any, ids: Tensor, call: Call, sizes: Sequence[int], others: Sequence[tuple[int, Tensor]]
     ) -> Tensor:
-        """By the model's own code, which labels what comes of ``images`` as nothing to learn."""
-        pictures, videos = dict(others), _videos_among(call)
-        rest = iter(sizes)
-        lengths = [len(pictures[i]) if i in pictures else next(rest) for i in range(len(call["images"]))]
-        row = torch.zeros(1, model.config.hidden_size, dtype=model.dtype, device=ids.device)
-        ready = like(model, encode_images=lambda images: [row.expand(length, -1) for length in lengths])
-        spliced = _splice(type(model), ready, ids, {**call, "images": _NONE, "labels": ids.clamp_min(0)})
-        mask, labels = spliced[2], spliced[5].cpu()
-        from_images = labels == _UNLABELLED if mask is None else (labels == _UNLABELLED) & mask.cpu().bool()
-        found = torch.full(labels.shape, -1)
-        images = iter(range(len(lengths)))
-        for i, placeholders in enumerate((ids == PLACEHOLDER).sum(1).tolist()):
-            number, numbers = -1, list[int]()
-            for place in [next(images) for _ in range(placeholders)]:
-                number += place in videos
-                numbers += [number if place in videos else -1] * lengths[place]
-            places = from_images[i].nonzero()[:, 0]
-            found[i, places] = torch.tensor(numbers[: len(places)], dtype=torch.int64)  # a long prompt is cut
-            if not placeholders:
-                next(images, None)  # a row without one takes a picture, of which nothing is left
-        return found
+        """By the model's own code, with rows that say whose they are: the number of their video in bits, a channel for
+        each, of which NaN is a 1; no word has it."""
+        pictures, numbers = dict(others), iter(range(1, len(sizes) + 1))
+        lengths = _in_order(call, sizes, {place: len(rows) for place, rows in pictures.items()})
+        said = [0 if place in pictures else next(numbers) for place in range(len(lengths))]
+        # Of one placeholder too many the model's own code makes the last of them once more.
+        lengths, said = [*lengths, lengths[-1]], [*said, said[-1] and said[-1] + 1]
+        bits = torch.arange(max(said).bit_length())
+        marks = torch.zeros(len(said), model.config.hidden_size, dtype=model.dtype)
+        marks[:, : len(bits)].masked_fill_((torch.tensor(said)[:, None] >> bits & 1).bool(), torch.nan)
+        rows = [mark.to(ids.device).expand(length, -1) for mark, length in zip(marks, lengths, strict=True)]
+        ready = like(model, encode_images=lambda images: rows)
+        embeds = _splice(type(model), ready, ids, {**call, "images": _NONE, "labels": None})[4]
+        number = (embeds[..., : len(bits)].isnan().cpu() << bits).sum(-1)
+        first = number.masked_fill(number == 0, len(said)).amin(1, keepdim=True)  # of each row
+        return torch.where(number > 0, number - first, -1)
 
     # --- What does not work ---------------------------------------------------------------------------
 
@@ -262,8 +255,8 @@ def _is_flat_video(call: Call) -> bool:
     return isinstance(images, Tensor) and images.dim() == 4 and "video" in _modalities(call)
 
 
-def _in_order(call: Call, videos: Sequence[Tensor], others: Mapping[int, Tensor]) -> list[Tensor]:
-    """The rows of all ``images``: ``others`` by their places, and the videos between them."""
+def _in_order(call: Call, videos: Sequence[Any], others: Mapping[int, Any]) -> list[Any]:
+    """Of all ``images``: ``others`` by their places, and the videos between them."""
     rest = iter(videos)
     return [others[place] if place in others else next(rest) for place in range(len(call["images"]))]
 

@@ -6,6 +6,7 @@ From 5.24 on the old name still works but warns, so our own code never uses it t
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,22 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 def cache_of(output: Any) -> Any:
     """The cache that a model or ``generate`` returns with its output; None if it returns none."""
     return getattr(output, _NEW if hasattr(output, _NEW) else _OLD, None)
+
+
+def cache_to_make(function: Callable[..., Any], arguments: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The argument that the language model ``function`` would make for itself, where Dynamo cannot follow it: a cache
+    of transformers before 4.56, none of which knows a configuration."""
+    wanted = arguments.get("use_cache")
+    wanted = getattr(config, "use_cache", False) if wanted is None else wanted
+    kind = getattr(sys.modules.get("transformers.cache_utils"), "DynamicCache", None)
+    if not wanted or given_cache(arguments) is not None or kind is None:
+        return {}
+    return {} if "config" in inspect.signature(kind).parameters else {cache_name(function): kind()}
+
+
+def counts_first_layer(cache: Any) -> bool:
+    """Whether ``cache`` has a number for how many keys its first layer holds, as those of transformers before 4.54."""
+    return hasattr(cache, "_seen_tokens")
 
 
 _CUT = "_earlytom_compressed"

@@ -22,7 +22,9 @@ from ..errors import EarlyTomConfigError
 from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from ..methods.base import Step
 from ..passes.canonicalize_attention import canonicalize_attention
+from ..passes.canonicalize_masks import canonicalize_masks
 from ..passes.canonicalize_sizes import canonicalize_sizes
+from ..passes.canonicalize_vmap import canonicalize_vmap
 from ..passes.canonicalize_writes import canonicalize_writes
 from ..passes.find_decoder_layers import find_decoder_layers
 from ..passes.find_vision_encoder import GraphView
@@ -127,15 +129,18 @@ def erase_mark(graph_module: GraphModule, mark: Node) -> None:
     graph_module.recompile()
 
 
-def shorten(graph_module: GraphModule, mark: Node, steps: Sequence[Step], padded: bool) -> int:
+def shorten(graph_module: GraphModule, mark: Node, steps: Sequence[Step], padded: bool, counted: bool = False) -> int:
     """Rewrite the graph in place, so that it goes on with fewer tokens at each step and returns, beside its own
-    outputs, the positions that are left behind each; returns how many outputs are its own. Raises NotApplicable."""
+    outputs, the positions that are left behind each; returns how many outputs are its own. ``counted``: it returns the
+    length of its first layer, too, which stays as it is. Raises NotApplicable."""
     graph = graph_module.graph
     prompt, video_of, last, slots = cast(tuple[Node, Node, Sequence[Node], Sequence[Node]], mark.args)
     erase_mark(graph_module, mark)
     canonicalize_sizes(graph)
     canonicalize_writes(graph)
+    canonicalize_vmap(graph)
     canonicalize_attention(graph)
+    canonicalize_masks(graph)
     eliminate_dead_code(graph, keep={video_of, *last, *slots})
     view = GraphView(graph_module)
     layers = find_decoder_layers(view, prompt)
@@ -145,8 +150,8 @@ def shorten(graph_module: GraphModule, mark: Node, steps: Sequence[Step], padded
         lengths = [insert(graph, torch.ops.aten.sym_size.int, each, 1, like=value_of(each).shape[1]) for each in slots]
     plan = InnerPlan(video_of, last, slots, lengths, padded)
     done = insert_inner_steps(graph, view, layers, steps, plan)
-    retarget_axes(graph_module, done.axes, done.kept)
     (output,) = (node for node in graph.nodes if node.op == "output")
+    retarget_axes(graph_module, done.axes, done.kept, as_before={output} if counted else ())
     own = tuple(output.args[0])  # type: ignore[arg-type]
     output.args = ((*own, *done.kept),)
     eliminate_dead_code(graph)

@@ -30,7 +30,7 @@ from ..passes.reasons import NotApplicable
 from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .attention_choice import COMPILES, attention_of
-from .caches import cache_of, given_cache
+from .caches import cache_of, cache_to_make, counts_first_layer, given_cache
 from .inner_steps import InnerPrompt, ShorterLayer, erase_mark, find_mark, forget_if_empty, grows, keep_in_mind, shorten
 from .placement import own_code_because
 from .tracing import FirstCallAlone, with_its_own_code
@@ -160,6 +160,7 @@ class CompiledPrefill:
         mask = kwargs.get("attention_mask")
         if not prompt.padded and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             kwargs["attention_mask"] = None  # causal attention needs no mask then, and traced code cannot look
+        kwargs |= cache_to_make(self._own, kwargs, getattr(self._module, "config", None))
         lowering = self._lowering if gains else "eager"
         output = self._compiled_for(kwargs, prompt, inner, lowering)(self._own, args, kwargs, inner)
         if inner is not None and prompt.kept:
@@ -211,20 +212,26 @@ class CompiledPrefill:
         if kind not in self._compiled:
             masked = "attention_mask" in tensors or prompt.padded
             cause = f"prompts of {'several rows' if several else 'one row'}{', padded' if masked else ''}"
-            backend = partial(self._compile, lowering, cause, bool(inside))
+            backend = partial(self._compile, lowering, cause, bool(inside), counts_first_layer(given_cache(kwargs)))
             function = with_its_own_code(_call if inner is None else _call_marked)
             compiled = FirstCallAlone(torch.compile(function, backend=backend))
             self._compiled.setdefault(kind, compiled)  # another thread may have come first
         return self._compiled[kind]
 
     def _compile(
-        self, lowering: str, cause: str, padded: bool, graph_module: GraphModule, example_inputs: Sequence[Any]
+        self,
+        lowering: str,
+        cause: str,
+        padded: bool,
+        counted: bool,
+        graph_module: GraphModule,
+        example_inputs: Sequence[Any],
     ) -> Callable[..., Any]:
         mark, own_outputs, not_shorter = find_mark(graph_module), None, None
         if mark is not None:
             original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
             try:
-                own_outputs = shorten(graph_module, mark, self.steps, padded)
+                own_outputs = shorten(graph_module, mark, self.steps, padded, counted)
             except NotApplicable as found:
                 graph_module, not_shorter = original, found
                 erase_mark(graph_module, find_mark(graph_module))  # type: ignore[arg-type]
