@@ -74,14 +74,14 @@ def _is_of_numbers(node: Node, inside: set[Node], depth: int) -> bool:
     if name == _ADD:
         source, axis, level = node.args
         plain = source not in inside and len(shape_of(source) or ()) == 1
-        return plain and axis == 0 and level in range(1, depth + 1)
+        return bool(plain and axis == 0 and level in range(1, depth + 1))
     if name == _REMOVE:
         return node.args[3] == 0 and all(op_name(user) == _REMOVE for user in node.users if user in inside)
     if not isinstance(value, torch.Tensor) or value.dim():
         return False
     if name == "index":  # numbers out of a tensor that is the same for all
         table, places = node.args
-        return table not in inside and shape_of(table) is not None and len(shape_of(table)) == len(places)  # type: ignore
+        return bool(table not in inside and len(shape_of(table) or ()) == len(places))  # type: ignore[arg-type]
     return name.strip("_") in _OF_NUMBERS or name in _SCALARS
 
 

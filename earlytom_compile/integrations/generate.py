@@ -397,12 +397,20 @@ class CompiledModel:
         gone = self.family.consumed | {"input_ids", "pixel_values_videos"}
         kept = {name: value for name, value in call.items() if name not in gone}
         token, kept_rows = self.family.video_token(self.model), list(map(len, rows))
-        inner = self._inner_steps(lambda: videos_of(plan.take(host_ids, -1), token, kept_rows), cut_mask)
+        inner = self._inner_steps(call, cut_mask, lambda: videos_of(plan.take(host_ids, -1), token, kept_rows))
         return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids, inner=inner)
 
-    def _inner_steps(self, find: Callable[[], torch.Tensor], mask: torch.Tensor | None) -> InnerPrompt | None:
+    def _inner_steps(
+        self, call: Call, mask: torch.Tensor | None, find: Callable[[], torch.Tensor]
+    ) -> InnerPrompt | None:
         """The steps of a prompt in which :func:`find` says where the videos are; None where none of their tokens go."""
         if self.prefill is None or not self.prefill.steps:
+            return None
+        if call.get("labels") is not None:
+            self._fall_back_inside(
+                "no tokens go inside the language model: labels are given, one for each position of the whole prompt",
+                "Leave labels out, and compute a loss of the logits that are left",
+            )
             return None
         return InnerPrompt.plan(find(), None if mask is None else mask.cpu(), self.prefill.steps)
 
@@ -415,7 +423,8 @@ class CompiledModel:
             length, sizes, kept = prompt.length, [video.size for video in encoded], [len(v.rows) for v in encoded]
             if any(video.size != len(video.rows) for video in encoded):  # else they came encoded, or kept all
                 length = family.prompt_length(self.model, ids, call, sizes, others)
-            inner = self._inner_steps(lambda: family.prompt_videos(self.model, ids, call, kept, others), prompt.mask)
+            find = functools.partial(family.prompt_videos, self.model, ids, call, kept, others)
+            inner = self._inner_steps(call, prompt.mask, find)
         self._note_videos(videos, encoded, (length, prompt.length))
         mask = torch.ones(1, 1) if prompt.mask is None else prompt.mask
         return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt, inner=inner)
