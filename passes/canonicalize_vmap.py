@@ -81,7 +81,7 @@ def _is_of_numbers(node: Node, inside: set[Node], depth: int) -> bool:
         return False
     if name == "index":  # numbers out of a tensor that is the same for all
         table, places = node.args
-        return table not in inside and shape_of(table) is not None and len(shape_of(table)) == len(places)  # type: ignore
+        return bool(table not in inside and len(shape_of(table) or ()) == len(places))  # type: ignore[arg-type]
     return name.strip("_") in _OF_NUMBERS or name in _SCALARS
 
 

@@ -220,6 +220,18 @@ def test_a_static_cache(model):
         generated(compiled(model, **INNER), call, **static)
 
 
+def test_labels_have_a_place_for_every_position(model):
+    call = Call.of(model, LAYOUTS["one"])
+    call = call.but(labels=call.ids.clamp_min(0))
+    with torch.no_grad():
+        plain = compiled(model, retain_ratio=0.1)(**call.forward())
+        with pytest.warns(EarlyTomFallbackWarning, match="each of its labels"):
+            output = compiled(model, strict=False, **INNER)(**call.forward())
+        torch.testing.assert_close(output.loss, plain.loss, **CLOSE_LOGITS)
+        with pytest.raises(EarlyTomCompileError, match="each of its labels"):
+            compiled(model, **INNER)(**call.forward())
+
+
 def test_a_layer_that_does_not_exist(model):
     with pytest.raises(EarlyTomConfigError, match=f"the language model has layers 0 to {LAYERS - 1}"):
         compiled(model, inner_layer=LAYERS)
