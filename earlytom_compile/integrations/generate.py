@@ -59,11 +59,12 @@ from .generation import (
     warn_of_right_padding,
     with_own_prompt,
 )
-from .inner_steps import InnerPrompt, refuse_other_cache
+from .inner_steps import InnerPrompt
 from .method import Method
 from .placement import weights_in_place
 from .prefill import CompiledPrefill, Prompt
 from .ready_prompts import hand_over, handed_to
+from .shorter_caches import refuse_other_cache
 from .video_encoder import EncodedVideo, VideoEncoder
 
 log = logging.getLogger(__name__)

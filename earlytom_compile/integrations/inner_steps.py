@@ -1,24 +1,21 @@
 """Fewer video tokens in the later layers of a language model that is compiled in place.
 
     plan = InnerPrompt.plan(video_of, mask, steps)      # on the host: how many tokens each video keeps, and where
-    embeds = plan.mark(embeds)                          # in the trace of the prompt's pass, whose graph is rewritten
-    shorten(graph_module, example_inputs, steps)        # passes/insert_inner_steps.py
-    keep_in_mind(cache, ...)                            # later layers have fewer keys from here on, so that in
-    ShorterLayer(layer, index)                          # each decoding step they need a mask of their own
+    torch.ops.earlytom.mark_videos(embeds, ...)         # in the trace of the prompt's pass, whose graph is rewritten:
+    shorten(graph_module, find_mark(graph_module), steps, plan.padded)       # passes/insert_inner_steps.py
 
-Which tokens stay depends on the attention they receive, how many does not: sizes are known before anything runs.
+Which tokens stay depends on the attention they receive, how many does not: sizes are known before anything runs. What
+comes behind the prompt is decoded with a cache that is shorter in later layers (shorter_caches.py).
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..errors import EarlyTomConfigError
 from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from ..methods.base import Step
 from ..passes.canonicalize_attention import canonicalize_attention
@@ -36,7 +33,6 @@ from ..passes.run_on_fakes import run_on_fake_tensors
 from ..prompt import without_waiting
 
 _PADDING, _FIRST_VIDEO = -1, -2  # of slots, as kernels/inner_prompt.py has them
-_STATE = "_earlytom_inner"
 
 
 @dataclass(frozen=True)
@@ -159,133 +155,3 @@ def shorten(graph_module: GraphModule, mark: Node, steps: Sequence[Step], padded
     graph_module.recompile()
     run_on_fake_tensors(graph_module)
     return len(own)
-
-
-# --- Decoding behind such a prompt ------------------------------------------------------------------
-
-
-@dataclass
-class _Shorter:
-    """What a cache holds of a prompt [R, S] whose video tokens are fewer in later layers."""
-
-    length: int
-    """S."""
-    layers: tuple[int, ...]
-    """Before which layers tokens went."""
-    kept: tuple[Tensor, ...]
-    """int64 [R, S'], positions of the prompt that are left from each on; -1: padding."""
-    padded: bool
-
-    def of_layer(self, index: int) -> Tensor:
-        """Those that layer ``index`` has."""
-        steps = zip(reversed(self.layers), reversed(self.kept), strict=True)
-        return next(kept for layer, kept in steps if index >= layer)
-
-    def mask(self, index: int, mask: Tensor | None, keys: int) -> Tensor | None:
-        """That of a decoding step for layer ``index``, whose attention sees ``keys``; ``mask`` [..., S + t] is what the
-        first layers get."""
-        kept = self.of_layer(index)
-        left = kept.shape[1]
-        if mask is None:
-            seen = torch.nn.functional.pad(kept >= 0, (0, keys - left), value=True)
-            return seen[:, None, None, :] if self.padded else None
-        mask = mask.expand(len(kept), *mask.shape[1:])
-        hidden: Any = torch.finfo(mask.dtype).min if mask.is_floating_point() else False
-        along = (len(kept), *(1,) * (mask.dim() - 2), left)
-        index_of = kept.clamp_min(0).view(along).expand(*mask.shape[:-1], left)
-        prompt = mask.gather(-1, index_of).masked_fill(kept.view(along) < 0, hidden)
-        return torch.cat((prompt, mask[..., self.length :]), -1)
-
-
-def keep_in_mind(cache: Any, plan: InnerPrompt, steps: Sequence[Step], kept: Sequence[Tensor]) -> None:
-    """Let decoding know that the prompt in ``cache`` is shorter in later layers."""
-    if cache is not None:
-        layers = tuple(step.layer for step in steps)
-        setattr(cache, _STATE, _Shorter(plan.length, layers, tuple(kept), plan.padded))
-        _let_rows_follow(type(cache))
-
-
-def _let_rows_follow(kind: type) -> None:
-    """Whoever selects or repeats rows of a cache, does so with what is kept in mind of them; once for a class."""
-    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
-        owner = next((each for each in kind.__mro__ if name in vars(each)), None)
-        if owner is not None and not hasattr(vars(owner)[name], "earlytom_original"):
-            setattr(owner, name, _with_rows_of_kept(vars(owner)[name], name == "batch_repeat_interleave"))
-
-
-def _with_rows_of_kept(original: Callable[..., Any], repeats: bool) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def change_rows(self: Any, *args: Any, **kwargs: Any) -> Any:
-        returned, state = original(self, *args, **kwargs), getattr(self, _STATE, None)
-        if state is not None:
-            (rows,) = (*args, *kwargs.values())
-            rows = rows.to(state.kept[0].device) if isinstance(rows, Tensor) else rows
-            kept = [each.repeat_interleave(rows, 0) if repeats else each[rows] for each in state.kept]
-            setattr(self, _STATE, replace(state, kept=tuple(kept)))
-        return returned
-
-    change_rows.earlytom_original = original  # type: ignore[attr-defined]
-    return change_rows
-
-
-def refuse_other_cache(cache: Any, steps: Sequence[Step]) -> None:
-    """Raise where a cache holds a prompt in which tokens went elsewhere, or no longer the whole of it."""
-    forget_if_empty(cache)
-    state: _Shorter | None = getattr(cache, _STATE, None)
-    if state is None:
-        return
-    held, layers = int(cache.get_seq_length()), tuple(step.layer for step in steps)
-    if layers != state.layers:
-        now = f"they go before layer {', '.join(map(str, layers))}" if layers else "none go there"
-        raise EarlyTomConfigError(
-            f"the cache holds a prompt whose video tokens went before layer {', '.join(map(str, state.layers))} of the "
-            f"language model, and now {now}. Go on with the options that it was made with, or start without a cache."
-        )
-    if held < state.length:
-        raise EarlyTomConfigError(
-            f"the cache was cropped to {held} of the {state.length} positions of its prompt, of which later layers of "
-            "the language model hold others. Crop what comes behind the prompt only, or start without a cache."
-        )
-
-
-def grows(cache: Any) -> bool:
-    """Whether every layer of a cache holds as many keys as were written to it; a static one has room for more."""
-    return all(
-        getattr(each, "max_cache_len", None) is None for each in (cache, *(getattr(cache, "layers", None) or ()))
-    )
-
-
-def forget_if_empty(cache: Any) -> None:
-    """A cache that begins anew knows of no prompt."""
-    if _STATE in getattr(cache, "__dict__", {}) and int(cache.get_seq_length()) == 0:
-        delattr(cache, _STATE)
-
-
-class ShorterLayer:
-    """Stands in for the ``forward`` of a decoder layer before which tokens may have gone."""
-
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        self._layer = layer
-        self._index = index
-        self._before = layer.__dict__.get("forward")
-        self._own = layer.forward
-        layer.__dict__["forward"] = self
-
-    def remove(self) -> None:
-        """Put the layer's own ``forward`` back, unless somebody has replaced ours since."""
-        if self._layer.__dict__.get("forward") is self:
-            del self._layer.__dict__["forward"]
-            if self._before is not None:
-                self._layer.__dict__["forward"] = self._before
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache: Any = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
-        state: _Shorter | None = getattr(cache, _STATE, None)
-        if state is not None:
-            keys = cache.get_seq_length(self._index) + hidden_states.shape[1]
-            kwargs["attention_mask"] = state.mask(self._index, kwargs.get("attention_mask"), keys)
-        return self._own(hidden_states, *args, **kwargs)
-
-
-_CACHES = ("cache", "past_key_values", "past_key_value")
-"""What versions of transformers call it."""

@@ -31,8 +31,9 @@ from ..reporting import GraphRecord, add_record, progress
 from ..stages import inductor_options, lower_stages, lower_whole
 from .attention_choice import COMPILES, attention_of
 from .caches import cache_of, cache_to_make, counts_first_layer, given_cache
-from .inner_steps import InnerPrompt, ShorterLayer, erase_mark, find_mark, forget_if_empty, grows, keep_in_mind, shorten
+from .inner_steps import InnerPrompt, erase_mark, find_mark, shorten
 from .placement import own_code_because
+from .shorter_caches import ShorterLayer, forget_if_empty, grows, keep_in_mind
 from .tracing import FirstCallAlone, with_its_own_code
 
 FEWEST_POSITIONS_ON_CPU = 128
