@@ -288,9 +288,9 @@ class EarlyTomConfig:
             method = method_named(self.method)
             return () if method is None or method.inside is None else method.inside(self.retain_ratio, layers)
         if self.inner_layer >= layers:
+            choice = f"Choose from 1 to {layers - 1}, or leave it out" if layers > 1 else "Leave it out"
             raise EarlyTomConfigError(
-                f"inner_layer={self.inner_layer}: the language model has layers 0 to {layers - 1}. Choose from 1 to "
-                f"{layers - 1}, or leave it out."
+                f"inner_layer={self.inner_layer}: the language model has layers 0 to {layers - 1}. {choice}."
             )
         merge: Literal["mean", "sequential"] = "sequential" if self.variant == "released" else "mean"
         return (Step(self.inner_layer, 1 - self.inner_drop_ratio, merge),)

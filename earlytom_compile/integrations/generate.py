@@ -59,7 +59,7 @@ from .generation import (
     warn_of_right_padding,
     with_own_prompt,
 )
-from .inner_steps import InnerPrompt
+from .inner_steps import InnerPrompt, refuse_other_cache
 from .method import Method
 from .placement import weights_in_place
 from .prefill import CompiledPrefill, Prompt
@@ -125,7 +125,11 @@ class CompiledModel:
             self.prefill.install()
 
     def _fall_back_inside(self, reason: str, cure: str) -> None:
-        fall_back(reason, cure, self.config, self.record)
+        try:
+            fall_back(reason, cure, self.config, self.record)
+        except EarlyTomError:
+            self._note("failed")
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -181,6 +185,7 @@ class CompiledModel:
 
         with around():
             output = self._own("generate", **arguments)
+            cut.has_begun = not inspect.isgenerator(output)
         mark_cache(cache_of(output), given_cache(call))
         if cut.input_ids is not None:
             output = with_own_prompt(output, ids, cut.input_ids)
@@ -206,6 +211,7 @@ class CompiledModel:
                 return self.own["forward"](**kwargs)  # transformers compiles decoding steps: it sees the model alone
             # Behind a graph break: traced by another torch.compile, our own would do nothing.
             return torch.compiler.disable(self.forward)(**kwargs)
+        refuse_other_cache(given_cache(call), () if self.prefill is None else self.prefill.steps)
         if within_generate():  # transformers 5.17 encodes the video here
             return self.own["forward"](**kwargs)
         ids: Any = call.get("input_ids")
@@ -254,8 +260,13 @@ class CompiledModel:
         prefill = nullcontext() if self.prefill is None else self.prefill.active(cut.mask, cut.inner)
         with hand_over(self, cut.prompt) as handed, prefill as prompt:
             yield
+            if not cut.has_begun:  # a generator, which takes its prompt in one of its steps
+                cut.has_begun = True
+                return
             if prompt is not None:
                 self._note_inside(cut, prompt)
+                cut.inner = prompt.inner
+            cut.prompt = handed.prompt
         if handed.prompt is not None:
             self._note("uncompressed")
             fall_back(
@@ -397,19 +408,19 @@ class CompiledModel:
         gone = self.family.consumed | {"input_ids", "pixel_values_videos"}
         kept = {name: value for name, value in call.items() if name not in gone}
         token, kept_rows = self.family.video_token(self.model), list(map(len, rows))
-        inner = self._inner_steps(call, cut_mask, lambda: videos_of(plan.take(host_ids, -1), token, kept_rows))
+        inner = self._inner_steps(lambda: videos_of(plan.take(host_ids, -1), token, kept_rows), cut_mask, call)
         return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids, inner=inner)
 
     def _inner_steps(
-        self, call: Call, mask: torch.Tensor | None, find: Callable[[], torch.Tensor]
+        self, find: Callable[[], torch.Tensor], mask: torch.Tensor | None, call: Call
     ) -> InnerPrompt | None:
         """The steps of a prompt in which :func:`find` says where the videos are; None where none of their tokens go."""
         if self.prefill is None or not self.prefill.steps:
             return None
         if call.get("labels") is not None:
             self._fall_back_inside(
-                "no tokens go inside the language model: labels are given, one for each position of the whole prompt",
-                "Leave labels out, and compute a loss of the logits that are left",
+                "no tokens go inside the language model: each of its labels belongs to a position of the whole prompt",
+                "Leave labels out, and compute the loss from the logits",
             )
             return None
         return InnerPrompt.plan(find(), None if mask is None else mask.cpu(), self.prefill.steps)
@@ -423,8 +434,9 @@ class CompiledModel:
             length, sizes, kept = prompt.length, [video.size for video in encoded], [len(v.rows) for v in encoded]
             if any(video.size != len(video.rows) for video in encoded):  # else they came encoded, or kept all
                 length = family.prompt_length(self.model, ids, call, sizes, others)
-            find = functools.partial(family.prompt_videos, self.model, ids, call, kept, others)
-            inner = self._inner_steps(call, prompt.mask, find)
+            inner = self._inner_steps(
+                lambda: family.prompt_videos(self.model, ids, call, kept, others), prompt.mask, call
+            )
         self._note_videos(videos, encoded, (length, prompt.length))
         mask = torch.ones(1, 1) if prompt.mask is None else prompt.mask
         return _CutCall(dict(call), mask, length - prompt.length, prompt=prompt, inner=inner)
@@ -478,7 +490,7 @@ class CompiledModel:
         return padding if isinstance(padding, int) and padding != self.family.video_token(self.model) else 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _CutCall:
     """A call whose videos are compressed."""
 
@@ -486,5 +498,6 @@ class _CutCall:
     mask: torch.Tensor | None  # [R, S'], of the cut prompt; None if not known
     dropped: int  # S - S'
     input_ids: torch.Tensor | None = None  # int64 [R, S'], on the device of the caller's; None leaves its own
-    prompt: FamilyPrompt | None = None  # what the model's own method returns in this call
-    inner: InnerPrompt | None = None  # where its videos are, if tokens of theirs go inside the language model
+    prompt: FamilyPrompt | None = None  # what the model's own method returns in this call; None once it has
+    inner: InnerPrompt | None = None  # where its videos are, if tokens of theirs go inside; None once they have
+    has_begun: bool = True  # False for a generator that nobody has asked for anything

@@ -9,14 +9,16 @@
 Which tokens stay depends on the attention they receive, how many does not: sizes are known before anything runs.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from ..errors import EarlyTomConfigError
 from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from ..methods.base import Step
 from ..passes.canonicalize_attention import canonicalize_attention
@@ -200,6 +202,50 @@ def keep_in_mind(cache: Any, plan: InnerPrompt, steps: Sequence[Step], kept: Seq
     if cache is not None:
         layers = tuple(step.layer for step in steps)
         setattr(cache, _STATE, _Shorter(plan.length, layers, tuple(kept), plan.padded))
+        _let_rows_follow(type(cache))
+
+
+def _let_rows_follow(kind: type) -> None:
+    """Whoever selects or repeats rows of a cache, does so with what is kept in mind of them; once for a class."""
+    for name in ("reorder_cache", "batch_select_indices", "batch_repeat_interleave"):
+        owner = next((each for each in kind.__mro__ if name in vars(each)), None)
+        if owner is not None and not hasattr(vars(owner)[name], "earlytom_original"):
+            setattr(owner, name, _with_rows_of_kept(vars(owner)[name], name == "batch_repeat_interleave"))
+
+
+def _with_rows_of_kept(original: Callable[..., Any], repeats: bool) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def change_rows(self: Any, *args: Any, **kwargs: Any) -> Any:
+        returned, state = original(self, *args, **kwargs), getattr(self, _STATE, None)
+        if state is not None:
+            (rows,) = (*args, *kwargs.values())
+            rows = rows.to(state.kept[0].device) if isinstance(rows, Tensor) else rows
+            kept = [each.repeat_interleave(rows, 0) if repeats else each[rows] for each in state.kept]
+            setattr(self, _STATE, replace(state, kept=tuple(kept)))
+        return returned
+
+    change_rows.earlytom_original = original  # type: ignore[attr-defined]
+    return change_rows
+
+
+def refuse_other_cache(cache: Any, steps: Sequence[Step]) -> None:
+    """Raise where a cache holds a prompt in which tokens went elsewhere, or no longer the whole of it."""
+    forget_if_empty(cache)
+    state: _Shorter | None = getattr(cache, _STATE, None)
+    if state is None:
+        return
+    held, layers = int(cache.get_seq_length()), tuple(step.layer for step in steps)
+    if layers != state.layers:
+        now = f"they go before layer {', '.join(map(str, layers))}" if layers else "none go there"
+        raise EarlyTomConfigError(
+            f"the cache holds a prompt whose video tokens went before layer {', '.join(map(str, state.layers))} of the "
+            f"language model, and now {now}. Go on with the options that it was made with, or start without a cache."
+        )
+    if held < state.length:
+        raise EarlyTomConfigError(
+            f"the cache was cropped to {held} of the {state.length} positions of its prompt, of which later layers of "
+            "the language model hold others. Crop what comes behind the prompt only, or start without a cache."
+        )
 
 
 def grows(cache: Any) -> bool:

@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ..backend import raising
-from ..errors import EarlyTomError
 from ..methods.base import Step
 from ..passes.reasons import NotApplicable
 from ..reporting import GraphRecord, add_record, progress
@@ -113,7 +111,7 @@ class CompiledPrefill:
 
     def remove(self) -> None:
         """Put the language model's own ``forward`` back, unless somebody has replaced ours since."""
-        for layer in self._shorter:
+        for layer in reversed(self._shorter):  # one that is in several places was replaced several times
             layer.remove()
         self._shorter = []
         if self._module.__dict__.get("forward") is self:
@@ -184,6 +182,10 @@ class CompiledPrefill:
             why, cure = "its cache holds a prompt already", "Start without a cache"
         elif cache is not None and not grows(cache):
             why, cure = "its cache is static, as long in all layers", "Leave cache_implementation out"
+        elif kwargs.get("output_attentions"):
+            why, cure = "output_attentions asks for all attention over the prompt", "Leave output_attentions out"
+        elif _slides(self._module):
+            why, cure = "some of its layers see a window of the prompt only", "Take a model whose layers see all of it"
         elif self._why_own_code:
             why, cure = self._why_own_code, "Load it with attn_implementation='sdpa' on one device, without hooks"
         if why is None:
@@ -226,20 +228,22 @@ class CompiledPrefill:
         graph_module: GraphModule,
         example_inputs: Sequence[Any],
     ) -> Callable[..., Any]:
-        mark, own_outputs = find_mark(graph_module), None
+        mark, own_outputs, not_shorter = find_mark(graph_module), None, None
         if mark is not None:
             original = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
             try:
                 own_outputs = shorten(graph_module, mark, self.steps, padded, counted)
             except NotApplicable as found:
-                graph_module = original
+                graph_module, not_shorter = original, found
                 erase_mark(graph_module, find_mark(graph_module))  # type: ignore[arg-type]
-                try:
-                    self._tell(f"no tokens go inside the language model: {found.reason}", found.cure)
-                except EarlyTomError as error:
-                    return raising(error)
         run = _compile_prompt(lowering, self._mode, cause, graph_module, example_inputs)
+        if not_shorter is not None:
+            return partial(self._run_as_long, run, not_shorter)
         return run if own_outputs is None else partial(self._run_shorter, run, own_outputs)
+
+    def _run_as_long(self, run: Callable[..., Any], found: NotApplicable, *args: Any) -> Any:
+        self._tell(f"no tokens go inside the language model: {found.reason}", found.cure)
+        return run(*args)
 
     def _run_shorter(self, run: Callable[..., Any], own_outputs: int, *args: Any) -> Any:
         outputs, prompt = run(*args), self._prompt.get()
@@ -251,6 +255,12 @@ class CompiledPrefill:
 def decoder_layers(language_model: torch.nn.Module) -> Sequence[torch.nn.Module]:
     """Its layers, as all language models of transformers hang them; [] where there are none."""
     return getattr(language_model, "layers", ())
+
+
+def _slides(language_model: torch.nn.Module) -> bool:
+    """Whether some of its layers attend to the last positions alone."""
+    kinds = getattr(getattr(language_model, "config", None), "layer_types", None)
+    return any("sliding" in kind for kind in kinds or ())
 
 
 def _fewest_positions(device: torch.device) -> int:

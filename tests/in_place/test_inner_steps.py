@@ -165,18 +165,6 @@ def _padded_on_the_right(inputs, counts):
     return {**inputs, "input_ids": torch.stack(pads), "attention_mask": torch.stack(masks)}
 
 
-def test_labels_have_a_place_for_every_position(model):
-    inputs = video_inputs(model, 8)
-    inputs["labels"] = inputs["input_ids"].clone()
-    with torch.no_grad():
-        plain = compiled(model, retain_ratio=0.5)(**inputs)
-        with pytest.warns(EarlyTomFallbackWarning, match="labels are given"):
-            output = compiled(model, **INNER)(**inputs)
-        torch.testing.assert_close(output.loss, plain.loss, atol=1e-5, rtol=1e-5)
-        with pytest.raises(EarlyTomCompileError, match="labels are given"):
-            compiled(model, strict=True, **INNER)(**inputs)
-
-
 def test_a_prompt_that_ends_in_its_video(model):
     inputs = video_inputs(model, 12, after=0)
     got = new_tokens(compiled(model, strict=True, **INNER), inputs)
