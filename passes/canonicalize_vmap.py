@@ -81,7 +81,8 @@ def _is_of_numbers(node: Node, inside: set[Node], depth: int) -> bool:
         return False
     if name == "index":  # numbers out of a tensor that is the same for all
         table, places = node.args
-        return bool(table not in inside and len(shape_of(table) or ()) == len(places))  # type: ignore[arg-type]
+        alone = table not in inside and None not in places  # type: ignore[operator]
+        return bool(alone and len(shape_of(table) or ()) == len(places))  # type: ignore[arg-type]
     return name.strip("_") in _OF_NUMBERS or name in _SCALARS
 
 
@@ -112,7 +113,7 @@ def _rewrite(graph: Graph, nest: Sequence[Node]) -> None:
                 node.replace_all_uses_with(whole, lambda user: user not in inside)
             elif name == "index":
                 table, places = node.args
-                new[node] = _made(graph, getitem, table, map_arg(tuple(places), lambda read: new[read]))  # type: ignore
+                new[node] = _made(graph, getitem, table, map_arg(tuple(places), lambda x: new.get(x, x)))  # type: ignore
             elif name != _REMOVE and name not in _BORDERS:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda read: new.get(read, read))
                 new[node] = _made(graph, node.target, *args, **kwargs)  # type: ignore[arg-type]

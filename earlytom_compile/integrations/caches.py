@@ -33,8 +33,8 @@ def cache_of(output: Any) -> Any:
 
 
 def cache_to_make(function: Callable[..., Any], arguments: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """The argument that the language model ``function`` would make for itself, where Dynamo cannot follow it: a cache
-    of transformers before 4.56, none of which knows a configuration."""
+    """The cache that the language model ``function`` would make for itself, where Dynamo cannot follow it or it would
+    be returned as tuples: one of transformers before 4.56, none of which knows a configuration."""
     wanted = arguments.get("use_cache")
     wanted = getattr(config, "use_cache", False) if wanted is None else wanted
     kind = getattr(sys.modules.get("transformers.cache_utils"), "DynamicCache", None)

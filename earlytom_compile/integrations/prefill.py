@@ -161,7 +161,8 @@ class CompiledPrefill:
         mask = kwargs.get("attention_mask")
         if not prompt.padded and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             kwargs["attention_mask"] = None  # causal attention needs no mask then, and traced code cannot look
-        kwargs |= cache_to_make(self._own, kwargs, getattr(self._module, "config", None))
+        if inner is not None:
+            kwargs |= cache_to_make(self._own, kwargs, getattr(self._module, "config", None))
         lowering = self._lowering if gains else "eager"
         output = self._compiled_for(kwargs, prompt, inner, lowering)(self._own, args, kwargs, inner)
         if inner is not None and prompt.kept:

@@ -152,6 +152,20 @@ def test_size_used_as_a_number():
     x = torch.randn(6, 4)
     reason = refused(lambda x: x.sum(0) * x.shape[0], x, dynamic=True)
     assert "computes with the number" in reason
+
+
+def test_a_size_that_somebody_knows_to_be_the_old_one():
+    def function(x):
+        return x.sum(0) * x.shape[0], x.sum(0) - x.shape[0]
+
+    x = torch.randn(6, 4)
+    traced = trace(function, x, dynamic=True)
+    (times,), (less,) = traced.called("mul"), traced.called("sub")
+    axis = shrink(traced, traced.node("x"), 0, 3)
+    with pytest.raises(NotApplicable, match="computes with the number"):
+        retarget_axes(traced.module, [axis], as_before={times})
+    retarget_axes(traced.module, [axis], as_before={times, less})
+    assert_close(traced.run(), (x[:3].sum(0) * 6, x[:3].sum(0) - 6))
     reason = refused(lambda x: (x + 1, x.shape[0] * 2), x, dynamic=True)
     assert "output" in reason
 
