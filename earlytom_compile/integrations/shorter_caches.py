@@ -109,9 +109,8 @@ def refuse_other_cache(cache: Any, steps: Sequence[Step]) -> None:
 
 def grows(cache: Any) -> bool:
     """Whether every layer of a cache holds as many keys as were written to it; a static one has room for more."""
-    return all(
-        getattr(each, "max_cache_len", None) is None for each in (cache, *(getattr(cache, "layers", None) or ()))
-    )
+    parts = getattr(cache, "layers", None) or (cache,)
+    return all(getattr(part, "max_cache_len", None) is None for part in parts)
 
 
 def forget_if_empty(cache: Any) -> None:

@@ -7,11 +7,13 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
 from effort import cases
 from generating import LAYOUTS, NEW, OPTIONS, compiled, graphs_compiled, new_tokens, oracle_tokens
 from oracle import reduced_rows
 from oracle_inner import reduced_logits
 from tiny_models import tiny_llava_next_video, tiny_llava_onevision, video_inputs
+from torch.torch_version import TorchVersion
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning, report
@@ -171,6 +173,7 @@ def test_a_prompt_that_ends_in_its_video(model):
     assert torch.equal(got, oracle_tokens(model, inputs, retain_ratio=0.5, steps=[MEAN]))
 
 
+@pytest.mark.skipif(TorchVersion(transformers.__version__) < "5.21", reason="LLaVA-NeXT-Video needs transformers 5.21")
 def test_llava_next_video():
     model = tiny_llava_next_video(text_layers=3)
     inputs = video_inputs(model, 8, **LAYOUTS["left padding"])
