@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from effort import cases
 from generating import LAYOUTS, new_tokens
 from oracle import compressed_forward, compressed_generate, compressed_videos
 from plain_visionzip import keep_in_python
 from tiny_models import tiny_llava_next_video, tiny_llava_onevision, tokens_per_frame, video_inputs
+from torch.torch_version import TorchVersion
 from transformers import CLIPVisionConfig
 from without_inductor import leave_pieces_as_they_are
 
@@ -122,6 +124,8 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_attention_and_keys_are_carried_as_the_model_pools(kind):
+    if kind in ("averages before the projector", "maxima") and TorchVersion(transformers.__version__) < "5.21":
+        pytest.skip("LLaVA-NeXT-Video needs transformers 5.21")
     model = MODELS[kind]()
     inputs = video_inputs(model, FRAMES)
     (expected,) = compressed_videos(model, inputs, **oracle_options(**ZIP))

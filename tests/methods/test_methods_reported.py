@@ -119,8 +119,10 @@ def test_explain_says_who_chose(monkeypatch, method, said):
     inside = Method("inside_only", "Another paper", inside=lambda ratio, layers: ())
     monkeypatch.setattr(registry, "_registered", {"inside_only": inside})
     content = {"videos": [{"frames": [8], "tokens": [128, 13]}], "merge_layers": [], "encoder": {"layers": 4}}
+    content |= {"prompt": [140, 25], "inside": [{"layer": 3, "prompt": 18}]}
     text = words(explain._findings(SimpleNamespace(report=content), EarlyTomConfig(method=method)))
     assert text.startswith("The vision encoder gets 8 frames of the video; none merge. 13 of") and said in text
+    assert text.endswith("From layer 3 of the language model on, 18 of the prompt's 25 positions are left.")
 
 
 @pytest.mark.parametrize(("frames", "said"), [([8], "No frames merge with this method, 8 go"), ([8, 6], "8 -> 6")])
