@@ -9,18 +9,22 @@ from tiny_models import tiny_llava_onevision, video_inputs
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning, report
-from earlytom_compile.methods import Method, register_method
+from earlytom_compile.methods import Method, registry
 from earlytom_compile.methods.base import Step
 
 INNER = {**OPTIONS, "retain_ratio": 0.5, "inner_layer": 2}
 MEAN = Step(2, 0.5, "mean")
-TWO_STEPS = register_method(
-    Method(
-        "two steps",
-        "None: two steps with both sorts of scores.",
-        inside=lambda ratio, layers: (Step(1, 0.7, "mean", "all"), Step(2, ratio, "drop")),
-    )
+TWO_STEPS = Method(
+    "two steps",
+    "None: two steps with both sorts of scores.",
+    inside=lambda ratio, layers: (Step(1, 0.7, "mean", "all"), Step(2, ratio, "drop")),
 )
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """To tests in this file alone."""
+    monkeypatch.setitem(registry._registered, TWO_STEPS.name, TWO_STEPS)
 
 
 @pytest.fixture(scope="module")

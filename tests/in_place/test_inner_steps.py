@@ -18,25 +18,29 @@ from torch.torch_version import TorchVersion
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning, report
 from earlytom_compile.integrations.caches import cache_of
-from earlytom_compile.methods import Method, register_method
+from earlytom_compile.methods import Method, registry
 from earlytom_compile.methods.base import Step
 
 LAYER = 2
 INNER = {"inner_layer": LAYER, "retain_ratio": 0.5}
 MEAN, SEQUENTIAL = (Step(LAYER, 0.5, merge) for merge in ("mean", "sequential"))
-THREE_STEPS = register_method(
-    Method(
-        "three steps",
-        "None: what methods can ask for, all at once.",
-        inside=lambda ratio, layers: (
-            Step(1, 0.8, "drop", "all"),
-            Step(2, 0.5, "mean"),
-            Step(3, ratio, "sequential", "all"),
-        ),
-    )
+THREE_STEPS = Method(
+    "three steps",
+    "None: what methods can ask for, all at once.",
+    inside=lambda ratio, layers: (
+        Step(1, 0.8, "drop", "all"),
+        Step(2, 0.5, "mean"),
+        Step(3, ratio, "sequential", "all"),
+    ),
 )
 ALL = {"merge_layers": None, "tau_seg": 0.6, "retain_ratio": 1.0}
 """Options of the oracle for methods that let all tokens into the language model."""
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """To tests in this file alone."""
+    monkeypatch.setitem(registry._registered, THREE_STEPS.name, THREE_STEPS)
 
 
 @pytest.fixture(scope="module")
