@@ -8,31 +8,17 @@ inside.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch.fx import Node
 
 from earlytom_compile.passes.axes import op_name
-from earlytom_compile.passes.find_vision_encoder import GraphView, is_bidirectional, stream_of
+from earlytom_compile.passes.find_vision_encoder import GraphView, Layer, is_bidirectional, stream_of
 from earlytom_compile.passes.patterns import argument
 
 
 @dataclass(frozen=True)
-class DecoderLayer:
-    """One layer: the stream [R, S, C] that enters it, and its attention."""
-
-    input: Node
-    attention: Node
-
-    @property
-    def query(self) -> Node:
-        """[R, H, S, d]."""
-        return self.attention.args[0]  # type: ignore[return-value]
-
-    @property
-    def key(self) -> Node:
-        """[R, G, T, d]."""
-        return self.attention.args[1]  # type: ignore[return-value]
+class DecoderLayer(Layer):
+    """One layer; its keys may have fewer heads, [R, G, S, d]."""
 
     @property
     def mask(self) -> Node | None:
@@ -43,11 +29,6 @@ class DecoderLayer:
     def causal(self) -> bool:
         """Whether the attention hides what comes later by itself."""
         return bool(argument(self.attention, 5, "is_causal", False))
-
-    @property
-    def scale(self) -> Any:
-        """Factor on q·k; None means 1/sqrt(d)."""
-        return self.attention.kwargs.get("scale")
 
 
 def find_decoder_layers(view: GraphView, prompt: Node) -> list[DecoderLayer]:

@@ -32,11 +32,10 @@ _AMONG_TOKENS = "attention of the tokens [T, H, S, d] of each frame among themse
 
 
 @dataclass(frozen=True)
-class Block:
-    """One encoder layer: its input and output [T, S, D] and the attention inside."""
+class Layer:
+    """One layer of a transformer: what enters it, [T, S, D], and the attention inside."""
 
     input: Node
-    output: Node
     attention: Node
 
     @property
@@ -53,6 +52,13 @@ class Block:
     def scale(self) -> float | Node | None:
         """Factor on q·k; None means 1/sqrt(d)."""
         return self.attention.kwargs.get("scale")  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Block(Layer):
+    """One encoder layer, whose output [T, S, D] is known."""
+
+    output: Node
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,7 @@ def _match_block(view: GraphView, attention: Node) -> Block | Miss:
         return Miss(attention, mixing, _part(view, mixing, operands, after))
     if output is None:
         return Miss(attention, after, "the attention's half of a block, whose MLP follows")
-    return Block(stream, output, attention)
+    return Block(stream, attention, output)
 
 
 def _part(view: GraphView, node: Node, operands: Sequence[Node], after: Node) -> str:

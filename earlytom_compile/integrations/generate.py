@@ -424,7 +424,16 @@ class CompiledModel:
                 "Leave labels out, and compute the loss from the logits",
             )
             return None
-        return InnerPrompt.plan(find(), None if mask is None else mask.cpu(), self.prefill.steps)
+        try:
+            videos = find()
+        except NotImplementedError:
+            self._fall_back_inside(
+                f"no tokens go inside the language model: the family {self.family.name} does not say where videos are "
+                "in its prompts",
+                "Give it the method prompt_videos, as docs/adding-a-model.md says",
+            )
+            return None
+        return InnerPrompt.plan(videos, None if mask is None else mask.cpu(), self.prefill.steps)
 
     def _put_into_prompt(self, ids: torch.Tensor, call: Call, videos: Sequence[Video | torch.Tensor]) -> "_CutCall":
         """The call as it came, and the prompt that the model's own method makes of the compressed rows."""

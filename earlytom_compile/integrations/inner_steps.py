@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
+from ..kernels.inner_prompt import FIRST_VIDEO
 from ..methods.base import Step
 from ..passes.canonicalize_attention import canonicalize_attention
 from ..passes.canonicalize_masks import canonicalize_masks
@@ -32,7 +33,7 @@ from ..passes.retarget_axes import retarget_axes
 from ..passes.run_on_fakes import run_on_fake_tensors
 from ..prompt import without_waiting
 
-_PADDING, _FIRST_VIDEO = -1, -2  # of slots, as kernels/inner_prompt.py has them
+_PADDING = -1  # of slots
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class InnerPrompt:
             # A prompt may end in a video, whose last slot it is then.
             ends = slots[-1] == last[:, None]
             last = torch.where(ends.any(1), ends.int().argmax(1), slots[-1].shape[1] - 1)
-            videos = torch.where(slots[-1] <= _FIRST_VIDEO, _FIRST_VIDEO - slots[-1], -1)
+            videos = torch.ops.earlytom.videos_of_slots(slots[-1])
         return cls(video_of, tuple(lasts), tuple(slots))
 
     @property
@@ -93,19 +94,22 @@ def _last_of(mask: Tensor) -> Tensor:
 
 def _slots(videos: Tensor, left: Sequence[Sequence[int]]) -> Tensor:
     """int64 [R, S'], each video's first places being its slots; shorter rows are padded on the left."""
-    rows = []
-    for row, keeps in zip(videos.tolist(), left, strict=True):
-        taken = [0] * len(keeps)
-        slots = []
-        for position, video in enumerate(row):
-            if video < 0:
-                slots.append(position)
-            elif taken[video] < keeps[video]:
-                taken[video] += 1
-                slots.append(_FIRST_VIDEO - video)
-        rows.append(slots)
+    rows = [_slots_of_row(row, torch.tensor(keeps, dtype=torch.int64)) for row, keeps in zip(videos, left, strict=True)]
     width = max(map(len, rows))
-    return torch.tensor([[_PADDING] * (width - len(row)) + row for row in rows])
+    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=_PADDING) for row in rows])
+
+
+def _slots_of_row(videos: Tensor, keeps: Tensor) -> Tensor:
+    """int64 [S'], unpadded; ``videos`` int64 [S] ascend, and ``keeps`` has a number for each."""
+    slots = torch.arange(len(videos))
+    inside = videos >= 0
+    numbers = videos[inside]
+    counts = torch.bincount(numbers, minlength=len(keeps))
+    within = torch.arange(len(numbers)) - (counts.cumsum(0) - counts)[numbers]
+    slots[inside] = FIRST_VIDEO - numbers
+    stays = ~inside
+    stays[inside] = within < keeps[numbers]
+    return slots[stays]
 
 
 # --- The graph of the prompt's pass -----------------------------------------------------------------
@@ -113,9 +117,8 @@ def _slots(videos: Tensor, left: Sequence[Sequence[int]]) -> Tensor:
 
 def find_mark(graph_module: GraphModule) -> Node | None:
     """Where :func:`torch.ops.earlytom.mark_videos` was traced; None where it was not."""
-    marks = (node for node in graph_module.graph.nodes if node.target is torch.ops.earlytom.mark_videos.default)
-    packets = (node for node in graph_module.graph.nodes if node.target is torch.ops.earlytom.mark_videos)
-    return next(marks, None) or next(packets, None)
+    op = torch.ops.earlytom.mark_videos
+    return next((node for node in graph_module.graph.nodes if node.target in (op, op.default)), None)
 
 
 def erase_mark(graph_module: GraphModule, mark: Node) -> None:

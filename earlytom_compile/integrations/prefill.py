@@ -106,13 +106,19 @@ class CompiledPrefill:
     def install(self) -> None:
         """Put this in the place of the language model's ``forward``, where it is from the start."""
         self._module.__dict__["forward"] = self
-        if self.steps and not self._shorter:
-            first, layers = self.steps[0].layer, decoder_layers(self._module)
-            self._shorter = [ShorterLayer(layer, index) for index, layer in enumerate(layers) if index >= first]
+        self._cover_layers()
+
+    def _cover_layers(self) -> None:
+        """Stand in for every layer before which tokens may have gone, those that came since included."""
+        for index, layer in enumerate(decoder_layers(self._module) if self.steps else ()):
+            covered = any(shorter.layer is layer for shorter in self._shorter)
+            if index >= self.steps[0].layer and not covered:
+                own = layer.__dict__.get("forward")  # a copy of a layer brings a copy of what stood in for it
+                self._shorter.append(own if isinstance(own, ShorterLayer) else ShorterLayer(layer, index))
 
     def remove(self) -> None:
         """Put the language model's own ``forward`` back, unless somebody has replaced ours since."""
-        for layer in reversed(self._shorter):  # one that is in several places was replaced several times
+        for layer in self._shorter:
             layer.remove()
         self._shorter = []
         if self._module.__dict__.get("forward") is self:
@@ -190,6 +196,7 @@ class CompiledPrefill:
         elif self._why_own_code:
             why, cure = self._why_own_code, "Load it with attn_implementation='sdpa' on one device, without hooks"
         if why is None:
+            self._cover_layers()
             return inner
         self._tell(f"no tokens go inside the language model: {why}", cure)
         return None

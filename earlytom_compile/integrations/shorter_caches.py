@@ -123,7 +123,7 @@ class ShorterLayer:
     """Stands in for the ``forward`` of a decoder layer before which tokens may have gone."""
 
     def __init__(self, layer: nn.Module, index: int) -> None:
-        self._layer = layer
+        self.layer = layer
         self._index = index
         self._before = layer.__dict__.get("forward")
         self._own = layer.forward
@@ -131,10 +131,10 @@ class ShorterLayer:
 
     def remove(self) -> None:
         """Put the layer's own ``forward`` back, unless somebody has replaced ours since."""
-        if self._layer.__dict__.get("forward") is self:
-            del self._layer.__dict__["forward"]
+        if self.layer.__dict__.get("forward") is self:
+            del self.layer.__dict__["forward"]
             if self._before is not None:
-                self._layer.__dict__["forward"] = self._before
+                self.layer.__dict__["forward"] = self._before
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache: Any = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)

@@ -266,6 +266,7 @@ def handwritten_llava(
     pool: str = "bilinear",
     merge: str = "spatial_unpad",
     layers: int = 4,
+    text_layers: int = 1,
     seed: int = 0,
     **options,
 ) -> LlavaQwenForCausalLM:
@@ -274,7 +275,7 @@ def handwritten_llava(
         vocab_size=120,
         hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=1,
+        num_hidden_layers=text_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=8192,

@@ -33,6 +33,7 @@ from oracle_llava import compressed_generate
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning, report
+from earlytom_compile.families.base import Family
 from earlytom_compile.families.llava import Llava
 from earlytom_compile.families.registry import family_of
 
@@ -287,3 +288,15 @@ def test_two_models_with_different_options():
         compiled(each, **chosen)
     for each, tokens in [*zip(models, wanted, strict=True)] * 2:
         assert torch.equal(generated(each, call), tokens)
+
+
+def test_a_family_that_does_not_say_where_videos_are_keeps_all_tokens_inside(monkeypatch):
+    model = handwritten_llava(text_layers=2)
+    call = Call.of(model, [[TEXT, VIDEO, TEXT]])
+    plain = generated(compiled(model, retain_ratio=0.3), call)
+    monkeypatch.setattr(Llava, "prompt_videos", Family.prompt_videos)
+    inner = {"retain_ratio": 0.3, "inner_layer": 1}
+    with pytest.warns(EarlyTomFallbackWarning, match="LLaVA does not say where videos are.*prompt_videos"):
+        assert torch.equal(generated(compiled(model, strict=False, **inner), call), plain)
+    with pytest.raises(EarlyTomCompileError, match="does not say where videos are"):
+        generated(compiled(model, strict=True, **inner), call)

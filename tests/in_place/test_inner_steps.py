@@ -306,6 +306,21 @@ def test_a_copy_goes_its_own_way(model):
     assert torch.equal(other, oracle_tokens(twin, inputs, retain_ratio=0.5, steps=[MEAN]))
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_layer_that_is_replaced_gets_the_mask_that_fits(fresh):
+    model = tiny_llava_onevision(vision_layers=4, text_layers=4)
+    inputs = video_inputs(model, 8, **LAYOUTS["different numbers of videos"])
+    before = new_tokens(compiled(model, strict=True, **INNER), inputs)
+    layers = model.model.language_model.layers
+    other = tiny_llava_onevision(vision_layers=4, text_layers=4, seed=1).model.language_model.layers[3]
+    layers[3] = other if fresh else copy.deepcopy(layers[3])
+    got = new_tokens(model, inputs)
+    assert torch.equal(got, before) != fresh
+    earlytom_compile.restore(model)
+    assert all("forward" not in layer.__dict__ for layer in layers)
+    assert torch.equal(got, oracle_tokens(model, inputs, retain_ratio=0.5, steps=[MEAN]))
+
+
 def test_threads_do_not_meet(model):
     inputs = [video_inputs(model, frames, **LAYOUTS["left padding"], seed=frames) for frames in (6, 9, 12)]
     compiled(model, strict=True, **INNER)
