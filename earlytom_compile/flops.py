@@ -10,12 +10,13 @@ The paper's tables and torch's counter do not count alike, so every count says b
 A frame is what the encoder sees as one: a picture, or the two of a temporal patch of Qwen.
 
 ``paper`` (Eq. 8): a layer with n tokens of width d and an MLP of m is 4nd² + 2n²d + 2ndm. A multiply-add counts once,
-the encoder's n is all frames in one sequence, an MLP has two matrices, and there is nothing but layers. The paper's Table 7,
-of Qwen2.5-VL, is counted otherwise, and so is ``paper`` for shapes of that kind (:mod:`.qwen_shape`).
+the encoder's n is all frames in one sequence, an MLP has two matrices, and there is nothing but layers. The paper's
+Table 7, of Qwen2.5-VL, is counted otherwise, and so is ``paper`` for shapes of that kind (:mod:`.qwen_shape`).
 
 ``exact``: the multiply-adds that are done, counted as two as in ``torch.utils.flop_counter``. Attention stays within a
 frame (or the windows in it), the language model's MLP has three matrices and its keys fewer heads, and patch embedding,
-projector, lm_head and the products of our operators count too. Causal attention is counted as a full square, as torch does.
+projector, lm_head and the products of our operators count too. Causal attention is counted as a full square, as torch
+does.
 
 Where unchanged patches are reused, a layer computes T of the F·S patches of a video, and each of its queries looks at
 all S patches of its frame, in both protocols: it costs T / (F·S) of a layer that computes all. What decides which
@@ -126,10 +127,11 @@ def count(
         llm = sum(shape.paper_llm_layer(layer, n) for layer, n in enumerate(lengths))
         return Flops(protocol, shape.paper_encoder(computed, frames), 0, 0, llm, 0)
     layers = sum(shape.vision_layer(layer, n) for layer, n in enumerate(computed))
+    scored = max(merges, default=shape.vision_layers - 1)
     return Flops(
         protocol,
         encoder=2 * (shape.patch_embedding(frames[0]) + layers),
-        operators=_operators(shape, frames_schedule, config, kept, max(merges, default=-1)) if boundaries or reuse or kept else 0,
+        operators=_operators(shape, frames_schedule, config, kept, scored) if boundaries or reuse or kept else 0,
         projector=2 * shape.projector(frames),
         llm=2 * sum(shape.llm_layer(layer, n) for layer, n in enumerate(lengths)),
         lm_head=2 * lm_head_positions * shape.llm_width * shape.vocab,
@@ -289,7 +291,7 @@ def implied_frames(
     shape: ModelShape,
     encoder: tuple[float, float],
     *,
-    frames: int,
+    frames: float,
     merge_layers: Sequence[int] | None = None,
 ) -> ImpliedFrames:
     """The frame schedules whose encoder costs between ``encoder[0]`` and ``encoder[1]`` (protocol ``paper``).
@@ -310,7 +312,7 @@ def implied_frames(
         return cost(frames, *(min(frames, x * 2.0 ** max(0, index - i)) for i in range(len(merges))))
 
     if not cheapest(0, frames / 2) <= most or not least <= cost(frames):
-        raise EarlyTomConfigError(f"no merging of {frames} frames costs {least:.4g} to {most:.4g} FLOPs.")
+        raise EarlyTomConfigError(f"no merging of {frames:g} frames costs {least:.4g} to {most:.4g} FLOPs.")
     ranges = []
     for index in range(len(merges)):
         low = _solve(partial(dearest, index), least, frames * 0.5 ** (index + 1), frames)

@@ -125,6 +125,11 @@ class QwenShape(ModelShape):
         """For pictures of so many patches."""
         return dataclasses.replace(self, grid=(height, width))
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
     # --- What a frame is --------------------------------------------------------------------------------
 
     @property
@@ -160,7 +165,6 @@ class QwenShape(ModelShape):
         with their frames before."""
         merged, tokens = self.vision_width * self.merge**2, frames[-1] * self.pooled_tokens
         return (1 + len(self.deepstack)) * tokens * merged * (merged + self.llm_width)
-
 
     @property
     def head_width(self) -> int:
