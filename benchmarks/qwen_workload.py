@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from earlytom_compile.qwen_shape import STAMP_TOKENS
+
 Inputs = dict[str, Tensor]
 
 WORDS_BEFORE = 3
-STAMP = (2, 2, 2, 2, 2, 2)
+STAMP = (2,) * STAMP_TOKENS
 """A time stamp such as ``<12.5 seconds>``: no word of :func:`make_inputs` is 2."""
 
 

@@ -69,9 +69,8 @@ class ModelShape:
         """Numbers that come for a frame."""
         return PIXEL_CHANNELS * self.pictures * self.frame_tokens * self.patch_size**2
 
-    @property
-    def separators(self) -> int:
-        """Rows that a video has beside the tokens of its frames."""
+    def tokens_beside(self, frames: int) -> int:
+        """Tokens that the prompt has for a video beside those of its frames, whatever is kept of them."""
         return 0
 
     # --- Multiply-adds that are done (protocol exact) -----------------------------------------------------
@@ -155,8 +154,7 @@ class LlavaShape(ModelShape):
         """Those at the border, of which there is no patch, come too."""
         return PIXEL_CHANNELS * self.image_size**2
 
-    @property
-    def separators(self) -> int:
+    def tokens_beside(self, frames: int) -> int:
         """A newline."""
         return 1
 

@@ -27,6 +27,8 @@ from .errors import EarlyTomConfigError
 from .model_shape import PIXEL_CHANNELS, ModelShape
 
 _MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+STAMP_TOKENS = 7
+"""Of a time stamp such as ``<12.5 seconds>``, whose digits are a token each."""
 _CHUNK = 64  # positions that the gated delta rule takes at once
 _TABLE_7_WINDOW = 64  # places, however large the picture is
 
@@ -146,6 +148,10 @@ class QwenShape(ModelShape):
     def pooled_tokens(self) -> int:
         """P: tokens of a temporal patch behind the merger."""
         return self.frame_tokens // self.merge**2
+
+    def tokens_beside(self, frames: int) -> int:
+        """Two marks around a video; or, for Qwen3 and later, around each frame, with a time stamp before it."""
+        return 2 if self.model_type == "qwen2_5_vl" else (2 + STAMP_TOKENS) * frames
 
     # --- Multiply-adds that are done (protocol exact) -----------------------------------------------------
 

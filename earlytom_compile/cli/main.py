@@ -20,6 +20,7 @@ from ..errors import EarlyTomError
 from .eval_flags import add_eval
 from .flags import (
     add_documents,
+    add_frame_size,
     add_frames,
     add_json,
     add_max_new_tokens,
@@ -304,14 +305,23 @@ def _add_flops(parser: CommandParser) -> None:
     )
     parser.add_argument("--shape", default="llava-onevision-7b", metavar="NAME", help="a named shape (%(default)s)")
     parser.add_argument("--model", metavar="FOLDER", help="the shape in this checkpoint's config.json instead")
-    parser.add_argument("--frames", type=int, metavar="N", help="frames of the video (default: the shape's usual)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="pictures of the video, two of which are a temporal patch of Qwen (default: the shape's usual)",
+    )
     add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens that reach the language model")
     parser.add_argument("--protocol", choices=("paper", "exact"), default="paper", help="how to count (%(default)s)")
     add_json(parser, "every number")
     parser.add_rare("--merge-layers", type=numbers(int), metavar="I,I", help="encoder layers after which frames merge")
     parser.add_rare(
-        "--schedule", type=numbers(float), metavar="N,N", help="frames at first and after each merge (73.9%% stay)"
+        "--schedule",
+        type=numbers(float),
+        metavar="N,N",
+        help="frames at first and after each merge, temporal patches of Qwen (73.9%% stay)",
     )
+    add_frame_size(parser)
     parser.add_rare(
         "--prompt-length", type=int, default=32, metavar="N", help="words beside the video, if exact (%(default)s)"
     )
