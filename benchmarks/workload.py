@@ -115,6 +115,13 @@ def frames_of_inputs(model: Any, inputs: Inputs) -> Tensor:
     return frames_in(inputs) if is_qwen(model.config) else inputs["pixel_values_videos"]
 
 
+def tokens_beside(model: Any, inputs: Inputs) -> int:
+    """Positions of a prompt that are no tokens of its video's frames: words, and what comes with a video."""
+    ids = inputs["input_ids"][0]
+    newlines = 0 if is_qwen(model.config) else 1
+    return int((ids != model.config.video_token_id).sum()) + newlines
+
+
 def with_other_frames(model: Any, inputs: Inputs, videos: Tensor) -> Inputs:
     """The same prompts with other frames, as :func:`frames_of_inputs` gives them, in the place of theirs."""
     if is_qwen(model.config):

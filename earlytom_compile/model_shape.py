@@ -101,6 +101,10 @@ class ModelShape:
         """Between encoder and language model; ``frames`` enter each layer of the encoder, the last of them leave it."""
         raise NotImplementedError
 
+    def projector_moves(self, frames: float) -> float:
+        """Numbers that it reads and writes, its weights aside, where so many frames leave the encoder."""
+        raise NotImplementedError
+
     @property
     def head_width(self) -> int:
         """Channels of a head of the language model."""
@@ -161,6 +165,10 @@ class LlavaShape(ModelShape):
     def projector(self, frames: Sequence[float]) -> float:
         """Two matrices for each patch that leaves the encoder."""
         return frames[-1] * self.frame_tokens * self.llm_width * (self.vision_width + self.llm_width)
+
+    def projector_moves(self, frames: float) -> float:
+        """Patches in and out: pooling comes behind."""
+        return frames * self.frame_tokens * (self.vision_width + self.llm_width)
 
     @classmethod
     def of_config(cls, config: Any) -> "LlavaShape":

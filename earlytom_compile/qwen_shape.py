@@ -172,6 +172,11 @@ class QwenShape(ModelShape):
         merged, tokens = self.vision_width * self.merge**2, frames[-1] * self.pooled_tokens
         return (1 + len(self.deepstack)) * tokens * merged * (merged + self.llm_width)
 
+    def projector_moves(self, frames: float) -> float:
+        """Patches in, tokens out, for each merger."""
+        moved = self.frame_tokens * self.vision_width + self.pooled_tokens * self.llm_width
+        return (1 + len(self.deepstack)) * frames * moved
+
     @property
     def head_width(self) -> int:
         """As the configuration says."""

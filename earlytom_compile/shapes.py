@@ -11,7 +11,7 @@ from .errors import EarlyTomConfigError
 from .model_shape import LlavaShape, ModelShape
 from .qwen_shape import LinearAttention, QwenShape
 
-__all__ = ["SHAPES", "LlavaShape", "ModelShape", "QwenShape", "config_of", "shape_of"]
+__all__ = ["SHAPES", "LlavaShape", "ModelShape", "QwenShape", "config_of", "shape_of", "sized"]
 
 _SIGLIP_SO400M: dict[str, Any] = {
     "vision_layers": 26,
@@ -121,6 +121,19 @@ def shape_of(name: str) -> ModelShape:
     if name not in SHAPES:
         raise EarlyTomConfigError(f"no shape {name!r}: there are {', '.join(SHAPES)}.")
     return SHAPES[name]
+
+
+def sized(shape: ModelShape | None, size: tuple[int, int] | None) -> ModelShape | None:
+    """``shape`` for pictures of ``size``, height and width in pixels; None: those it has. Raises
+    :class:`EarlyTomConfigError` where the model gives its pictures one size, or cannot have this one."""
+    if size is None:
+        return shape
+    if not isinstance(shape, QwenShape):
+        raise EarlyTomConfigError(
+            f"frame_size={size[0]}x{size[1]}: pictures of this model have one size, which is part of its shape; leave "
+            "it out."
+        )
+    return shape.of_size(*size)
 
 
 def config_of(name: str) -> Any:

@@ -5,8 +5,8 @@ earlytom flops --shape llava-onevision-7b --protocol paper
 VisionZip  25%   41.8   -   8.7   50.5   61.2%   50.5
 EarlyTom   25%   ...
 
-``--frames`` are pictures of the video. What merges is a frame of the encoder: a picture, or the two of a temporal patch of
-Qwen; ``--schedule`` and everything that is printed mean these.
+``--frames`` are pictures of the video. What merges is a frame of the encoder: a picture, or the two of a temporal
+patch of Qwen; ``--schedule`` and everything that is printed mean these.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Flops, Protocol, Reuse, count, implied_encoder, implied_frames, merged_inside
 from ..methods.registry import EARLYTOM
-from ..shapes import ModelShape, QwenShape, shape_of
+from ..shapes import ModelShape, QwenShape, shape_of, sized
 from .outputs import output_console, write_text
 
 INNER_LAYER = 18
@@ -219,7 +219,7 @@ def _merged_inside(case: Case, ratio: float) -> dict[int, int]:
 
 def _case(arguments: argparse.Namespace, options: dict[str, Any]) -> Case:
     shape = _shape_of_model(arguments.model) if arguments.model else shape_of(arguments.shape)
-    shape = sized(shape, arguments.frame_size)
+    shape = sized(shape, arguments.frame_size) or shape
     frames: float
     if arguments.frames is not None:
         frames = shape.frames_of(arguments.frames)
@@ -236,8 +236,8 @@ def _case(arguments: argparse.Namespace, options: dict[str, Any]) -> Case:
     schedule = arguments.schedule or (frames, *[frames * STAGE_1_RETENTION] * len(merges))
     if schedule[0] != frames or len(schedule) != 1 + len(merges):
         raise EarlyTomConfigError(
-            f"schedule {_arrows(schedule)}: must start with the {frames:g} frames and go on with one number for each of "
-            f"the merge layers {', '.join(map(str, merges))}."
+            f"schedule {_arrows(schedule)}: must start with the {frames:g} frames and go on with one number for "
+            f"each of the merge layers {', '.join(map(str, merges))}."
         )
     reuse = _reuse(arguments, shape, frames)
     return Case(shape, arguments.protocol, frames, tuple(schedule), merges, arguments.prompt_length, reuse)
@@ -253,19 +253,6 @@ def _usual_frames(arguments: argparse.Namespace, shape: ModelShape) -> float:
     if _asks_for_a_table(arguments) and arguments.shape == _TABLE_7_SHAPE:
         return TABLE_7_TOKENS / shape.pooled_tokens
     return shape.frames_of(shape.frames)
-
-
-def sized(shape: ModelShape, size: tuple[int, int] | None) -> ModelShape:
-    """For pictures of ``size``, height and width; None: those it has. Raises :class:`EarlyTomConfigError` where the model
-    gives its pictures one size, or cannot have this one."""
-    if size is None:
-        return shape
-    if not isinstance(shape, QwenShape):
-        raise EarlyTomConfigError(
-            f"frame_size={size[0]}x{size[1]}: pictures of this model have one size, which is part of its shape; leave "
-            "it out."
-        )
-    return shape.of_size(*size)
 
 
 def _reuse(arguments: argparse.Namespace, shape: ModelShape, frames: float) -> Reuse | None:

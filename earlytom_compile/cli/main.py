@@ -257,7 +257,11 @@ def _add_bench(parser: CommandParser) -> None:
     )
     parser.add_argument("--video", metavar="FILE", help="a video, in every row of a batch, instead of a synthetic one")
     parser.add_argument(
-        "--frames", type=numbers(int), metavar="N,N", help="one table each (default: the model's, or the shape's)"
+        "--frames",
+        type=numbers(int),
+        metavar="N,N",
+        help="pictures of the video, one table each; two are a temporal patch of Qwen (default: the model's, or the "
+        "shape's)",
     )
     add_retain_ratios(parser, (0.1,), "EarlyTom's")
     parser.add_argument(
@@ -273,8 +277,13 @@ def _add_bench(parser: CommandParser) -> None:
     parser.add_rare("--batch", type=int, default=1, metavar="N", help="prompts, one video each (%(default)s)")
     parser.add_rare("--prompt-length", type=int, default=32, metavar="N", help="words beside the video (%(default)s)")
     parser.add_rare(
-        "--scene-frames", type=int, default=4, metavar="N", help="frames of a scene; 4 alike merge to 3 (%(default)s)"
+        "--scene-frames",
+        type=int,
+        default=4,
+        metavar="N",
+        help="frames of a scene, temporal patches of Qwen; 4 alike merge to 3 (%(default)s)",
     )
+    add_frame_size(parser)
     parser.add_rare(
         "--redundancy",
         type=float,

@@ -82,9 +82,7 @@ class QwenVL(Family):
         """Images, by the model's own code."""
         encoded = (call.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None and call.get("pixel_values") is not None:
-            encoded = model.model.get_image_features(
-                call["pixel_values"], call.get("image_grid_thw"), return_dict=True
-            )
+            encoded = model.model.get_image_features(call["pixel_values"], call.get("image_grid_thw"), return_dict=True)
         if encoded is not None:
             rows = torch.cat([torch.cat(list(part)) for part in _parts(encoded)], dim=-1)
             like_embeddings = rows.new_empty(*ids.shape, self.embedding(model).embedding_dim)  # type: ignore[arg-type]
@@ -278,5 +276,3 @@ def _checked_grids(pixels: Tensor, grids: Any, config: Any) -> list[tuple[int, i
             f"to its patches, rows and columns multiples of {block}. Pass both as the model's processor made them."
         )
     return [(frames, height, across) for frames, height, across in rows]
-
-
