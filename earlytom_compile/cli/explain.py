@@ -25,7 +25,7 @@ from ..words import counted
 from .comparison import EMPTY, BothModels, Comparison, decode, timed_answer
 from .demo import require_demo_frames, write_demo_video
 from .gains import gains_of, gains_table
-from .loading import Inputs, Loaded, ask_again, open_checkpoint, prepare_inputs, require_question
+from .loading import Inputs, Loaded, ask_again, frames_in, open_checkpoint, prepare_inputs, require_question
 from .outputs import output_console
 from .picture import Answered, both_answers, check_pictures, filmed, wants_picture, write_pictures
 from .progress import step
@@ -82,7 +82,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     )
     gains = gains_of(loaded.model, comparison, options)
     asked = _ask(loaded, questions, clip, inputs, arguments.max_new_tokens, progress_on)
-    console.print(_subject(arguments, inputs["pixel_values_videos"].shape[1]), soft_wrap=True, markup=False)
+    console.print(_subject(arguments, frames_in(inputs)), soft_wrap=True, markup=False)
     if gains is None:
         reasons = "; ".join(comparison.report["reasons"]) or "see the report"
         console.print(f"\nNothing: this call kept all tokens ({reasons}).", markup=False, soft_wrap=True)
