@@ -41,8 +41,8 @@ from .options import require_effect
 from .progress import progress_bars
 
 Inputs = dict[str, torch.Tensor]
-"""``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]; of a model of Qwen patches
-[T·h·w, ...], ``video_grid_thw`` [1, 3], ``mm_token_type_ids`` [1, S] and ``second_per_grid_ts`` [1]."""
+"""``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]; of a model of Qwen
+patches [T·h·w, ...], ``video_grid_thw`` [1, 3], ``mm_token_type_ids`` [1, S] and ``second_per_grid_ts`` [1]."""
 
 _OF_THE_MODEL = (
     "input_ids", "attention_mask", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids",
@@ -225,6 +225,14 @@ def keeps_places(inputs: Inputs) -> bool:
     """Whether what stays of the video keeps its places in the prompt, as with models of Qwen, so that encoded videos
     cannot be given again without them; other models have a newline behind it."""
     return "video_grid_thw" in inputs
+
+
+def grid_in(inputs: Inputs) -> tuple[int, int] | None:
+    """Patches of a picture of the only video, height x width, where a model takes any; else None."""
+    if "video_grid_thw" not in inputs:
+        return None
+    _, height, width = inputs["video_grid_thw"][0].tolist()
+    return height, width
 
 
 def frames_in(inputs: Inputs) -> int:

@@ -137,7 +137,8 @@ def observe(
 
     ``pixel_values_videos``: [V, F, 3, H, W], or a sequence of videos [F, 3, H, W], as a processor makes them, on the
     model's device. ``arguments`` are what else of a call the model takes for its videos, such as ``video_grid_thw``,
-    with which models of Qwen get patches. ``options`` are those of :class:`EarlyTomConfig`; nothing is compiled, whatever ``lowering`` says.
+    with which models of Qwen get patches. ``options`` are those of :class:`EarlyTomConfig`; nothing is compiled,
+    whatever ``lowering`` says.
     Raises :class:`EarlyTomConfigError` for bad ones, another model or another shape, and :class:`EarlyTomCompileError`
     where a call would run uncompressed.
     """

@@ -3,9 +3,9 @@
     resize = PatchSizes(processor.video_processor).of(768)      # the more frames, the smaller Qwen3-VL makes them
     resize(frame)                                               # uint8 [720, 1280, 3] -> uint8 [96, 160, 3]
 
-transformers chooses height and width for the video as a whole, as multiples of a token's side within a budget of pixels.
-Here its own code chooses them for a video without pixels, and resizes each frame by itself: the result is the same, and
-768 frames of a film need not be in memory at once at their full size.
+transformers chooses height and width for the video as a whole, as multiples of a token's side within a budget of
+pixels. Here its own code chooses them for a video without pixels, and resizes each frame by itself: the result is the
+same, and 768 frames of a film need not be in memory at once at their full size.
 """
 
 from collections.abc import Callable

@@ -124,8 +124,8 @@ def frame_resizer(processor: Any) -> "Resize | ResizeByLength":
 
     uint8 [H, W, 3] -> uint8 [h, w, 3]. The processor leaves frames of that size as they are, so its result is the same
     bit for bit, and no video need be in memory at its full size. The size that Qwen's processors choose depends on the
-    number of frames, and they are told not to look for one again (``do_resize=False``). ``processor``: of :func:`load_processor` or
-    transformers' own.
+    number of frames, and they are told not to look for one again (``do_resize=False``). ``processor``: of
+    :func:`load_processor` or transformers' own.
     """
     if isinstance(processor, VideoTextProcessor):
         return processor.pixels.resized_frame

@@ -24,12 +24,13 @@ def frames_seen(processor: Any, pixels: torch.Tensor) -> np.ndarray:
 def first_pictures(processor: Any, patches: torch.Tensor, grid: tuple[int, int, int]) -> np.ndarray:
     """The first picture of each temporal patch of a video of Qwen, uint8 RGB [T, H, W, 3].
 
-    ``patches`` [T·h·w, C·2·p·p]: ``pixel_values_videos`` of that video; ``grid``: its (T, h, w) of ``video_grid_thw``. A
-    token's patches lie next to each other.
+    ``patches`` [T·h·w, C·2·p·p]: ``pixel_values_videos`` of that video, a token's next to each other; ``grid``: its
+    (T, h, w) of ``video_grid_thw``.
     """
     settings = _settings(processor)
     (frames, height, width), block, side = grid, settings.merge_size, settings.patch_size
-    cut = patches.view(frames, height // block, width // block, block, block, -1, settings.temporal_patch_size, side, side)
+    rows, columns, pictures = height // block, width // block, settings.temporal_patch_size
+    cut = patches.view(frames, rows, columns, block, block, -1, pictures, side, side)
     first = cut[:, :, :, :, :, :, 0].permute(0, 5, 1, 3, 6, 2, 4, 7)
     return frames_seen(processor, first.reshape(frames, -1, height * side, width * side))
 

@@ -131,8 +131,8 @@ def encoded(clip: Clip) -> tuple[str, str]:
     title, text = _encoded(clip.observation)
     if clip.pictures > 1:
         text += (
-            f" A frame is a temporal patch, which the encoder makes of {clip.pictures} pictures of the video; the first "
-            "of them is shown."
+            f" A frame is a temporal patch, which the encoder makes of {clip.pictures} pictures of the video; the "
+            "first of them is shown."
         )
     return title, text
 
