@@ -1,4 +1,4 @@
-"""Prompts made for timing models of Qwen: laid out as transformers' own processors lay them out, and taken apart again."""
+"""Prompts made for timing models of Qwen: laid out as transformers' own processors do it, and taken apart again."""
 
 import numpy as np
 import pytest
