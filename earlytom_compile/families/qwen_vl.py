@@ -187,6 +187,11 @@ class Qwen3_VL(QwenVL):
             prepare_transformers(name, text)
             prepare_deepstack(name, text)
 
+    def row_width(self, model: Any) -> int:
+        """Those of the last layer and of each that DeepStack takes."""
+        visual = model.model.visual
+        return int(visual.config.out_hidden_size) * (1 + len(getattr(visual, "deepstack_visual_indexes", ())))
+
     def tables(self, model: Any, height: int, width: int, device: torch.device) -> dict[str, Tensor]:
         """Also which learned positions each place lies between, int64 [S, 4], and how near, float32 [S, 4]."""
         visual = model.model.visual
