@@ -207,7 +207,10 @@ def qwen_inputs(
         "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in sequences]),
         "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int(),
     }
-    for kind, pixels, grid in ((Still, "pixel_values", "image_grid_thw"), (Clip, "pixel_values_videos", "video_grid_thw")):
+    for kind, pixels, grid in (
+        (Still, "pixel_values", "image_grid_thw"),
+        (Clip, "pixel_values_videos", "video_grid_thw"),
+    ):
         seen = [item for item in chain.from_iterable(rows) if isinstance(item, kind)]
         if seen:
             inputs[pixels] = torch.cat([patches_of(item.pictures(generator)) for item in seen]).to(model.dtype)
@@ -235,7 +238,10 @@ def row_alone(inputs: dict[str, Any], row: int) -> dict[str, Any]:
     """The inputs of one row of a batch, without padding."""
     seen = inputs["attention_mask"][row].bool()
     alone = {name: inputs[name][row : row + 1, seen] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    for token, pixels, grid in ((IMAGE, "pixel_values", "image_grid_thw"), (VIDEO, "pixel_values_videos", "video_grid_thw")):
+    for token, pixels, grid in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
         if grid not in inputs:
             continue
         first, count = _of_row(inputs["input_ids"], inputs[grid], token, row)
