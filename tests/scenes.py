@@ -17,8 +17,8 @@ def video(
     static: bool = False,
     generator: torch.Generator,
 ) -> Tensor:
-    """``[F, 3, H, W]``: scenes of nearly equal length, each a picture that drifts a bit every frame. ``image_size``: of a
-    square, or (H, W).
+    """``[F, 3, H, W]``: scenes of nearly equal length, each a picture that drifts a bit every frame.
+    ``image_size``: the side of a square, or (H, W).
 
     ``scenes=None``: one for every 8 frames. ``static``: one scene without drift, frames equal bit for bit.
     """

@@ -25,6 +25,8 @@ VOCABULARY = 120
 VISION_START, VISION_END, IMAGE, VIDEO = range(VOCABULARY - 4, VOCABULARY)
 PATCH, TEMPORAL, SIDE = 4, 2, 2
 """Pixels of a patch's side, pictures of a frame, patches of a token's side."""
+IMAGES = IMAGE, "pixel_values", "image_grid_thw"
+VIDEOS = VIDEO, "pixel_values_videos", "video_grid_thw"
 
 CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VL",
