@@ -1,0 +1,227 @@
+"""A Qwen model compiled in place, and all that can be asked of it besides ``generate()``."""
+
+import pytest
+import torch
+from generating import given, graphs_compiled, new_tokens
+from oracle_qwen import compressed_rows, compressed_videos
+from qwen_calls import SMALL, WIDE, assert_rows_of_the_oracle, compressing, oracle_options, oracle_tokens, prompt_of
+from tiny_qwen import PLAIN_KINDS, Clip, Still, qwen_inputs, stamps_time, tiny_qwen
+from torch.testing import assert_close
+
+import earlytom_compile
+from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report, reporting
+from earlytom_compile.families.registry import family_of
+from earlytom_compile.integrations.caches import cache_of
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {kind: tiny_qwen(kind, vision_layers=3, full=(0, 2), deepstack=(0, 1)) for kind in PLAIN_KINDS}
+
+
+@pytest.fixture(params=PLAIN_KINDS)
+def model(request, models):
+    yield models[request.param]
+    earlytom_compile.restore(models[request.param])
+    reporting._RESTORED.clear()
+
+
+LAYERS = {"merge_layers": (0, 1)}
+
+
+def test_their_families(models):
+    for kind, model in models.items():
+        family = family_of(model)
+        assert family.vision_tower(model) is model.model.visual
+        assert family.language_model(model) is model.model.language_model
+        assert family.encoder_layers(model.config) == 3
+        with pytest.raises(EarlyTomConfigError, match="layer 3 does not exist; the vision encoder has layers 0 to 2"):
+            earlytom_compile.compile(model, merge_layers=(0, 3))
+        assert kind.split("_")[0] in family.name.lower().replace("-vl", "")
+
+
+# --- What is compiled -----------------------------------------------------------------------------
+
+
+def test_one_compilation_for_all_videos_of_one_resolution(model):
+    compressing(model, **LAYERS)
+    for seed, (frames, scenes) in enumerate([(9, 2), (9, 1), (4, 1), (12, 3), (1, 1), (5, 2)]):
+        new_tokens(model, qwen_inputs(model, [[seed + 1, Clip(frames, *SMALL, scenes=scenes), 3]], seed=seed))
+        assert graphs_compiled() <= 2, f"{frames} frames"
+    before = graphs_compiled()
+    new_tokens(model, qwen_inputs(model, [[2, Clip(9, *WIDE), 1, Clip(6, *SMALL), 3]]))
+    assert graphs_compiled() <= before + 2
+    before = graphs_compiled()
+    new_tokens(model, qwen_inputs(model, [[2, Clip(7, *WIDE), 1, Clip(5, *SMALL), 3], [9, Clip(3, *WIDE), 1]], seed=5))
+    assert graphs_compiled() == before
+    content = report(model).to_dict()
+    assert content["last_call"] == "compressed" and len(content["videos"]) == 3
+
+
+@pytest.mark.parametrize("lowering", ["staged", pytest.param("whole", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kind", ["qwen2_5_vl", pytest.param("qwen3_vl"), pytest.param("qwen3_5", marks=pytest.mark.long)]
+)
+def test_lowered(models, kind, lowering):
+    model = models[kind]
+    inputs = qwen_inputs(model, [[3, Clip(9, *SMALL), 4]])
+    try:
+        got = new_tokens(compressing(model, lowering=lowering, **LAYERS), inputs)
+        assert torch.equal(got, oracle_tokens(model, inputs, **LAYERS))
+    finally:
+        earlytom_compile.restore(model)
+
+
+# --- forward() ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_loop_of_forward_with_a_cache(model):
+    """Behind a prompt a token has the position that the plain model would give it there."""
+    inputs = qwen_inputs(model, [[3, Clip(9, *SMALL, interval=0.25), 20]])
+    expected = oracle_tokens(model, inputs, **LAYERS)[0].tolist()
+    output, tokens = compressing(model, **LAYERS)(**inputs, use_cache=True), []
+    for _ in expected:
+        tokens.append(int(output.logits[0, -1].argmax()))
+        output = model(torch.tensor([[tokens[-1]]]), **given(model, cache_of(output)))
+    assert tokens == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("interval", [0.25, 2.0])
+def test_positions_behind_the_prompt_are_those_of_the_plain_model(model, interval):
+    """With 2 seconds a frame the last frame's time is far behind the text that follows."""
+    inputs, seen = qwen_inputs(model, [[3, Clip(9, *SMALL, interval=interval), 5]]), []
+
+    def look(module, args, kwargs):
+        seen[-1].append(kwargs["position_ids"][-3:, 0, -1].tolist())
+
+    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    for compress in (False, True):
+        seen.append([])
+        if compress:
+            compressing(model, variant="plus", retain_ratio=0.02, **LAYERS)
+        output = model(**inputs, use_cache=True)
+        for token in (5, 6):
+            output = model(torch.tensor([[token]]), **given(model, cache_of(output)))
+    hook.remove()
+    assert seen[0] == seen[1] and len(seen[0]) == 3
+
+
+@torch.no_grad()
+def test_logits_of_the_last_position_only(model):
+    inputs = prompt_of(model, "two sizes")
+    every = compressing(model, **LAYERS)(**inputs).logits
+    last = model(**inputs, logits_to_keep=1).logits
+    assert last.shape[1] == 1
+    assert_close(last, every[:, -1:])
+
+
+def test_without_a_mask(model):
+    inputs = prompt_of(model, "two sizes")
+    del inputs["attention_mask"]
+    with torch.no_grad():
+        logits = compressing(model, **LAYERS)(**inputs).logits
+    earlytom_compile.restore(model)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    ((_, expected),) = compressed_rows(model, inputs, **oracle_options(**LAYERS))
+    assert_close(logits[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_with_gradients_it_runs_uncompressed(model):
+    inputs = prompt_of(model, "one video")
+    with pytest.warns(EarlyTomFallbackWarning, match="gradients are enabled"):
+        compressing(model, **LAYERS)(**inputs).logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+# --- Videos that are encoded once -----------------------------------------------------------------
+
+
+def encoded(model, inputs):
+    pixels = inputs.pop("pixel_values_videos")
+    return earlytom_compile.encode_videos(model, pixels, video_grid_thw=inputs["video_grid_thw"])
+
+
+def test_encoded_videos_are_the_oracles(model):
+    inputs = prompt_of(model, "two sizes")
+    expected = compressed_videos(model, inputs, **oracle_options(**LAYERS))
+    rows = encoded(compressing(model, **LAYERS), dict(inputs))
+    assert report(model).to_dict()["last_call"] == "encoded"
+    for got, video in zip(rows, expected, strict=True):
+        assert len(got) == len(video.kept)
+        assert_close(got[:, : video.features.shape[1]], video.features, atol=1e-4, rtol=1e-4)
+
+
+# --- Restored -------------------------------------------------------------------------------------
+
+
+def test_restore_undoes_it_exactly(model):
+    inputs = prompt_of(model, "everything")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        before, buffers = dict(model.__dict__), dict(model.model.__dict__)
+        compressing(model, **LAYERS)(**inputs)
+        new_tokens(model, inputs)
+        assert earlytom_compile.restore(model) is model
+        assert model.__dict__ == before
+        assert {k: v for k, v in model.model.__dict__.items() if k != "rope_deltas"} == {
+            k: v for k, v in buffers.items() if k != "rope_deltas"
+        }
+        assert torch.equal(model(**inputs).logits, logits)
+
+
+# --- What does not fit ----------------------------------------------------------------------------
+
+
+def _fewer_pixels(inputs):
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"][:-24]
+
+
+def _odd_grid(inputs):
+    inputs["video_grid_thw"] = torch.tensor([[9, 3, 8]])
+
+
+def _another_video_in_the_prompt(inputs):
+    token = inputs["input_ids"].max()
+    inputs["input_ids"][0, 0], inputs["mm_token_type_ids"][0, 0] = token, 2
+
+
+def _no_grid(inputs):
+    del inputs["video_grid_thw"]
+
+
+def _no_kinds(inputs):
+    del inputs["mm_token_type_ids"]
+
+
+@pytest.mark.parametrize("call", ["generate", "forward"])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (_fewer_pixels, "192.*216|216.*192"),
+        (_odd_grid, "3.*8|even|multiple"),
+        (_another_video_in_the_prompt, "55 video placeholder tokens.*need 54"),
+        (_no_grid, "video_grid_thw"),
+        (_no_kinds, "mm_token_type_ids"),
+    ],
+)
+def test_what_does_not_fit_is_named(model, call, spoil, message):
+    inputs = prompt_of(model, "one video")
+    spoil(inputs)
+    compressing(model, **LAYERS)
+    with torch.no_grad(), pytest.raises(EarlyTomConfigError, match=message):
+        getattr(model, call)(**inputs)
+
+
+def test_the_report_says_frames_and_tokens(model):
+    inputs = prompt_of(model, "two sizes")
+    new_tokens(compressing(model, **LAYERS), inputs)
+    content = report(model).to_dict()
+    assert content["state"] == "compressing" and content["layers"] == 3
+    assert [video["tokens"] for video in content["videos"]] == [[54, 11], [75, 15]]
+    assert [video["frames"][0] for video in content["videos"]] == [9, 5]
+    whole, cut = content["prompt"]
+    assert whole == inputs["input_ids"].shape[1] and cut == whole - (54 - 11) - (75 - 15)
+    text = str(report(model))
+    assert "54 -> 11" in text and "75 -> 15" in text
