@@ -4,8 +4,8 @@ import pytest
 import torch
 from generating import given, graphs_compiled, new_tokens
 from oracle_qwen import compressed_rows, compressed_videos
-from qwen_calls import SMALL, WIDE, assert_rows_of_the_oracle, compressing, oracle_options, oracle_tokens, prompt_of
-from tiny_qwen import PLAIN_KINDS, Clip, Still, qwen_inputs, stamps_time, tiny_qwen
+from qwen_calls import SMALL, WIDE, compressing, oracle_options, oracle_tokens, prompt_of
+from tiny_qwen import PLAIN_KINDS, Clip, qwen_inputs, tiny_qwen
 from torch.testing import assert_close
 
 import earlytom_compile

@@ -1,4 +1,4 @@
-"""What ``generate()`` of a Qwen model does with a prompt besides reading it: as for any other model, compressed or not."""
+"""What ``generate()`` of a Qwen model does with a prompt besides reading it, compressed or not: as any other model."""
 
 import warnings
 
