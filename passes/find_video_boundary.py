@@ -12,6 +12,7 @@ there, so they never match and are never touched.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.fx import Node
@@ -21,7 +22,7 @@ from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_algebra import Dim, combine
 from earlytom_compile.passes.axis_call import Outputs, TensorAxes
 from earlytom_compile.passes.find_pixels import find_pixels
-from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, Miss
+from earlytom_compile.passes.find_vision_encoder import Block, Encoder, GraphView, Miss
 from earlytom_compile.passes.patterns import MOVES, argument, peel, readers, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable, describe
 
@@ -58,6 +59,7 @@ class Boundary(VideoPath):
 
     features: Node  # [V*F, ..., C], or [1, F, ..., C] of one video; P is the product of the axes in the middle
     frame_axes: int  # 1, or 2 with the axis of one video
+    judged: Node  # what decides which tokens stay: `features`, or the part of their channels made of the last layer
     flat: Node  # [V, F*P, C] or [V*F*P, C]
     separator: Node | None  # [V, 1, C] or [1, C], joined behind each video's tokens
     end: Node  # last node of the chain that has the axes of `flat`
@@ -159,14 +161,14 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
         flat, features, frame_axes = _flatten(view, encoder, videos, batch)
     used = next(n for n in range(len(encoder.blocks), 0, -1) if view.flow.is_from(flat, encoder.blocks[n - 1].output))
     _require_whole(view, encoder, misses, pixels, flat)
-    hidden = encoder.blocks[used - 1].output
-    if mixing := view.first_mixing(hidden, (0,), features):
-        raise NotApplicable(
-            f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, tells them "
-            "apart as a time embedding does, or has no axis rule; it was taken for a part of the projector, which sees "
-            "each frame alone",
-            _LEAVE,
-        )
+    for hidden in (encoder.blocks[used - 1].output, *read_behind(view, encoder.blocks[:used], flat)):
+        if mixing := view.first_mixing(hidden, (0,), features):
+            raise NotApplicable(
+                f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, tells them "
+                "apart as a time embedding does, or has no axis rule; it was taken for a part of the projector, which "
+                "sees each frame alone",
+                _LEAVE,
+            )
     shape = shape_of(features)
     assert shape is not None
     tokens = math.prod([int(size) for size in shape[frame_axes:-1]])
@@ -182,12 +184,34 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
         axis,
         features,
         frame_axes,
+        _judged(view, features, encoder.blocks[used - 1].output),
         flat,
         separator,
         end,
         rows,
         _placeholders(rows if rows is not None else end),
     )
+
+
+def read_behind(view: GraphView, blocks: Sequence[Block], end: Node) -> dict[Node, list[Node]]:
+    """What leaves a layer before the last and goes on to ``end`` beside the next layer, as with several
+    ``vision_feature_layer`` or DeepStack -> who reads it there."""
+    found = {}
+    for block, following in pairwise(blocks):
+        inside = {following.output, *view.flow.between(block.output, following.output)}
+        beside = [user for user in block.output.users if user not in inside and view.flow.is_from(end, user)]
+        if beside:
+            found[block.output] = beside
+    return found
+
+
+def _judged(view: GraphView, features: Node, hidden: Node) -> Node:
+    """The only part of ``features`` that is made of ``hidden``, where channels of other layers stand beside it."""
+    parts, rank = argument(features, 0, "tensors"), len(shape_of(features) or ())
+    if op_name(features) not in ("cat", "concat") or argument(features, 1, "dim", 0) not in (-1, rank - 1):
+        return features
+    own = [part for part in parts if view.flow.is_from(part, hidden)]
+    return own[0] if len(own) == 1 else features
 
 
 # Frames: from the encoder to where they meet their tokens

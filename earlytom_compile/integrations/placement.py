@@ -107,7 +107,8 @@ class Placement:
                 name: value.to(self.device) if isinstance(value, torch.Tensor) else value
                 for name, value in video.arguments.items()
             }
-            return Video(video.pixels.to(self.device), arguments)
+            tables = {name: table.to(self.device) for name, table in video.tables.items()}
+            return Video(video.pixels.to(self.device), arguments, tables)
         raise EarlyTomConfigError(
             f"pixel_values_videos are on {video.pixels.device} and the vision tower on {self.device}: move them there. "
             "(DataParallel, which spreads a call over devices, is not supported: compile a model for each device.)"

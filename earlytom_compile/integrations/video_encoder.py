@@ -31,6 +31,15 @@ class EncodedVideo:
     counts: tuple[GraphRecord, Counts] | None
     """What the call kept, and of which graph; None where it ran uncompressed."""
 
+    def places(self) -> Tensor:
+        """int64 [K], on the host, ascending: which of its ``size`` rows each row is, that of a merged frame in the
+        first of its frames. Waits for the device."""
+        if self.counts is None:
+            return torch.arange(len(self.rows))
+        (record, counts), (frame, token) = self.counts, _kept(self.counts[1]).unbind(1)
+        first = frame if counts.first is None else counts.first[frame]
+        return (first * record.tokens_per_frame + token).cpu()
+
 
 class VideoEncoder:
     """The compiled vision paths of one model; ``record`` is where reasons go."""
