@@ -1,14 +1,17 @@
-"""What tests of compressed Qwen models share: prompts of all kinds, and the two sides of a comparison."""
+"""What tests of compressed Qwen models share: models and their twins, prompts of all kinds, and both sides of a
+comparison."""
 
+from functools import cache
 from typing import Any
 
 import torch
-from generating import NEW, compiled
-from oracle_qwen import compressed_generate, compressed_rows
-from tiny_qwen import Clip, Still, qwen_inputs
+from generating import NEW, compiled, new_tokens
+from oracle_qwen import compressed_generate, compressed_rows, compressed_videos
+from tiny_qwen import Clip, Still, qwen_inputs, tiny_qwen
+from torch import Tensor
 from torch.testing import assert_close
 
-import earlytom_compile
+from earlytom_compile import report
 
 OPTIONS = {"merge_layers": (1, 4), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 """Behind layers that attend within windows, in Qwen2.5-VL."""
@@ -32,6 +35,23 @@ PROMPTS = {
 """Rows without a video are among them."""
 
 
+@cache
+def model_of(kind: str) -> Any:
+    """A model to compile. Made once, and no argument of a test that draws its inputs, which would print all of it."""
+    return tiny_qwen(kind)
+
+
+@cache
+def twin_of(kind: str) -> Any:
+    """The same weights once more: what is never compiled, for the oracle."""
+    return tiny_qwen(kind)
+
+
+def prompt_of(model: Any, kind: str, *, seed: int = 1) -> dict[str, Any]:
+    """One of PROMPTS."""
+    return qwen_inputs(model, PROMPTS[kind], seed=seed)
+
+
 def compressing(model: Any, **options: Any) -> Any:
     """The model, compiled in place, nothing of it by Inductor."""
     return compiled(model, **{**OPTIONS, **options})
@@ -42,23 +62,31 @@ def oracle_options(**options: Any) -> dict[str, Any]:
     return {"variant": "paper", **OPTIONS, **options}
 
 
-def oracle_tokens(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+def oracle_tokens(twin: Any, inputs: dict[str, Any], **options: Any) -> Tensor:
     """What ``new_tokens(compressing(model, **options), inputs)`` must be."""
-    earlytom_compile.restore(model)
-    return compressed_generate(model, inputs, NEW, **oracle_options(**options))
+    return compressed_generate(twin, inputs, NEW, **oracle_options(**options))
 
 
-def assert_rows_of_the_oracle(model: Any, inputs: dict[str, Any], **options: Any) -> None:
-    """Logits of ``forward()``, row by row; shorter ones are padded on the left. Restores the model."""
+def counts_of(model: Any) -> list[tuple[list[int], list[int]]]:
+    """Of each video of the last call: frames at first and behind each merge, tokens before and after."""
+    return [(video["frames"], video["tokens"]) for video in report(model).to_dict()["videos"]]
+
+
+def assert_as_the_oracle(model: Any, twin: Any, inputs: dict[str, Any], *, tokens: bool = True, **options: Any) -> None:
+    """Counts, logits of ``forward()`` and (``tokens``) those that ``generate()`` chooses, of a model that is compiled
+    with ``options``, row by row. ``forward()`` has a column for each position that some row keeps, padding included."""
     with torch.no_grad():
-        logits = compressing(model, **options)(**inputs).logits
-    earlytom_compile.restore(model)
-    expected = compressed_rows(model, inputs, **oracle_options(**options))
-    assert logits.shape[1] == max(len(row) for _, row in expected)
-    for got, (_, row) in zip(logits, expected, strict=True):
+        logits = model(**inputs).logits
+    videos = compressed_videos(twin, inputs, **oracle_options(**options))
+    frames = inputs["video_grid_thw"][:, 0].tolist()
+    assert counts_of(model) == [
+        ([count, *video.frames_after], [video.placeholders, len(video.kept)])
+        for count, video in zip(frames, videos, strict=True)
+    ]
+    expected = [row for _, row in compressed_rows(twin, inputs, **oracle_options(**options))]
+    length, uncut = inputs["input_ids"].shape[1], inputs["attention_mask"].sum(1).tolist()
+    assert logits.shape[1] == max(length - own + len(row) for own, row in zip(uncut, expected, strict=True))
+    for got, row in zip(logits, expected, strict=True):
         assert_close(got[len(got) - len(row) :], row, atol=1e-4, rtol=1e-4)
-
-
-def prompt_of(model: Any, kind: str, *, seed: int = 1) -> dict[str, Any]:
-    """One of PROMPTS."""
-    return qwen_inputs(model, PROMPTS[kind], seed=seed)
+    if tokens:
+        assert torch.equal(new_tokens(model, inputs), oracle_tokens(twin, inputs, **options))

@@ -129,12 +129,15 @@ def tiny_qwen(
 
 @torch.no_grad()
 def _spread_what_is_no_matrix(model: nn.Module) -> None:
-    """Positions weigh little beside what is in them; experts are matrices, one behind the other."""
+    """Positions weigh little beside what is in them; experts are matrices, one behind the other; linear attention
+    forgets slowly, since what is left of a state that fades at once is mostly rounding."""
     for name, parameter in model.named_parameters():
         if "pos_embed" in name:
             nn.init.normal_(parameter, std=0.2)
         elif name.endswith(("gate_up_proj", "experts.down_proj")):
             nn.init.normal_(parameter, std=48**-0.5 if "gate_up" in name else 24**-0.5)
+        elif name.endswith("A_log"):
+            nn.init.uniform_(parameter, -5.0, -2.0)
 
 
 # --- What is in a prompt --------------------------------------------------------------------------
