@@ -1,11 +1,13 @@
 """A Qwen model compiled in place, and all that can be asked of it besides ``generate()``."""
 
+from functools import cache
+
 import pytest
 import torch
 from generating import given, graphs_compiled, new_tokens
 from oracle_qwen import compressed_rows, compressed_videos
 from qwen_calls import SMALL, WIDE, compressing, oracle_options, oracle_tokens, prompt_of
-from tiny_qwen import PLAIN_KINDS, Clip, qwen_inputs, tiny_qwen
+from tiny_qwen import KINDS, PLAIN_KINDS, Clip, qwen_inputs, tiny_qwen
 from torch.testing import assert_close
 
 import earlytom_compile
@@ -13,31 +15,37 @@ from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, repor
 from earlytom_compile.families.registry import family_of
 from earlytom_compile.integrations.caches import cache_of
 
-
-@pytest.fixture(scope="module")
-def models():
-    return {kind: tiny_qwen(kind, vision_layers=3, full=(0, 2), deepstack=(0, 1)) for kind in PLAIN_KINDS}
-
-
-@pytest.fixture(params=PLAIN_KINDS)
-def model(request, models):
-    yield models[request.param]
-    earlytom_compile.restore(models[request.param])
-    reporting._RESTORED.clear()
-
-
 LAYERS = {"merge_layers": (0, 1)}
 
 
-def test_their_families(models):
-    for kind, model in models.items():
-        family = family_of(model)
-        assert family.vision_tower(model) is model.model.visual
-        assert family.language_model(model) is model.model.language_model
-        assert family.encoder_layers(model.config) == 3
-        with pytest.raises(EarlyTomConfigError, match="layer 3 does not exist; the vision encoder has layers 0 to 2"):
-            earlytom_compile.compile(model, merge_layers=(0, 3))
-        assert kind.split("_")[0] in family.name.lower().replace("-vl", "")
+@cache
+def small(kind, twin=False):
+    """Of three vision layers; ``twin``: the same weights once more, never compiled."""
+    return tiny_qwen(kind, vision_layers=3, full=(0, 2), deepstack=(0, 1))
+
+
+@pytest.fixture(params=PLAIN_KINDS)
+def model(request):
+    yield small(request.param)
+    earlytom_compile.restore(small(request.param))
+    reporting._RESTORED.clear()
+
+
+@pytest.fixture
+def twin(request, model):
+    return small(request.node.callspec.params["model"], twin=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_their_families(kind):
+    model = small(kind)
+    family = family_of(model)
+    assert family.name == {"qwen2": "Qwen2.5-VL", "qwen3": "Qwen3-VL"}[kind[:5]] if "vl" in kind else "Qwen3.5"
+    assert family.vision_tower(model) is model.model.visual
+    assert family.language_model(model) is model.model.language_model
+    assert family.encoder_layers(model.config) == 3
+    with pytest.raises(EarlyTomConfigError, match="layer 3 does not exist; the vision encoder has layers 0 to 2"):
+        earlytom_compile.compile(model, merge_layers=(0, 3))
 
 
 # --- What is compiled -----------------------------------------------------------------------------
@@ -58,28 +66,22 @@ def test_one_compilation_for_all_videos_of_one_resolution(model):
     assert content["last_call"] == "compressed" and len(content["videos"]) == 3
 
 
-@pytest.mark.parametrize("lowering", ["staged", pytest.param("whole", marks=pytest.mark.long)])
-@pytest.mark.parametrize(
-    "kind", ["qwen2_5_vl", pytest.param("qwen3_vl"), pytest.param("qwen3_5", marks=pytest.mark.long)]
-)
-def test_lowered(models, kind, lowering):
-    model = models[kind]
+@pytest.mark.long
+@pytest.mark.parametrize("lowering", ["staged", "whole"])
+def test_lowered(model, twin, lowering):
     inputs = qwen_inputs(model, [[3, Clip(9, *SMALL), 4]])
-    try:
-        got = new_tokens(compressing(model, lowering=lowering, **LAYERS), inputs)
-        assert torch.equal(got, oracle_tokens(model, inputs, **LAYERS))
-    finally:
-        earlytom_compile.restore(model)
+    got = new_tokens(compressing(model, lowering=lowering, **LAYERS), inputs)
+    assert torch.equal(got, oracle_tokens(twin, inputs, **LAYERS))
 
 
 # --- forward() ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_a_loop_of_forward_with_a_cache(model):
+def test_a_loop_of_forward_with_a_cache(model, twin):
     """Behind a prompt a token has the position that the plain model would give it there."""
     inputs = qwen_inputs(model, [[3, Clip(9, *SMALL, interval=0.25), 20]])
-    expected = oracle_tokens(model, inputs, **LAYERS)[0].tolist()
+    expected = oracle_tokens(twin, inputs, **LAYERS)[0].tolist()
     output, tokens = compressing(model, **LAYERS)(**inputs, use_cache=True), []
     for _ in expected:
         tokens.append(int(output.logits[0, -1].argmax()))
@@ -89,22 +91,20 @@ def test_a_loop_of_forward_with_a_cache(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("interval", [0.25, 2.0])
-def test_positions_behind_the_prompt_are_those_of_the_plain_model(model, interval):
+def test_positions_behind_the_prompt_are_those_of_the_plain_model(model, twin, interval):
     """With 2 seconds a frame the last frame's time is far behind the text that follows."""
     inputs, seen = qwen_inputs(model, [[3, Clip(9, *SMALL, interval=interval), 5]]), []
 
     def look(module, args, kwargs):
         seen[-1].append(kwargs["position_ids"][-3:, 0, -1].tolist())
 
-    hook = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
-    for compress in (False, True):
+    for each in (twin, compressing(model, variant="plus", retain_ratio=0.02, **LAYERS)):
         seen.append([])
-        if compress:
-            compressing(model, variant="plus", retain_ratio=0.02, **LAYERS)
-        output = model(**inputs, use_cache=True)
+        hook = each.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+        output = each(**inputs, use_cache=True)
         for token in (5, 6):
-            output = model(torch.tensor([[token]]), **given(model, cache_of(output)))
-    hook.remove()
+            output = each(torch.tensor([[token]]), **given(each, cache_of(output)))
+        hook.remove()
     assert seen[0] == seen[1] and len(seen[0]) == 3
 
 
@@ -117,14 +117,12 @@ def test_logits_of_the_last_position_only(model):
     assert_close(last, every[:, -1:])
 
 
-def test_without_a_mask(model):
+def test_without_a_mask(model, twin):
     inputs = prompt_of(model, "two sizes")
+    ((_, expected),) = compressed_rows(twin, inputs, **oracle_options(**LAYERS))
     del inputs["attention_mask"]
     with torch.no_grad():
         logits = compressing(model, **LAYERS)(**inputs).logits
-    earlytom_compile.restore(model)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    ((_, expected),) = compressed_rows(model, inputs, **oracle_options(**LAYERS))
     assert_close(logits[0], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -143,9 +141,9 @@ def encoded(model, inputs):
     return earlytom_compile.encode_videos(model, pixels, video_grid_thw=inputs["video_grid_thw"])
 
 
-def test_encoded_videos_are_the_oracles(model):
+def test_encoded_videos_are_the_oracles(model, twin):
     inputs = prompt_of(model, "two sizes")
-    expected = compressed_videos(model, inputs, **oracle_options(**LAYERS))
+    expected = compressed_videos(twin, inputs, **oracle_options(**LAYERS))
     rows = encoded(compressing(model, **LAYERS), dict(inputs))
     assert report(model).to_dict()["last_call"] == "encoded"
     for got, video in zip(rows, expected, strict=True):
