@@ -6,6 +6,7 @@ EarlyTomConfig(retain_ratio=0.1, variant='paper', ...)
 EarlyTomConfigError: unknown option 'retain'; did you mean 'retain_ratio'? Valid options: ...
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -222,6 +223,12 @@ class EarlyTomConfig:
         default is the last of those at or before the same depth: behind them each token knows its whole frame."""
         layers = self._merge_layers_of(num_layers, full)
         return () if self.reuses() or self.method != EARLYTOM else layers
+
+    def not_compiled(self) -> "EarlyTomConfig":
+        """The same options with nothing compiled."""
+        twin = copy.copy(self)  # replace() would forget that layers are those of a preset
+        object.__setattr__(twin, "lowering", "eager")
+        return twin
 
     def require_layers(self, num_layers: int) -> None:
         """Raise where an encoder of ``num_layers`` layers does not have those that the options name."""

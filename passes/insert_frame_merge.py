@@ -75,7 +75,7 @@ def insert_frame_merge(
             keys = _mean_keys(graph, scored, reused)
     with graph.inserting_before(blocks[0].input.next):
         counts = [_frame_counts(graph, path, sizes)]
-        first = _numbers(graph, path, sizes) if tell_first else None
+        first = _numbers(graph, path, sizes) if tell_first and path.videos == 1 else None
     features = reused.whole(graph, scored.output) if reused is not None else scored.output
     axes, plans = [], []
     for layer in layers:

@@ -45,6 +45,8 @@ class Video:
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     """What is the same for all frames, such as the positions of their patches: tensors of any shape that
     :meth:`Family.rows` gets by name, as they are. Code is compiled for their shapes, not for what is in them."""
+    size: str = ""
+    """Of a frame, for people, where that is not the last two axes of ``pixels``: ``"16x28 patches"``."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class QwenVL(Family):
                 part.view(frames, height * width, *patch),
                 {"height": height, "width": width},
                 self.tables(model, height, width, pixels.device),
+                f"{height}x{width} patches",
             )
             for part, (frames, height, width) in zip(parts, sizes, strict=True)
         ]
