@@ -1,5 +1,7 @@
 """What ``generate()`` of a Qwen model does with a prompt besides reading it, compressed or not: as any other model."""
 
+import warnings
+
 import pytest
 import torch
 from generating import NEW, given, new_tokens, share_vision_paths, trace_of_video_rows
@@ -150,14 +152,14 @@ def test_assisted_decoding_runs_uncompressed(model, twin, name):
     assert torch.equal(got, new_tokens(twin, inputs, **assistance))
 
 
-@pytest.mark.filterwarnings("ignore::earlytom_compile.EarlyTomFallbackWarning")
 @pytest.mark.parametrize("asked", [{"prompt_lookup_num_tokens": 2}, {"penalty_alpha": 0.6, "top_k": 4}])
 @pytest.mark.parametrize("model", ["qwen3_5"], indirect=True)
 def test_what_the_model_refuses_it_refuses_as_ever(model, twin, asked):
     """Layers of linear attention cannot go back to before a token; contrastive search is code of others."""
     inputs, told = prompt_of(model, "one video"), []
     for each in (twin, compressing(model)):
-        with pytest.raises(ValueError) as error:
+        with warnings.catch_warnings(), pytest.raises(ValueError) as error:
+            warnings.simplefilter("ignore", EarlyTomFallbackWarning)
             new_tokens(each, inputs, **asked)
         told.append(str(error.value))
     assert told[0] == told[1]
