@@ -83,9 +83,7 @@ class QwenVL(Family):
         """Images, by the model's own code."""
         encoded = (call.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None and call.get("pixel_values") is not None:
-            encoded = model.model.get_image_features(
-                call["pixel_values"], call.get("image_grid_thw"), return_dict=True
-            )
+            encoded = model.model.get_image_features(call["pixel_values"], call.get("image_grid_thw"), return_dict=True)
         if encoded is not None:
             rows = torch.cat([torch.cat(list(part)) for part in _parts(encoded)], dim=-1)
             like_embeddings = rows.new_empty(*ids.shape, self.embedding(model).embedding_dim)  # type: ignore[arg-type]
@@ -132,6 +130,9 @@ class QwenVL(Family):
                 "mm_token_type_ids are missing, without which the positions of the video's tokens are not known",
                 "Pass those of the processor",
             )
+        is_encoded = not isinstance(call.get("pixel_values_videos"), Tensor)  # else it is an error that names it
+        if has_prompt and is_encoded and call.get("video_grid_thw") is None and call.get("position_ids") is None:
+            return "video_grid_thw is missing, the frames, rows and columns of each video", "Pass that of the processor"
         for module in qwen_tower.bypassed(model.model.visual):
             if _is_changed(module):
                 name = next(name for name, each in model.named_modules() if each is module)
@@ -214,6 +215,11 @@ class Qwen3_VL(QwenVL):
         earlier = [qwen_tower.merger(visual.deepstack_merger_list[i], outputs[n]) for i, n in enumerate(layers)]
         return torch.cat((last, *earlier), dim=-1) if earlier else last
 
+    def row_width(self, model: Any) -> int:
+        """That of the last layer and of those that DeepStack takes, which is as wide each."""
+        config = model.config.vision_config
+        return config.out_hidden_size * (1 + len(getattr(config, "deepstack_visual_indexes", ())))
+
     def places(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> Places:
         """A run for each frame."""
         return locate_pieces(ids, self.video_token(model), sizes)
@@ -283,5 +289,3 @@ def _checked_grids(pixels: Tensor, grids: Any, config: Any) -> list[tuple[int, i
             f"to its patches, rows and columns multiples of {block}. Pass both as the model's processor made them."
         )
     return [(frames, height, across) for frames, height, across in rows]
-
-

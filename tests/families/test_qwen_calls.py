@@ -138,18 +138,55 @@ def test_with_gradients_it_runs_uncompressed(model):
 
 
 def encoded(model, inputs):
-    pixels = inputs.pop("pixel_values_videos")
-    return earlytom_compile.encode_videos(model, pixels, video_grid_thw=inputs["video_grid_thw"])
+    return earlytom_compile.encode_videos(model, inputs["pixel_values_videos"], video_grid_thw=inputs["video_grid_thw"])
 
 
 def test_encoded_videos_are_the_oracles(model, twin):
     inputs = prompt_of(model, "two sizes")
     expected = compressed_videos(twin, inputs, **oracle_options(**LAYERS))
-    rows = encoded(compressing(model, **LAYERS), dict(inputs))
+    rows = encoded(compressing(model, **LAYERS), inputs)
     assert report(model).to_dict()["last_call"] == "encoded"
     for got, video in zip(rows, expected, strict=True):
-        assert len(got) == len(video.kept)
-        assert_close(got[:, : video.features.shape[1]], video.features, atol=1e-4, rtol=1e-4)
+        assert_close(got, torch.cat([video.features, *video.deepstack], dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_encoded_videos_answer_as_their_pixels_do(model):
+    inputs = prompt_of(model, "everything")
+    expected = new_tokens(compressing(model, **LAYERS), inputs)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        given_rows = {**inputs, "pixel_values_videos": encoded(model, inputs)}
+        assert torch.equal(model(**given_rows).logits, logits)
+    assert torch.equal(new_tokens(model, given_rows), expected)
+
+
+def test_many_questions_about_one_video_in_one_batch(model, twin):
+    clip = Clip(9, *SMALL)
+    inputs, questions = (qwen_inputs(model, rows) for rows in ([[3, clip, 4]], [[3, clip, 4], [6, clip, 9]]))
+    rows = encoded(compressing(model, **LAYERS), inputs)
+    got = new_tokens(model, {**questions, "pixel_values_videos": rows * 2})
+    questions["pixel_values_videos"] = inputs["pixel_values_videos"].repeat(2, 1)
+    assert torch.equal(got, oracle_tokens(twin, questions, **LAYERS))
+
+
+def test_encoded_videos_that_cannot_be_placed(model):
+    inputs = prompt_of(model, "one video")
+    rows = encoded(compressing(model, **LAYERS), inputs)
+
+    def ask(videos, **changed):
+        call = {**inputs, "pixel_values_videos": videos, **changed}
+        model.generate(**{name: value for name, value in call.items() if value is not None}, max_new_tokens=1)
+
+    with pytest.raises(EarlyTomConfigError, match="does not know any more which places.*as .*encode_videos.* returned"):
+        ask([rows[0].clone()])
+    with pytest.raises(EarlyTomConfigError, match="54 video placeholder tokens.*2 videos need 108"):
+        ask(rows * 2)
+    with pytest.raises(EarlyTomConfigError, match="encoded videos cannot be used: video_grid_thw is missing"):
+        ask(rows, video_grid_thw=None)
+    with pytest.raises(EarlyTomConfigError, match="encoded videos cannot be used: mm_token_type_ids are missing"):
+        ask(rows, mm_token_type_ids=None)
+    with pytest.raises(EarlyTomConfigError, match=r"must be \[rows, "):
+        ask([rows[0][:, :3]])
 
 
 # --- Restored -------------------------------------------------------------------------------------
