@@ -183,10 +183,6 @@ class Family:
         """
         raise NotImplementedError
 
-    def row_width(self, model: Any) -> int:
-        """C, of :meth:`rows`: as wide as an embedding, where nothing else stands beside it."""
-        return self.embedding(model).embedding_dim  # type: ignore[return-value]
-
     def separators(self, model: Any, kept: Tensor) -> Tensor | None:
         """Behind which rows of a video the model has one of its own, such as a newline: int64 [M], ascending places in
         the K; ``kept``, int64 [K, 2], ascending, has the (merged frame, token of its grid) of each row. For separators

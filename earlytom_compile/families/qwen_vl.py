@@ -215,11 +215,6 @@ class Qwen3_VL(QwenVL):
         earlier = [qwen_tower.merger(visual.deepstack_merger_list[i], outputs[n]) for i, n in enumerate(layers)]
         return torch.cat((last, *earlier), dim=-1) if earlier else last
 
-    def row_width(self, model: Any) -> int:
-        """That of the last layer and of those that DeepStack takes, which is as wide each."""
-        config = model.config.vision_config
-        return config.out_hidden_size * (1 + len(getattr(config, "deepstack_visual_indexes", ())))
-
     def places(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> Places:
         """A run for each frame."""
         return locate_pieces(ids, self.video_token(model), sizes)

@@ -349,7 +349,7 @@ class CompiledModel:
         refuse_mixture(self.family, given)
         if not is_encoded(given):
             return self.family.videos(self.model, call)
-        check_rows(given, self.family.row_width(self.model))
+        check_rows(given, self.family.embedding(self.model).embedding_dim)  # type: ignore[arg-type]
         return list(given)
 
     def _note(
@@ -461,13 +461,12 @@ class CompiledModel:
         self._note("failed")
         encoded = self._encoded(videos)
         self._note("encoded", [video.counts for video in encoded if video.counts is not None])
-        return [video.remembering() if self.family.keeps_places else video.rows for video in encoded]
+        return [video.rows for video in encoded]
 
     def _encoded(self, videos: Sequence[Video | torch.Tensor]) -> list[EncodedVideo]:
         """Each by itself; rows that were encoded before as they are."""
-        keeps_places = self.family.keeps_places
         return [
-            self.encoder.encode(video) if isinstance(video, Video) else EncodedVideo.before(video, keeps_places)
+            self.encoder.encode(video) if isinstance(video, Video) else EncodedVideo(video, len(video), None)
             for video in videos
         ]
 
@@ -484,7 +483,7 @@ class CompiledModel:
         self, videos: Sequence[Video | torch.Tensor], encoded: Sequence[EncodedVideo], ids: torch.Tensor
     ) -> list[int]:
         """How many placeholders each video has in ``ids``."""
-        if isinstance(videos[0], torch.Tensor) and not self.family.keeps_places:
+        if isinstance(videos[0], torch.Tensor):
             return sizes_in_prompt(ids, self.family.video_token(self.model), len(videos))
         return [video.size for video in encoded]
 

@@ -98,17 +98,14 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any, **arguments:
     """The compressed tokens of each video, as the language model gets them: for many questions about one video.
 
     ``model`` is what :func:`compile` returned; ``pixel_values_videos`` [V, F, 3, H, W], or a sequence of videos
-    [F, 3, H, W], or as the model's processor makes them; ``arguments`` are those of ``generate()`` that have to do with
-    videos. Returns ``V`` tensors [K, C] in the model's dtype, the newline last where the model has one. Give them to
-    ``generate()`` or ``forward()`` as ``pixel_values_videos``, as often as there are questions, with one ``<video>``
-    for each in ``input_ids`` (or as many as the processor writes)::
+    [F, 3, H, W]; ``arguments`` are those of ``generate()`` that have to do with videos. Returns ``V`` tensors [K, C] in
+    the model's dtype, the newline last where the model has one. Give them to ``generate()`` or ``forward()`` as
+    ``pixel_values_videos``, as often as there are questions, with one ``<video>`` for each in ``input_ids`` (or as many
+    as the processor writes)::
 
         videos = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])
         ids = processor.tokenizer(prompt, return_tensors="pt")
         model.generate(**ids, pixel_values_videos=videos)
-
-    Where tokens keep their own places in the prompt (Qwen-VL), it must be written for the whole video, with
-    ``video_grid_thw`` and ``mm_token_type_ids``, and these very tensors be given: copies do not know their places.
 
     Raises :class:`EarlyTomConfigError` if the model is not compiled or a video has another shape.
     """

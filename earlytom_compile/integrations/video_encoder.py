@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import EarlyTomConfig
-from ..errors import EarlyTomConfigError, EarlyTomFallbackWarning
+from ..errors import EarlyTomFallbackWarning
 from ..families.base import Family, Reason, Video
 from ..prompt import without_waiting
 from ..reporting import Counts, GraphRecord
@@ -22,7 +22,6 @@ from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from .placement import MOST_SETS_OF_HOOKS, Placement, weights_in_place
 from .vision_path import VisionPath, describe, kind_of
 
-_PLACES = "_earlytom_places"  # an attribute of encoded rows
 
 MOST_COMPILED_SIZES = 8
 """Of videos, as many sizes get code of Inductor's, which takes from seconds to a minute each."""
@@ -39,34 +38,11 @@ class EncodedVideo:
     size: int
     """Rows it would have uncompressed."""
     counts: tuple[GraphRecord, Counts] | None
-    """What the call kept, and of which graph; None where it ran uncompressed, or came encoded."""
-    stood: Tensor | None = None
-    """int64 [K], on the host: :meth:`places` of a video that came encoded."""
-
-    @classmethod
-    def before(cls, rows: Tensor, keeps_places: bool) -> "EncodedVideo":
-        """One whose rows [K, C] were encoded in another call. Raises :class:`EarlyTomConfigError` where it is not known
-        which places of the prompt they keep, as they must with ``keeps_places``."""
-        if not keeps_places:
-            return cls(rows, len(rows), None)
-        remembered: tuple[int, Tensor] | None = getattr(rows, _PLACES, None)
-        if remembered is None:
-            raise EarlyTomConfigError(
-                "an encoded video does not know any more which places its tokens have in the prompt, as copies and "
-                "parts of it do not: give it as earlytom_compile.encode_videos() returned it."
-            )
-        return cls(rows, remembered[0], None, remembered[1])
-
-    def remembering(self) -> Tensor:
-        """The rows, for :meth:`before` of a later call."""
-        setattr(self.rows, _PLACES, (self.size, self.places()))
-        return self.rows
+    """What the call kept, and of which graph; None where it ran uncompressed."""
 
     def places(self) -> Tensor:
         """int64 [K], on the host, ascending: which of its ``size`` rows each row is, that of a merged frame in the
         first of its frames. Waits for the device."""
-        if self.stood is not None:
-            return self.stood
         if self.counts is None:
             return torch.arange(len(self.rows))
         (record, counts), (frame, token) = self.counts, _kept(self.counts[1]).unbind(1)

@@ -177,7 +177,7 @@ def test_encoded_videos_that_cannot_be_placed(model):
         call = {**inputs, "pixel_values_videos": videos, **changed}
         model.generate(**{name: value for name, value in call.items() if value is not None}, max_new_tokens=1)
 
-    with pytest.raises(EarlyTomConfigError, match="does not know any more which places.*as .*encode_videos.* returned"):
+    with pytest.raises(EarlyTomConfigError, match="is not one that .*encode_videos.* returned"):
         ask([rows[0].clone()])
     with pytest.raises(EarlyTomConfigError, match="54 video placeholder tokens.*2 videos need 108"):
         ask(rows * 2)
