@@ -406,7 +406,9 @@ class CompiledModel:
         if cut_mask is not None and not (given is None and bool(cut_mask.all())):
             # Of a batch without a mask where none can be inferred, transformers says what it thinks itself.
             changed[_MASK] = without_waiting(cut_mask, ids.device)
-        effective = call if mask is None else {**call, "attention_mask": without_waiting(mask, ids.device)}
+        effective = {**call, "input_ids": ids}  # which generate() also takes as its first argument
+        if mask is not None:
+            effective["attention_mask"] = without_waiting(mask, ids.device)
         if (positions := self.family.position_ids(self.model, effective, plan)) is not None:
             changed["position_ids"] = positions
         if call.get("labels") is not None:
