@@ -24,9 +24,10 @@ from .base import Family
 from .llava import Llava
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
+from .video_llava import VideoLlava
 
 GROUP = "earlytom_compile.families"
-BUILT_IN: tuple[Family, ...] = (LlavaOnevision(), LlavaNextVideo(), Llava())
+BUILT_IN: tuple[Family, ...] = (LlavaOnevision(), LlavaNextVideo(), VideoLlava(), Llava())
 
 
 def family_of(model: Any) -> Family:
