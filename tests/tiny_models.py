@@ -203,8 +203,9 @@ def video_inputs(
     A row is ``before`` text tokens, its images, its videos with ``between`` text tokens between two of them,
     and ``after`` text tokens. Shorter rows are padded on the left; ``left_padding`` adds more. ``before``,
     ``after`` and ``left_padding`` are one number, or one a row. With ``images_per_row`` come ``pixel_values``
-    and, where the model takes them, ``image_sizes``. Rows may be without videos; without any video there are no ``pixel_values_videos``. With
-    ``changing``, the camera stands, and this share of the patches changes from frame to frame.
+    and, where the model takes them, ``image_sizes``. Rows may be without videos; without any video there are
+    no ``pixel_values_videos``. With ``changing``, the camera stands, and this share of the patches changes from
+    frame to frame.
     """
     config, rows = model.config, len(videos_per_row)
     size = config.vision_config.image_size
