@@ -243,10 +243,12 @@ class _Row:
 
 def _image_features(model, inputs: dict) -> Tensor | None:
     """``[image placeholders of the batch, D]`` by the model's own code, untouched."""
-    if inputs.get("pixel_values") is None:
+    names = ("pixel_values", "pixel_values_images")  # the second in Video-LLaVA of transformers before 5.23
+    pixels = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+    if pixels is None:
         return None
     given = {name: inputs[name] for name in ("image_sizes", "batch_num_images") if name in inputs}
-    images = model.model.get_image_features(inputs["pixel_values"], return_dict=True, **given)
+    images = model.model.get_image_features(pixels, return_dict=True, **given)
     return torch.cat(list(images.pooler_output))
 
 
