@@ -108,6 +108,18 @@ class TestImages:
             )
         assert rows is not encoded.pooler_output and torch.equal(rows, encoded.pooler_output.flatten(0, 1))
 
+    def test_by_the_name_that_processors_give_them(self, model):
+        """That of versions before 5.23, which newer models take and newer processors still write."""
+        inputs = video_inputs(model, 6, images_per_row=(1,))
+        older = {**inputs, "pixel_values_images": inputs[image_argument(model)]}
+        older.pop("pixel_values", None)
+        own = new_tokens(model, older)
+        expected = oracle_tokens(model, inputs)
+        assert torch.equal(new_tokens(compiled(model, strict=True), older), expected)
+        assert torch.equal(new_tokens(compiled(model, strict=True, **NOTHING_MERGES), older), own)
+        without = {**inputs, image_argument(model): torch.zeros_like(older["pixel_values_images"])}
+        assert not torch.equal(new_tokens(model, without), own), "the image is of no importance, which shows nothing"
+
     def test_too_few_placeholders_are_the_models_own_error(self, model):
         inputs = video_inputs(model, 4, images_per_row=(1,))
         inputs["input_ids"][inputs["input_ids"] == model.config.image_token_id] = 7
