@@ -22,9 +22,9 @@ class VideoLlava(LlavaOnevision):
 
     name = "Video-LLaVA"
     classes = ("transformers.models.video_llava.modeling_video_llava.VideoLlavaForConditionalGeneration",)
+    requires = {"transformers": ">=5.17"}
     consumed = frozenset((*_IMAGE_PIXELS, *_IMAGE_CHOICES, "mm_encoder_outputs"))
-    model_type = "video_llava"
-    checkpoint = "LanguageBind/Video-LLaVA-7B-hf"
+    model_type = None
 
     def prepare(self) -> None:
         """As for LLaVA-OneVision."""
@@ -56,7 +56,3 @@ class VideoLlava(LlavaOnevision):
             like_embeddings = rows.new_empty(*ids.shape, rows.shape[-1])
             model.model.get_placeholder_mask(ids, inputs_embeds=like_embeddings, image_features=rows)  # checks them
             yield model.config.image_token_id, rows.flatten(0, 1)
-
-    def processor(self, checkpoint: str) -> Any:
-        """None of ours."""
-        return Family.processor(self, checkpoint)
