@@ -42,6 +42,11 @@ class Video:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """What else :meth:`Family.rows` takes of this call, by name. Code is compiled for each of the values; tensors among
     them are ``[F, ...]`` as the pixels are, and reach :meth:`Family.rows` as ``[1, F, ...]``."""
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is the same for all frames, such as the positions of their patches: tensors of any shape that
+    :meth:`Family.rows` gets by name, as they are. Code is compiled for their shapes, not for what is in them."""
+    size: str = ""
+    """Of a frame, for people, where that is not the last two axes of ``pixels``: ``"16x28 patches"``."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ class Family:
     names: Mapping[str, str] = {}
     """Ours -> the model's, for arguments of ``forward()`` and ``generate()`` that it calls otherwise than transformers:
     ``input_ids``, ``pixel_values_videos``, ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``."""
+    keeps_places: bool = False
+    """Whether a row that stays of a video takes its own place in the prompt, and so its own position, that of a merged
+    frame in the first of its frames: for models that know by its position where and when a token is. Else the rows
+    stand in the first places of their video, as if there had been no others."""
     consumed: frozenset[str] = frozenset()
     """Arguments that a call has no use for once its videos are rows, besides pixels and ids."""
     generation: Generation | None = None
@@ -197,7 +206,8 @@ class Family:
 
     def places(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> Places:
         """Where the videos are in ``ids``, int64 [R, S] on the host; ``sizes[v]`` is how many rows video v has
-        uncompressed. Here as many placeholders, next to each other.
+        uncompressed. Here as many placeholders, next to each other; of a video whose frames have text between them,
+        :func:`~earlytom_compile.prompt.locate_pieces` finds them.
 
         Raises :class:`EarlyTomConfigError` for a prompt that does not match, and
         :class:`~earlytom_compile.prompt.UncuttablePrompt` for one that does and cannot be cut.

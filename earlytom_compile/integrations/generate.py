@@ -382,7 +382,8 @@ class CompiledModel:
             wanted = None if forward or mask is None else mask.bool()
             if wanted is not None:
                 wanted = functools.reduce(torch.logical_or, (host_ids == token for token, _ in others), wanted)
-            plan = PromptCut.plan(host_ids, places, list(map(len, rows)), wanted)
+            stay = [video.places() for video in encoded] if self.family.keeps_places else list(map(len, rows))
+            plan = PromptCut.plan(host_ids, places, stay, wanted)
             if plan.padded and not takes(self.own["forward" if forward else "generate"], self.family.spelled(_MASK)):
                 raise UncuttablePrompt(
                     "the rows keep different numbers of tokens, and the model takes no attention mask",
@@ -402,7 +403,8 @@ class CompiledModel:
         if cut_mask is not None and not (given is None and bool(cut_mask.all())):
             # Of a batch without a mask where none can be inferred, transformers says what it thinks itself.
             changed[_MASK] = without_waiting(cut_mask, ids.device)
-        if (positions := self.family.position_ids(self.model, call, plan)) is not None:
+        effective = call if mask is None else {**call, "attention_mask": without_waiting(mask, ids.device)}
+        if (positions := self.family.position_ids(self.model, effective, plan)) is not None:
             changed["position_ids"] = positions
         if call.get("labels") is not None:
             changed["labels"] = plan.take(call["labels"], -100)

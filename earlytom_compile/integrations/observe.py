@@ -218,8 +218,9 @@ class _Recorder(Interpreter):
         self._boundary = state.boundary
         self._map = state.token_map
         blocks = state.boundary.encoder.blocks
-        self._layers = state.config.resolve_merge_layers(len(blocks))
-        self._scored = blocks[state.config.scored_layer(len(blocks))]
+        full = state.path.encoder.full_layers if state.path else ()
+        self._layers = state.config.resolve_merge_layers(len(blocks), full)
+        self._scored = blocks[state.config.scored_layer(len(blocks), full)]
         self._reused = state.reused
         self._reuse: _Call | None = None
         self._plans: list[_Call] = []
