@@ -155,6 +155,11 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
     pixels, axis, batch = find_pixels(view, encoder)
     videos, frames = _counts(pixels, axis, any_length)
     if statically_known_true(frames == 1):
+        if axis == 0 and not any_length:  # in a graph of a whole call; a path for videos gets nothing else
+            raise NotApplicable(
+                f"{pixels.target} has one picture, [1, channels, height, width], which is an image",
+                "Images are never compressed; a video of one frame is [1, 1, channels, height, width]",
+            )
         flat = _flat_of_single_frames(view, encoder, videos)
         features, frame_axes = flat, 1
     else:
