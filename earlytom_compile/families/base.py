@@ -152,6 +152,11 @@ class Family:
                 raise EarlyTomConfigError(self._wrong_shape(videos, expected))
         return [Video(video) for video in videos]
 
+    def token_grid(self, model: Any, video: Video) -> tuple[int, int] | None:
+        """Rows and columns of the tokens of a frame, for pictures of what was kept; None where what the encoder's graph
+        does to the patches tells it."""
+        return None
+
     def spelled(self, name: str) -> str:
         """What the model calls an argument, by our name for it."""
         return self.names.get(name, name)

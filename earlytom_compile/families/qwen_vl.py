@@ -69,6 +69,11 @@ class QwenVL(Family):
         cos, sin = visual.rotary_pos_emb(torch.empty(0, device=device), positions)
         return {"cos": cos, "sin": sin}
 
+    def token_grid(self, model: Any, video: Video) -> tuple[int, int] | None:
+        """Blocks of patches."""
+        block = model.config.vision_config.spatial_merge_size
+        return video.arguments["height"] // block, video.arguments["width"] // block
+
     def rows(self, model: Any, pixels: Tensor, **arguments: Any) -> Tensor:
         """[T*P, C], of pixels [1, T, S, C, 2, p, p]; behind DeepStack [T*P, C * (1 + its layers)]."""
         return self.features(model.model.visual, pixels, **arguments).flatten(0, 1)
