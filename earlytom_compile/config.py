@@ -79,8 +79,8 @@ class EarlyTomConfig:
     alpha: float = 0.9
     """Weight of the newest similarity in its moving average, in (0, 1] (Eq. 1)."""
     max_window: int | None = None
-    """Longest segment in frames, at least 2; None = 128 (``released``: 8). A frame is compared with those that can lie in
-    one segment with it, so work and memory grow with F times this."""
+    """Longest segment in frames, at least 2; None = 128 (``released``: 8). A frame is compared with those that can lie
+    in one segment with it, so work and memory grow with F times this."""
     tau_merge: float | Literal["segment"] = "segment"
     """Similarity needed to merge (Eq. 2): a number, or that of the segment's own head and tail."""
     lowering: Literal["staged", "whole", "eager"] = "staged"
