@@ -8,7 +8,7 @@ keeps a processor busy, and a video that is no longer goes through as a whole.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 import torch
@@ -19,8 +19,9 @@ from .passes.find_frame_runs import FrameRun, Share, share_of
 from .passes.patterns import value_of
 from .passes.split_stages import gather_pieces
 
-PLACES_AT_ONCE = 32_768
-"""Frames times places of each that go through a layer at once (docs/long-videos.md)."""
+PLACES_AT_ONCE = {"cpu": 8_192, "cuda": 32_768}
+"""Frames times places of each that go through a layer at once, by the type of the device (docs/long-videos.md): about
+what a CPU's caches make fastest; enough for a GPU to be busy, which so has 44 frames of 729 at once."""
 _FEWEST = 2
 """Frames of a chunk, since code that was compiled for any number may rely on there being more than one."""
 
@@ -42,9 +43,15 @@ def run_in_chunks(stages: GraphModule, runs: Sequence[FrameRun], places: int) ->
         name = f"frames_{number}"
         read, made = gather_pieces(stages, run.pieces, name)
         inputs, outputs = ([share_of(value_of(node), run.frames) for node in nodes] for nodes in (read, made))
-        frames = min(share.each for share in (*inputs, *outputs) if share is not None and share.axis is not None)
-        at_once = PLACES_AT_ONCE // (places * frames)
+        shares = [share.each for share in (*inputs, *outputs) if _is_framed(share)]
+        device = next(value_of(node).device.type for node, share in zip(read, inputs, strict=True) if _is_framed(share))
+        at_once = PLACES_AT_ONCE.get(device, PLACES_AT_ONCE["cuda"]) // (places * min(shares))
         stages.add_submodule(name, ChunkedRun(stages.get_submodule(name), inputs, outputs, at_once))
+
+
+def _is_framed(share: Share | None) -> TypeGuard[Share]:
+    """Whether it is that of a tensor."""
+    return share is not None and share.axis is not None
 
 
 class ChunkedRun(torch.nn.Module):
@@ -75,14 +82,14 @@ class ChunkedRun(torch.nn.Module):
             if not results:
                 results = [_room(x, share, end, frames) for x, share in zip(made, self._outputs, strict=True)]
             for result, x, share in zip(results, made, self._outputs, strict=True):
-                if share is not None and share.axis is not None:
+                if _is_framed(share):
                     _of_frames(result, share, begin, end).copy_(x)
             del made, x  # before the next chunk needs its memory
         return results
 
     def _frames_of(self, args: Sequence[Any]) -> int:
-        at, share = next((i, share) for i, share in enumerate(self._inputs) if share and share.axis is not None)
-        return int(args[at].shape[share.axis]) // share.each
+        at, share = next((i, share) for i, share in enumerate(self._inputs) if _is_framed(share))
+        return int(args[at].shape[share.axis]) // share.each  # type: ignore[index]
 
 
 def _chunks(frames: int, at_once: int) -> Iterator[tuple[int, int]]:

@@ -125,7 +125,19 @@ def _lower(
             selection=state.selected.kept if state.selected else None,
             framed=_framed(state),
         )
-    return lower_whole(state.graph_module, example_inputs, record, options)
+    graph_module = _in_chunks(state) if state.config.lowering == "eager" else state.graph_module
+    return lower_whole(graph_module, example_inputs, record, options)
+
+
+def _in_chunks(state: Rewrite) -> GraphModule:
+    """The rewritten graph, through which long videos go in chunks where each frame is computed by itself."""
+    assert state.path is not None
+    framed, selection = _framed(state), state.selected.kept if state.selected else None
+    if not framed.counts:
+        return state.graph_module
+    stages, pieces = split_stages(state.graph_module, state.path.encoder.blocks, by_module=False, selection=selection)
+    run_in_chunks(stages, find_frame_runs(pieces, framed.counts), framed.places)
+    return stages
 
 
 def lower_whole(

@@ -63,7 +63,7 @@ class Piece:
     def computes(self) -> bool:
         """False if it holds only operators of ours, moves of what they made and sizes: nothing for a compiler."""
         nodes = self.graph_module.graph.nodes
-        moves = MOVES | {"cat"} if any(map(_is_ours, nodes)) else frozenset[str]()
+        moves = MOVES | {"cat", "stack"} if any(map(_is_ours, nodes)) else frozenset[str]()
         return any(_computes(node) and op_name(node) not in moves for node in nodes)
 
     @property
