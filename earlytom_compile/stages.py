@@ -219,13 +219,15 @@ def lower_stages(
 def _framed(state: Rewrite) -> Framed:
     """Frames are counted at first, after each merge, and without those that repeat another."""
     assert state.path is not None and state.video is not None
-    nodes, every = [axis.size for axis in state.video.axes], state.path.encoder.blocks[0].output
-    if state.reused is not None:
-        every = state.reused.rows
-        nodes += state.reused.frames[1:] if state.reused.frames is not None else ()
+    nodes, plan = [axis.size for axis in state.video.axes], state.reused
+    if plan is not None and plan.frames is not None:
+        nodes.append(plan.frames[1])
+    places = value_of(state.path.encoder.blocks[0].output if plan is None else plan.source).shape[
+        1 if plan is None else 2
+    ]
     values = [state.path.frames, *(value_of(node) for node in nodes if isinstance(node, Node))]
     sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
-    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(value_of(every).shape[1]))
+    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(places))
 
 
 def _compile_piece(piece: Piece, given: Mapping[int, Any], options: Mapping[str, Any]) -> "_Compiled":

@@ -5,7 +5,7 @@
 
 A long video goes through a run in chunks, and what the run makes of them is put together: nobody needs the memory that
 a layer takes for all frames at once. That changes nothing where the frames, or some equal number of places of each, are
-the outermost axis of all that a piece reads and makes, and no operator mixes along it. Which axis that is the axis
+the outermost axis of all that a piece reads and hands out, and no operator in it mixes along that axis. Which axis that is the axis
 inference says (axes.py), from the size known at run time only that counts the frames; a number that happens to be equal
 is none. An operator without an axis rule ends a run.
 """
@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from earlytom_compile.passes.axes import AxisMap
+from earlytom_compile.passes.axes import OURS, AxisMap
 from earlytom_compile.passes.axes import op_name as full_name
 from earlytom_compile.passes.axis_algebra import Dim, Size
 from earlytom_compile.passes.axis_call import Outputs, TensorAxes
@@ -27,7 +27,10 @@ from earlytom_compile.passes.patterns import value_of
 from earlytom_compile.passes.positions import UNIFORM, mixed_dims
 from earlytom_compile.passes.split_stages import FRAME_BY_FRAME, Piece
 
-_INDEXING = frozenset(("getitem", "index", "index_put", "embedding"))
+_LIKE = frozenset(("to", "type_as", "expand_as", "view_as", "reshape_as"))
+"""Operators that read nothing of their further arguments but shape and dtype."""
+_INDEXED = {"getitem": 0, "index": 0, "index_put": 0, "embedding": 1}
+"""Operators that take places of an argument, which, as another tensor says."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class FrameRun:
 
 
 def find_frame_runs(pieces: Sequence[Piece], counts: Container[sympy.Symbol]) -> list[FrameRun]:
-    """The runs of ``pieces`` in which the frames are counted by one of ``counts``. Pieces that compute nothing, such as
-    those of sizes, are in none."""
+    """The runs of ``pieces`` in which the frames are counted by one of ``counts``. Those that hold operators of ours,
+    which look at all frames, are in none."""
     runs, before = list[FrameRun](), None
     for piece in pieces:
         frames = _count_of(piece, counts)
@@ -95,7 +98,7 @@ def _count_of(piece: Piece, counts: Container[sympy.Symbol]) -> sympy.Symbol | N
     tensors = (value for value in piece.inputs if isinstance(value, torch.Tensor))
     sizes = (Size.of(size).expr for tensor in tensors for size in tensor.shape)
     found = {symbol for size in sizes for symbol in size.free_symbols if symbol in counts}
-    return found.pop() if len(found) == 1 and piece.computes else None
+    return found.pop() if len(found) == 1 else None
 
 
 def _is_frame_wise(piece: Piece, frames: sympy.Symbol) -> bool:
@@ -117,8 +120,10 @@ class _Frames:
         self._dims = self._and_their_wholes({dim.root for dim in starts})
 
     def stay_apart(self) -> bool:
-        if any(writes(node) for node in self._nodes) or self._counts():
+        if any(writes(node) or _looks_at_all(node) for node in self._nodes) or self._counts():
             return False
+        for node in self._nodes[-1].all_input_nodes:
+            share_of(value_of(node), self._frames)  # of what is handed out, numbers included
         # In the order of the graph: what operators of ours make is known to have the axis by then.
         kept = all(map(self._keeps, self._nodes))
         return kept and not any(self._is_watched(obstacle.dims) for obstacle in self._axes.obstacles)
@@ -133,24 +138,31 @@ class _Frames:
         return any(share_of(value_of(number), self._frames) is not None for number in numbers)
 
     def _keeps(self, node: Node) -> bool:
-        """Whether what ``node`` makes has the axis outermost if what it reads has it, and nothing meets on it."""
+        """Whether what ``node`` makes has the axis once if what it reads has it, and nothing meets on it."""
         if not node.op.startswith("call"):
             return True
         made = [value for value in _leaves(value_of(node)) if isinstance(value, torch.Tensor)]
-        tensors = [share_of(value, self._frames) for value in made]
-        reads = any(self._is_watched(self._dims_of(read)) for read in node.all_input_nodes)
-        if not reads:
-            return not any(tensors) or full_name(node) in UNIFORM
-        if not tensors:
-            return True  # a size
+        read = [source for source in self._numbers_of(node) if self._is_watched(self._dims_of(source))]
+        if not read:
+            return full_name(node) in UNIFORM or not any(map(self._counts_frames, made))
         if full_name(node) in FRAME_BY_FRAME:
             self._dims = self._and_their_wholes(self._dims | {each.dims[0].root for each in self._results(node)})
-            return all(tensors)
-        return all(tensors) and all(map(self._is_frames, self._results(node))) and not self._mixes(node)
+            return all(self._is_watched(self._dims_of(source)[:1]) for source in read)
+        return not made or (all(map(self._has_frames, self._results(node))) and not self._mixes(node))
+
+    @staticmethod
+    def _numbers_of(node: Node) -> list[Node]:
+        """The arguments whose numbers ``node`` computes with."""
+        name = full_name(node)
+        return [] if name.startswith("new_") else node.all_input_nodes[: 1 if name in _LIKE else None]
+
+    def _counts_frames(self, tensor: torch.Tensor) -> bool:
+        return any(self._frames in Size.of(size).expr.free_symbols for size in tensor.shape)
 
     def _mixes(self, node: Node) -> bool:
-        if full_name(node) in _INDEXING and self._is_watched(self._dims_of(node.args[0])):
-            others = (read for read in node.all_input_nodes if read is not node.args[0])
+        place = _INDEXED.get(full_name(node))
+        if place is not None and self._is_watched(self._dims_of(node.args[place])):
+            others = (read for read in node.all_input_nodes if read is not node.args[place])
             return any(isinstance(value_of(read), torch.Tensor) for read in others)
         for operand, along in mixed_dims(node):
             dims = self._dims_of(operand)
@@ -163,10 +175,11 @@ class _Frames:
         for each in value if isinstance(value, Outputs) else (value,):
             yield each if isinstance(each, TensorAxes) else TensorAxes(())
 
-    def _is_frames(self, tensor: TensorAxes) -> bool:
-        """Whether the first axis of a tensor that is not one of size 1 is the frames', and no other."""
-        dims = [dim for dim in tensor.dims if not dim.size.is_(1)]
-        return bool(dims) and self._is_watched(dims[:1]) and not self._is_watched(dims[1:])
+    def _has_frames(self, tensor: TensorAxes) -> bool:
+        """Whether one axis of a tensor is the frames', as large as so many for each, and no other has to do with
+        them."""
+        dims = [dim for dim in tensor.dims if self._is_watched((dim,)) or self._frames in dim.size.expr.free_symbols]
+        return len(dims) == 1 and self._is_watched(dims) and _multiple(dims[0].size.expr, self._frames) is not None
 
     def _dims_of(self, node: Any) -> Sequence[Dim]:
         value = self._axes.values.get(node) if isinstance(node, Node) else None
@@ -186,6 +199,11 @@ class _Frames:
                 if relation.kind == "product" and (first in dims or whole in dims):
                     dims |= {first, whole}
         return dims
+
+
+def _looks_at_all(node: Node) -> bool:
+    name = full_name(node)
+    return name.startswith(f"{OURS}::") and name not in FRAME_BY_FRAME
 
 
 def _leaves(value: Any) -> Iterator[Any]:
