@@ -155,6 +155,11 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
     pixels, axis, batch = find_pixels(view, encoder)
     videos, frames = _counts(pixels, axis, any_length)
     if statically_known_true(frames == 1):
+        if axis == 0 and not any_length:  # in a graph of a whole call; a path for videos gets nothing else
+            raise NotApplicable(
+                f"{pixels.target} has one picture, [1, channels, height, width], which is an image",
+                "Images are never compressed; a video of one frame is [1, 1, channels, height, width]",
+            )
         flat = _flat_of_single_frames(view, encoder, videos)
         features, frame_axes = flat, 1
     else:
@@ -207,9 +212,9 @@ def read_behind(view: GraphView, blocks: Sequence[Block], end: Node) -> dict[Nod
 
 def _judged(view: GraphView, features: Node, hidden: Node) -> Node:
     """The only part of ``features`` that is made of ``hidden``, where channels of other layers stand beside it."""
-    parts, rank = argument(features, 0, "tensors"), len(shape_of(features) or ())
-    if op_name(features) not in ("cat", "concat") or argument(features, 1, "dim", 0) not in (-1, rank - 1):
+    if op_name(features) not in ("cat", "concat") or _joins_tokens(features):
         return features
+    parts = argument(features, 0, "tensors")
     own = [part for part in parts if view.flow.is_from(part, hidden)]
     return own[0] if len(own) == 1 else features
 
@@ -288,9 +293,9 @@ def _flat_of_single_frames(view: GraphView, encoder: Encoder, videos: int) -> No
     """The tokens [V, P, C] of videos of one frame each, whose frame axis cannot be told from one of size 1: the last
     such node before another joins them, or before they become rows."""
     flat = None
-    for node in view.flow.behind(encoder.blocks[0].output):
-        shape, name = shape_of(node), op_name(node)
-        ends = name in ("cat", "concat", "masked_scatter") or (shape is not None and len(shape) == 2)
+    for node in (encoder.blocks[-1].output, *view.flow.behind(encoder.blocks[-1].output)):
+        shape = shape_of(node)
+        ends = op_name(node) == "masked_scatter" or _joins_tokens(node) or (shape is not None and len(shape) == 2)
         if node.op == "output" or (ends and flat is not None and view.flow.is_from(node, flat)):
             break
         if shape is not None and len(shape) == 3 and statically_known_true(shape[0] == videos):
@@ -302,6 +307,12 @@ def _flat_of_single_frames(view: GraphView, encoder: Encoder, videos: int) -> No
             "Give the video two frames or more",
         )
     return flat
+
+
+def _joins_tokens(node: Node) -> bool:
+    """Whether a node puts tensors side by side along any axis but that of their channels."""
+    joins = op_name(node) in ("cat", "concat")
+    return joins and argument(node, 1, "dim", 0) not in (-1, len(shape_of(node) or ()) - 1)
 
 
 # Behind the boundary

@@ -28,6 +28,7 @@ from earlytom_compile.errors import EarlyTomError
 from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
+from earlytom_compile.passes.canonicalize_scatters import canonicalize_scatters
 from earlytom_compile.passes.canonicalize_sizes import canonicalize_sizes
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.canonicalize_writes import canonicalize_writes
@@ -147,6 +148,7 @@ def _canonicalize(state: Rewrite) -> None:
     canonicalize_writes(graph)
     canonicalize_attention(graph)
     canonicalize_splits(graph)
+    canonicalize_scatters(graph)
     # Dead branches (an unused pooling head, a norm nobody reads) would look like other readers of the features.
     eliminate_dead_code(graph)
 

@@ -45,6 +45,8 @@ class Video:
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     """What is the same for all frames, such as the positions of their patches: tensors of any shape that
     :meth:`Family.rows` gets by name, as they are. Code is compiled for their shapes, not for what is in them."""
+    size: str = ""
+    """Of a frame, for people, where that is not the last two axes of ``pixels``: ``"16x28 patches"``."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,10 @@ class Family:
         of their own through the whole encoder, up to the place where they and their tokens become one axis.
         """
         raise NotImplementedError
+
+    def row_width(self, model: Any) -> int:
+        """Channels of a row; more than an embedding has where rows bring more than that."""
+        return int(self.embedding(model).embedding_dim)  # type: ignore[arg-type]
 
     def separators(self, model: Any, kept: Tensor) -> Tensor | None:
         """Behind which rows of a video the model has one of its own, such as a newline: int64 [M], ascending places in

@@ -159,5 +159,5 @@ def describe(video: Video, any_length: bool) -> str:
     """What a vision path is for, for the report."""
     pixels = video.pixels
     length = "2 and more frames" if any_length else counted(len(pixels), "frame")
-    size = "x".join(map(str, pixels.shape[1:][-2:]))
+    size = video.size or "x".join(map(str, pixels.shape[1:][-2:]))
     return f"videos of {length}, {size}, {str(pixels.dtype).removeprefix('torch.')} on {pixels.device}"

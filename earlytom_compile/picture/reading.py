@@ -220,7 +220,7 @@ def options_in_force(observation: Observation) -> list[tuple[str, str]]:
         ("tau_seg", f"{config.tau_seg:g}"),
         ("alpha", f"{config.alpha:g}"),
         ("tau_merge", config.tau_merge if isinstance(config.tau_merge, str) else f"{config.tau_merge:g}"),
-        ("max_window", str(config.window() or "no limit")),
+        ("max_window", str(config.window())),
     ]
 
 
