@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmarks.workload import make_inputs, random_model
 from earlytom_compile.flops import count, implied_encoder, implied_frames, merged_inside
+from earlytom_compile.integrations import observe as observing
 from earlytom_compile.kernels.frame_similarity import frame_similarity
 from earlytom_compile.shapes import ModelShape, config_of, shape_of
 
@@ -192,3 +193,32 @@ def test_a_shape_of_qwen_and_its_config_say_the_same(name):
     of_config = ModelShape.from_config(config)
     assert dataclasses.replace(of_config, grid=shape.grid, frames=shape.frames) == shape
     assert max(config.image_token_id, config.video_token_id) < config.text_config.vocab_size
+
+
+def in_windows(query, key, value, windows, scale, *, out_shape=None, **kwargs):
+    """Both products of attention, window by window: ``windows`` are pairs of a number and the places of each."""
+    frames, heads, _, width = query
+    squares = sum(number * places**2 for number, places in zip(windows[::2], windows[1::2], strict=True))
+    return 2 * 2 * frames * heads * squares * width
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_exact_is_torchs_count_of_the_compressed_tower(name, monkeypatch):
+    model = random_model(config_of(name), device="cpu", dtype=torch.float32)
+    shape = ModelShape.from_config(model.config).of_grid(6, 10)
+    inputs = make_inputs(model, frames=24, picture_size=shape.picture_size)
+    counts = []
+
+    class Counting(observing._Recorder):
+        def run(self, *given):
+            with counter({torch.ops.earlytom.window_attention: in_windows}) as counted:
+                result = super().run(*given)
+            counts.append(counted.get_total_flops())
+            return result
+
+    monkeypatch.setattr(observing, "_Recorder", Counting)
+    pixels, grids = inputs["pixel_values_videos"], {"video_grid_thw": inputs["video_grid_thw"]}
+    (seen,) = observing.observe(model, pixels, grids, merge_layers=(0, 2), retain_ratio=0.3)
+    assert seen.frame_counts[0] == 12 > seen.frame_counts[-1]
+    expected = exact(shape, seen.frame_counts, 100, merge_layers=(0, 2))
+    assert expected.encoder + expected.projector == counts[0]  # torch does not look into our operators
