@@ -166,6 +166,38 @@ def test_only_one_way_to_count_the_language_model_fits_table_7_at_23_thousand_to
     assert {tokens for _, tokens in fitting} <= set(range(TOKENS, TOKENS + 8)) and fitting[0][1] == TOKENS
 
 
+def vision_encoder(patches, matrices, full, window, embedding, mergers, unit):
+    """The encoder by one way to count, in T: ``full`` is (layers, places that each of their patches looks at)."""
+    width, mlp, llm = BIG.vision_width, BIG.vision_mlp, BIG.llm_width
+    layers, seen = full
+    products = 32 * (4 * width**2 + matrices * width * mlp) + 2 * width * (layers * seen + (32 - layers) * window)
+    products += embedding * 3 * 2 * 14**2 * width
+    return unit * (patches * products + mergers * 4 * width * (4 * width + llm)) / 1e12
+
+
+def test_only_one_way_to_count_the_encoder_fits_table_7():
+    # What both totals leave for it, to their rounding: 42.142 to 42.148 T.
+    language = [language_model(tokens, True, 3, False, 2) for tokens in (TOKENS, KEPT)]
+    least = max(554.65 - language[0], 91.85 - language[1])
+    most = min(554.75 - language[0], 91.95 - language[1])
+    assert 42.141 < least < most < 42.149
+    frame = 4 * BIG.pooled_tokens
+    ways = {
+        (patches, matrices, full, window, embedding, mergers, unit)
+        for patches in (TOKENS, 4 * TOKENS)
+        for matrices in (2, 3)
+        for full in [(0, 0), *itertools.product((4, 32), (64, frame // 4, frame, TOKENS, 4 * TOKENS))]
+        for window in (0, 64)
+        for embedding in (0, 1)
+        for mergers in (0, TOKENS // 4, TOKENS)
+        for unit in (1, 2)
+    }
+    fitting = {way for way in ways if least <= vision_encoder(*way) <= most}
+    assert len(ways) > 1000 and fitting == {(TOKENS, 3, (4, TOKENS), 64, 1, TOKENS, 2)}
+    counted = paper((FRAMES,), TOKENS).encoder / 1e12
+    assert counted == pytest.approx(vision_encoder(*fitting.pop()), rel=1e-12)
+
+
 def test_earlytoms_total_of_table_7_fits_with_merging_inside_the_language_model():
     # As in Tables 1 and 2: half of the tokens merge before layer 18. Without that, the encoder would have to do less
     # than halving the frames at each of the merge layers leaves.
