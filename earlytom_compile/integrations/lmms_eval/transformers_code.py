@@ -24,11 +24,11 @@ _VIDEOS_KEPT = 8  # questions about one video follow each other; 32 frames of 38
 
 
 def require_pictures(checkpoint: str, processor: Any) -> None:
-    """Raise :class:`EarlyTomConfigError` for a checkpoint of Qwen, whose processor gives patches in place of pictures."""
+    """Raise :class:`EarlyTomConfigError` for a checkpoint of Qwen, whose processor gives patches, not pictures."""
     if makes_patches(processor):
         raise EarlyTomConfigError(
-            f"{checkpoint!r} is a checkpoint of Qwen, which cannot be evaluated in lmms-eval yet: try earlytom compare, "
-            "with questions of your own."
+            f"{checkpoint!r} is a checkpoint of Qwen, which cannot be evaluated in lmms-eval yet: try earlytom "
+            "compare, with questions of your own."
         )
 
 
