@@ -20,6 +20,9 @@ from .methods.base import Step
 from .methods.registry import EARLYTOM, method_named, method_names
 from .presets import preset_row
 
+DEFAULT_MAX_WINDOW = 128
+"""Most frames of a segment where ``max_window`` is left None: each is compared with those of its segment alone, so that
+memory and work grow with the frames, and not with their square."""
 RELEASED_MAX_WINDOW = 8
 """Window of the released code where ``max_window`` is left None (algorithm.md, stage 1)."""
 
@@ -77,8 +80,8 @@ class EarlyTomConfig:
     alpha: float = 0.9
     """Weight of the newest similarity in its moving average, in (0, 1] (Eq. 1)."""
     max_window: int | None = None
-    """Longest segment in frames, at least 2; None = no limit (``released``: 8). Without one, every frame is compared
-    with all before it, which grows with F squared: set it for videos of hundreds of frames."""
+    """Longest segment in frames, at least 2; None = 128 (``released``: 8). A frame is compared with those that can lie
+    in one segment with it, so work and memory grow with F times this."""
     tau_merge: float | Literal["segment"] = "segment"
     """Similarity needed to merge (Eq. 2): a number, or that of the segment's own head and tail."""
     lowering: Literal["staged", "whole", "eager"] = "staged"
@@ -334,13 +337,13 @@ class EarlyTomConfig:
         return f"variant={self.variant!r}" if self.method == EARLYTOM else f"method={self.method!r}"
 
     def window(self) -> int:
-        """``max_window`` as the operators take it: 0 = no limit."""
-        default = RELEASED_MAX_WINDOW if self.variant == "released" else 0
+        """``max_window`` as the operators take it, that of the variant where it was left None."""
+        default = RELEASED_MAX_WINDOW if self.variant == "released" else DEFAULT_MAX_WINDOW
         return default if self.max_window is None else self.max_window
 
     def similarity_band(self, frames: int) -> int:
         """How many frames back similarities are needed: no segment is longer than its window."""
-        return max(1, (min(self.window(), frames) if self.window() else frames) - 1)
+        return max(1, min(self.window(), frames) - 1)
 
 
 def unknown_option(name: object, valid: Sequence[str]) -> EarlyTomConfigError:

@@ -222,9 +222,7 @@ def _stay(video: Sequence[range], after: int | torch.Tensor) -> torch.Tensor:
     return places[torch.arange(after).clamp_max(len(places) - 1) if isinstance(after, int) else after]
 
 
-def _padding_on_the_left(
-    input_ids: torch.Tensor, mask: torch.Tensor | None, places: Places
-) -> list[int]:
+def _padding_on_the_left(input_ids: torch.Tensor, mask: torch.Tensor | None, places: Places) -> list[int]:
     """How many positions each row has before the first that is attended to, or belongs to a video."""
     if mask is None:
         return [0] * len(places)

@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 VARIANTS = ("paper", "released")
+DEFAULT_MAX_WINDOW = 128  # the paper names none; with it, no frame is compared with more than 127 others
 RELEASED_MAX_WINDOW = 8  # the released code's default of its environment variable M
 
 WINDOW = 8  # most frames among which representatives are looked for together
@@ -149,7 +150,7 @@ def segment_frames(
     ===============  ==================================  ==================================================
     s_t              s(t, t - 1)                         s(t, first frame of the open segment)
     full             it has ``max_window`` frames;       t - first + 1 >= ``max_window`` (so segments have
-                     ``None``: never                     max_window - 1 frames); ``None``: 8
+                     ``None``: 128                       max_window - 1 frames); ``None``: 8
     ===============  ==================================  ==================================================
 
     Raises EarlyTomConfigError for a wrong shape or dtype, non-finite features, or an option out of range.
@@ -179,7 +180,7 @@ def _segments(hidden: Tensor, variant: str, tau_seg: float, alpha: float, max_wi
 def _segment_is_full(frames: int, variant: str, max_window: int | None) -> bool:
     if variant == "released":
         return frames + 1 >= (RELEASED_MAX_WINDOW if max_window is None else max_window)
-    return max_window is not None and frames >= max_window
+    return frames >= (DEFAULT_MAX_WINDOW if max_window is None else max_window)
 
 
 def plan_frame_merge(

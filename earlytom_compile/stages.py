@@ -21,13 +21,15 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .config import EarlyTomConfig
 from .cuda_graphs import replay_runs
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
+from .frame_chunks import NO_FRAMES, Framed, run_in_chunks
+from .passes.find_frame_runs import find_frame_runs
 from .passes.find_video_boundary import Boundary
 from .passes.find_vision_encoder import Block
 from .passes.manager import Rewrite
@@ -120,8 +122,22 @@ def _lower(
             frames=range(videos, videos * frames + 1) if isinstance(frames, int) else range(0),
             any_size=not isinstance(frames, int),
             kinds=kinds,
+            selection=state.selected.kept if state.selected else None,
+            framed=_framed(state),
         )
-    return lower_whole(state.graph_module, example_inputs, record, options)
+    graph_module = _in_chunks(state) if state.config.lowering == "eager" else state.graph_module
+    return lower_whole(graph_module, example_inputs, record, options)
+
+
+def _in_chunks(state: Rewrite) -> GraphModule:
+    """The rewritten graph, through which long videos go in chunks where each frame is computed by itself."""
+    assert state.path is not None
+    framed, selection = _framed(state), state.selected.kept if state.selected else None
+    if not framed.counts:
+        return state.graph_module
+    stages, pieces = split_stages(state.graph_module, state.path.encoder.blocks, by_module=False, selection=selection)
+    run_in_chunks(stages, find_frame_runs(pieces, framed.counts), framed.places)
+    return stages
 
 
 def lower_whole(
@@ -155,17 +171,21 @@ def lower_stages(
     frames: range = range(0),
     any_size: bool = False,
     kinds: "Kinds | None" = None,
+    selection: Node | None = None,
+    framed: Framed = NO_FRAMES,
 ) -> Runnable:
     """Compile one piece of each kind. Pieces that hold only operators of ours have nothing to compile, and a piece
     that Inductor cannot compile runs as it is, with a warning. CUDA graphs among Inductor's ``options`` are ours,
     for which ``frames`` are the values of sizes known at run time only. With ``any_size``, no piece is specialised
     to a size that is a symbol, so that it is of one kind with those whose sizes depend on the data, and may be taken
-    from ``kinds``."""
+    from ``kinds``. Long videos go in chunks through what computes each frame by itself: between two merges, and between
+    the last and the ``selection``; not with CUDA graphs."""
     options = dict(options or {})
     cuda_graphs = options.pop(_CUDA_GRAPHS, False)
-    stages, pieces = split_stages(graph_module, blocks, by_module=by_module)
+    stages, pieces = split_stages(graph_module, blocks, by_module=by_module, selection=selection)
     inputs = [value_of(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     given = {id(value): example for value, example in zip(inputs, example_inputs, strict=True)}
+    runs = [] if cuda_graphs else find_frame_runs(pieces, framed.counts)  # while the pieces show whose sizes they have
     forgotten = _forget_sizes(pieces, given) if any_size else set()
     kinds, own = kinds if kinds is not None else {}, dict[Any, _Compiled | None]()
     settings, used = _settings(options), dict[Any, bool]()
@@ -192,7 +212,22 @@ def lower_stages(
     record.stages = len(pieces), sum(used.values())
     if cuda_graphs:
         replay_runs(stages, pieces, compiled, frames, record)
+    run_in_chunks(stages, runs, framed.places)
     return cast(Runnable, stages.forward)
+
+
+def _framed(state: Rewrite) -> Framed:
+    """Frames are counted at first, after each merge, and without those that repeat another."""
+    assert state.path is not None and state.video is not None
+    nodes, plan = [axis.size for axis in state.video.axes], state.reused
+    if plan is not None and plan.frames is not None:
+        nodes.append(plan.frames[1])
+    places = value_of(state.path.encoder.blocks[0].output if plan is None else plan.source).shape[
+        1 if plan is None else 2
+    ]
+    values = [state.path.frames, *(value_of(node) for node in nodes if isinstance(node, Node))]
+    sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
+    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(places))
 
 
 def _compile_piece(piece: Piece, given: Mapping[int, Any], options: Mapping[str, Any]) -> "_Compiled":

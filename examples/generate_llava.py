@@ -1,6 +1,6 @@
 """The same with a checkpoint of LLaVA's own code (package ``llava``): LLaVA-OneVision, LLaVA-Video.
 
-    python examples/generate_llava.py lmms-lab/llava-onevision-qwen2-0.5b-ov video.mp4 "What happens in the video?"
+python examples/generate_llava.py lmms-lab/llava-onevision-qwen2-0.5b-ov video.mp4 "What happens in the video?"
 """
 
 import argparse

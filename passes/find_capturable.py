@@ -9,7 +9,6 @@ must also be frame-wise: every operator computes each frame (axis 0) from that f
 fill up a graph's buffers change nothing in the others.
 """
 
-import operator
 from collections.abc import Container, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from earlytom_compile.passes.graph_order import writes
 from earlytom_compile.passes.patterns import ACTIVATIONS, MOVES, NORMS, memory_of, op_name, value_of
-from earlytom_compile.passes.split_stages import Piece, extract
+from earlytom_compile.passes.split_stages import Piece, gather_pieces
 
 _ELEMENTWISE = frozenset(("add", "sub", "mul", "truediv", "div", "neg", "pow", "rsqrt", "iadd", "isub", "imul"))
 # Computing across frames would take the number of frames as an argument, or have it on another axis than the first.
@@ -148,21 +147,7 @@ def is_frame_wise(node: Node, frames: sympy.Symbol) -> bool:
 
 def gather(stages: GraphModule, run: Run, name: str) -> Signature:
     """Put the pieces of ``run`` into one submodule of the graph that calls them, called ``name``."""
-    names, graph = {piece.name for piece in run.pieces}, stages.graph
-    calls = {node for node in graph.nodes if node.op == "call_module" and node.target in names}
-    members = [node for node in graph.nodes if node in calls or not calls.isdisjoint(node.all_input_nodes[:1])]
-    members = [node for node in members if node in calls or node.target is operator.getitem]
-    part, read, made = extract(members, {})
-    stages.add_submodule(name, GraphModule(stages, part))
-    with graph.inserting_before(members[-1].next):
-        call = graph.call_module(name, tuple(read))
-        for position, node in enumerate(made):
-            result = graph.call_function(operator.getitem, (call, position))
-            result.meta["example_value"] = value_of(node)
-            node.replace_all_uses_with(result)
-    for node in reversed(members):
-        graph.erase_node(node)
-    stages.recompile()
+    read, made = gather_pieces(stages, run.pieces, name)
     framed = tuple(run.frames is not None and _mentions(value_of(node), run.frames) for node in made)
     return Signature(tuple(_kind(node, run.frames) for node in read), framed)
 

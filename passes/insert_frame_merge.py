@@ -73,7 +73,8 @@ def insert_frame_merge(
             importance = _attention_received(graph, scored, reused)
         if config.selects_by_keys():
             keys = _mean_keys(graph, scored, reused)
-    with graph.inserting_before(blocks[0].input.next):
+    # Where frames are counted at run time, no operator between pixels and layers may ask for their number.
+    with graph.inserting_before(sizes.frames.next if isinstance(sizes.frames, Node) else blocks[0].input.next):
         counts = [_frame_counts(graph, path, sizes)]
         first = _numbers(graph, path, sizes) if tell_first and path.videos == 1 else None
     features = reused.whole(graph, scored.output) if reused is not None else scored.output

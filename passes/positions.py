@@ -21,7 +21,7 @@ from earlytom_compile.passes.axis_call import Outputs, TensorAxes, Value
 from earlytom_compile.passes.dataflow import Dataflow
 from earlytom_compile.passes.patterns import CASTS, argument, einsum_letters, peel, shape_of, value_of
 
-_UNIFORM = frozenset(
+UNIFORM = frozenset(
     ("expand", "expand_as", "broadcast_to", "repeat", "tile")
     + ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")
 )
@@ -102,7 +102,7 @@ class _Follower:
         frames = self._made_of(self._kept[:1] if self._watches_frames else [])
         if not isinstance(value, TensorAxes) or all(dim.root not in frames for dim in value.dims):
             return False
-        return op_name(peel(read, CASTS)) not in _UNIFORM
+        return op_name(peel(read, CASTS)) not in UNIFORM
 
     def _learn_of_others(self, node: Node) -> None:
         """What ``node`` reads beside results of the tensor: weights, positions, sizes."""
@@ -132,7 +132,7 @@ class _Follower:
         )
 
     def _mixes(self, node: Node, watched: set[Dim]) -> bool:
-        for operand, along in _mixed_dims(node):
+        for operand, along in mixed_dims(node):
             value = self._axes.values.get(operand)
             if operand in self._own and isinstance(value, TensorAxes):
                 rank = len(value.dims)
@@ -167,7 +167,7 @@ Along = tuple[Any, Sequence[int] | None]
 """An operand, and its dimensions that an op mixes along; None for all of them."""
 
 
-def _mixed_dims(node: Node) -> Iterator[Along]:
+def mixed_dims(node: Node) -> Iterator[Along]:
     """Where the op mixes although its result keeps the axis. An op that loses the axis needs no entry."""
     rule = _MIXING.get(op_name(node))
     if rule is not None:

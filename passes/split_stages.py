@@ -36,13 +36,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from earlytom_compile.passes.find_vision_encoder import Block
 from earlytom_compile.passes.graph_order import writes
-from earlytom_compile.passes.patterns import insert, memory_of, module_path, op_name, value_of
+from earlytom_compile.passes.patterns import MOVES, insert, memory_of, module_path, op_name, value_of
 
 _ENTER = frozenset(("_enter_autocast", "_enter_inference_mode"))
 _EXIT = frozenset(("_exit_autocast", "_exit_inference_mode"))
 _LAYER = re.compile(r"^(.*?)[.](\d+)(?=[.]|$)")
 _FEWEST_LAYERS = 3
-_SIZES = frozenset(("getitem", "sum", "item", "sym_size.int", "full", "_check", "ge", "le", "sub", "mul"))
+_SIZES = frozenset(("getitem", "sum", "item", "sym_size.int", "full", "_check", "ge", "le", "sub", "mul", "sym_min"))
+FRAME_BY_FRAME = frozenset(("earlytom::attention_received", "earlytom::window_attention"))
+"""Operators of ours in the middle of a layer that compute each frame (axis 0) from that frame alone."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ class Piece:
 
     @property
     def computes(self) -> bool:
-        """False if it holds only operators of ours and sizes: nothing for a compiler."""
-        return any(_computes(node) for node in self.graph_module.graph.nodes)
+        """False if it holds only operators of ours, moves of what they made and sizes: nothing for a compiler."""
+        nodes = self.graph_module.graph.nodes
+        moves = MOVES | {"cat", "stack"} if any(map(_is_ours, nodes)) else frozenset[str]()
+        return any(_computes(node) and op_name(node) not in moves for node in nodes)
 
     @property
     def has_attributes(self) -> bool:
@@ -88,12 +92,13 @@ class Piece:
 
 
 def split_stages(
-    graph_module: GraphModule, blocks: Sequence[Block] = (), *, by_module: bool = True
+    graph_module: GraphModule, blocks: Sequence[Block] = (), *, by_module: bool = True, selection: Node | None = None
 ) -> tuple[GraphModule, list[Piece]]:
     """(graph that calls the pieces, the pieces in the order it calls them).
 
-    ``blocks`` are the layers known by structure; ``by_module`` adds those known by module path. Replace the
-    submodule ``piece.name`` of the graph to run something else in a piece's place.
+    ``blocks`` are the layers known by structure; ``by_module`` adds those known by module path. What is computed of
+    pixels alone, and of the last layer alone before ``selection``, a result of the operator that looks at all tokens,
+    are pieces too. Replace the submodule ``piece.name`` of the graph to run something else in a piece's place.
     """
     nodes = [node for node in graph_module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     (output,) = (node for node in graph_module.graph.nodes if node.op == "output")
@@ -104,6 +109,10 @@ def split_stages(
     modules, pieces = dict[str, Any](), list[Piece]()
     sizes = _size_nodes(graph_module.graph)
     between = _encoder_cuts(nodes, blocks) | (_module_cuts(nodes) if by_module else set())
+    if blocks:
+        end = nodes.index(selection) + 1 if selection is not None else 0
+        between |= {*_cuts_around_ours(nodes, 0, min(_encoder_cuts(nodes, blocks)))[:2]}
+        between |= {*_cuts_around_ours(nodes, nodes.index(blocks[-1].output) + 1, end)}
     between.add(next((i for i, node in enumerate(nodes) if _computes(node)), 0))  # sizes that come first are no work
     between -= _inside_regions(nodes) | _between_written_views(graph_module.graph, nodes)
     if any(op_name(node).startswith("_vmap_") for node in nodes):
@@ -131,6 +140,16 @@ def _encoder_cuts(nodes: list[Node], blocks: Sequence[Block]) -> set[int]:
     place = {node: i for i, node in enumerate(nodes)}
     begins = {min(place[node] for node in _own_nodes(block, place)) for block in blocks}
     return begins | {place[block.output] + 1 for block in blocks}
+
+
+def _cuts_around_ours(nodes: list[Node], begin: int, end: int) -> list[int]:
+    """Positions from ``begin`` to ``end`` where operators of ours, which look at all frames, end or begin, in turn."""
+    cuts, ours = list[int](), True
+    for position, node in enumerate(nodes[begin:end], begin):
+        if _is_ours(node) if not ours else _computes(node):
+            cuts.append(position)
+            ours = not ours
+    return cuts
 
 
 def _module_cuts(nodes: list[Node]) -> set[int]:
@@ -219,6 +238,27 @@ def extract(members: list[Node], sizes: dict[Any, Node]) -> tuple[Graph, list[No
         copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(tuple(copies[node] for node in made))
     return graph, [node for node in read if not _is_module(node)], made
+
+
+def gather_pieces(stages: GraphModule, pieces: Sequence[Piece], name: str) -> tuple[list[Node], list[Node]]:
+    """Put consecutive ``pieces`` into one submodule of the graph that calls them, called ``name``: (what it reads, what
+    it made, as nodes that show their values)."""
+    names, graph = {piece.name for piece in pieces}, stages.graph
+    calls = {node for node in graph.nodes if node.op == "call_module" and node.target in names}
+    members = [node for node in graph.nodes if node in calls or not calls.isdisjoint(node.all_input_nodes[:1])]
+    members = [node for node in members if node in calls or node.target is operator.getitem]
+    part, read, made = extract(members, {})
+    stages.add_submodule(name, GraphModule(stages, part))
+    with graph.inserting_before(members[-1].next):
+        call = graph.call_module(name, tuple(read))
+        for position, node in enumerate(made):
+            result = graph.call_function(operator.getitem, (call, position))
+            result.meta["example_value"] = value_of(node)
+            node.replace_all_uses_with(result)
+    for node in reversed(members):
+        graph.erase_node(node)
+    stages.recompile()
+    return read, made
 
 
 def _sizes_from_tensors(graph: Graph, read: list[Node]) -> list[Node]:

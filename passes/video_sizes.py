@@ -44,8 +44,7 @@ def video_sizes(graph: Graph, path: VideoPath, config: EarlyTomConfig) -> VideoS
 
 def _computed(graph: Graph, path: VideoPath, symbol: torch.SymInt, config: EarlyTomConfig) -> VideoSizes:
     frames = insert(graph, torch.ops.aten.sym_size.int, path.pixels, path.pixel_axis, like=symbol)
-    # A window's band may be wider than the video: what lies before it is zero.
-    band: int | Node = config.window() - 1 if config.window() else insert(graph, operator.sub, frames, 1)
+    band = insert(graph, torch.sym_min, insert(graph, operator.sub, frames, 1), config.similarity_band(config.window()))
     if not config.keeps_exactly():
         return VideoSizes(frames, 0, config.min_frames(1), band)
     table = insert(graph, torch.ops.earlytom.video_budget.default, frames, path.tokens, config.ratio_behind_encoder())

@@ -139,8 +139,9 @@ def test_budget_and_floor():
     assert EarlyTomConfig(retain_ratio=0.001).token_budget(1, 9) == 1
     assert EarlyTomConfig(variant="released").min_frames(32) == 1
     assert EarlyTomConfig(variant="plus", retain_ratio=0.1).min_frames(32) == 4
-    assert EarlyTomConfig(variant="released").window() == 8 and EarlyTomConfig().window() == 0
+    assert EarlyTomConfig(variant="released").window() == 8 and EarlyTomConfig().window() == 128
     assert EarlyTomConfig().similarity_band(32) == 31 and EarlyTomConfig(max_window=4).similarity_band(32) == 3
+    assert [EarlyTomConfig().similarity_band(frames) for frames in (1, 2, 128, 129, 768)] == [1, 1, 127, 127, 127]
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,11 @@ class Family:
                 raise EarlyTomConfigError(self._wrong_shape(videos, expected))
         return [Video(video) for video in videos]
 
+    def token_grid(self, model: Any, video: Video) -> tuple[int, int] | None:
+        """Rows and columns of the tokens of a frame, for pictures of what was kept; None where what the encoder's graph
+        does to the patches tells it."""
+        return None
+
     def spelled(self, name: str) -> str:
         """What the model calls an argument, by our name for it."""
         return self.names.get(name, name)
@@ -182,6 +187,10 @@ class Family:
         of their own through the whole encoder, up to the place where they and their tokens become one axis.
         """
         raise NotImplementedError
+
+    def row_width(self, model: Any) -> int:
+        """Channels of a row; more than an embedding has where rows bring more than that."""
+        return int(self.embedding(model).embedding_dim)  # type: ignore[arg-type]
 
     def separators(self, model: Any, kept: Tensor) -> Tensor | None:
         """Behind which rows of a video the model has one of its own, such as a newline: int64 [M], ascending places in

@@ -1,7 +1,7 @@
 """Qwen-VL of transformers: videos of any size, packed towers, positions of three axes, time stamps in the prompt.
 
 Qwen2.5-VL       [start, <video> x T*P, end]                       one run of placeholders a video
-Qwen3-VL, 3.5    [time, start, <video> x P, end] x T               one a frame, which is a temporal patch of two pictures
+Qwen3-VL, 3.5    [time, start, <video> x P, end] x T               one a frame, a temporal patch of two pictures
 
 P = h*w/4 tokens a frame of h x w patches. What is kept stands where it stood: each token at the place, and with the
 position (t, h, w), that it had in the whole prompt, those of merged frames at the first one's. Text behind the video
@@ -69,6 +69,11 @@ class QwenVL(Family):
         cos, sin = visual.rotary_pos_emb(torch.empty(0, device=device), positions)
         return {"cos": cos, "sin": sin}
 
+    def token_grid(self, model: Any, video: Video) -> tuple[int, int] | None:
+        """Blocks of patches."""
+        block = model.config.vision_config.spatial_merge_size
+        return video.arguments["height"] // block, video.arguments["width"] // block
+
     def rows(self, model: Any, pixels: Tensor, **arguments: Any) -> Tensor:
         """[T*P, C], of pixels [1, T, S, C, 2, p, p]; behind DeepStack [T*P, C * (1 + its layers)]."""
         return self.features(model.model.visual, pixels, **arguments).flatten(0, 1)
@@ -83,9 +88,7 @@ class QwenVL(Family):
         """Images, by the model's own code."""
         encoded = (call.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None and call.get("pixel_values") is not None:
-            encoded = model.model.get_image_features(
-                call["pixel_values"], call.get("image_grid_thw"), return_dict=True
-            )
+            encoded = model.model.get_image_features(call["pixel_values"], call.get("image_grid_thw"), return_dict=True)
         if encoded is not None:
             rows = torch.cat([torch.cat(list(part)) for part in _parts(encoded)], dim=-1)
             like_embeddings = rows.new_empty(*ids.shape, self.embedding(model).embedding_dim)  # type: ignore[arg-type]
@@ -102,10 +105,11 @@ class QwenVL(Family):
             told = {name: call[name] for name in names if call.get(name) is not None}
             given, _ = model.model.get_rope_index(ids, attention_mask=mask, **told)
         spatial = given.expand(3, *ids.shape) if given.dim() == 2 else given[-3:]
+        whole = torch.ones_like(ids) if mask is None else mask.ne(0).to(ids.dtype)
+        last = spatial.masked_fill(whole == 0, 0).amax((0, 2))  # of what is gone, too
         spatial = torch.stack([cut.take(axis, 0) for axis in spatial])
-        attended = cut.take(torch.ones_like(ids) if mask is None else mask.to(ids.dtype).ne(0).to(ids.dtype), 0)
+        attended = cut.take(whole, 0)
         counted = (attended.cumsum(1) - 1).masked_fill(attended == 0, 0)
-        last = spatial.masked_fill(attended == 0, 0).amax((0, 2))
         model.model.rope_deltas = (last + 1 - attended.sum(1)).unsqueeze(1)
         return torch.cat((counted.unsqueeze(0), spatial))
 
@@ -124,12 +128,16 @@ class QwenVL(Family):
         return any(features.get(kind) is not None and pixels is not None for kind, pixels in given.items())
 
     def reason_against(self, model: Any, call: Call) -> Reason | None:
-        """No kinds of tokens, by which the model counts positions; hooks on modules that are only opened."""
-        if call.get("mm_token_type_ids") is None and call.get("position_ids") is None:
+        """No kinds of a prompt's tokens, by which the model counts positions; hooks on modules that are only opened."""
+        has_prompt = any(call.get(name) is not None for name in ("input_ids", "inputs"))
+        if has_prompt and call.get("mm_token_type_ids") is None and call.get("position_ids") is None:
             return (
                 "mm_token_type_ids are missing, without which the positions of the video's tokens are not known",
                 "Pass those of the processor",
             )
+        is_encoded = not isinstance(call.get("pixel_values_videos"), Tensor)  # else it is an error that names it
+        if has_prompt and is_encoded and call.get("video_grid_thw") is None and call.get("position_ids") is None:
+            return "video_grid_thw is missing, the frames, rows and columns of each video", "Pass that of the processor"
         for module in qwen_tower.bypassed(model.model.visual):
             if _is_changed(module):
                 name = next(name for name, each in model.named_modules() if each is module)
@@ -187,6 +195,11 @@ class Qwen3_VL(QwenVL):
             prepare_transformers(name, text)
             prepare_deepstack(name, text)
 
+    def row_width(self, model: Any) -> int:
+        """Those of the last layer and of each that DeepStack takes."""
+        visual = model.model.visual
+        return int(visual.config.out_hidden_size) * (1 + len(getattr(visual, "deepstack_visual_indexes", ())))
+
     def tables(self, model: Any, height: int, width: int, device: torch.device) -> dict[str, Tensor]:
         """Also which learned positions each place lies between, int64 [S, 4], and how near, float32 [S, 4]."""
         visual = model.model.visual
@@ -224,8 +237,10 @@ class Qwen3_VL(QwenVL):
         assert output is not None
         outputs = {}
         for token, each in rows:
-            first, *deep = each.split(width, dim=-1)
-            outputs[kinds[token]] = output(pooler_output=(first,), deepstack_features=[(part,) for part in deep])
+            # One entry for each row of the prompt, by which generate() repeats them for beams.
+            counts = [count for count in (ids == token).sum(1).tolist() if count]
+            first, *deep = (part.split(counts) for part in each.split(width, dim=-1))
+            outputs[kinds[token]] = output(pooler_output=first, deepstack_features=deep)
         return {"input_ids": ids, "mm_encoder_outputs": outputs}
 
 
@@ -279,5 +294,3 @@ def _checked_grids(pixels: Tensor, grids: Any, config: Any) -> list[tuple[int, i
             f"to its patches, rows and columns multiples of {block}. Pass both as the model's processor made them."
         )
     return [(frames, height, across) for frames, height, across in rows]
-
-

@@ -22,7 +22,6 @@ from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from .placement import MOST_SETS_OF_HOOKS, Placement, weights_in_place
 from .vision_path import VisionPath, describe, kind_of
 
-
 MOST_COMPILED_SIZES = 8
 """Of videos, as many sizes get code of Inductor's, which takes from seconds to a minute each."""
 MOST_SIZES = 64
@@ -39,10 +38,14 @@ class EncodedVideo:
     """Rows it would have uncompressed."""
     counts: tuple[GraphRecord, Counts] | None
     """What the call kept, and of which graph; None where it ran uncompressed."""
+    known: Tensor | None = None
+    """What :meth:`places` said when it was encoded, in a call before."""
 
     def places(self) -> Tensor:
         """int64 [K], on the host, ascending: which of its ``size`` rows each row is, that of a merged frame in the
         first of its frames. Waits for the device."""
+        if self.known is not None:
+            return self.known
         if self.counts is None:
             return torch.arange(len(self.rows))
         (record, counts), (frame, token) = self.counts, _kept(self.counts[1]).unbind(1)

@@ -58,9 +58,8 @@ def rounding_of_merged(hidden, x, weights):
 
 
 def reference_options(options):
-    """0 means no limit to the operators; to the reference that is None, or wide for ``released``."""
-    unlimited = 10**6 if options["variant"] == "released" else None
-    return options | {"max_window": options["max_window"] or unlimited}
+    """0 means no limit to the operators; to the reference that is a wide window."""
+    return options | {"max_window": options["max_window"] or 10**6}
 
 
 def merge_once(hidden, counts, options, tau_merge, min_frames):

@@ -83,8 +83,14 @@ def test_segments_partition_the_frames(video, options, variant):
 def test_no_segment_is_longer_than_max_window(video, options):
     longest = max(last - first + 1 for first, last in segments_of(video, **options))
     assert longest <= (options["max_window"] or len(video))
-    unlimited = {**options, "max_window": None}
-    assert segments_of(video, **unlimited) == segments_of(video, **{**options, "max_window": len(video)})
+    default = {**options, "max_window": None}
+    assert segments_of(video, **default) == segments_of(video, **{**options, "max_window": len(video)})
+
+
+def test_no_segment_is_longer_than_128_frames_unless_asked_for():
+    still = torch.ones(300, 1, 2)
+    assert segments_of(still, tau_seg=0.6) == [[0, 127], [128, 255], [256, 299]]
+    assert segments_of(still, tau_seg=0.6, max_window=300) == [[0, 299]]
 
 
 @some
