@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 from earlytom_compile import report
 
-OPTIONS = {"merge_layers": (1, 4), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
-"""Behind layers that attend within windows, in Qwen2.5-VL."""
+OPTIONS = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
+"""Behind layers that attend within windows, in Qwen2.5-VL; between and behind those of DeepStack, in Qwen3-VL."""
 EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
 """No frame merges, no token goes."""
 SMALL, WIDE = (4, 6), (10, 6)
@@ -36,15 +36,16 @@ PROMPTS = {
 
 
 @cache
-def model_of(kind: str) -> Any:
-    """A model to compile. Made once, and no argument of a test that draws its inputs, which would print all of it."""
-    return tiny_qwen(kind)
+def model_of(kind: str, use: str = "compressed") -> Any:
+    """One of four vision layers for each use. Made once, and no argument of a test that draws its inputs, which would
+    print all of it. What is compiled stays so, as long as the options do: tests of the same ones are next to each
+    other."""
+    return tiny_qwen(kind, vision_layers=4, full=(1, 3), deepstack=(0, 1, 2))
 
 
-@cache
 def twin_of(kind: str) -> Any:
     """The same weights once more: what is never compiled, for the oracle."""
-    return tiny_qwen(kind)
+    return model_of(kind, "twin")
 
 
 def prompt_of(model: Any, kind: str, *, seed: int = 1) -> dict[str, Any]:
