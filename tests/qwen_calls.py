@@ -1,15 +1,19 @@
 """What tests of compressed Qwen models share: models and their twins, prompts of all kinds, and both sides of a
 comparison."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from generating import NEW, compiled, new_tokens
 from oracle_qwen import compressed_generate, compressed_rows, compressed_videos
 from tiny_qwen import Clip, Still, qwen_inputs, tiny_qwen
 from torch import Tensor
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 
 from earlytom_compile import report
 
@@ -33,6 +37,16 @@ PROMPTS = {
     ],
 }
 """Rows without a video are among them."""
+
+
+takes_features = pytest.mark.skipif(
+    TorchVersion(transformers.__version__) < "5.18", reason="Qwen3-VL takes no features from outside"
+)
+
+
+def supported(kinds: Iterable[str]) -> list[Any]:
+    """Those that can be compressed with the transformers there is, as parameters."""
+    return [pytest.param(kind, marks=takes_features) if "qwen3_vl" in kind else kind for kind in kinds]
 
 
 @cache

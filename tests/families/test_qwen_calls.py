@@ -7,7 +7,7 @@ import pytest
 import torch
 from generating import given, graphs_compiled, new_tokens, share_vision_paths, trace_of_video_rows
 from oracle_qwen import compressed_rows, compressed_videos
-from qwen_calls import SMALL, WIDE, compressing, oracle_options, oracle_tokens, prompt_of
+from qwen_calls import SMALL, WIDE, compressing, oracle_options, oracle_tokens, prompt_of, supported
 from tiny_qwen import KINDS, PLAIN_KINDS, Clip, qwen_inputs, tiny_qwen
 from torch.testing import assert_close
 
@@ -30,7 +30,7 @@ def one_trace():
     return trace_of_video_rows()
 
 
-@pytest.fixture(scope="module", params=PLAIN_KINDS)
+@pytest.fixture(scope="module", params=supported(PLAIN_KINDS))
 def kind(request):
     yield request.param
     earlytom_compile.restore(small(request.param))
@@ -57,7 +57,7 @@ def twin(kind):
     return small(kind, "twin")
 
 
-@pytest.mark.parametrize("each", KINDS)
+@pytest.mark.parametrize("each", supported(KINDS))
 def test_their_families(each):
     model = small(each, "family")
     family = family_of(model)

@@ -20,6 +20,7 @@ from qwen_calls import (
     model_of,
     oracle_options,
     prompt_of,
+    supported,
     twin_of,
 )
 from tiny_qwen import KINDS, PLAIN_KINDS, Clip, has_deepstack, qwen_inputs, row_alone
@@ -44,7 +45,7 @@ def sharing(one_trace):
         yield
 
 
-@pytest.fixture(scope="module", params=PLAIN_KINDS)
+@pytest.fixture(scope="module", params=supported(PLAIN_KINDS))
 def kind(request, sharing):
     yield request.param
     earlytom_compile.restore(model_of(request.param))
@@ -53,7 +54,7 @@ def kind(request, sharing):
 
 with_windows_or_deepstack = pytest.mark.parametrize(
     "kind",
-    cases(("qwen2_5_vl",), ("qwen3_vl",), among=[(kind,) for kind in PLAIN_KINDS]),
+    [*supported(("qwen2_5_vl", "qwen3_vl")), pytest.param("qwen3_5", marks=pytest.mark.long)],
     indirect=True,
     scope="module",
 )
@@ -213,7 +214,7 @@ def test_with_everything_kept_it_is_the_model_itself(kind, merging):
     assert all(tokens[0] == tokens[1] for _, tokens in counts_of(model))
 
 
-@pytest.mark.parametrize("with_experts", [kind for kind in KINDS if kind not in PLAIN_KINDS])
+@pytest.mark.parametrize("with_experts", supported(kind for kind in KINDS if kind not in PLAIN_KINDS))
 def test_models_with_experts(with_experts, sharing):
     model = compressing(model_of(with_experts))
     assert_as_the_oracle(model, twin_of(with_experts), prompt_of(model, "an image beside"))

@@ -4,9 +4,11 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from generating import NEW, given, new_tokens, share_vision_paths, trace_of_video_rows
-from qwen_calls import EVERYTHING, compressing, model_of, oracle_tokens, prompt_of, twin_of
+from qwen_calls import EVERYTHING, compressing, model_of, oracle_tokens, prompt_of, supported, takes_features, twin_of
 from tiny_qwen import PLAIN_KINDS, row_alone, tiny_qwen
+from torch.torch_version import TorchVersion
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -20,7 +22,7 @@ def one_trace():
     return trace_of_video_rows()
 
 
-@pytest.fixture(scope="module", params=PLAIN_KINDS)
+@pytest.fixture(scope="module", params=supported(PLAIN_KINDS))
 def kind(request, one_trace):
     with pytest.MonkeyPatch.context() as patch:
         share_vision_paths(one_trace, patch)
@@ -144,6 +146,7 @@ def test_the_next_turn_cannot_continue_a_cut_cache(model):
         model.generate(input_ids=output.sequences, max_new_tokens=2, **given(model, cache_of(output)))
 
 
+@pytest.mark.skipif(TorchVersion(transformers.__version__) < "5.23", reason="the models themselves fail in chunks")
 def test_a_prompt_in_chunks_of_its_ids_runs_uncompressed(model, twin):
     inputs = prompt_of(model, "one video")
     with pytest.warns(EarlyTomFallbackWarning, match="prefill_chunk_size.*Leave"):
@@ -153,7 +156,7 @@ def test_a_prompt_in_chunks_of_its_ids_runs_uncompressed(model, twin):
 
 @pytest.mark.parametrize(
     "kind, name",
-    [("qwen2_5_vl", "prompt_lookup_num_tokens"), ("qwen3_vl", "assistant_model")],
+    [("qwen2_5_vl", "prompt_lookup_num_tokens"), pytest.param("qwen3_vl", "assistant_model", marks=takes_features)],
     indirect=["kind"],
     scope="module",
 )
