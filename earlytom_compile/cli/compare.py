@@ -132,7 +132,7 @@ class Asker:
             setting: earlytom_compile.compile(twin_of(loaded.model), **{**options, **asdict(setting)})
             for setting in settings
         }
-        self._warm: set[tuple[int, ...]] = set()
+        self._warm: set[tuple[tuple[int, ...], int]] = set()
 
     def ask_all(self, questions: Sequence[Question], frames: int | None, progress_on: Console) -> Any:
         """Yields a row, as it is written to the file, for each question; those about one video must be together."""
