@@ -115,11 +115,14 @@ def _of_frames(x: Tensor, share: Share, begin: int, end: int) -> Tensor:
 
 
 def _room(x: Any, share: Share | None, chunk: int, frames: int) -> Any:
-    """For what comes of all frames, laid out as ``x``, which came of the first ``chunk``."""
+    """For what comes of all frames, laid out as ``x``, which came of the first ``chunk``, if its frames lie apart."""
     if share is None:
         return x
     if share.axis is None:
         return x // chunk * frames
     length, stride = frames * share.each, x.stride()[share.axis :]
     shape = (*x.shape[: share.axis], length, *x.shape[share.axis + 1 :])
+    inner = sum((size - 1) * step for size, step in zip(x.shape[share.axis + 1 :], stride[1:], strict=True))
+    if stride[0] <= inner:
+        return x.new_empty(shape)
     return torch.empty_strided(shape, (*[length * stride[0]] * share.axis, *stride), dtype=x.dtype, device=x.device)

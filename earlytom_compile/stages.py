@@ -222,12 +222,10 @@ def _framed(state: Rewrite) -> Framed:
     nodes, plan = [axis.size for axis in state.video.axes], state.reused
     if plan is not None and plan.frames is not None:
         nodes.append(plan.frames[1])
-    places = value_of(state.path.encoder.blocks[0].output if plan is None else plan.source).shape[
-        1 if plan is None else 2
-    ]
+    whole, axis = (state.path.encoder.blocks[0].output, 1) if plan is None else (plan.source, 2)
     values = [state.path.frames, *(value_of(node) for node in nodes if isinstance(node, Node))]
     sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
-    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(places))
+    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(value_of(whole).shape[axis]))
 
 
 def _compile_piece(piece: Piece, given: Mapping[int, Any], options: Mapping[str, Any]) -> "_Compiled":

@@ -5,9 +5,9 @@
 
 A long video goes through a run in chunks, and what the run makes of them is put together: nobody needs the memory that
 a layer takes for all frames at once. That changes nothing where the frames, or some equal number of places of each, are
-the outermost axis of all that a piece reads and hands out, and no operator in it mixes along that axis. Which axis that is the axis
-inference says (axes.py), from the size known at run time only that counts the frames; a number that happens to be equal
-is none. An operator without an axis rule ends a run.
+the outermost axis of all that a piece reads and hands out, and no operator in it mixes along that axis. Which axis that
+is the axis inference says (axes.py), from the size known at run time only that counts the frames; a number that happens
+to be equal is none. An operator without an axis rule ends a run.
 """
 
 from collections.abc import Container, Iterable, Iterator, Sequence
