@@ -25,18 +25,21 @@ import torch
 from torch import Tensor
 
 import earlytom_compile
-from earlytom_compile.benchmarks.workload import Inputs, with_video
+from earlytom_compile.benchmarks.model_parts import LLM, TOKENS, VISION
+from earlytom_compile.benchmarks.workload import Inputs, frames_of_inputs, tokens_beside, with_other_frames
 from earlytom_compile.config import OF_EARLYTOM, EarlyTomConfig
 from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.integrations.caches import cache_of
 from earlytom_compile.methods.registry import EARLYTOM, method_named, method_names
+from earlytom_compile.qwen_shape import is_qwen
 
 First = tuple[Tensor, Any]
 """The first token [R, 1] and the cache behind it."""
 _OF_REUSE, _OF_MERGING = ("tau_reuse", "full_layers", "encode_ratio"), ("merge_layers", "tau_merge")
 """Options that have an effect where unchanged patches are reused, and where frames merge instead."""
 _OF_INNER = ("inner_layer", "inner_drop_ratio")
-_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+_REUSE = "reuse"
+"""Of unchanged patches, which the towers of Qwen cannot."""
 EVERY = "all"
 """In the place of an arm's beginning: those that are measured anyhow, and other papers' methods."""
 
@@ -50,8 +53,9 @@ class Arm:
     retain_ratio: float = 1.0
     model: Any = None
     frames: int = 0  # of each video, as the model gets it
+    beside: int = 0  # positions of a prompt that are no tokens of its video's frames
     compresses: bool = False  # then the report of the last call belongs to ``model``
-    called: tuple[str, ...] = ()  # submodules of ``model.model`` that Python calls, so that hooks on them fire
+    called: tuple[str, ...] = ()  # stages whose modules Python calls, so that hooks on them fire
     options: dict[str, Any] = field(default_factory=dict)  # EarlyTom's, where it compresses
 
 
@@ -59,21 +63,25 @@ def make_arms(
     model: Any, inputs: Inputs, ratios: Sequence[float], options: dict[str, Any], methods: Sequence[str] = ()
 ) -> Iterator[Arm]:
     """Every arm for ``inputs``, and those of ``methods``; nothing is compiled before its first call."""
-    frames = inputs["pixel_values_videos"].shape[1]
-    yield Arm("transformers", partial(_forward, model, inputs), 1.0, model, frames, called=_PARTS)
+    videos = frames_of_inputs(model, inputs)
+    frames, beside = videos.shape[1], tokens_beside(model, inputs)
+    eager = partial(_forward, model, inputs)
+    yield Arm("transformers", eager, 1.0, model, frames, beside, called=(VISION, TOKENS, LLM))
     inductor = torch.compile(model, dynamic=False, mode=options.get("mode"))
-    yield Arm("inductor", partial(_forward, inductor, inputs), 1.0, model, frames)
+    yield Arm("inductor", partial(_forward, inductor, inputs), 1.0, model, frames, beside)
     for ratio in ratios:
         chosen = {**options, "retain_ratio": ratio}
         yield _in_place(model, inputs, chosen)
         yield _backend(model, inputs, chosen)
         name, others = _other_way(chosen)
-        yield replace(_in_place(model, inputs, others), name=f"earlytom {name} {ratio:g}")
+        if name != _REUSE or not is_qwen(model.config):
+            yield replace(_in_place(model, inputs, others), name=f"earlytom {name} {ratio:g}")
     for ratio in ratios:
         few = max(1, round(ratio * frames))
         for name, fewer in (("subsampling", _subsampled), ("average pooling", _averaged)):
-            shorter = _with_fewer_frames(model, inputs, fewer(inputs["pixel_values_videos"], few))
-            yield Arm(f"{name} {ratio:g}", partial(_forward, inductor, shorter), ratio, model, few)
+            shorter = with_other_frames(model, inputs, fewer(videos, few))
+            first_token, fewer_beside = partial(_forward, inductor, shorter), tokens_beside(model, shorter)
+            yield Arm(f"{name} {ratio:g}", first_token, ratio, model, few, fewer_beside)
     for method in methods:
         for ratio in ratios:
             chosen = {**of_method(method, options), "retain_ratio": ratio}
@@ -109,11 +117,14 @@ def is_ours(name: str) -> bool:
     return name.startswith(tuple(method_names()))
 
 
-def arm_names(ratios: Sequence[float], options: dict[str, Any], methods: Sequence[str] = ()) -> list[str]:
-    """Names of :func:`make_arms`, before there is a model."""
+def arm_names(
+    ratios: Sequence[float], options: dict[str, Any], methods: Sequence[str] = (), config: Any = None
+) -> list[str]:
+    """Names of :func:`make_arms`, before there is a model; ``config`` is its configuration."""
     names, other = ["transformers", "inductor"], _other_way(options)[0]
     for ratio in ratios:
-        names += [f"earlytom {ratio:g}", f"earlytom {ratio:g} (backend)", f"earlytom {other} {ratio:g}"]
+        names += [f"earlytom {ratio:g}", f"earlytom {ratio:g} (backend)"]
+        names += [f"earlytom {other} {ratio:g}"] if other != _REUSE or not is_qwen(config) else []
     names += [f"{name} {ratio:g}" for ratio in ratios for name in ("subsampling", "average pooling")]
     return names + [f"{method} {ratio:g}" for method in methods for ratio in ratios]
 
@@ -125,7 +136,7 @@ def _other_way(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     others = {name: value for name, value in options.items() if name not in without}
     if reuses:
         return "merging", {**others, "reuse": False}
-    return "reuse", {**others, "variant": "plus", "reuse": True}
+    return _REUSE, {**others, "variant": "plus", "reuse": True}
 
 
 def choose(arms: Iterable[Any], beginnings: Sequence[str]) -> list[Any]:
@@ -170,13 +181,14 @@ def _in_place(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         return output.sequences[:, -1:], cache_of(output)
 
     # Tokens go inside the language model only where no hooks watch it.
-    called = () if EarlyTomConfig.from_options(options).reduces_inside() else ("language_model",)
+    called = () if EarlyTomConfig.from_options(options).reduces_inside() else (LLM,)
     return Arm(
         f"earlytom {options['retain_ratio']:g}",
         first_token,
         options["retain_ratio"],
         twin,
-        inputs["pixel_values_videos"].shape[1],
+        frames_of_inputs(model, inputs).shape[1],
+        tokens_beside(model, inputs),
         compresses=True,
         called=called,
         options=options,
@@ -191,7 +203,8 @@ def _backend(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
         partial(_forward, fast, inputs),
         options["retain_ratio"],
         twin,
-        inputs["pixel_values_videos"].shape[1],
+        frames_of_inputs(model, inputs).shape[1],
+        tokens_beside(model, inputs),
         compresses=True,
         options=options,
     )
@@ -200,12 +213,6 @@ def _backend(model: Any, inputs: Inputs, options: dict[str, Any]) -> Arm:
 def _forward(model: Any, inputs: Inputs) -> First:
     output = model(**inputs, logits_to_keep=1)
     return output.logits[:, -1:].argmax(-1), cache_of(output)
-
-
-def _with_fewer_frames(model: Any, inputs: Inputs, videos: Tensor) -> Inputs:
-    ids = inputs["input_ids"]
-    words = ids[ids != model.config.video_token_id].view(len(ids), -1).cpu()
-    return with_video(model, words, videos)
 
 
 def _subsampled(videos: Tensor, frames: int) -> Tensor:

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-VISION, TOKENS, LLM = "vision encoding", "visual token processing", "LLM prefill"
+from earlytom_compile.benchmarks.model_parts import LLM, TOKENS, VISION
+
 STAGES = (VISION, TOKENS, LLM)
 OVERHEAD, NOT_SEPARABLE = "overhead", "not separable"
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from earlytom_compile.benchmarks.model_parts import LLM, TOKENS, VISION, weight_bytes
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.flops import Reuse, Variant, count
 from earlytom_compile.flops_inside import layer_lengths, operations_inside
@@ -68,11 +69,12 @@ def work_of(
     kept: Sequence[int] = (),
     steps: Sequence[Step] = (),
     reuse: Sequence[Reuse] = (),
+    shape: ModelShape | None = None,
 ) -> dict[str, Work]:
     """Work of one batch of prompts with one video each.
 
     Args:
-        model: a LLaVA-OneVision; its weights are counted as they are stored.
+        model: a LLaVA-OneVision, or one of Qwen; its weights are counted as they are stored.
         schedules: frames of each video, at first and after each merge layer; just the first where nothing merges.
         prompt: positions in the language model, the same in every row; or, where ``steps`` inside make them fewer, from
             each 0-based layer on.
@@ -81,11 +83,12 @@ def work_of(
         kept: tokens of each video that another ``method`` keeps behind the encoder.
         steps: what those operators inside the language model are.
         reuse: what is computed of each video where unchanged patches are not computed again; else empty.
+        shape: the model's, for pictures of the size they have; None: what its configuration says.
 
     Raises:
         EarlyTomConfigError: a model whose work cannot be counted, see :meth:`ModelShape.from_config`.
     """
-    shape, inner, item = ModelShape.from_config(model.config), model.model, model.dtype.itemsize
+    shape, item = shape or ModelShape.from_config(model.config), model.dtype.itemsize
     chosen = None if merge_layers is None else tuple(merge_layers)
     merges = EarlyTomConfig(merge_layers=chosen).resolve_merge_layers(shape.vision_layers)
     reused: list[Reuse | None] = [*reuse] or [None] * len(schedules)
@@ -98,21 +101,22 @@ def work_of(
         count(shape, frames_schedule=schedule, reuse=each, kept=tokens, **options)
         for schedule, each, tokens in zip(schedules, reused, left, strict=True)
     ]
-    pixels = 3 * shape.image_size**2 * sum(schedule[0] for schedule in schedules)
+    pixels = shape.frame_pixels * sum(schedule[0] for schedule in schedules)
     tokens = sum(
         _tokens_of_all_layers(schedule, each, merges, shape) for schedule, each in zip(schedules, reused, strict=True)
     )
-    features = shape.frame_tokens * sum(schedule[-1] for schedule in schedules)
-    rows, lengths = len(schedules), layer_lengths(starts, shape.llm_layers)
-    positions = rows * sum(lengths)
-    keys = shape.llm_width * shape.llm_kv_heads // shape.llm_heads
-    above_diagonal = rows * sum(2 * length * (length - 1) * shape.llm_width for length in lengths)
+    projected = sum(shape.projector_moves(schedule[-1]) for schedule in schedules)
+    rows, lengths = len(schedules), list(enumerate(layer_lengths(starts, shape.llm_layers)))
+    cached = rows * sum(shape.cache_numbers(layer, length) for layer, length in lengths)
+    through = rows * sum(length for _, length in lengths)
+    above_diagonal = rows * sum(2 * shape.above_diagonal(layer, length) for layer, length in lengths)
+    weights = weight_bytes(model.model)
     moved = {
-        "encoder": _weights(inner.vision_tower) + item * (pixels + 2 * tokens * shape.vision_width),
+        "encoder": weights[VISION] + item * (pixels + 2 * tokens * shape.vision_width),
         "operators": 0,
-        "projector": _weights(inner.multi_modal_projector) + item * features * (shape.vision_width + shape.llm_width),
-        "llm": _weights(inner.language_model.layers) + item * positions * (2 * shape.llm_width + 2 * keys),
-        "lm_head": _weights(model.lm_head),
+        "projector": weights[TOKENS] + item * projected,
+        "llm": weights[LLM] + item * (2 * through * shape.llm_width + cached),
+        "lm_head": model.lm_head.weight.nbytes,
     }
     done = {part: sum(getattr(counted, part) for counted in counts) for part in moved}
     done["llm"] -= above_diagonal
@@ -130,7 +134,3 @@ def _tokens_of_all_layers(
     starts = [0, *(layer + 1 for layer in merges)] if len(schedule) > 1 else [0]
     layers = (end - start for start, end in pairwise([*starts, shape.vision_layers]))
     return shape.frame_tokens * sum(frames * length for frames, length in zip(schedule, layers, strict=True))
-
-
-def _weights(module: Any) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())

@@ -26,6 +26,7 @@ import earlytom_compile
 from earlytom_compile.benchmarks.arms import twin_of
 from earlytom_compile.benchmarks.failures import attempt
 from earlytom_compile.benchmarks.workload import Inputs, make_inputs
+from earlytom_compile.families.registry import family_of
 from earlytom_compile.integrations.prefill import CompiledPrefill
 from earlytom_compile.reused import patches_of, share_computed
 
@@ -163,7 +164,7 @@ def server_names(ratios: Sequence[float]) -> list[str]:
 def _compiled_generate(model: Any, mode: str | None) -> Callable[..., torch.Tensor]:
     twin = twin_of(model)
     # Each batch size gets code of its own: the fastest it can be, and there are few.
-    twin.model.vision_tower.compile(dynamic=False, mode=mode)
+    family_of(twin).vision_tower(twin).compile(dynamic=False, mode=mode)
     prefill = CompiledPrefill(twin.model.language_model, mode=mode)
 
     def generate(**inputs: Any) -> torch.Tensor:
@@ -193,11 +194,10 @@ def left_padded(prompts: Sequence[Inputs]) -> Inputs:
     def rows(name: str, value: int) -> torch.Tensor:
         return torch.cat([pad(prompt[name], (length - prompt[name].shape[1], 0), value=value) for prompt in prompts])
 
-    videos = torch.cat([prompt["pixel_values_videos"] for prompt in prompts])
+    padding = {"input_ids": _PADDING, "attention_mask": 0, "mm_token_type_ids": 0}
     return {
-        "input_ids": rows("input_ids", _PADDING),
-        "attention_mask": rows("attention_mask", 0),
-        "pixel_values_videos": videos,
+        name: rows(name, padding[name]) if name in padding else torch.cat([prompt[name] for prompt in prompts])
+        for name in prompts[0]
     }
 
 

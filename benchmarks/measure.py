@@ -41,6 +41,7 @@ class Result:
     encoder: list[float] = field(default_factory=list)  # of the same calls, the vision encoder; where that can be told
     decode: list[float] = field(default_factory=list)  # seconds a token of every row
     rows: int = 1
+    beside: int = 0  # positions of the prompt that are no tokens of the video's frames; 0: nobody noted it
     cache_tokens: int = 0  # prompt positions in the cache
     layer_tokens: list[int] = field(default_factory=list)  # the same of each layer of the language model
     peak_memory: int | None = None  # None where the device does not tell
@@ -164,8 +165,8 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
     _, (token, cache) = timed(arm.first_token, device)
     result.recompiles = _graphs() - graphs
     result.compilation = compile_seconds() - compiled
-    result.rows, result.cache_tokens = len(token), cache.get_seq_length()
-    result.layer_tokens = [layer.get_seq_length() for layer in getattr(cache, "layers", ())]
+    result.rows, result.beside, result.cache_tokens = len(token), arm.beside, cache.get_seq_length()
+    result.layer_tokens = [_positions(layer, result.cache_tokens) for layer in getattr(cache, "layers", ())]
     if arm.compresses:
         report = earlytom_compile.report(arm.model).to_dict()
         result.frames = [video["frames"] for video in report["videos"]]
@@ -174,6 +175,11 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
         counts = patches_of(report)
         result.patches = [[each.every, each.total, each.distinct or len(each.by_frame)] for each in counts]
         result.full_layers = report["full_layers"]
+
+
+def _positions(layer: Any, prompt: int) -> int:
+    """Of a layer's cache; one with linear attention keeps a state of all of the prompt."""
+    return layer.get_seq_length() if hasattr(layer, "get_seq_length") else prompt
 
 
 def _measure_once(model: Any, arm: Arm, result: Result, decode_tokens: int, stage_of: dict[int, str]) -> None:

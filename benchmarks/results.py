@@ -77,17 +77,21 @@ class Workload:
     dtype: str = ""
     ceilings: dict[str, float] = field(default_factory=dict)  # operations and bytes a second
     complete: bool = True  # else somebody stopped it, and it can be gone on with
+    pictures: int = 1  # of the video that make a frame of the encoder
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Workload":
         """One of those that :func:`to_dict` wrote."""
-        known = {entry.name: content[entry.name] for entry in dataclasses.fields(cls)}
+        known = {entry.name: content[entry.name] for entry in dataclasses.fields(cls) if entry.name in content}
         return cls(**{**known, "results": [Result.from_dict(result) for result in content["results"]]})
 
     @property
     def title(self) -> str:
         """What was measured."""
-        return f"{self.frames} frames, batch {self.batch}, {self.prompt_length} words beside the video"
+        video = f"{self.frames} frames"
+        if self.pictures > 1:
+            video += f" in {-(-self.frames // self.pictures)} temporal patches"
+        return f"{video}, batch {self.batch}, {self.prompt_length} words beside the video"
 
     def rows(self) -> list[tuple[str, ...]]:
         """Cells of the table, a row for each arm."""
@@ -113,8 +117,9 @@ class Workload:
         return [f"{result.name}: {result.failure}" for result in self.results if result.failure]
 
     def video_tokens(self, result: Result) -> int | None:
-        """Of a row: positions of the prompt without the words and the newline behind the video."""
-        return None if result.failure or not result.ttft else result.cache_tokens - self.prompt_length - 1
+        """Of a row: positions of the prompt without the words and what comes with the video, such as a newline."""
+        beside = result.beside or self.prompt_length + 1
+        return None if result.failure or not result.ttft else result.cache_tokens - beside
 
     @property
     def breakdown_title(self) -> str:

@@ -17,15 +17,18 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from earlytom_compile.benchmarks.arms import Arm
-from earlytom_compile.benchmarks.breakdown import LLM, TOKENS, VISION
+from earlytom_compile.benchmarks.model_parts import LLM, VISION, parts_of
 
 Begin = Callable[[str], None]
 
 
 def stages_of_weights(inner: Any) -> dict[int, str]:
     """{address of a weight: the stage that its product belongs to}."""
-    parts = ((inner.vision_tower, VISION), (inner.multi_modal_projector, TOKENS), (inner.language_model.layers[0], LLM))
-    return {weight.data_ptr(): stage for part, stage in parts for weight in part.parameters()}
+    # What comes later is inside what came before, as Qwen's mergers are in its tower.
+    parts = {**parts_of(inner), LLM: [inner.language_model.layers[0]]}
+    return {
+        weight.data_ptr(): stage for stage, modules in parts.items() for part in modules for weight in part.parameters()
+    }
 
 
 @contextmanager
@@ -50,9 +53,9 @@ def stage_marks(arm: Arm, stage_of: dict[int, str], begin: Begin) -> Iterator[No
 
 
 def _called_by_python(arm: Arm) -> Iterator[tuple[torch.nn.Module, str]]:
-    for name, stage in (("vision_tower", VISION), ("multi_modal_projector", TOKENS), ("language_model", LLM)):
-        if name in arm.called:
-            yield getattr(arm.model.model, name), stage
+    if arm.called:
+        for stage, modules in parts_of(arm.model.model).items():
+            yield from ((module, stage) for module in modules if stage in arm.called)
 
 
 def _before_forward(module: torch.nn.Module, begin: Begin, stage: str) -> RemovableHandle:

@@ -122,7 +122,7 @@ def _describe(state: Rewrite, record: GraphRecord) -> None:
     assert path is not None
     record.encoder = path.encoder.name
     record.layers = len(path.encoder.blocks)
-    record.merge_layers = state.config.resolve_merge_layers(record.layers)
+    record.merge_layers = state.config.resolve_merge_layers(record.layers, path.encoder.full_layers)
     record.tokens_per_frame = path.tokens
     record.budget = state.config.token_budget if state.config.keeps_exactly() and not state.frames_only else None
     record.inserted, record.providers = state.inserted, state.providers

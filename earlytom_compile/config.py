@@ -6,6 +6,7 @@ EarlyTomConfig(retain_ratio=0.1, variant='paper', ...)
 EarlyTomConfigError: unknown option 'retain'; did you mean 'retain_ratio'? Valid options: ...
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -219,11 +220,18 @@ class EarlyTomConfig:
         object.__setattr__(config, "_preset_layers", "merge_layers" not in options)
         return config
 
-    def resolve_merge_layers(self, num_layers: int) -> tuple[int, ...]:
+    def resolve_merge_layers(self, num_layers: int, full: Sequence[int] = ()) -> tuple[int, ...]:
         """Layers of an encoder of ``num_layers`` layers after which frames merge: none with ``reuse`` or another
-        method; raises if one does not exist."""
-        layers = self._merge_layers_of(num_layers)
+        method; raises if one does not exist. Where attention stays inside windows but in the layers ``full``, the
+        default is the last of those at or before the same depth: behind them each token knows its whole frame."""
+        layers = self._merge_layers_of(num_layers, full)
         return () if self.reuses() or self.method != EARLYTOM else layers
+
+    def not_compiled(self) -> "EarlyTomConfig":
+        """The same options with nothing compiled."""
+        twin = copy.copy(self)  # replace() would forget that layers are those of a preset
+        object.__setattr__(twin, "lowering", "eager")
+        return twin
 
     def require_layers(self, num_layers: int) -> None:
         """Raise where an encoder of ``num_layers`` layers does not have those that the options name."""
@@ -232,12 +240,12 @@ class EarlyTomConfig:
         if self.reuses():
             self.resolve_full_layers(num_layers)
 
-    def scored_layer(self, num_layers: int) -> int:
+    def scored_layer(self, num_layers: int, full: Sequence[int] = ()) -> int:
         """The layer whose attention ranks tokens, and behind which frames are segmented to select them. Raises where an
         encoder of ``num_layers`` layers does not have that of the method."""
         method = method_named(self.method)
         if method is None:
-            return max(self._merge_layers_of(num_layers), default=num_layers - 1)
+            return max(self._merge_layers_of(num_layers, full), default=num_layers - 1)
         if not -1 <= method.scored_layer < num_layers:
             raise EarlyTomConfigError(
                 f"method={self.method!r} looks at layer {method.scored_layer} of the vision encoder, which has layers "
@@ -245,11 +253,13 @@ class EarlyTomConfig:
             )
         return method.scored_layer if method.scored_layer >= 0 else num_layers - 1
 
-    def _merge_layers_of(self, num_layers: int) -> tuple[int, ...]:
+    def _merge_layers_of(self, num_layers: int, full: Sequence[int] = ()) -> tuple[int, ...]:
         if self.merge_layers is not None and not self._preset_layers:
             return _existing("merge_layers", self.merge_layers, num_layers)
         layers = self.merge_layers or DEFAULT_MERGE_LAYERS
-        return layers if num_layers in (26, 27) else _scaled(layers, num_layers)
+        scaled = layers if num_layers in (26, 27) else _scaled(layers, num_layers)
+        at_or_before = {max((each for each in full if each <= layer), default=layer) for layer in scaled}
+        return tuple(sorted(at_or_before))
 
     def resolve_full_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers of an encoder of ``num_layers`` layers that compute every place although patches are reused; raises if

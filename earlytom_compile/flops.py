@@ -5,19 +5,25 @@ The paper's tables and torch's counter do not count alike, so every count says b
     count(shape_of("llava-onevision-7b"), protocol="paper", frames_schedule=(32,), llm_tokens=6272).total   # 82.6e12
     count(shape_of("llava-onevision-7b"), protocol="exact", frames_schedule=(32,), llm_tokens=6305).total   # 119.6e12
     count(..., frames_schedule=(32,), reuse=Reuse(computed=6100, full_layers=(18, 25)))   # 6100 of 32 x 729 patches
+    count(shape_of("qwen2.5-vl-7b"), protocol="exact", frames_schedule=(384,), llm_tokens=23040)   # 768 pictures
+
+A frame is what the encoder sees as one: a picture, or the two of a temporal patch of Qwen.
 
 ``paper`` (Eq. 8): a layer with n tokens of width d and an MLP of m is 4nd² + 2n²d + 2ndm. A multiply-add counts once,
-the encoder's n is all frames in one sequence, an MLP has two matrices, and there is nothing but layers.
+the encoder's n is all frames in one sequence, an MLP has two matrices, and there is nothing but layers. The paper's
+Table 7, of Qwen2.5-VL, is counted otherwise, and so is ``paper`` for shapes of that kind (:mod:`.qwen_shape`).
 
 ``exact``: the multiply-adds that are done, counted as two as in ``torch.utils.flop_counter``. Attention stays within a
-frame, the language model's MLP has three matrices and its keys fewer heads, and patch embedding, projector, lm_head
-and the products of our operators count too. Causal attention is counted as a full square, as torch does.
+frame (or the windows in it), the language model's MLP has three matrices and its keys fewer heads, and patch embedding,
+projector, lm_head and the products of our operators count too. Causal attention is counted as a full square, as torch
+does.
 
 Where unchanged patches are reused, a layer computes T of the F·S patches of a video, and each of its queries looks at
 all S patches of its frame, in both protocols: it costs T / (F·S) of a layer that computes all. What decides which
 patches changed compares pixels and multiplies nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +38,7 @@ from .shapes import ModelShape
 Protocol = Literal["paper", "exact"]
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "exact")
 Variant = Literal["paper", "released", "plus"]
-_PIXEL_CHANNELS = 3
+_LEAST_BLOCK_FRAMES = 16  # of ``frame_similarity``
 _MOST_FRAMES_OF_A_WINDOW = 8  # among which ``plus`` looks for representatives
 
 TABLE_ROUNDING = 0.05e12
@@ -113,23 +119,21 @@ def count(
     _check_schedule(frames_schedule, merges)
     if reuse is not None:
         _check_reuse(reuse, frames_schedule, shape)
-    lengths = _by_layer({0: llm_tokens} if isinstance(llm_tokens, int) else llm_tokens, shape.llm_layers)
+    lengths = _by_layer({0: llm_tokens} if isinstance(llm_tokens, int) else llm_tokens, shape.llm_layers)[:-1]
     boundaries = [layer + 1 for layer in merges] if len(frames_schedule) > 1 else []
     frames = _by_layer(dict(zip([0, *boundaries], frames_schedule, strict=True)), shape.vision_layers)
-    computed = _computed(shape, frames, reuse)
+    computed = _computed(shape, frames[:-1], reuse)
     if protocol == "paper":
-        widths = shape.vision_width, shape.vision_mlp
-        encoder = sum(
-            _paper_layer(n, *widths, places=f * shape.frame_tokens) for n, f in zip(computed, frames, strict=True)
-        )
-        llm = sum(_paper_layer(n, shape.llm_width, shape.llm_mlp, places=n) for n in lengths)
-        return Flops(protocol, encoder, 0, 0, llm, 0)
+        llm = sum(shape.paper_llm_layer(layer, n) for layer, n in enumerate(lengths))
+        return Flops(protocol, shape.paper_encoder(computed, frames), 0, 0, llm, 0)
+    layers = sum(shape.vision_layer(layer, n) for layer, n in enumerate(computed))
+    scored = max(merges, default=shape.vision_layers - 1)
     return Flops(
         protocol,
-        encoder=_patch_embedding(shape, frames[0]) + sum(_vision_layer(shape, n) for n in computed),
-        operators=_operators(shape, frames_schedule, config, kept) if boundaries or reuse or kept else 0,
-        projector=2 * frames[-1] * shape.frame_tokens * shape.llm_width * (shape.vision_width + shape.llm_width),
-        llm=sum(_llm_layer(shape, n) for n in lengths),
+        encoder=2 * (shape.patch_embedding(frames[0]) + layers),
+        operators=_operators(shape, frames_schedule, config, kept, scored) if boundaries or reuse or kept else 0,
+        projector=2 * shape.projector(frames),
+        llm=2 * sum(shape.llm_layer(layer, n) for layer, n in enumerate(lengths)),
         lm_head=2 * lm_head_positions * shape.llm_width * shape.vocab,
     )
 
@@ -161,55 +165,45 @@ def _computed(shape: ModelShape, frames: Sequence[float], reuse: Reuse | None) -
     return [whole if layer in reuse.full_layers else reuse.computed for layer in range(len(every))]
 
 
-def _paper_layer(tokens: float, width: int, mlp: int, *, places: float) -> float:
-    """4nd² + 2n²d + 2ndm (Eq. 8), where each of n tokens looks at ``places``: n, unless some are not computed."""
-    return 4 * tokens * width**2 + 2 * tokens * places * width + 2 * tokens * width * mlp
-
-
-def _patch_embedding(shape: ModelShape, frames: float) -> float:
-    pixels = _PIXEL_CHANNELS * shape.patch_size**2
-    return 2 * frames * shape.frame_tokens * pixels * shape.vision_width
-
-
-def _vision_layer(shape: ModelShape, tokens: float) -> float:
-    """Four square matrices, the two products of attention within each frame, and an MLP of two matrices."""
-    width = shape.vision_width
-    return 2 * tokens * (4 * width**2 + 2 * width * shape.vision_mlp + 2 * shape.frame_tokens * width)
-
-
-def _llm_layer(shape: ModelShape, tokens: float) -> float:
-    """Queries, output and the narrower keys and values; attention of all heads; three matrices of SwiGLU."""
-    width = shape.llm_width
-    keys = width * shape.llm_kv_heads // shape.llm_heads
-    matrices = 2 * width**2 + 2 * width * keys + 3 * width * shape.llm_mlp
-    return 2 * (tokens * matrices + 2 * tokens**2 * width)
-
-
-def _operators(shape: ModelShape, schedule: Sequence[float], config: EarlyTomConfig, kept: int | None) -> float:
-    """Similarities of every frame with every other, at each merge layer and once more for selection; and the
-    scores of the last merge layer's attention, which nobody keeps and importance needs again. A schedule of one number
-    is one in which unchanged patches are reused and no frames merge.
+def _operators(
+    shape: ModelShape, schedule: Sequence[float], config: EarlyTomConfig, kept: int | None, scored: int
+) -> float:
+    """Similarities of every frame with every other that can be in its segment, at each merge layer and once more for
+    selection; and the scores of the last merge layer's attention, which nobody keeps and importance needs again. A
+    schedule of one number is one in which unchanged patches are reused and no frames merge.
 
     ``plus`` selects by neither, but by the similarities of every pooled token with every other of its window; taking
     the tokens one by one is sums and comparisons, without a product.
     """
     if config.method != EARLYTOM:
         return _of_method(shape, round(schedule[0]), config, kept or 0)
-    tokens, width = shape.frame_tokens, shape.vision_width
-    similarities = [2 * frames**2 * tokens * width for frames in schedule]
+    values, band = shape.frame_tokens * shape.vision_width, config.similarity_band(math.ceil(schedule[0]))
+    similarities = [2 * _pairs(frames, band) * values for frames in schedule]
     if config.selects_by_attention():
-        return sum(similarities) + 2 * schedule[max(0, len(schedule) - 2)] * tokens**2 * width
+        return sum(similarities) + 2 * shape.attention_scores(scored, schedule[max(0, len(schedule) - 2)])
     windows = -(-schedule[-1] // _MOST_FRAMES_OF_A_WINDOW)
     size, larger = divmod(schedule[-1], windows)
     squares = (windows - larger) * size**2 + larger * (size + 1) ** 2
     return sum(similarities[:-1]) + 2 * squares * shape.pooled_tokens**2 * shape.llm_width
 
 
+def _pairs(frames: float, band: int) -> float:
+    """Products of two frames of which ``frame_similarity`` makes its band: square blocks of the frames, each with those
+    before it that are needed."""
+    reach = min(band, frames - 1)
+    height = max(reach + 1, _LEAST_BLOCK_FRAMES)
+    if frames <= height:
+        return frames**2
+    whole, rest = divmod(frames, height)
+    return height**2 + (whole - 1) * height * (height + reach) + rest * (rest + reach)
+
+
 def _of_method(shape: ModelShape, frames: int, config: EarlyTomConfig, kept: int) -> float:
     """The scores of the attention that another method asks for, and the products that it says it has."""
     method = method_named(config.method)
     assert method is not None
-    scores = 2 * frames * shape.frame_tokens**2 * shape.vision_width if method.importance else 0
+    scored = config.scored_layer(shape.vision_layers)
+    scores = 2 * shape.attention_scores(scored, frames) if method.importance else 0
     if method.keep is None or method.operations is None:
         return scores
     sizes = Sizes(frames, shape.pooled_tokens, shape.llm_width, shape.vision_width // shape.vision_heads, kept)
@@ -260,10 +254,10 @@ def _check_reuse(reuse: Reuse, schedule: Sequence[float], shape: ModelShape) -> 
 
 
 def _by_layer(starts: Mapping[int, float], layers: int) -> list[float]:
-    """``{0: 32, 7: 27}`` -> 32 in layers 0 to 6, 27 in the others."""
+    """``{0: 32, 7: 27}`` -> 32 in layers 0 to 6, 27 in the others; one number more is what leaves the last layer."""
     if 0 not in starts or not all(0 <= first <= layers for first in starts):
         raise EarlyTomConfigError(f"{dict(starts)}: must start at layer 0 and name layers up to {layers}.")
-    return [starts[max(first for first in starts if first <= layer)] for layer in range(layers)]
+    return [starts[max(first for first in starts if first <= layer)] for layer in range(layers + 1)]
 
 
 @dataclass(frozen=True)
@@ -297,7 +291,7 @@ def implied_frames(
     shape: ModelShape,
     encoder: tuple[float, float],
     *,
-    frames: int,
+    frames: float,
     merge_layers: Sequence[int] | None = None,
 ) -> ImpliedFrames:
     """The frame schedules whose encoder costs between ``encoder[0]`` and ``encoder[1]`` (protocol ``paper``).
@@ -318,7 +312,7 @@ def implied_frames(
         return cost(frames, *(min(frames, x * 2.0 ** max(0, index - i)) for i in range(len(merges))))
 
     if not cheapest(0, frames / 2) <= most or not least <= cost(frames):
-        raise EarlyTomConfigError(f"no merging of {frames} frames costs {least:.4g} to {most:.4g} FLOPs.")
+        raise EarlyTomConfigError(f"no merging of {frames:g} frames costs {least:.4g} to {most:.4g} FLOPs.")
     ranges = []
     for index in range(len(merges)):
         low = _solve(partial(dearest, index), least, frames * 0.5 ** (index + 1), frames)

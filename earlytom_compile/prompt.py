@@ -28,7 +28,7 @@ class UncuttablePrompt(Exception):
 
 
 Places = list[list[list[range]]]
-"""Of each row of a prompt, of each of its videos, the runs of placeholders. One run a video is what can be cut."""
+"""Of each row of a prompt, of each of its videos, the runs of placeholders."""
 
 
 def locate_runs(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> Places:
@@ -37,6 +37,42 @@ def locate_runs(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> Pl
     return [
         [[range(start, start + next(remaining))] for start in row] for row in locate_videos(input_ids, token, sizes)
     ]
+
+
+def locate_pieces(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> Places:
+    """The same of videos that lie in several runs each, with text between them; a run belongs to one video.
+
+    Raises :class:`EarlyTomConfigError` where the runs of a row do not add up to its videos."""
+    remaining, places = list(sizes), list[list[list[range]]]()
+    for row in input_ids.tolist():
+        runs = _runs(row, token)
+        places.append([])
+        while runs:
+            video, missing = list[range](), remaining.pop(0) if remaining else 0
+            while runs and missing >= len(runs[0]):
+                video.append(runs.pop(0))
+                missing -= len(video[-1])
+            if missing or not video:
+                raise _unmatched(input_ids, token, sizes)
+            places[-1].append(video)
+    if remaining:
+        raise _unmatched(input_ids, token, sizes)
+    return places
+
+
+def _runs(row: Sequence[int], token: int) -> list[range]:
+    """Where ``token`` is, in runs of neighbours."""
+    groups = itertools.groupby(enumerate(row), key=lambda place: place[1] == token)
+    found = ([place for place, _ in group] for is_video, group in groups if is_video)
+    return [range(places[0], places[-1] + 1) for places in found]
+
+
+def _unmatched(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> EarlyTomConfigError:
+    return EarlyTomConfigError(
+        f"the prompt has {int((input_ids == token).sum())} video placeholder tokens (id {token}), but its {len(sizes)} "
+        f"videos need {sum(sizes)} ({', '.join(map(str, sizes))}). Build the prompt with the model's processor, "
+        "from the same videos."
+    )
 
 
 def locate_videos(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> list[list[int]]:
@@ -49,11 +85,7 @@ def locate_videos(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> 
     rows = input_ids.tolist()
     places = [[i for i, token_id in enumerate(row) if token_id == token] for row in rows]
     if sum(map(len, places)) != sum(sizes):
-        raise EarlyTomConfigError(
-            f"the prompt has {sum(map(len, places))} video placeholder tokens (id {token}), but its {len(sizes)} "
-            f"videos need {sum(sizes)} ({', '.join(map(str, sizes))}). Build the prompt with the model's processor, "
-            "from the same videos."
-        )
+        raise _unmatched(input_ids, token, sizes)
     remaining = list(sizes)
     starts: list[list[int]] = []
     for place in places:
@@ -72,12 +104,8 @@ def locate_videos(input_ids: torch.Tensor, token: int, sizes: Sequence[int]) -> 
 def sizes_in_prompt(input_ids: torch.Tensor, token: int, videos: int) -> list[int]:
     """How many placeholders ``token`` of the prompt int64 [R, S] belong to each of ``videos`` videos whose sizes are
     not known: one each, or else each run of them is a video. Raises :class:`EarlyTomConfigError` if neither fits."""
-    runs, total = [], 0
-    for row in input_ids.tolist():
-        for is_video, run in itertools.groupby(row, key=token.__eq__):
-            if is_video:
-                runs.append(len(list(run)))
-                total += runs[-1]
+    runs = [len(run) for row in input_ids.tolist() for run in _runs(row, token)]
+    total = sum(runs)
     if total == videos:
         return [1] * videos
     if len(runs) != videos:
@@ -139,21 +167,23 @@ class PromptCut:
         cls,
         input_ids: torch.Tensor,
         places: Places,
-        after: Sequence[int],
+        after: Sequence[int | torch.Tensor],
         mask: torch.Tensor | None = None,
     ) -> "PromptCut":
         """``after[v]`` placeholders in the places of each video v in reading order: the first of them, and the last as
-        often as it takes. Rows that were padded on the left (``mask`` [R, S], 0 or False there, on the host) beside one
-        with a longer video lose what no row needs any more. Raises :class:`UncuttablePrompt` where a video has several
-        runs of placeholders."""
-        runs = [[_only_run(video) for video in row] for row in places]
-        padding = _padding_on_the_left(input_ids, mask, runs)
-        rows, sizes = [], iter(after)
-        for row_runs in runs:
+        often as it takes; or those that an int64 [K] on the host, ascending, counts from 0. Rows that were padded on
+        the left (``mask`` [R, S], 0 or False there, on the host) beside one with a longer video lose what no row needs
+        any more."""
+        padding = _padding_on_the_left(input_ids, mask, places)
+        rows, stays = [], iter(after)
+        for row in places:
             kept, end = [], 0
-            for run in row_runs:
-                kept += [torch.arange(end, run.start), run.start + torch.arange(next(sizes)).clamp_max(len(run) - 1)]
-                end = run.stop
+            for video in row:
+                own = _stay(video, next(stays))
+                for run in video:
+                    here = own[(own >= run.start) & (own < run.stop)]
+                    kept += [torch.arange(end, run.start), here]
+                    end = run.stop
             rows.append(torch.cat([*kept, torch.arange(end, input_ids.shape[1])]))
         # What all rows had in common stays: whoever pads to a length of his own meant it.
         width = max(len(row) - own for row, own in zip(rows, padding, strict=True)) + min(padding)
@@ -186,20 +216,18 @@ class PromptCut:
         return moved.masked_fill(without_waiting(self.positions < 0, taken.device), 0)
 
 
-def _only_run(video: Sequence[range]) -> range:
-    if len(video) != 1:
-        raise UncuttablePrompt(f"the placeholders of a video lie in {len(video)} places of the prompt")
-    return video[0]
+def _stay(video: Sequence[range], after: int | torch.Tensor) -> torch.Tensor:
+    """Which positions of a prompt stay of a video's placeholders."""
+    places = torch.cat([torch.arange(run.start, run.stop) for run in video])
+    return places[torch.arange(after).clamp_max(len(places) - 1) if isinstance(after, int) else after]
 
 
-def _padding_on_the_left(
-    input_ids: torch.Tensor, mask: torch.Tensor | None, runs: Sequence[Sequence[range]]
-) -> list[int]:
+def _padding_on_the_left(input_ids: torch.Tensor, mask: torch.Tensor | None, places: Places) -> list[int]:
     """How many positions each row has before the first that is attended to, or belongs to a video."""
     if mask is None:
-        return [0] * len(runs)
+        return [0] * len(places)
     attended, last = mask.ne(0).long().cumsum(1).eq(0).sum(1).tolist(), input_ids.shape[1] - 1
-    return [min(own, last, *(run.start for run in row[:1])) for own, row in zip(attended, runs, strict=True)]
+    return [min(own, last, *(video[0].start for video in row[:1])) for own, row in zip(attended, places, strict=True)]
 
 
 def without_waiting(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -124,6 +124,7 @@ class Counts:
     kept: torch.Tensor | None  # int64 [V, K, 2], or [M, 2] of all videos: the (merged frame, token) of each that stays
     tokens: torch.Tensor | None  # int64 [V] where it depends on the content, else the record's budget tells
     reuse: ReusePlan | None = None  # None where every patch of every frame was computed
+    first: torch.Tensor | None = None  # int64 [N], of one video: the first of the frames each merged frame is made of
 
 
 @dataclass(frozen=True)

@@ -386,6 +386,7 @@ class CompressedGraph:
         self._expected = expected
         self._config = state.config
         self._num_counts = len(state.video.counts) if state.video else 0
+        self._tells_first = state.video is not None and state.video.first is not None
         self._inner_layers = state.inner.layers if state.inner else ()
         self._reuses = state.reused is not None
         self.record = record
@@ -430,11 +431,12 @@ class CompressedGraph:
             record.last_counts = Counts(frames, None, frames[-1] * self._path.tokens, reuse)
             LAST_MERGES.set((frames, rest, reuse))
             return
+        first = rest.pop(0) if self._tells_first else None
         inside, rest = rest[len(rest) - len(self._inner_layers) :], rest[: len(rest) - len(self._inner_layers)]
         record.inside = [(layer, kept.shape[1]) for layer, kept in zip(self._inner_layers, inside, strict=True)]
         if self._expected is not None:
             record.prompt = (args[self._expected[0]].shape[1], rest.pop(0).shape[1])
-        record.last_counts = Counts(frames, rest.pop(0), rest.pop(0) if rest else None, reuse)
+        record.last_counts = Counts(frames, rest.pop(0), rest.pop(0) if rest else None, reuse, first)
 
 
 def fall_back(reason: str, cure: str, config: EarlyTomConfig, record: GraphRecord) -> None:

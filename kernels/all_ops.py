@@ -23,6 +23,8 @@ from earlytom_compile.kernels import (
     select_tokens,
     sequence,
     video_budget,
+    window_attention,
+    window_attention_received,
 )
 
 __all__ = [
@@ -43,4 +45,6 @@ __all__ = [
     "select_tokens",
     "sequence",
     "video_budget",
+    "window_attention",
+    "window_attention_received",
 ]

@@ -223,6 +223,14 @@ def at_places(call: Call, table: Any, index: Any, axis: int) -> Dims:
     return tuple(dims)
 
 
+@rule("earlytom::window_attention")
+def window_attention(call: Call, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Dims:
+    """[T, H, S, E], twice, and [T, H, S, Ev] of the same places; windows follow no number of places but this one."""
+    dims = attention(call, query, key, value)
+    dims[2].root.fixed = dims[2].root.fixed or "the windows that attention stays in"
+    return dims
+
+
 @rule("scaled_dot_product_attention")
 def attention(
     call: Call,

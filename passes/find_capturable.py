@@ -138,7 +138,7 @@ def is_frame_wise(node: Node, frames: sympy.Symbol) -> bool:
         return True  # elements keep their order or whole axes swap: what is still on axis 0 is still a frame
     if not all(isinstance(value, torch.Tensor) for value in read):
         return False  # computes with the number of frames
-    if name == "scaled_dot_product_attention":
+    if name in ("scaled_dot_product_attention", "window_attention"):
         return all(value.dim() > 2 for value in read)  # between those of the last two axes
     if name == "getitem":
         return not isinstance(value_of(node.all_input_nodes[0]), torch.Tensor)  # one of the parts that chunk makes

@@ -12,6 +12,7 @@ there, so they never match and are never touched.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch.fx import Node
@@ -21,7 +22,7 @@ from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_algebra import Dim, combine
 from earlytom_compile.passes.axis_call import Outputs, TensorAxes
 from earlytom_compile.passes.find_pixels import find_pixels
-from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, Miss
+from earlytom_compile.passes.find_vision_encoder import Block, Encoder, GraphView, Miss
 from earlytom_compile.passes.patterns import MOVES, argument, peel, readers, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable, describe
 
@@ -58,6 +59,7 @@ class Boundary(VideoPath):
 
     features: Node  # [V*F, ..., C], or [1, F, ..., C] of one video; P is the product of the axes in the middle
     frame_axes: int  # 1, or 2 with the axis of one video
+    judged: Node  # what decides which tokens stay: `features`, or the part of their channels made of the last layer
     flat: Node  # [V, F*P, C] or [V*F*P, C]
     separator: Node | None  # [V, 1, C] or [1, C], joined behind each video's tokens
     end: Node  # last node of the chain that has the axes of `flat`
@@ -153,20 +155,25 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
     pixels, axis, batch = find_pixels(view, encoder)
     videos, frames = _counts(pixels, axis, any_length)
     if statically_known_true(frames == 1):
+        if axis == 0 and not any_length:  # in a graph of a whole call; a path for videos gets nothing else
+            raise NotApplicable(
+                f"{pixels.target} has one picture, [1, channels, height, width], which is an image",
+                "Images are never compressed; a video of one frame is [1, 1, channels, height, width]",
+            )
         flat = _flat_of_single_frames(view, encoder, videos)
         features, frame_axes = flat, 1
     else:
         flat, features, frame_axes = _flatten(view, encoder, videos, batch)
     used = next(n for n in range(len(encoder.blocks), 0, -1) if view.flow.is_from(flat, encoder.blocks[n - 1].output))
     _require_whole(view, encoder, misses, pixels, flat)
-    hidden = encoder.blocks[used - 1].output
-    if mixing := view.first_mixing(hidden, (0,), features):
-        raise NotApplicable(
-            f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, tells them "
-            "apart as a time embedding does, or has no axis rule; it was taken for a part of the projector, which sees "
-            "each frame alone",
-            _LEAVE,
-        )
+    for hidden in (encoder.blocks[used - 1].output, *read_behind(view, encoder.blocks[:used], flat)):
+        if mixing := view.first_mixing(hidden, (0,), features):
+            raise NotApplicable(
+                f"{describe(mixing)} mixes the frames of a video behind the vision encoder {encoder.name}, tells them "
+                "apart as a time embedding does, or has no axis rule; it was taken for a part of the projector, which "
+                "sees each frame alone",
+                _LEAVE,
+            )
     shape = shape_of(features)
     assert shape is not None
     tokens = math.prod([int(size) for size in shape[frame_axes:-1]])
@@ -182,12 +189,34 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
         axis,
         features,
         frame_axes,
+        _judged(view, features, encoder.blocks[used - 1].output),
         flat,
         separator,
         end,
         rows,
         _placeholders(rows if rows is not None else end),
     )
+
+
+def read_behind(view: GraphView, blocks: Sequence[Block], end: Node) -> dict[Node, list[Node]]:
+    """What leaves a layer before the last and goes on to ``end`` beside the next layer, as with several
+    ``vision_feature_layer`` or DeepStack -> who reads it there."""
+    found = {}
+    for block, following in pairwise(blocks):
+        inside = {following.output, *view.flow.between(block.output, following.output)}
+        beside = [user for user in block.output.users if user not in inside and view.flow.is_from(end, user)]
+        if beside:
+            found[block.output] = beside
+    return found
+
+
+def _judged(view: GraphView, features: Node, hidden: Node) -> Node:
+    """The only part of ``features`` that is made of ``hidden``, where channels of other layers stand beside it."""
+    if op_name(features) not in ("cat", "concat") or _joins_tokens(features):
+        return features
+    parts = argument(features, 0, "tensors")
+    own = [part for part in parts if view.flow.is_from(part, hidden)]
+    return own[0] if len(own) == 1 else features
 
 
 # Frames: from the encoder to where they meet their tokens
@@ -264,9 +293,9 @@ def _flat_of_single_frames(view: GraphView, encoder: Encoder, videos: int) -> No
     """The tokens [V, P, C] of videos of one frame each, whose frame axis cannot be told from one of size 1: the last
     such node before another joins them, or before they become rows."""
     flat = None
-    for node in view.flow.behind(encoder.blocks[0].output):
-        shape, name = shape_of(node), op_name(node)
-        ends = name in ("cat", "concat", "masked_scatter") or (shape is not None and len(shape) == 2)
+    for node in (encoder.blocks[-1].output, *view.flow.behind(encoder.blocks[-1].output)):
+        shape = shape_of(node)
+        ends = op_name(node) == "masked_scatter" or _joins_tokens(node) or (shape is not None and len(shape) == 2)
         if node.op == "output" or (ends and flat is not None and view.flow.is_from(node, flat)):
             break
         if shape is not None and len(shape) == 3 and statically_known_true(shape[0] == videos):
@@ -278,6 +307,12 @@ def _flat_of_single_frames(view: GraphView, encoder: Encoder, videos: int) -> No
             "Give the video two frames or more",
         )
     return flat
+
+
+def _joins_tokens(node: Node) -> bool:
+    """Whether a node puts tensors side by side along any axis but that of their channels."""
+    joins = op_name(node) in ("cat", "concat")
+    return joins and argument(node, 1, "dim", 0) not in (-1, len(shape_of(node) or ()) - 1)
 
 
 # Behind the boundary

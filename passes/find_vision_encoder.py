@@ -28,6 +28,7 @@ from earlytom_compile.passes.dataflow import Dataflow
 from earlytom_compile.passes.patterns import CASTS, argument, module_path, other_operand, peel, shape_of, value_of
 from earlytom_compile.passes.positions import first_mixing
 
+_IN_WINDOWS = "earlytom::window_attention"
 _AMONG_TOKENS = "attention of the tokens [T, H, S, d] of each frame among themselves"
 
 
@@ -51,7 +52,12 @@ class Layer:
     @property
     def scale(self) -> float | Node | None:
         """Factor on q·k; None means 1/sqrt(d)."""
-        return self.attention.kwargs.get("scale")  # type: ignore[return-value]
+        return argument(self.attention, 4, "scale") if self.windows else self.attention.kwargs.get("scale")
+
+    @property
+    def windows(self) -> Sequence[int]:
+        """The windows that attention stays in, as ``window_attention`` takes them; none: all tokens of a frame meet."""
+        return argument(self.attention, 3, "windows") if op_name(self.attention) == _IN_WINDOWS else ()
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,23 @@ class Encoder:
     @property
     def name(self) -> str:
         """Where the chain lives in the model: the part its blocks' module paths share."""
-        paths = [module_path(block.attention).split(".") for block in self.blocks]
+        paths = [_path_of(block).split(".") for block in self.blocks]
         shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
         return ".".join(shared) or "<unnamed>"
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Layers in which all tokens of a frame meet; none where they do so in every layer."""
+        full = tuple(i for i, block in enumerate(self.blocks) if not block.windows)
+        return () if len(full) == len(self.blocks) else full
+
+
+def _path_of(block: Block) -> str:
+    """Where a block's attention lies in the model, or what is nearest before it: rows() may spell attention itself."""
+    nodes = [block.attention]
+    while nodes and not module_path(nodes[0]) and nodes[0] is not block.input:
+        nodes = nodes[0].all_input_nodes[:1]
+    return module_path(nodes[0]) if nodes else ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +154,7 @@ def find_vision_encoder(view: GraphView) -> FoundEncoders:
     """Every maximal chain of isomorphic pre-norm bidirectional blocks, in graph order."""
     found, blocks = FoundEncoders(), []
     for node in view.graph.nodes:
-        if op_name(node) == "scaled_dot_product_attention":
+        if op_name(node) in ("scaled_dot_product_attention", _IN_WINDOWS):
             block = _match_block(view, node)
             if isinstance(block, Block):
                 blocks.append(block)
@@ -157,7 +177,9 @@ def find_vision_encoder(view: GraphView) -> FoundEncoders:
 
 
 def is_bidirectional(attention: Node) -> bool:
-    """True if no mask and no causality hides any key from any query."""
+    """True if no mask and no causality hides any key from any query, but for the windows of a frame."""
+    if op_name(attention) == _IN_WINDOWS:
+        return True
     return argument(attention, 3, "attn_mask") is None and not argument(attention, 5, "is_causal", False)
 
 

@@ -16,7 +16,7 @@ merge, and what that method asks for, importance or the keys of the encoder's at
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 from earlytom_compile.methods.registry import EARLYTOM
-from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath
+from earlytom_compile.passes.find_video_boundary import Boundary, VideoPath, read_behind
 from earlytom_compile.passes.find_vision_encoder import Block, GraphView
 from earlytom_compile.passes.insert_patch_reuse import ReusedPlaces
 from earlytom_compile.passes.opaque_operators import read_instead
@@ -46,34 +46,27 @@ class MergedVideo:
     keys: Node | None  # float32 [N, S, d], of the scored layer's attention; likewise
     dynamic: Node | None  # bool [N]; likewise
     counts: tuple[Node, ...]  # int64 [V], frames of each video: at first, then after each merge layer
+    first: Node | None  # int64 [N], the first of the frames each is made of; None unless somebody wants it
     plans: tuple[tuple[Node, Node], ...]  # (source, weight) of each merge layer, see kernels/plan_merge.py
     axes: tuple[ResizedAxis, ...]  # the frame axes that changed
 
 
-def require_merged_features(view: GraphView, path: Boundary, config: EarlyTomConfig) -> None:
-    """Raise where the projector takes what leaves a layer before the last one that merges, as with several
-    ``vision_feature_layer``: of one video it would have two numbers of frames."""
-    blocks = path.encoder.blocks
-    last = max(config.resolve_merge_layers(len(blocks)), default=0)
-    for layer, block in enumerate(blocks[:last]):
-        inside = view.flow.between(block.output, blocks[layer + 1].output)
-        if any(view.flow.is_from(path.flat, user) for user in block.output.users if user not in inside):
-            layers = tuple(each for each in config.resolve_merge_layers(len(blocks)) if each <= layer) or (layer,)
-            raise NotApplicable(
-                f"the projector also takes what leaves layer {layer} of the vision encoder {path.encoder.name}, "
-                f"and layer {last} merges frames after it",
-                f"Let no later layer merge: merge_layers={layers}",
-            )
-
-
 def insert_frame_merge(
-    graph: Graph, path: VideoPath, sizes: VideoSizes, config: EarlyTomConfig, reused: ReusedPlaces | None = None
+    graph: Graph,
+    view: GraphView,
+    path: VideoPath,
+    sizes: VideoSizes,
+    config: EarlyTomConfig,
+    reused: ReusedPlaces | None = None,
+    *,
+    tell_first: bool = False,
 ) -> MergedVideo:
     """Insert the merge ops of every merge layer; literals that mean the frame axis still have their old size. Where
     patches are ``reused`` instead no frames merge, and what selection needs is read of all their places."""
-    blocks = path.encoder.blocks
-    layers = config.resolve_merge_layers(len(blocks))
-    scored = blocks[config.scored_layer(len(blocks))]
+    encoder = path.encoder
+    blocks, layers = encoder.blocks, config.resolve_merge_layers(len(encoder.blocks), encoder.full_layers)
+    scored = blocks[config.scored_layer(len(blocks), encoder.full_layers)]
+    riding = _Riding.of(view, path) if layers else _Riding({})
     importance, keys, dynamic = None, None, None
     with graph.inserting_before(scored.attention):
         if config.selects_by_attention():
@@ -83,19 +76,27 @@ def insert_frame_merge(
     # Where frames are counted at run time, no operator between pixels and layers may ask for their number.
     with graph.inserting_before(sizes.frames.next if isinstance(sizes.frames, Node) else blocks[0].input.next):
         counts = [_frame_counts(graph, path, sizes)]
+        first = _numbers(graph, path, sizes) if tell_first and path.videos == 1 else None
     features = reused.whole(graph, scored.output) if reused is not None else scored.output
     axes, plans = [], []
     for layer in layers:
         if isinstance(path.frames, int) and path.frames < _FEWEST_MERGEABLE:
             counts.append(counts[-1])
             continue
-        riders = [importance] if importance is not None and blocks[layer] is scored else []
+        outputs, scores = riding.at(blocks[:layer]), [importance] if blocks[layer] is scored and importance else []
+        riders = [*scores, *map(riding.as_merged, outputs)]
         merge = _merge_behind(graph, blocks[layer], riders, counts[-1], path, sizes, config)
         counts.append(merge.counts)
         plans.append(merge.plan)
         axes.append(ResizedAxis(merge.hidden, 0, f"frames after layer {layer}", merge.size))
-        if riders:
-            features, (importance,) = merge.hidden, merge.riders
+        for output, merged in zip(outputs, merge.riders[len(scores) :], strict=True):
+            riding.note(output, merged, merge.size)
+        riding.read[blocks[layer].output] = merge.hidden
+        if first is not None:
+            first = _first_of_merged(graph, first, merge)
+        if scores:
+            features, importance = merge.hidden, merge.riders[0]
+    axes += riding.arrive()
     if importance is not None and config.method == EARLYTOM:
         with graph.inserting_before(_behind(features, importance)):
             band = sizes.similarity_band
@@ -103,7 +104,43 @@ def insert_frame_merge(
             dynamic = insert(
                 graph, torch.ops.earlytom.dynamic_frames.default, similarity, counts[-1], **_segmentation(config)
             )
-    return MergedVideo(importance, keys, dynamic, tuple(counts), tuple(plans), tuple(axes))
+    return MergedVideo(importance, keys, dynamic, tuple(counts), first, tuple(plans), tuple(axes))
+
+
+@dataclass
+class _Riding:
+    """What leaves earlier layers and goes on beside the encoder: it merges as the frames it is of do later."""
+
+    readers: dict[Node, list[Node]]
+    """Output of a layer, as the model has it -> who reads it beside the next layer."""
+    read: dict[Node, Node] = field(default_factory=dict)
+    """-> what these read as long as nobody else is told: the output, or that of a merge right behind it."""
+    now: dict[Node, ResizedAxis] = field(default_factory=dict)
+    """-> what it has become by the merges so far."""
+
+    @classmethod
+    def of(cls, view: GraphView, path: VideoPath) -> "_Riding":
+        """None rides in a tower that goes no further."""
+        return cls(read_behind(view, path.encoder.blocks, path.flat) if isinstance(path, Boundary) else {})
+
+    def at(self, blocks: Sequence[Block]) -> list[Node]:
+        """Outputs of ``blocks``, the layers before one that merges, that ride along there."""
+        return [block.output for block in blocks if block.output in self.readers]
+
+    def as_merged(self, output: Node) -> Node:
+        """What rides for ``output``."""
+        return self.now[output].node if output in self.now else self.read.get(output, output)
+
+    def note(self, output: Node, merged: Node, size: Node) -> None:
+        """It is ``merged`` now, of ``size`` frames."""
+        self.now[output] = ResizedAxis(merged, 0, "frames of an earlier layer", size)
+
+    def arrive(self) -> list[ResizedAxis]:
+        """Let the readers read what it has become; returns the frame axes that changed."""
+        for output, axis in self.now.items():
+            for reader in self.readers[output]:
+                reader.replace_input_with(self.read.get(output, output), axis.node)
+        return list(self.now.values())
 
 
 @dataclass(frozen=True)
@@ -145,10 +182,23 @@ def _merge_behind(
         insert(graph, torch._check, insert(graph, operator.le, size, _times(graph, path.videos, sizes.frames)))
         merged = insert(graph, ops.merge_frames.default, [before, *riders], source, weight, size)
         hidden = insert(graph, operator.getitem, merged, 0, like=value_of(before))
-        riders = [insert(graph, operator.getitem, merged, i) for i in range(1, len(riders) + 1)]
+        riders = [insert(graph, operator.getitem, merged, i, like=value_of(x)) for i, x in enumerate(riders, 1)]
     for consumer in consumers:
         read_instead(consumer, before, hidden)
     return _Merge(hidden, riders, counts, size, (source, weight))
+
+
+def _numbers(graph: Graph, path: VideoPath, sizes: VideoSizes) -> Node:
+    device = value_of(path.pixels).device  # type: ignore[union-attr]
+    return insert(graph, torch.arange, sizes.frames, device=device)
+
+
+def _first_of_merged(graph: Graph, first: Node, merge: _Merge) -> Node:
+    """int64 [n]: of the frames that a merged one is made of, the first."""
+    source, _ = merge.plan
+    with graph.inserting_before(merge.hidden.next):
+        rows = insert(graph, operator.getitem, source, (slice(None, merge.size), 0))
+        return insert(graph, "index_select", first, 0, rows)
 
 
 def _times(graph: Graph, videos: int, frames: int | Node) -> int | Node:
@@ -173,6 +223,8 @@ def _attention_received(graph: Graph, block: Block, reused: ReusedPlaces | None)
     heads = block.query, block.key
     if reused is not None and reused.is_packed(block):
         heads = reused.spread(graph, block.query), reused.spread(graph, block.key)
+    if block.windows:
+        return insert(graph, torch.ops.earlytom.window_attention_received.default, *heads, block.windows, scale)
     received = insert(graph, torch.ops.earlytom.attention_received.default, *heads, scale)
     if reused is not None and reused.has_distinct_frames(block):
         return reused.of_all_frames(graph, received)

@@ -22,7 +22,7 @@ from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.passes.find_video_boundary import Boundary
 from earlytom_compile.passes.insert_frame_merge import MergedVideo
-from earlytom_compile.passes.patterns import insert, shape_of, value_of
+from earlytom_compile.passes.patterns import argument, insert, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis
 from earlytom_compile.passes.token_map import TokenMap
@@ -51,14 +51,15 @@ def insert_token_selection(
     ends = (boundary.flat, boundary.end, boundary.rows)
     consumers = {node: list(node.users) for node in ends if node is not None}  # before our own are among them
     with graph.inserting_before(boundary.features.next):
-        features = _by_frame(graph, boundary)
+        features = _by_frame(graph, boundary, boundary.features)
+        judged = features if boundary.judged is boundary.features else _by_frame(graph, boundary, boundary.judged)
         if config.method != EARLYTOM:
-            selected = _kept_by_method(graph, features, video, sizes, config, token_map)
-            return _kept_exactly(graph, boundary, consumers, selected, sizes)
+            selected = _kept_by_method(graph, judged, video, sizes, config, token_map)
+            return _kept_exactly(graph, boundary, consumers, selected, sizes, features)
         if video.importance is None or video.dynamic is None:
             op = torch.ops.earlytom.select_representatives.default
-            selected = insert(graph, op, features, video.counts[-1], sizes.budget)
-            return _kept_exactly(graph, boundary, consumers, selected, sizes)
+            selected = insert(graph, op, judged, video.counts[-1], sizes.budget)
+            return _kept_exactly(graph, boundary, consumers, selected, sizes, features)
         assert token_map is not None
         importance = token_map.carry(graph, video.importance)
         operands = (features, importance, video.dynamic, video.counts[-1])
@@ -86,9 +87,9 @@ def _kept_by_method(
     return insert(graph, op, features, importance, keys, video.counts[-1], sizes.budget, config.method)
 
 
-def _by_frame(graph: Graph, boundary: Boundary) -> Node:
-    """The features as [V*F, P, C], a node of their own."""
-    features, rank = boundary.features, len(shape_of(boundary.features) or ())
+def _by_frame(graph: Graph, boundary: Boundary, features: Node) -> Node:
+    """Features as [V*F, P, C], a node of their own."""
+    rank = len(shape_of(features) or ())
     if boundary.frame_axes > 1:
         features = insert(graph, "flatten", features, 0, boundary.frame_axes - 1)
     if rank != boundary.frame_axes + 2:
@@ -103,10 +104,18 @@ def _by_frame(graph: Graph, boundary: Boundary) -> Node:
 
 
 def _kept_exactly(
-    graph: Graph, boundary: Boundary, consumers: Mapping[Node, Sequence[Node]], selected: Node, sizes: VideoSizes
+    graph: Graph,
+    boundary: Boundary,
+    consumers: Mapping[Node, Sequence[Node]],
+    selected: Node,
+    sizes: VideoSizes,
+    whole: Node | None = None,
 ) -> SelectedTokens:
+    """``whole``, [N, P, C], has all channels where ``selected`` has those that the choice was made by."""
     kept = insert(graph, operator.getitem, selected, 1)
     tokens, axis, size = insert(graph, operator.getitem, selected, 0), 1, sizes.budget
+    if whole is not None and boundary.judged is not boundary.features:
+        tokens = _with_other_channels(graph, boundary, whole, tokens, kept)
     if len(shape_of(boundary.flat) or ()) == 2:
         tokens, axis = insert(graph, "flatten", tokens, 0, 1), 0
         if boundary.videos > 1:
@@ -116,6 +125,32 @@ def _kept_exactly(
     tokens.meta["example_value"] = value_of(boundary.flat)
     _replace(boundary.flat, tokens, consumers[boundary.flat])
     return SelectedTokens(sizes.budget, kept, None, (ResizedAxis(tokens, axis, "selected tokens", size),))
+
+
+def _with_other_channels(graph: Graph, boundary: Boundary, whole: Node, tokens: Node, kept: Node) -> Node:
+    """``tokens`` [1, K, c] with what ``whole`` [N, P, C] has of the same tokens in its other channels: [1, K, C]."""
+    if boundary.videos > 1:
+        raise NotApplicable(
+            f"channels of several layers of {boundary.videos} videos go side by side to the language model",
+            "Encode one video at a time",
+        )
+    frame, token = (insert(graph, "select", kept, -1, place) for place in (0, 1))
+    all_channels = insert(graph, operator.getitem, whole, (frame, token))
+    parts = [
+        tokens if part is boundary.judged else insert(graph, "narrow", all_channels, -1, start, width)
+        for part, start, width in _channels(boundary)
+    ]
+    return insert(graph, torch.cat, parts, dim=-1)
+
+
+def _channels(boundary: Boundary) -> list[tuple[Node, int, int]]:
+    """Of the parts that stand side by side in the features: each, its first channel, and how many it has."""
+    found, start = [], 0
+    for part in argument(boundary.features, 0, "tensors"):
+        width = int(shape_of(part)[-1])  # type: ignore[index]
+        found.append((part, start, width))
+        start += width
+    return found
 
 
 def _select_released(

@@ -28,6 +28,7 @@ from earlytom_compile.errors import EarlyTomError
 from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
+from earlytom_compile.passes.canonicalize_scatters import canonicalize_scatters
 from earlytom_compile.passes.canonicalize_sizes import canonicalize_sizes
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 from earlytom_compile.passes.canonicalize_writes import canonicalize_writes
@@ -43,7 +44,7 @@ from earlytom_compile.passes.find_video_boundary import (
 )
 from earlytom_compile.passes.find_vision_encoder import Encoder, GraphView, Miss, find_vision_encoder
 from earlytom_compile.passes.graph_order import eliminate_dead_code, stable_topological_sort
-from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge, require_merged_features
+from earlytom_compile.passes.insert_frame_merge import MergedVideo, insert_frame_merge
 from earlytom_compile.passes.insert_inner_steps import (
     InnerSteps,
     insert_inner_steps,
@@ -108,7 +109,7 @@ class Rewrite:
     @property
     def counted(self) -> tuple[Node, ...]:
         """What a call tells beside the graph's own outputs: the plan by which patches are reused, frames of each video,
-        positions of the prompt that stay, which tokens were kept, how many where that depends on the content, and what
+        the first of the frames that a merged one is made of, positions of the prompt that stay, which tokens were kept, how many where that depends on the content, and what
         is left inside the language model; of a tower, what its frames are made of and their importance."""
         assert self.video is not None
         plan = self.reused
@@ -118,7 +119,7 @@ class Rewrite:
             plans = (node for plan in self.video.plans for node in plan)
             return (*reused, *self.video.counts, *plans, *importance)
         assert self.selected is not None
-        some = (self.keep, self.selected.kept, self.selected.kept_counts)
+        some = (self.video.first, self.keep, self.selected.kept, self.selected.kept_counts)
         inside = () if self.inner is None else self.inner.kept
         return (*reused, *self.video.counts, *(node for node in some if node is not None), *inside)
 
@@ -147,6 +148,7 @@ def _canonicalize(state: Rewrite) -> None:
     canonicalize_writes(graph)
     canonicalize_attention(graph)
     canonicalize_splits(graph)
+    canonicalize_scatters(graph)
     # Dead branches (an unused pooling head, a norm nobody reads) would look like other readers of the features.
     eliminate_dead_code(graph)
 
@@ -178,7 +180,6 @@ def _find_boundary(state: Rewrite) -> None:
             "and the language model)",
             'Remove the graph break (TORCH_LOGS="graph_breaks" shows it), or use earlytom_compile.compile(model)',
         )
-    require_merged_features(state.view, found, state.config)
 
 
 def _find_token_map(state: Rewrite) -> None:
@@ -186,7 +187,7 @@ def _find_token_map(state: Rewrite) -> None:
     if boundary is None or view is None:
         return
     hidden = boundary.encoder.blocks[-1].output
-    state.token_map = find_token_map(view, hidden, boundary.features, boundary.frame_axes, _probe(state, boundary))
+    state.token_map = find_token_map(view, hidden, boundary.judged, boundary.frame_axes, _probe(state, boundary))
     if state.token_map is None and (needed := _needed_of_patches(state.config)):
         patches = shape_of(hidden)[1]  # type: ignore[index]
         cure = "Use" if state.config.method == EARLYTOM else "Leave method out and use"
@@ -299,7 +300,10 @@ def _reuse_patches(state: Rewrite) -> None:
 def _merge_frames(state: Rewrite) -> None:
     assert state.path is not None and state.sizes is not None
     graph = state.graph_module.graph
-    state.video = insert_frame_merge(graph, state.path, state.sizes, state.config, state.reused)
+    assert state.view is not None
+    state.video = insert_frame_merge(
+        graph, state.view, state.path, state.sizes, state.config, state.reused, tell_first=state.features_only
+    )
     state.axes += state.video.axes
 
 

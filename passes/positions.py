@@ -264,7 +264,7 @@ _MIXING: dict[str, Callable[[Node], Iterator[Along]]] = {
     **dict.fromkeys(("matmul", "rmatmul", "mm", "bmm", "mv", "dot", "addmm", "baddbmm"), _contracted),
     "einsum": _summed_letters,
     "linear": _last(1),
-    "scaled_dot_product_attention": _keys_and_values,
+    **dict.fromkeys(("scaled_dot_product_attention", "earlytom::window_attention"), _keys_and_values),
     "masked_scatter": _everything,
     **dict.fromkeys(
         ("gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce", "index_select"), _everything

@@ -126,7 +126,7 @@ class Probe:
     def _compute(self, node: Node, made: dict[Node, Any]) -> Any:
         def look_up(read: Node) -> Any:
             if read not in made:
-                made[read] = self._constant(read)
+                made[read] = self.constant(read)
             return made[read]
 
         if _writes_elsewhere(node):
@@ -137,7 +137,7 @@ class Probe:
         except Exception as error:
             raise Unknown(f"{node.name}: {type(error).__name__}: {error}") from error
 
-    def _constant(self, node: Node) -> Any:
+    def constant(self, node: Node) -> Any:
         """What does not depend on activations: a weight, a size, and what is computed from those."""
         if node in self._known:
             value = self._known[node]

@@ -8,7 +8,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,8 @@ class TokenMap:
     factors: tuple[int, int] = (1, 1)
     shape: tuple[int, int] = (0, 0)
     """(h, w) of the tokens."""
+    order: Node | None = None
+    """int64 [P]: by which they are put into another order behind the pooling, as that of windows is undone."""
 
     def carry_keys(self, graph: Graph, keys: Node) -> Node:
         """[N, S, d] -> [N, P, d], each of the d by itself as importance is."""
@@ -49,6 +51,10 @@ class TokenMap:
 
     def carry(self, graph: Graph, importance: Node) -> Node:
         """[N, S] -> [N, P], inserted at the graph's insertion point."""
+        pooled = self._pooled(graph, importance)
+        return pooled if self.order is None else insert(graph, "index_select", pooled, 1, self.order)
+
+    def _pooled(self, graph: Graph, importance: Node) -> Node:
         patches = math.prod(self.grid)
         if self.first or patches != _size(importance):
             importance = insert(graph, "narrow", importance, 1, self.first, patches)
@@ -63,13 +69,19 @@ class TokenMap:
         return insert(graph, "flatten", pooled, 1)
 
     def apply(
-        self, importance: torch.Tensor, arguments: Sequence[Any] = (), options: Mapping[str, Any] | None = None
+        self,
+        importance: torch.Tensor,
+        arguments: Sequence[Any] = (),
+        options: Mapping[str, Any] | None = None,
+        order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The same on numbers; ``arguments`` and ``options`` are those of the model's own pooling."""
         image = importance.narrow(1, self.first, math.prod(self.grid)).unflatten(1, (1, *self.grid))
         if self.pool is None:
-            return torch.nn.functional.avg_pool2d(image, self.factors).flatten(1)
-        return self.pool.target(image, *arguments, **(options or {})).flatten(1)  # type: ignore[operator]
+            pooled = torch.nn.functional.avg_pool2d(image, self.factors).flatten(1)
+        else:
+            pooled = self.pool.target(image, *arguments, **(options or {})).flatten(1)  # type: ignore[operator]
+        return pooled if order is None else pooled.index_select(1, order)
 
 
 def _size(importance: Node) -> int | None:
@@ -81,7 +93,7 @@ def find_token_map(view: GraphView, hidden: Node, features: Node, frame_axes: in
     """The map from the encoder's output ``hidden`` [T, S, D] to ``features`` [(V, F or T,) ..., C], whose first
     ``frame_axes`` axes are those of the frames; None if there is none, or none that can be told."""
     for found in _candidates(view, hidden, features, frame_axes):
-        disagrees = probe.disagrees(hidden, features, frame_axes, partial(_carried, found))
+        disagrees = probe.disagrees(hidden, features, frame_axes, partial(_carried, found, probe))
         if disagrees is False or (disagrees is None and _says_so(view, hidden, features, found)):
             return found
     return None
@@ -89,6 +101,8 @@ def find_token_map(view: GraphView, hidden: Node, features: Node, frame_axes: in
 
 def _says_so(view: GraphView, hidden: Node, features: Node, found: TokenMap) -> bool:
     """Whether the operators themselves prove a map that cannot be tried, for want of weights, say."""
+    if found.order is not None:
+        return False
     if found.pool is None:
         whole = found.factors == (1, 1) and found.first == 0
         return whole and view.first_mixing(hidden, (0, 1), features) is None
@@ -103,17 +117,36 @@ def rearranges(node: Node) -> bool:
     return op_name(node) in _REARRANGING
 
 
-def _carried(found: TokenMap, importance: torch.Tensor) -> torch.Tensor:
-    pool = found.pool
+def _carried(found: TokenMap, probe: Probe, importance: torch.Tensor) -> torch.Tensor:
+    pool, order = found.pool, None if found.order is None else probe.constant(found.order)
     if pool is None:
-        return found.apply(importance)
+        return found.apply(importance, order=order)
     if any(isinstance(arg, Node) for arg in (*pool.args[1:], *pool.kwargs.values())):
         raise Unknown("the pooling takes sizes that are computed")
-    return found.apply(importance, pool.args[1:], pool.kwargs)
+    return found.apply(importance, pool.args[1:], pool.kwargs, order)
 
 
 def _candidates(view: GraphView, hidden: Node, features: Node, frame_axes: int) -> Iterator[TokenMap]:
     region = view.flow.between(hidden, features)
+    order = _order(view, region)
+    for found in _candidates_in_order(view, region, hidden, features, frame_axes):
+        yield replace(found, order=order)
+
+
+def _order(view: GraphView, region: list[Node]) -> Node | None:
+    """The positions by which a tensor [T, P, C] is put into another order: ``x[:, order]``."""
+    for node in region:
+        index = node.args[1] if op_name(node) == "getitem" and len(node.args) > 1 else None
+        if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], Node):
+            order = index[1]
+            if len(shape_of(order) or ()) == 1 and not any(view.flow.is_from(order, each) for each in view.pictures):
+                return order
+    return None
+
+
+def _candidates_in_order(
+    view: GraphView, region: list[Node], hidden: Node, features: Node, frame_axes: int
+) -> Iterator[TokenMap]:
     tokens, first = _patches(view, region, view.dims(hidden)[1])
     patches = int(tokens.size.expr)
     own = [int(size) for size in shape_of(features)[frame_axes:-1]]  # type: ignore[index]

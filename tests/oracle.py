@@ -1,4 +1,5 @@
-"""What a compressed LLaVA-OneVision or LLaVA-NeXT-Video must compute, in eager PyTorch, by a road of its own.
+"""What a compressed LLaVA-OneVision, LLaVA-NeXT-Video or Video-LLaVA must compute, in eager PyTorch, by a road of its
+own.
 
 Module hooks on the model's own vision layers and the functions of ``reference.py``; one video at a time; no
 kernels, no passes, no backend, no cache, nothing fast.
@@ -17,7 +18,15 @@ from typing import Any
 import torch
 from oracle_inner import reduced_logits
 from oracle_reuse import ReusingEncoder, attention_of, tensor_of
-from oracle_tower import layers_behind, layers_in_use, pool_importance, seen_by_method, tokens_of
+from oracle_tower import (
+    first_taken,
+    layers_behind,
+    layers_in_use,
+    pool_importance,
+    seen_by_method,
+    tokens_of,
+    tower_of,
+)
 from torch import Tensor, nn
 
 from earlytom_compile.config import EarlyTomConfig
@@ -185,11 +194,9 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
         raise ValueError(f"merge_layers={merge_layers}: the encoder uses layers 0 to {len(layers) - 1}")
     encoder = encoder_of(layers, merge_layers, pixels, model.config.vision_config.patch_size, options)
     with encoder.hooked():
-        model.model.vision_tower(pixels)
+        tower_of(model)(pixels)
     hidden = torch.cat([encoder.outputs[count - 1] for count in layers_behind(model)], dim=-1)
-    importance = encoder.importance
-    if model.config.vision_feature_select_strategy == "default":
-        hidden, importance = hidden[:, 1:], importance[:, 1:]
+    hidden, importance = (each[:, first_taken(model) :] for each in (hidden, encoder.importance))
     features = tokens_of(model, hidden)
     if options.variant == "plus":
         kept = select_representatives(features, frames_in=len(pixels), retain_ratio=options.retain_ratio)
@@ -205,9 +212,9 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
 
 
 def _with_separator(model, tokens: Tensor, kept: Tensor, encoder, placeholders: int) -> CompressedVideo:
-    separators = 0 if hasattr(model.model, "vision_resampler") else 1
-    separator = model.model.image_newline.to(tokens)[None]
-    features = torch.cat([tokens, separator[:separators]])
+    newline = None if hasattr(model.model, "vision_resampler") else getattr(model.model, "image_newline", None)
+    separators = 0 if newline is None else 1
+    features = tokens if newline is None else torch.cat([tokens, newline.to(tokens)[None]])
     return CompressedVideo(features, kept, encoder.frames_after, placeholders + separators)
 
 
@@ -236,14 +243,12 @@ class _Row:
 
 def _image_features(model, inputs: dict) -> Tensor | None:
     """``[image placeholders of the batch, D]`` by the model's own code, untouched."""
-    if inputs.get("pixel_values") is None:
+    names = ("pixel_values", "pixel_values_images")  # the second in Video-LLaVA of transformers before 5.23
+    pixels = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+    if pixels is None:
         return None
-    images = model.model.get_image_features(
-        inputs["pixel_values"],
-        inputs["image_sizes"],
-        batch_num_images=inputs.get("batch_num_images"),
-        return_dict=True,
-    )
+    given = {name: inputs[name] for name in ("image_sizes", "batch_num_images") if name in inputs}
+    images = model.model.get_image_features(pixels, return_dict=True, **given)
     return torch.cat(list(images.pooler_output))
 
 

@@ -14,10 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def tower_of(model) -> nn.Module:
+    """The vision tower of videos; Video-LLaVA has another for images."""
+    inner = model.model
+    return inner.video_tower if hasattr(inner, "video_tower") else inner.vision_tower
+
+
+def first_taken(model) -> int:
+    """The first of a frame's places that goes on: that behind the class token, but for Video-LLaVA's videos."""
+    return int(model.config.vision_feature_select_strategy == "default" and not hasattr(model.model, "video_tower"))
+
+
 def _layers(model) -> nn.ModuleList:
     """The layers of the vision tower, which are called ``layer`` in DINOv2."""
-    tower = model.model.vision_tower.modules()
-    lists = (getattr(module, name, None) for module in tower for name in ("layers", "layer"))
+    lists = (getattr(module, name, None) for module in tower_of(model).modules() for name in ("layers", "layer"))
     return next(layers for layers in lists if isinstance(layers, nn.ModuleList))
 
 
@@ -33,6 +43,8 @@ def tokens_of(model, hidden: Tensor) -> Tensor:
     inner = model.model
     if hasattr(inner, "vision_resampler"):
         return inner.multi_modal_projector(inner.vision_resampler(hidden))
+    if hasattr(inner, "video_tower"):
+        return inner.multi_modal_projector(hidden)
     return inner.apply_pooling(inner.multi_modal_projector(hidden))
 
 
@@ -43,7 +55,9 @@ def layers_in_use(model) -> nn.ModuleList:
 
 def pool_importance(model, importance: Tensor) -> Tensor:
     """``[N, S] -> [N, P]``, as the model pools its features: LLaVA-OneVision's are bilinear to half the side (rounded
-    up); where a convolution pools, importance is the mean of what makes a token."""
+    up); where a convolution pools, importance is the mean of what makes a token; Video-LLaVA's are not pooled."""
+    if hasattr(model.model, "video_tower"):
+        return importance
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     half = math.ceil(side / 2)
     grid = importance.view(len(importance), 1, side, side)
@@ -67,8 +81,8 @@ def seen_by_method(model, pixels: Tensor, options: Any) -> tuple[ReusingEncoder,
         importance_layer=range(len(layers))[options.scored_layer],
     )
     with encoder.hooked():
-        model.model.vision_tower(pixels)
-    first = 1 if model.config.vision_feature_select_strategy == "default" else 0  # behind the class token
+        tower_of(model)(pixels)
+    first = first_taken(model)
     hidden = torch.cat([encoder.outputs[count - 1] for count in layers_behind(model)], dim=-1)[:, first:]
     channels = encoder.keys[:, first:].unbind(-1)
     keys = torch.stack([pool_importance(model, channel.contiguous()) for channel in channels], dim=-1)

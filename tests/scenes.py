@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 def video(
     frames: int,
-    image_size: int,
+    image_size: int | tuple[int, int],
     *,
     scenes: int | None = None,
     drift: float = 0.25,
@@ -18,12 +18,15 @@ def video(
     generator: torch.Generator,
 ) -> Tensor:
     """``[F, 3, H, W]``: scenes of nearly equal length, each a picture that drifts a bit every frame.
+    ``image_size``: the side of a square, or (H, W).
 
     ``scenes=None``: one for every 8 frames. ``static``: one scene without drift, frames equal bit for bit.
     """
 
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+
     def picture() -> Tensor:
-        return torch.randn(3, image_size, image_size, generator=generator)
+        return torch.randn(3, height, width, generator=generator)
 
     scenes = 1 if static else max(1, frames // 8) if scenes is None else min(scenes, frames)
     result = []

@@ -40,22 +40,27 @@ def write_checkpoint(folder: str | Path, size: TinySize, *, seed: int = 0) -> Pa
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with LLaVA-OneVision's special tokens, trained on a handful of sentences."""
+    """With LLaVA-OneVision's special tokens."""
+    return build_byte_tokenizer(SPECIAL_TOKENS, "<|im_end|>", "<|endoftext|>")
+
+
+def build_byte_tokenizer(special: tuple[str, ...], end: str, padding: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, trained on a handful of sentences; ``special`` tokens have the first ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=512,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>", "<image>", "<video>"],
+        eos_token=end,
+        pad_token=padding,
+        additional_special_tokens=[token for token in special if token not in (end, padding)],
         padding_side="left",
     )
 

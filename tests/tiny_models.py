@@ -1,4 +1,5 @@
-"""A LLaVA-OneVision and a LLaVA-NeXT-Video small enough to run in milliseconds, and videos they can tell apart.
+"""A LLaVA-OneVision, a LLaVA-NeXT-Video and a Video-LLaVA small enough to run in milliseconds, and videos they can
+tell apart.
 
 The weights are random but scaled so that what is in the video reaches the logits: with transformers' own tiny
 initialisation every video gives nearly the same ones, and a test comparing logits would compare nothing.
@@ -8,6 +9,7 @@ initialisation every video gives nearly the same ones, and a test comparing logi
 """
 
 from collections.abc import Sequence
+from inspect import signature
 
 import torch
 from scenes import spread, standing_camera, video
@@ -22,8 +24,13 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
 
+TinyModel = (
+    LlavaOnevisionForConditionalGeneration | LlavaNextVideoForConditionalGeneration | VideoLlavaForConditionalGeneration
+)
 PAD = 0
 FIRST_TEXT_TOKEN = 3  # smaller ids are left for padding and the like; the last two are the placeholders
 
@@ -123,21 +130,60 @@ def tiny_llava_next_video(
     return model
 
 
-def tokens_per_frame(model: LlavaOnevisionForConditionalGeneration | LlavaNextVideoForConditionalGeneration) -> int:
-    """Tokens of one frame after the model's 2-D pooling."""
+def tiny_video_llava(
+    vision_layers: int = 5,
+    image_size: int = 24,
+    patch_size: int = 4,
+    text_layers: int = 1,
+    vocab: int = 120,
+    vision_feature_layer: int | list[int] = -2,
+    seed: int = 0,
+) -> VideoLlavaForConditionalGeneration:
+    """The same for Video-LLaVA: two CLIP towers, of whose features those of videos keep the class token."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(
+        num_hidden_layers=vision_layers, image_size=image_size, patch_size=patch_size, projection_dim=32, **sizes
+    )
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    text = LlamaConfig(
+        vocab_size=vocab,
+        num_hidden_layers=text_layers,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        **{**sizes, "hidden_size": 64},
+        **ends,
+    )
+    config = VideoLlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=vocab - 2,
+        video_token_index=vocab - 1,
+        vision_feature_layer=vision_feature_layer,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VideoLlavaForConditionalGeneration(config).eval()
+        spread(model)
+    return model
+
+
+def tokens_per_frame(model: TinyModel) -> int:
+    """Tokens of one frame after the model's 2-D pooling; Video-LLaVA has none, and a class token."""
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
+    if isinstance(model, VideoLlavaForConditionalGeneration):
+        return 1 + side**2
     stride = getattr(model.config, "spatial_pool_stride", None)
     return (-(-side // 2) if stride is None else side // stride) ** 2
 
 
-def rows_of(model: LlavaOnevisionForConditionalGeneration | LlavaNextVideoForConditionalGeneration, frames: int) -> int:
+def rows_of(model: TinyModel, frames: int) -> int:
     """Placeholders of one video: LLaVA-OneVision has a newline behind it."""
     return frames * tokens_per_frame(model) + isinstance(model, LlavaOnevisionForConditionalGeneration)
 
 
 def video_inputs(
-    model: LlavaOnevisionForConditionalGeneration,
+    model: TinyModel,
     frames: int,
     *,
     videos_per_row: Sequence[int] = (1,),
@@ -157,8 +203,9 @@ def video_inputs(
     A row is ``before`` text tokens, its images, its videos with ``between`` text tokens between two of them,
     and ``after`` text tokens. Shorter rows are padded on the left; ``left_padding`` adds more. ``before``,
     ``after`` and ``left_padding`` are one number, or one a row. With ``images_per_row`` come ``pixel_values``
-    and ``image_sizes``. Rows may be without videos; without any video there are no ``pixel_values_videos``. With
-    ``changing``, the camera stands, and this share of the patches changes from frame to frame.
+    and, where the model takes them, ``image_sizes``. Rows may be without videos; without any video there are
+    no ``pixel_values_videos``. With ``changing``, the camera stands, and this share of the patches changes from
+    frame to frame.
     """
     config, rows = model.config, len(videos_per_row)
     size = config.vision_config.image_size
@@ -200,11 +247,19 @@ def _per_row(count: int | Sequence[int], rows: int) -> list[int]:
     return [count] * rows if isinstance(count, int) else list(count)
 
 
+def image_argument(model: TinyModel) -> str:
+    """What ``forward()`` calls the pixels of images; Video-LLaVA of transformers before 5.23 has a name of its own."""
+    return next(n for n in ("pixel_values", "pixel_values_images") if n in signature(model.forward).parameters)
+
+
 def _images(model, images_per_row: Sequence[int], generator: torch.Generator) -> dict:
     """Square pictures of one tile (and its overview), and how many placeholders the model wants for each."""
     count, size = sum(images_per_row), model.config.vision_config.image_size
     if not count:
         return {}
+    if isinstance(model, VideoLlavaForConditionalGeneration):
+        pixels = torch.randn(count, 3, size, size, generator=generator).to(model.dtype)
+        return {image_argument(model): pixels, "lengths": [tokens_per_frame(model) - 1] * count}
     pixels = torch.randn(count, 2, 3, size, size, generator=generator).to(model.dtype)
     sizes = torch.tensor([[size, size]] * count)
     with torch.no_grad():

@@ -31,13 +31,13 @@ from ..benchmarks.measure import Result, measure
 from ..benchmarks.profiling import profile_arms
 from ..benchmarks.result_plots import write_plots
 from ..benchmarks.results import Workload, tables, to_dict, to_markdown
-from ..benchmarks.workload import Inputs, make_inputs, random_model
+from ..benchmarks.workload import Inputs, make_inputs, pictures_of_a_frame, random_model
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Reuse
 from ..integrations.preprocess import PixelSettings, video_settings
 from ..methods.registry import EARLYTOM
-from ..shapes import ModelShape, config_of, shape_of
+from ..shapes import ModelShape, QwenShape, config_of, shape_of, sized
 from ..words import counted
 from .bench_load import check_load, measure_loads
 from .bench_session import Session
@@ -68,7 +68,8 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     progress_on, console = Console(stderr=True), output_console(arguments)
     place = resolve_device(arguments.device)
     require_effect(options, place.type)
-    frame_counts, clips = _frames(arguments, progress_on)
+    shape = _shape(arguments, console)
+    frame_counts, clips = _frames(arguments, shape, progress_on)
     about = {**environment(place), **_asked(arguments, options)}
     saved = saved_content(arguments, about, progress_on)
     start -= saved.get("seconds", 0.0)
@@ -76,7 +77,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     with progress_bars(progress_on) as progress:
         progress.add_task("loading the weights" if arguments.model else "making the model", total=None)
         model = _model(arguments)
-    session = Session(arguments, model, options, clips, about, start, saved, console, progress_on)
+    session = Session(arguments, model, shape, options, clips, about, start, saved, console, progress_on)
     if arguments.concurrency:
         measure_loads(session, frame_counts)
     else:
@@ -88,7 +89,7 @@ def _measure_all(session: Session, frame_counts: Sequence[int]) -> None:
     """A table for each number of frames; what was measured before is only shown."""
     arguments, console = session.arguments, session.console
     with session.bars("what this machine can do"):
-        rates = _ceilings(session.model, console)
+        rates = _ceilings(session)
     known = {content["frames"]: Workload.from_dict(content) for content in session.saved.get("workloads", ())}
     tables_of: dict[int, Workload] = {}  # by frames, in the order of the command
     plots: list[Path] = []
@@ -189,7 +190,14 @@ def _measure(
     def save(results: list[Result], complete: bool = False) -> None:
         correct(results)
         tables_of[frames] = Workload(
-            frames, arguments.batch, arguments.prompt_length, results, dtype, rates, complete=complete
+            frames,
+            arguments.batch,
+            arguments.prompt_length,
+            results,
+            dtype,
+            rates,
+            complete=complete,
+            pictures=pictures_of_a_frame(model.config),
         )
         if complete or any(result.rounds for result in results):  # else there is nothing yet to go on with
             write()
@@ -211,7 +219,7 @@ def _measure(
     for arm, result in zip(arms, results, strict=True):
         result.breakdown = breakdowns.get(arm.name)
         if rates and not result.failure:
-            result.floor = floor(_work(model, arm, result, arguments.batch), rates)
+            result.floor = floor(_work(session, arm, result), rates)
     save(results, complete=True)
     if arguments.trace:
         path = _trace_path(Path(arguments.trace), frames if several else None)
@@ -242,22 +250,28 @@ def _say_how_long(
     return forecast
 
 
-def _ceilings(model: Any, console: Console) -> dict[str, float]:
-    """Those of the machine; none where the work of the model cannot be counted."""
+def _shape(arguments: argparse.Namespace, console: Console) -> ModelShape | None:
+    """Of the model, with pictures of the size that was asked for; None where its work cannot be counted."""
+    shape: ModelShape | None = None
     try:
-        ModelShape.from_config(model.config)
+        shape = ModelShape.from_config(_config(arguments)) if arguments.model else shape_of(arguments.shape)
     except EarlyTomConfigError as reason:
         console.print(f"no floor: {reason}")
-        return {}
-    return ceilings(Clock(model.device), model.dtype, model.device)
+    return sized(shape, arguments.frame_size)
 
 
-def _work(model: Any, arm: Arm, result: Result, batch: int) -> dict[str, Work]:
-    config = EarlyTomConfig.from_options(arm.options)
+def _ceilings(session: Session) -> dict[str, float]:
+    """Those of the machine; none where the work of the model cannot be counted."""
+    model = session.model
+    return ceilings(Clock(model.device), model.dtype, model.device) if session.shape is not None else {}
+
+
+def _work(session: Session, arm: Arm, result: Result) -> dict[str, Work]:
+    model, config = session.model, EarlyTomConfig.from_options(arm.options)
     layers = model.config.text_config.num_hidden_layers
     return work_of(
         model,
-        schedules=result.frames or [[arm.frames]] * batch,
+        schedules=result.frames or [[arm.frames]] * session.arguments.batch,
         prompt=result.starts,
         merge_layers=result.merge_layers or None,
         variant=config.variant,
@@ -265,6 +279,7 @@ def _work(model: Any, arm: Arm, result: Result, batch: int) -> dict[str, Work]:
         kept=result.kept,
         steps=config.steps_inside(layers) if arm.compresses else (),
         reuse=[Reuse(computed, tuple(result.full_layers), distinct) for _, computed, distinct in result.patches],
+        shape=session.shape,
     )
 
 
@@ -273,20 +288,35 @@ def _trace_path(path: Path, frames: int | None) -> Path:
     return path if frames is None else path.with_stem(f"{path.stem}-{frames}-frames")
 
 
-def _frames(arguments: argparse.Namespace, progress_on: Console) -> tuple[tuple[int, ...], dict[int, torch.Tensor]]:
+def _frames(
+    arguments: argparse.Namespace, shape: ModelShape | None, progress_on: Console
+) -> tuple[tuple[int, ...], dict[int, torch.Tensor]]:
     """The numbers of frames, and the video's pixels for each, where one is given: [frames, 3, H, W]."""
-    config = checked_config(arguments.model)[1] if arguments.model else config_of(arguments.shape)
     default = frames_of(arguments.model) if arguments.model else shape_of(arguments.shape).frames
     if not arguments.video:
         return tuple(dict.fromkeys(arguments.frames or (default,))), {}
-    size = config.vision_config.image_size
+    height, width = _picture_size(_config(arguments), shape)
     settings = video_settings(arguments.model) if arguments.model else _SHAPES_SETTINGS
-    pixels = PixelSettings.from_settings({"size": {"height": size, "width": size}, **settings})
+    if isinstance(shape, QwenShape):
+        settings = {name: value for name, value in settings.items() if name != "size"}
+    pixels = PixelSettings.from_settings({"size": {"height": height, "width": width}, **settings})
     clips = {}
     for frames in arguments.frames or (None,):
         clip = decoded(arguments.video, pixels, frames, default, progress_on)
         clips[len(clip)] = clip
     return tuple(clips), clips
+
+
+def _picture_size(config: Any, shape: ModelShape | None) -> tuple[int, int]:
+    """Height and width that a video's pictures get; a model of Qwen could have any."""
+    if isinstance(shape, QwenShape):
+        return shape.picture_size
+    return config.vision_config.image_size, config.vision_config.image_size
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    """Of the model."""
+    return checked_config(arguments.model)[1] if arguments.model else config_of(arguments.shape)
 
 
 def _model(arguments: argparse.Namespace) -> Any:
@@ -311,12 +341,12 @@ def _check(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
             raise EarlyTomConfigError(f"trace={arguments.trace!r} with --concurrency: calls are traced without load.")
     for ratio in arguments.retain_ratios:
         EarlyTomConfig.from_options({**options, "retain_ratio": ratio})
-    config = checked_config(arguments.model)[1] if arguments.model else config_of(arguments.shape)
+    config = _config(arguments)
     require_layers(config, options)
     if arguments.model:
         require_weights(arguments.model)
     ratios = arguments.retain_ratios
-    names = server_names(ratios) if arguments.concurrency else arm_names(ratios, options, other_methods())
+    names = server_names(ratios) if arguments.concurrency else arm_names(ratios, options, other_methods(), config)
     require_beginnings(names, arguments.arms)
     for method in () if arguments.concurrency else asked_methods(ratios, arguments.arms):
         chosen = of_method(method, options)

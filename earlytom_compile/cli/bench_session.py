@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..qwen_shape import QwenShape, is_qwen
+from ..shapes import ModelShape
 from .loading import progress_bars
 from .outputs import STANDARD_OUTPUT, write_text
 
@@ -21,6 +23,8 @@ class Session:
 
     arguments: argparse.Namespace
     model: Any
+    shape: ModelShape | None
+    """The model's, for pictures of the size they have; None where its work cannot be counted."""
     options: dict[str, Any]
     """Those of EarlyTom, without a ratio."""
     clips: dict[int, torch.Tensor]
@@ -36,12 +40,16 @@ class Session:
     @property
     def layers(self) -> int:
         """Of both parts of the model."""
-        return self.model.config.vision_config.num_hidden_layers + self.model.config.text_config.num_hidden_layers
+        vision = self.model.config.vision_config
+        encoder = vision.depth if is_qwen(self.model.config) else vision.num_hidden_layers
+        return encoder + self.model.config.text_config.num_hidden_layers
 
     def look(self, frames: int) -> dict[str, Any]:
         """What ``make_inputs`` takes for prompts and videos."""
         arguments = self.arguments
         made_up = {"scene_frames": arguments.scene_frames, "redundancy": arguments.redundancy}
+        if isinstance(self.shape, QwenShape):
+            made_up["picture_size"] = self.shape.picture_size
         return {
             "prompt_length": arguments.prompt_length,
             **({"video": self.clips[frames]} if self.clips else made_up),

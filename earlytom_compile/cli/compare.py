@@ -39,7 +39,7 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.prefill import CompiledPrefill
 from .comparison import decode, full_model
-from .loading import Inputs, Loaded, ask_again, open_checkpoint, prepare_inputs, progress_bars
+from .loading import Inputs, Loaded, ask_again, frames_in, keeps_places, open_checkpoint, prepare_inputs, progress_bars
 from .outputs import STANDARD_OUTPUT, check_outputs, output_console, write_text
 from .quality import Setting, nats, recommendation, recommended, settings_table, summarize
 from .questions import Question, read_questions
@@ -166,9 +166,11 @@ class Asker:
         for setting, twin in self._twins.items():
             answer = self._answer(twin, question, inputs)
             videos = earlytom_compile.report(twin).to_dict()["videos"]
-            if setting not in encoded:
-                encoded[setting] = earlytom_compile.encode_videos(twin, inputs["pixel_values_videos"])
-            scored = {**inputs, "pixel_values_videos": encoded[setting]}
+            scored = inputs
+            if not keeps_places(inputs):
+                if setting not in encoded:
+                    encoded[setting] = earlytom_compile.encode_videos(twin, inputs["pixel_values_videos"])
+                scored = {**inputs, "pixel_values_videos": encoded[setting]}
             answers[setting] = {
                 **asdict(answer),
                 "log_probabilities": log_probabilities(twin, scored, full.tokens),
@@ -187,7 +189,7 @@ class Asker:
         }
 
     def _warm_up(self, inputs: Inputs) -> None:
-        shape = tuple(inputs["pixel_values_videos"].shape)
+        shape = tuple(inputs["pixel_values_videos"].shape), frames_in(inputs)
         if shape not in self._warm:
             for model in (self._full, *self._twins.values()):
                 self._generate(model, inputs, max_new_tokens=min(2, self._max_new_tokens))
@@ -216,7 +218,7 @@ class Asker:
             tokens,
             _chosen(torch.cat(output.logits), tokens),
             clock.seconds,
-            placeholders - len(inputs["pixel_values_videos"]),  # one newline each
+            placeholders - (not keeps_places(inputs)),  # a newline behind it
             question.is_right(text),
         )
 
@@ -233,6 +235,8 @@ def log_probabilities(model: Any, inputs: Inputs, answer: Sequence[int]) -> list
         "input_ids": torch.cat((inputs["input_ids"], before), dim=1),
         "attention_mask": torch.cat((inputs["attention_mask"], torch.ones_like(before)), dim=1),
     }
+    if "mm_token_type_ids" in inputs:  # the answer is text
+        longer["mm_token_type_ids"] = torch.cat((inputs["mm_token_type_ids"], torch.zeros_like(before)), dim=1)
     logits = model(**longer, logits_to_keep=len(answer)).logits
     return _chosen(logits[0], answer)
 

@@ -28,6 +28,7 @@ import earlytom_compile
 from ..benchmarks.arms import twin_of
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
+from ..families.registry import family_of
 from ..integrations.prefill import CompiledPrefill
 from ..reused import ComputedPatches, patches_of
 from .loading import Inputs, Loaded, progress_bars
@@ -113,7 +114,7 @@ def full_model(model: Any, *, compiled: bool) -> Any:
     """A second model that shares the weights, compresses nothing, and whose vision encoder plain Inductor compiles."""
     twin: Any = earlytom_compile.restore(twin_of(model))
     if compiled:
-        twin.model.vision_tower.compile()
+        family_of(twin).vision_tower(twin).compile()
     return twin
 
 

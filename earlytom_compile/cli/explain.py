@@ -25,7 +25,17 @@ from ..words import counted
 from .comparison import EMPTY, BothModels, Comparison, decode, timed_answer
 from .demo import require_demo_frames, write_demo_video
 from .gains import gains_of, gains_table
-from .loading import Inputs, Loaded, ask_again, open_checkpoint, prepare_inputs, require_question
+from .loading import (
+    Inputs,
+    Loaded,
+    ask_again,
+    frames_in,
+    grid_in,
+    keeps_places,
+    open_checkpoint,
+    prepare_inputs,
+    require_question,
+)
 from .outputs import output_console
 from .picture import Answered, both_answers, check_pictures, filmed, wants_picture, write_pictures
 from .progress import step
@@ -39,7 +49,7 @@ _CHOSEN_BY = {
     "plus": "those that together represent all others best",
 }
 _LEGEND = """\
-frame             a picture of the video; the encoder turns each into the same number of tokens
+frame             a picture of the video, or with Qwen two; the encoder turns each into the same number of tokens
 token             what the language model reads; a video has far more of them than a question
 patch             a small square of a frame; the vision encoder's layers compute a state of each
 merge layer       an encoder layer behind which frames that look alike become one, so that later layers do less
@@ -80,9 +90,9 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     comparison = BothModels(loaded, options).compare(
         inputs, max_new_tokens=1, repeats=_REPEATS, progress_on=progress_on
     )
-    gains = gains_of(loaded.model, comparison, options)
+    gains = gains_of(loaded.model, comparison, options, grid_in(inputs))
     asked = _ask(loaded, questions, clip, inputs, arguments.max_new_tokens, progress_on)
-    console.print(_subject(arguments, inputs["pixel_values_videos"].shape[1]), soft_wrap=True, markup=False)
+    console.print(_subject(arguments, inputs), soft_wrap=True, markup=False)
     if gains is None:
         reasons = "; ".join(comparison.report["reasons"]) or "see the report"
         console.print(f"\nNothing: this call kept all tokens ({reasons}).", markup=False, soft_wrap=True)
@@ -146,7 +156,7 @@ def _print_part(console: Console, title: str, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _subject(arguments: argparse.Namespace, frames: int) -> str:
+def _subject(arguments: argparse.Namespace, inputs: Inputs) -> str:
     """What the numbers are about, above all where nobody chose it."""
     lines = []
     if not arguments.model:
@@ -156,7 +166,8 @@ def _subject(arguments: argparse.Namespace, frames: int) -> str:
             "The clip is made up, since no --video was given: drawn shapes, which stand still more than people do. How "
             "far frames merge depends on the video, so give one of yours."
         )
-    return "\n".join(lines or [f"{arguments.video}, {frames} frames of it"]) + "\n"
+    what = f"{frames_in(inputs)} {'temporal patches' if keeps_places(inputs) else 'frames'} of it"
+    return "\n".join(lines or [f"{arguments.video}, {what}"]) + "\n"
 
 
 def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:

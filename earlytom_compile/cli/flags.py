@@ -23,6 +23,24 @@ def numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
     return read
 
 
+def picture_size(text: str) -> tuple[int, int]:
+    """``"168x280"`` -> (168, 280), for argparse."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be height x width in pixels, as 168x280.")
+    return int(height), int(width)
+
+
+def add_frame_size(parser: CommandParser) -> None:
+    """Of models that take any."""
+    parser.add_rare(
+        "--frame-size",
+        type=picture_size,
+        metavar="HxW",
+        help="height and width in pixels of a picture as a model of Qwen gets it (default: the shape's, 16:9)",
+    )
+
+
 def add_model(parser: CommandParser, *, required: bool, fallback: str = " (default: the demo's)") -> None:
     """The checkpoint, and where its model is going to be."""
     parser.add_argument(

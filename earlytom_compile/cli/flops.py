@@ -4,6 +4,9 @@ earlytom flops --shape llava-onevision-7b --protocol paper
 
 VisionZip  25%   41.8   -   8.7   50.5   61.2%   50.5
 EarlyTom   25%   ...
+
+``--frames`` are pictures of the video. What merges is a frame of the encoder: a picture, or the two of a temporal
+patch of Qwen; ``--schedule`` and everything that is printed mean these.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..flops import Flops, Protocol, Reuse, count, implied_encoder, implied_frames, merged_inside
 from ..methods.registry import EARLYTOM
-from ..shapes import ModelShape, shape_of
+from ..shapes import ModelShape, QwenShape, shape_of, sized
 from .outputs import output_console, write_text
 
 INNER_LAYER = 18
@@ -27,11 +30,14 @@ INNER_LAYER = 18
 FASTV_LAYERS, FASTV_RATIO = 2, 0.2
 STAGE_1_RETENTION = 0.739
 """Table 5: average share of the frames left after stage 1."""
+_TABLE_7_SHAPE, TABLE_7_TOKENS = "qwen2.5-vl-7b", 23_000
+"""Of the paper's Table 7: "a 23k-token context length". 768 pictures of 168x280 are 40 more."""
 
 _FULL, _FASTV, _DYCOKE, _VISIONZIP, _HOLITOM = "full", "FastV", "DyCoke", "VisionZip", "HoliTom"
+_PLAIN = "pooling, subsampling"
 _EARLYTOM, _EARLYTOM_INNER, _EARLYTOM_REUSE = "EarlyTom", "EarlyTom + inner", "EarlyTom plus"
 
-# Tables 1, 2 and 6: T of (method, retain ratio). Everything else they list needs settings the paper does not give.
+# Tables 1, 2, 6 and 7: T of (method, retain ratio). Everything else they list needs settings the paper does not give.
 PUBLISHED: dict[str, dict[tuple[str, float], float]] = {
     "llava-onevision-7b": {
         (_FULL, 1.0): 82.6,
@@ -54,6 +60,11 @@ PUBLISHED: dict[str, dict[tuple[str, float], float]] = {
         (_HOLITOM, 0.15): 156.6,
         (_EARLYTOM_INNER, 0.15): 86.4,
     },
+    _TABLE_7_SHAPE: {
+        (_FULL, 1.0): 554.7,
+        (_PLAIN, 0.15): 91.9,
+        (_EARLYTOM_INNER, 0.15): 67.7,
+    },
 }
 
 
@@ -73,7 +84,8 @@ class Case:
 
     shape: ModelShape
     protocol: Protocol
-    frames: int
+    frames: float
+    """Of the encoder: broken where a number of tokens was asked for that whole ones do not make."""
     schedule: tuple[float, ...]
     merge_layers: tuple[int, ...]
     prompt_length: int
@@ -83,16 +95,28 @@ class Case:
     @property
     def patches(self) -> int:
         """Of the video."""
-        return self.frames * self.shape.frame_tokens
+        return round(self.frames * self.shape.frame_tokens)
 
     def budget(self, retain_ratio: float) -> int:
         """Tokens that are kept of the video."""
-        return EarlyTomConfig(retain_ratio=retain_ratio).token_budget(self.frames, self.shape.pooled_tokens)
+        return max(1, round(retain_ratio * self.frames * self.shape.pooled_tokens))
+
+    @property
+    def others(self) -> int:
+        """Tokens in the language model that are not the video's: none in protocol ``paper``."""
+        return 0 if self.protocol == "paper" else self.shape.tokens_beside(round(self.frames)) + self.prompt_length
 
     def tokens(self, retain_ratio: float) -> int:
-        """Tokens in the language model: of the video alone in protocol ``paper``, else the whole prompt."""
-        budget = self.budget(retain_ratio)
-        return budget if self.protocol == "paper" else budget + 1 + self.prompt_length  # 1: newline after a video
+        """Tokens in the language model."""
+        return self.budget(retain_ratio) + self.others
+
+    @property
+    def size(self) -> str:
+        """Of the video, for people."""
+        if self.shape.pictures == 1:
+            return f"{self.frames:g} frames"
+        tokens = f"{round(self.frames * self.shape.pooled_tokens):,} video tokens"
+        return f"{tokens}: {self.frames:.4g} temporal patches (two pictures each) of {self.shape.pooled_tokens}"
 
     def count(
         self,
@@ -130,7 +154,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Count, print, and write what was printed."""
     _check(arguments)
     case = _case(arguments, options)
-    at_home = not arguments.model and case.protocol == "paper" and case.frames == case.shape.frames
+    at_home = _asks_for_a_table(arguments) and case.frames == _usual_frames(arguments, case.shape)
     published = PUBLISHED.get(arguments.shape, {}) if at_home else {}
     rows = methods(case, arguments.retain_ratios, published)
     console = output_console(arguments)
@@ -174,6 +198,8 @@ def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple
     for ratio in retain_ratios:
         kept, budget = case.tokens(ratio), case.budget(ratio)
         merged = _merged_inside(case, ratio)
+        if (_PLAIN, 0.15) in published:
+            found.append((_PLAIN, ratio, case.count(kept)))
         found.append((_VISIONZIP, ratio, case.count(kept, method="visionzip", kept=budget)))
         if inside:
             found.append((_HOLITOM, ratio, case.count(merged, method="holitom", kept=budget)))
@@ -187,16 +213,18 @@ def methods(case: Case, retain_ratios: Sequence[float], published: Mapping[tuple
 
 def _merged_inside(case: Case, ratio: float) -> dict[int, int]:
     """Only video tokens merge: the words and the newline stay."""
-    kept = case.tokens(ratio)
-    others = 0 if case.protocol == "paper" else 1 + case.prompt_length
-    return {layer: tokens + others for layer, tokens in merged_inside(kept - others, layer=INNER_LAYER).items()}
+    inside = merged_inside(case.budget(ratio), layer=INNER_LAYER)
+    return {layer: tokens + case.others for layer, tokens in inside.items()}
 
 
 def _case(arguments: argparse.Namespace, options: dict[str, Any]) -> Case:
     shape = _shape_of_model(arguments.model) if arguments.model else shape_of(arguments.shape)
-    frames = arguments.frames
-    if frames is None:
-        frames = int(arguments.schedule[0]) if arguments.schedule else shape.frames
+    shape = sized(shape, arguments.frame_size) or shape
+    frames: float
+    if arguments.frames is not None:
+        frames = shape.frames_of(arguments.frames)
+    else:
+        frames = arguments.schedule[0] if arguments.schedule else _usual_frames(arguments, shape)
     for name, least in (("frames", 1), ("prompt_length", 0)):
         value = frames if name == "frames" else arguments.prompt_length
         if value < least:
@@ -208,14 +236,26 @@ def _case(arguments: argparse.Namespace, options: dict[str, Any]) -> Case:
     schedule = arguments.schedule or (frames, *[frames * STAGE_1_RETENTION] * len(merges))
     if schedule[0] != frames or len(schedule) != 1 + len(merges):
         raise EarlyTomConfigError(
-            f"schedule {_arrows(schedule)}: must start with the {frames} frames and go on with one number for each of "
-            f"the merge layers {', '.join(map(str, merges))}."
+            f"schedule {_arrows(schedule)}: must start with the {frames:g} frames and go on with one number for "
+            f"each of the merge layers {', '.join(map(str, merges))}."
         )
     reuse = _reuse(arguments, shape, frames)
     return Case(shape, arguments.protocol, frames, tuple(schedule), merges, arguments.prompt_length, reuse)
 
 
-def _reuse(arguments: argparse.Namespace, shape: ModelShape, frames: int) -> Reuse | None:
+def _asks_for_a_table(arguments: argparse.Namespace) -> bool:
+    """Whether it may be one of the paper's."""
+    return not arguments.model and arguments.protocol == "paper" and arguments.frame_size is None
+
+
+def _usual_frames(arguments: argparse.Namespace, shape: ModelShape) -> float:
+    """Those of a video that the shape is used with; of Table 7, which tells tokens, as many as make these."""
+    if _asks_for_a_table(arguments) and arguments.shape == _TABLE_7_SHAPE:
+        return TABLE_7_TOKENS / shape.pooled_tokens
+    return shape.frames_of(shape.frames)
+
+
+def _reuse(arguments: argparse.Namespace, shape: ModelShape, frames: float) -> Reuse | None:
     """What is computed where unchanged patches are reused; None where nobody says how many change."""
     share, computed, layers = arguments.share_computed, arguments.patches_computed, arguments.layers_in_full
     if share is not None and computed is not None:
@@ -228,7 +268,7 @@ def _reuse(arguments: argparse.Namespace, shape: ModelShape, frames: int) -> Reu
                 "layers compute; give one of them."
             )
         return None
-    known = computed if computed is not None else config.place_budget(frames, shape.frame_tokens)
+    known = computed if computed is not None else config.place_budget(round(frames), shape.frame_tokens)
     return Reuse(known, config.resolve_full_layers(shape.vision_layers))
 
 
@@ -259,7 +299,7 @@ def _implied(case: Case, published: Mapping[tuple[str, float], float]) -> list[t
 
 def _table(case: Case, rows: Sequence[Row], name: str) -> Table:
     exact = case.protocol == "exact"
-    table = Table(title=f"Prefill of {name}, {case.frames} frames, protocol {case.protocol}", title_justify="left")
+    table = Table(title=f"Prefill of {name}, {case.size}, protocol {case.protocol}", title_justify="left")
     table.add_column("method", overflow="fold")
     compared = any(row.published is not None for row in rows)
     headings = ["kept", "encoder", *(["projector"] if exact else []), "LLM", "total T", "of full"]
@@ -277,7 +317,8 @@ def _table(case: Case, rows: Sequence[Row], name: str) -> Table:
         )
     merges = ", ".join(map(str, case.merge_layers))
     frames = f"EarlyTom: frames {_arrows(case.schedule)}, merged after encoder layers {merges}."
-    table.caption = f"{_PROTOCOL_NOTES[case.protocol]} {frames}"
+    note = _TABLE_7_NOTE if isinstance(case.shape, QwenShape) and not exact else _PROTOCOL_NOTES[case.protocol]
+    table.caption = f"{note} {frames}"
     if any(row.method == _EARLYTOM_INNER for row in rows):
         table.caption += (
             " 'inner' adds what the paper does inside the LLM: half of the video tokens merge before its layer "
@@ -293,6 +334,12 @@ _PROTOCOL_NOTES = {
     "paper": "A multiply-add is 1, all frames are one sequence in the encoder, and text is not counted (Eq. 8).",
     "exact": "A multiply-add is 2. Our operators are part of the encoder, lm_head for one position of the LLM.",
 }
+
+
+_TABLE_7_NOTE = (
+    "As the paper's Table 7: a multiply-add is 2, text is not counted, and the encoder has a patch for each token, not "
+    "four; full layers see those of all frames, and the merger is counted for each."
+)
 
 
 def _reuse_note(reuse: Reuse, patches: int) -> str:

@@ -6,7 +6,7 @@
 Tokens are those of the call, and times were measured in it. Work is counted as :mod:`earlytom_compile.flops` counts it
 (``protocol="exact"``). Memory is what the sizes say, in bytes of the model's dtype:
 
-    keys and values    2 · key heads · head width · prompt tokens, summed over the layers
+    keys and values    2 · key heads · head width · prompt tokens, summed over the layers; linear ones have a state
     widest activation  prompt tokens · MLP width in the language model, frames · patches · MLP width in the encoder
 
 The encoder's is the same with and without compression, since its first layers, or those in full, see all frames.
@@ -23,7 +23,7 @@ from ..errors import EarlyTomConfigError
 from ..flops import Reuse, count, reuse_of
 from ..flops_inside import layer_lengths, operations_inside
 from ..methods.registry import EARLYTOM
-from ..shapes import ModelShape
+from ..shapes import ModelShape, QwenShape
 from .comparison import Comparison
 from .quality import faster
 
@@ -55,31 +55,35 @@ class Gains:
     compressed: Cost
 
 
-def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gains | None:
-    """What one prompt with its videos cost; None if the call ran uncompressed."""
+def gains_of(
+    model: Any, comparison: Comparison, options: dict[str, Any], grid: tuple[int, int] | None = None
+) -> Gains | None:
+    """What one prompt with its videos cost; None if the call ran uncompressed. ``grid``: patches of a picture, height x
+    width, where the model takes any."""
     report, config = comparison.report, EarlyTomConfig.from_options(options)
     videos, prompt = report["videos"], report["prompt"]
     if not videos or not prompt:
         return None
     size, text = model.dtype.itemsize, model.config.text_config
-    try:
-        shape = ModelShape.from_config(model.config)
-    except EarlyTomConfigError:
-        shape = None
+    shape = _shape_of(model, grid)
     frames, reuse = [video["frames"] for video in videos], reuse_of(report)
     none: list[Reuse | None] = [None] * len(videos)
 
     def cost(place: int, schedules: list[list[int]], reused: Sequence[Reuse | None], seconds: float) -> Cost:
-        vision = model.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        positions = sum(layer_lengths(_lengths(report, place), text.num_hidden_layers))
+        vision, lengths = model.config.vision_config, layer_lengths(_lengths(report, place), text.num_hidden_layers)
+        if shape is None:
+            patches = (vision.image_size // vision.patch_size) ** 2
+            head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            cached: float = 2 * text.num_key_value_heads * head * sum(lengths)
+        else:
+            patches = shape.frame_tokens
+            cached = sum(shape.cache_numbers(layer, length) for layer, length in enumerate(lengths))
         return Cost(
             video_tokens=sum(video["tokens"][place] for video in videos),
             prompt_tokens=prompt[place],
             flops=_flops(shape, report, schedules, reused, place, config) if shape else None,
             seconds=seconds,
-            cache_bytes=2 * text.num_key_value_heads * head * positions * size,
+            cache_bytes=round(cached) * size,
             language_bytes=prompt[place] * text.intermediate_size * size,
             encoder_bytes=max(schedule[0] for schedule in schedules) * patches * vision.intermediate_size * size,
         )
@@ -88,6 +92,15 @@ def gains_of(model: Any, comparison: Comparison, options: dict[str, Any]) -> Gai
         cost(0, [schedule[:1] for schedule in frames], none, comparison.full.ttft_seconds),
         cost(1, frames, reuse, comparison.compressed.ttft_seconds),
     )
+
+
+def _shape_of(model: Any, grid: tuple[int, int] | None) -> ModelShape | None:
+    """None where nobody knows how to count its work."""
+    try:
+        shape = ModelShape.from_config(model.config)
+    except EarlyTomConfigError:
+        return None
+    return shape.of_grid(*grid) if isinstance(shape, QwenShape) and grid is not None else shape
 
 
 def _flops(

@@ -34,13 +34,42 @@ from ..integrations.preprocess import (
     frames_of,
     in_one_line,
     load_processor,
+    makes_patches,
     torchvision_works,
 )
 from .options import require_effect
 from .progress import progress_bars
 
 Inputs = dict[str, torch.Tensor]
-"""``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]."""
+"""``input_ids``, ``attention_mask`` int64 [1, S] and ``pixel_values_videos`` [1, F, 3, H, W]; of a model of Qwen
+patches [T·h·w, ...], ``video_grid_thw`` [1, 3], ``mm_token_type_ids`` [1, S] and ``second_per_grid_ts`` [1]."""
+
+_OF_THE_MODEL = (
+    "input_ids", "attention_mask", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids",
+)  # fmt: skip
+_OF_THE_VIDEO = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+
+class VideoInputs(Inputs):
+    """Inputs that know which frames of which file they were made of, to be asked again."""
+
+    clip: "Clip"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video as it was decoded: ``shape`` [F, H, W, 3], where its frames lie in the file, and how fast that is."""
+
+    shape: tuple[int, ...]
+    indices: tuple[int, ...]
+    total: int
+    rate: float | None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """``video_metadata`` for transformers' processors, by which they tell the time of each frame."""
+        return {"total_num_frames": self.total, "fps": self.rate, "frames_indices": list(self.indices)}
+
 
 _WEIGHTS = "model.safetensors"
 _LFS = b"version https://git-lfs"
@@ -132,7 +161,8 @@ def prepare_inputs(
 ) -> Inputs:
     """Decode ``frames`` frames and make the model's inputs on its device, with a progress bar.
 
-    ``frames``: None takes ``default_frames``, or all of a video that has fewer.
+    ``frames``: None takes ``default_frames``, or all of a video that has fewer. Raises :class:`EarlyTomConfigError` for
+    a file that cannot be read.
     """
     with progress_bars(progress_on) as progress:
         task = progress.add_task("decoding the video", total=None)
@@ -143,13 +173,23 @@ def prepare_inputs(
         from ..integrations.video import read_video  # timing needs no PyAV, and a lent machine may lack it
 
         resize = frame_resizer(loaded.processor)
-        clip = read_video(video, frames, default=default_frames, resize=resize, progress=advance)
-    prompt = loaded.processor.apply_chat_template(conversation(question), add_generation_prompt=True)
-    inputs = loaded.processor(text=prompt, videos=clip.pixels, return_tensors="pt")
-    names = ("input_ids", "attention_mask", "pixel_values_videos")
-    moved = {name: inputs[name].to(loaded.device) for name in names}
-    moved["pixel_values_videos"] = moved["pixel_values_videos"].to(loaded.dtype)
-    return moved
+        read = read_video(video, frames, default=default_frames, resize=resize, progress=advance)
+    clip = Clip(read.pixels.shape, read.indices, read.total, read.rate)
+    inputs = VideoInputs(_encoded(loaded, question, read.pixels, clip))
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(loaded.dtype)
+    inputs.clip = clip
+    return inputs
+
+
+def _encoded(loaded: Loaded | Checkpoint, question: str, pixels: np.ndarray, clip: Clip) -> Inputs:
+    """What the processor makes of a question and a video, on the model's device."""
+    processor = loaded.processor
+    prompt = processor.apply_chat_template(conversation(question), add_generation_prompt=True)
+    options: dict[str, Any] = {}
+    if makes_patches(processor):  # which would take other frames, and look for another size
+        options = {"do_sample_frames": False, "do_resize": False, "video_metadata": [clip.told]}
+    encoded = processor(text=prompt, videos=pixels, return_tensors="pt", **options)
+    return {name: torch.as_tensor(encoded[name]).to(loaded.device) for name in _OF_THE_MODEL if name in encoded}
 
 
 def decoded(
@@ -169,20 +209,44 @@ def decoded(
 
 
 def ask_again(loaded: Loaded | Checkpoint, inputs: Inputs, question: str) -> Inputs:
-    """Inputs for another ``question`` about the only video of ``inputs``, which is not decoded again."""
-    videos = inputs["pixel_values_videos"]
-    prompt = loaded.processor.apply_chat_template(conversation(question), add_generation_prompt=True)
-    blank = np.zeros((videos.shape[1], 2, 2, 3), np.uint8)  # as many tokens as any video of so many frames
-    encoded = loaded.processor(text=prompt, videos=blank, return_tensors="pt")
-    words = {name: encoded[name].to(loaded.device) for name in ("input_ids", "attention_mask")}
-    return {**words, "pixel_values_videos": videos}
+    """Inputs for another ``question`` about the only video of ``inputs``, which is not decoded again; those that
+    :func:`prepare_inputs` made."""
+    assert isinstance(inputs, VideoInputs)
+    clip = inputs.clip
+    # As many tokens as that video has: of one size for all, or as many as its own size makes.
+    shape = clip.shape if makes_patches(loaded.processor) else (clip.shape[0], 2, 2, 3)
+    again = VideoInputs(_encoded(loaded, question, np.zeros(shape, np.uint8), clip))
+    again.update({name: inputs[name] for name in _OF_THE_VIDEO if name in inputs})
+    again.clip = clip
+    return again
+
+
+def keeps_places(inputs: Inputs) -> bool:
+    """Whether what stays of the video keeps its places in the prompt, as with models of Qwen, so that encoded videos
+    cannot be given again without them; other models have a newline behind it."""
+    return "video_grid_thw" in inputs
+
+
+def grid_in(inputs: Inputs) -> tuple[int, int] | None:
+    """Patches of a picture of the only video, height x width, where a model takes any; else None."""
+    if "video_grid_thw" not in inputs:
+        return None
+    _, height, width = inputs["video_grid_thw"][0].tolist()
+    return height, width
+
+
+def frames_in(inputs: Inputs) -> int:
+    """Frames that the encoder sees of the only video: pictures, or temporal patches of Qwen."""
+    if "video_grid_thw" in inputs:
+        return int(inputs["video_grid_thw"][0, 0])
+    return inputs["pixel_values_videos"].shape[1]
 
 
 def require_question(question: str) -> None:
     """Raise :class:`EarlyTomConfigError` for what cannot be asked."""
     if not question.strip():
         raise EarlyTomConfigError(f"prompt={question!r}: must be a question, such as 'What happens in the video?'.")
-    for token in ("<video>", "<image>"):
+    for token in ("<video>", "<image>", "<|video_pad|>", "<|image_pad|>"):
         if token in question:
             raise EarlyTomConfigError(
                 f"prompt={question!r}: {token} stands for the video itself, which goes before the question by itself."

@@ -20,6 +20,7 @@ from ..errors import EarlyTomError
 from .eval_flags import add_eval
 from .flags import (
     add_documents,
+    add_frame_size,
     add_frames,
     add_json,
     add_max_new_tokens,
@@ -256,7 +257,11 @@ def _add_bench(parser: CommandParser) -> None:
     )
     parser.add_argument("--video", metavar="FILE", help="a video, in every row of a batch, instead of a synthetic one")
     parser.add_argument(
-        "--frames", type=numbers(int), metavar="N,N", help="one table each (default: the model's, or the shape's)"
+        "--frames",
+        type=numbers(int),
+        metavar="N,N",
+        help="pictures of the video, one table each; two are a temporal patch of Qwen (default: the model's, or the "
+        "shape's)",
     )
     add_retain_ratios(parser, (0.1,), "EarlyTom's")
     parser.add_argument(
@@ -272,8 +277,13 @@ def _add_bench(parser: CommandParser) -> None:
     parser.add_rare("--batch", type=int, default=1, metavar="N", help="prompts, one video each (%(default)s)")
     parser.add_rare("--prompt-length", type=int, default=32, metavar="N", help="words beside the video (%(default)s)")
     parser.add_rare(
-        "--scene-frames", type=int, default=4, metavar="N", help="frames of a scene; 4 alike merge to 3 (%(default)s)"
+        "--scene-frames",
+        type=int,
+        default=4,
+        metavar="N",
+        help="frames of a scene, temporal patches of Qwen; 4 alike merge to 3 (%(default)s)",
     )
+    add_frame_size(parser)
     parser.add_rare(
         "--redundancy",
         type=float,
@@ -304,14 +314,23 @@ def _add_flops(parser: CommandParser) -> None:
     )
     parser.add_argument("--shape", default="llava-onevision-7b", metavar="NAME", help="a named shape (%(default)s)")
     parser.add_argument("--model", metavar="FOLDER", help="the shape in this checkpoint's config.json instead")
-    parser.add_argument("--frames", type=int, metavar="N", help="frames of the video (default: the shape's usual)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="pictures of the video, two of which are a temporal patch of Qwen (default: the shape's usual)",
+    )
     add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens that reach the language model")
     parser.add_argument("--protocol", choices=("paper", "exact"), default="paper", help="how to count (%(default)s)")
     add_json(parser, "every number")
     parser.add_rare("--merge-layers", type=numbers(int), metavar="I,I", help="encoder layers after which frames merge")
     parser.add_rare(
-        "--schedule", type=numbers(float), metavar="N,N", help="frames at first and after each merge (73.9%% stay)"
+        "--schedule",
+        type=numbers(float),
+        metavar="N,N",
+        help="frames at first and after each merge, temporal patches of Qwen (73.9%% stay)",
     )
+    add_frame_size(parser)
     parser.add_rare(
         "--prompt-length", type=int, default=32, metavar="N", help="words beside the video, if exact (%(default)s)"
     )

@@ -18,7 +18,7 @@ import earlytom_compile
 
 from ..integrations.observe import observe
 from ..picture import Asked, Clip, Fact, write_html, write_png
-from ..picture.frames import frames_seen
+from ..picture.frames import first_pictures, frames_seen, pictures_in_a_frame
 from ..picture.plot import require_matplotlib
 from .comparison import decode, timed_answer
 from .loading import Inputs, Loaded, progress_bars
@@ -157,10 +157,17 @@ def _model_name(name: str) -> str:
 
 
 def _clip(loaded: Loaded, filmed: Filmed, options: dict[str, Any]) -> Clip:
-    pixels = filmed.inputs["pixel_values_videos"]
-    (observation,) = observe(loaded.model, pixels, **options)
-    frames = frames_seen(loaded.processor, pixels[0])
-    return Clip(filmed.name, frames, observation, tuple(filmed.asked), filmed.aspect)
+    inputs, processor = filmed.inputs, loaded.processor
+    pixels, grid = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
+    of_videos = {} if grid is None else {"video_grid_thw": grid}
+    (observation,) = observe(loaded.model, pixels, of_videos, **options)
+    if grid is None:
+        frames = frames_seen(processor, pixels[0])
+    else:
+        count, height, width = grid[0].tolist()
+        frames = first_pictures(processor, pixels, (count, height, width))
+    asked, pictures = tuple(filmed.asked), pictures_in_a_frame(processor)
+    return Clip(filmed.name, frames, observation, asked, filmed.aspect, pictures)
 
 
 def _width_by_height(video: str | Path) -> float:

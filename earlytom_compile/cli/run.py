@@ -28,6 +28,7 @@ from .loading import (
     Inputs,
     Loaded,
     ask_again,
+    frames_in,
     open_checkpoint,
     prepare_inputs,
     progress_bars,
@@ -231,7 +232,7 @@ def _kept(inputs: Inputs, report: dict[str, Any]) -> dict[str, Any]:
     videos, length = report["videos"], inputs["input_ids"].shape[1]
     return {
         "compressed": bool(videos),
-        "frames": videos[0]["frames"] if videos else [inputs["pixel_values_videos"].shape[1]],
+        "frames": videos[0]["frames"] if videos else [frames_in(inputs)],
         "merge_layers": report["merge_layers"],
         "patches": videos[0].get("patches") if videos else None,
         "full_layers": report["full_layers"],

@@ -42,6 +42,11 @@ class Video:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """What else :meth:`Family.rows` takes of this call, by name. Code is compiled for each of the values; tensors among
     them are ``[F, ...]`` as the pixels are, and reach :meth:`Family.rows` as ``[1, F, ...]``."""
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is the same for all frames, such as the positions of their patches: tensors of any shape that
+    :meth:`Family.rows` gets by name, as they are. Code is compiled for their shapes, not for what is in them."""
+    size: str = ""
+    """Of a frame, for people, where that is not the last two axes of ``pixels``: ``"16x28 patches"``."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ class Family:
     names: Mapping[str, str] = {}
     """Ours -> the model's, for arguments of ``forward()`` and ``generate()`` that it calls otherwise than transformers:
     ``input_ids``, ``pixel_values_videos``, ``inputs_embeds``, ``attention_mask``, ``position_ids``, ``labels``."""
+    keeps_places: bool = False
+    """Whether a row that stays of a video takes its own place in the prompt, and so its own position, that of a merged
+    frame in the first of its frames: for models that know by its position where and when a token is. Else the rows
+    stand in the first places of their video, as if there had been no others."""
     consumed: frozenset[str] = frozenset()
     """Arguments that a call has no use for once its videos are rows, besides pixels and ids."""
     generation: Generation | None = None
@@ -143,6 +152,11 @@ class Family:
                 raise EarlyTomConfigError(self._wrong_shape(videos, expected))
         return [Video(video) for video in videos]
 
+    def token_grid(self, model: Any, video: Video) -> tuple[int, int] | None:
+        """Rows and columns of the tokens of a frame, for pictures of what was kept; None where what the encoder's graph
+        does to the patches tells it."""
+        return None
+
     def spelled(self, name: str) -> str:
         """What the model calls an argument, by our name for it."""
         return self.names.get(name, name)
@@ -174,6 +188,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def row_width(self, model: Any) -> int:
+        """Channels of a row; more than an embedding has where rows bring more than that."""
+        return int(self.embedding(model).embedding_dim)  # type: ignore[arg-type]
+
     def separators(self, model: Any, kept: Tensor) -> Tensor | None:
         """Behind which rows of a video the model has one of its own, such as a newline: int64 [M], ascending places in
         the K; ``kept``, int64 [K, 2], ascending, has the (merged frame, token of its grid) of each row. For separators
@@ -197,7 +215,8 @@ class Family:
 
     def places(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> Places:
         """Where the videos are in ``ids``, int64 [R, S] on the host; ``sizes[v]`` is how many rows video v has
-        uncompressed. Here as many placeholders, next to each other.
+        uncompressed. Here as many placeholders, next to each other; of a video whose frames have text between them,
+        :func:`~earlytom_compile.prompt.locate_pieces` finds them.
 
         Raises :class:`EarlyTomConfigError` for a prompt that does not match, and
         :class:`~earlytom_compile.prompt.UncuttablePrompt` for one that does and cannot be cut.

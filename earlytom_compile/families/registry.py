@@ -24,9 +24,19 @@ from .base import Family
 from .llava import Llava
 from .llava_next_video import LlavaNextVideo
 from .llava_onevision import LlavaOnevision
+from .qwen_vl import Qwen2_5_VL, Qwen3_5, Qwen3_VL
+from .video_llava import VideoLlava
 
 GROUP = "earlytom_compile.families"
-BUILT_IN: tuple[Family, ...] = (LlavaOnevision(), LlavaNextVideo(), Llava())
+BUILT_IN: tuple[Family, ...] = (
+    LlavaOnevision(),
+    LlavaNextVideo(),
+    VideoLlava(),
+    Llava(),
+    Qwen2_5_VL(),
+    Qwen3_VL(),
+    Qwen3_5(),
+)
 
 
 def family_of(model: Any) -> Family:

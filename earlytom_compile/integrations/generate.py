@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError, EarlyTomError
@@ -95,6 +96,7 @@ class CompiledModel:
         self.record = GraphRecord("", False)
         self.encoder = VideoEncoder(model, config, family, self.record)
         self.prefill: CompiledPrefill | None = None
+        self._encoded_before = WeakIdKeyDictionary()  # rows that encode_videos() returned -> EncodedVideo, without them
 
     def is_in_place(self) -> bool:
         """Whether nobody has put something else over the methods of the model since."""
@@ -135,6 +137,7 @@ class CompiledModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
         twin = memo[id(self)] = type(self).__new__(type(self))
         called: dict[str, Any] = {"videos": [], "inside": (), "prompt": None, "last_call": None, "compressed": False}
+        called["_encoded_before"] = WeakIdKeyDictionary()
         state = {**self.__dict__, **called}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
@@ -349,7 +352,7 @@ class CompiledModel:
         refuse_mixture(self.family, given)
         if not is_encoded(given):
             return self.family.videos(self.model, call)
-        check_rows(given, self.family.embedding(self.model).embedding_dim)  # type: ignore[arg-type]
+        check_rows(given, self.family.row_width(self.model))
         return list(given)
 
     def _note(
@@ -382,7 +385,8 @@ class CompiledModel:
             wanted = None if forward or mask is None else mask.bool()
             if wanted is not None:
                 wanted = functools.reduce(torch.logical_or, (host_ids == token for token, _ in others), wanted)
-            plan = PromptCut.plan(host_ids, places, list(map(len, rows)), wanted)
+            stay = [video.places() for video in encoded] if self.family.keeps_places else list(map(len, rows))
+            plan = PromptCut.plan(host_ids, places, stay, wanted)
             if plan.padded and not takes(self.own["forward" if forward else "generate"], self.family.spelled(_MASK)):
                 raise UncuttablePrompt(
                     "the rows keep different numbers of tokens, and the model takes no attention mask",
@@ -402,7 +406,10 @@ class CompiledModel:
         if cut_mask is not None and not (given is None and bool(cut_mask.all())):
             # Of a batch without a mask where none can be inferred, transformers says what it thinks itself.
             changed[_MASK] = without_waiting(cut_mask, ids.device)
-        if (positions := self.family.position_ids(self.model, call, plan)) is not None:
+        effective = {**call, "input_ids": ids}  # which generate() also takes as its first argument
+        if mask is not None:
+            effective["attention_mask"] = without_waiting(mask, ids.device)
+        if (positions := self.family.position_ids(self.model, effective, plan)) is not None:
             changed["position_ids"] = positions
         if call.get("labels") is not None:
             changed["labels"] = plan.take(call["labels"], -100)
@@ -457,14 +464,26 @@ class CompiledModel:
         self._note("failed")
         encoded = self._encoded(videos)
         self._note("encoded", [video.counts for video in encoded if video.counts is not None])
+        for video in encoded if self.family.keeps_places else ():
+            self._encoded_before[video.rows] = video.size, video.places()
         return [video.rows for video in encoded]
 
     def _encoded(self, videos: Sequence[Video | torch.Tensor]) -> list[EncodedVideo]:
         """Each by itself; rows that were encoded before as they are."""
-        return [
-            self.encoder.encode(video) if isinstance(video, Video) else EncodedVideo(video, len(video), None)
-            for video in videos
-        ]
+        return [self.encoder.encode(video) if isinstance(video, Video) else self._known(video) for video in videos]
+
+    def _known(self, rows: torch.Tensor) -> EncodedVideo:
+        """A video that :meth:`encode_videos` has encoded."""
+        if not self.family.keeps_places:
+            return EncodedVideo(rows, len(rows), None)
+        if rows not in self._encoded_before:
+            raise EarlyTomConfigError(
+                f"an encoded video of shape {tuple(rows.shape)} is not one that earlytom_compile.encode_videos(model, "
+                f"...) returned: {self.family.name} knows by the position of a token where and when it is, which a "
+                "copy of the rows does not say. Give the tensors themselves, to the same model."
+            )
+        size, places = self._encoded_before[rows]
+        return EncodedVideo(rows, size, None, places)
 
     def _note_videos(
         self, videos: Sequence[Video | torch.Tensor], encoded: Sequence[EncodedVideo], prompt: tuple[int, int]
@@ -479,7 +498,7 @@ class CompiledModel:
         self, videos: Sequence[Video | torch.Tensor], encoded: Sequence[EncodedVideo], ids: torch.Tensor
     ) -> list[int]:
         """How many placeholders each video has in ``ids``."""
-        if isinstance(videos[0], torch.Tensor):
+        if isinstance(videos[0], torch.Tensor) and not self.family.keeps_places:
             return sizes_in_prompt(ids, self.family.video_token(self.model), len(videos))
         return [video.size for video in encoded]
 

@@ -101,7 +101,8 @@ def encode_videos(model: torch.nn.Module, pixel_values_videos: Any, **arguments:
     [F, 3, H, W]; ``arguments`` are those of ``generate()`` that have to do with videos. Returns ``V`` tensors [K, C] in
     the model's dtype, the newline last where the model has one. Give them to ``generate()`` or ``forward()`` as
     ``pixel_values_videos``, as often as there are questions, with one ``<video>`` for each in ``input_ids`` (or as many
-    as the processor writes)::
+    as the processor writes, which models that know tokens by their positions need, as Qwen-VL: they also need all else
+    that the processor gave, and these very tensors)::
 
         videos = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])
         ids = processor.tokenizer(prompt, return_tensors="pt")

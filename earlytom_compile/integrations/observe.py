@@ -12,7 +12,7 @@ the moving average, their own code tells once more for the same similarities. Th
 stay as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,11 +130,15 @@ class Observation:
         return made
 
 
-def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) -> list[Observation]:
+def observe(
+    model: torch.nn.Module, pixel_values_videos: Any, arguments: Mapping[str, Any] | None = None, /, **options: Any
+) -> list[Observation]:
     """What a call of ``model`` compiled with ``options`` decides about each video.
 
     ``pixel_values_videos``: [V, F, 3, H, W], or a sequence of videos [F, 3, H, W], as a processor makes them, on the
-    model's device. ``options`` are those of :class:`EarlyTomConfig`; nothing is compiled, whatever ``lowering`` says.
+    model's device. ``arguments`` are what else of a call the model takes for its videos, such as ``video_grid_thw``,
+    with which models of Qwen get patches. ``options`` are those of :class:`EarlyTomConfig`; nothing is compiled,
+    whatever ``lowering`` says.
     Raises :class:`EarlyTomConfigError` for bad ones, another model or another shape, and :class:`EarlyTomCompileError`
     where a call would run uncompressed.
     """
@@ -146,7 +150,8 @@ def observe(model: torch.nn.Module, pixel_values_videos: Any, **options: Any) ->
     family.prepare()
     observers: dict[Any, tuple[Observer, Callable[..., Any]]] = {}
     observed = []
-    for video in family.videos(inner, {"pixel_values_videos": pixel_values_videos}):
+    call = {**family.by_our_names(arguments or {}), "pixel_values_videos": pixel_values_videos}
+    for video in family.videos(inner, call):
         kind = kind_of(video, any_length=False)
         if kind not in observers:
             observer = Observer(config)
@@ -165,11 +170,12 @@ class Observer:
     def __init__(self, config: EarlyTomConfig) -> None:
         self._config = config
         self._last: Observation | None = None
+        self._grid: tuple[int, int] | None = None
 
     @torch.no_grad()
     def watch(self, compiled: Callable[..., Any], family: Family, model: Any, video: Video) -> Observation:
         """Call ``compiled``, which is :func:`video_rows` compiled by this backend."""
-        self._last = None
+        self._last, self._grid = None, family.token_grid(model, video)
         compiled(family, model, *traced_arguments(video, any_length=False))
         if self._last is None:
             raise EarlyTomCompileError(
@@ -191,7 +197,7 @@ class Observer:
         def run(*inputs: Any) -> Any:
             recorder = _Recorder(state)
             outputs = recorder.run(*inputs)
-            self._last = recorder.observation()
+            self._last = recorder.observation(self._grid)
             return outputs
 
         return run
@@ -218,8 +224,9 @@ class _Recorder(Interpreter):
         self._boundary = state.boundary
         self._map = state.token_map
         blocks = state.boundary.encoder.blocks
-        self._layers = state.config.resolve_merge_layers(len(blocks))
-        self._scored = blocks[state.config.scored_layer(len(blocks))]
+        full = state.path.encoder.full_layers if state.path else ()
+        self._layers = state.config.resolve_merge_layers(len(blocks), full)
+        self._scored = blocks[state.config.scored_layer(len(blocks), full)]
         self._reused = state.reused
         self._reuse: _Call | None = None
         self._plans: list[_Call] = []
@@ -247,6 +254,8 @@ class _Recorder(Interpreter):
         scale = self._scored.scale
         scale = self.env[scale] if isinstance(scale, Node) else scale
         scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if self._scored.windows:
+            return torch.ops.earlytom.window_attention_received(query, key, self._scored.windows, scale)
         received = torch.ops.earlytom.attention_received(query, key, scale)
         if self._reused is not None and self._reused.has_distinct_frames(self._scored):
             assert self._reused.frames is not None
@@ -258,7 +267,8 @@ class _Recorder(Interpreter):
         name = str(target).removeprefix("earlytom.").removesuffix(".default")
         if name == str(target):
             return result
-        given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
+        schema = getattr(target, "default", target)._schema  # of what was called without an overload, as families do
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
         if name == "plan_reuse":
             self._reuse = given, result
         elif name == "plan_merge":
@@ -272,11 +282,12 @@ class _Recorder(Interpreter):
             self._selected = given, result
         return result
 
-    def observation(self) -> Observation:
-        """Read off what was recorded, which waits for the device."""
+    def observation(self, grid: tuple[int, int] | None = None) -> Observation:
+        """Read off what was recorded, which waits for the device. ``grid``: of the tokens of a frame, where somebody
+        knows."""
         assert self._selected is not None
         given, result = self._selected
-        height, width = self._map.shape if self._map is not None else (1, self._boundary.tokens)
+        height, width = grid or (self._map.shape if self._map is not None else (1, self._boundary.tokens))
         kept = result[1].reshape(-1, result[1].shape[-1])[:, -2:].tolist()  # released: the video before them
         if self._map is not None and self._map.pool is None and self._received is not None:
             self._importance = self._map.apply(self._received)

@@ -13,7 +13,7 @@ inputs and weights to a device, is done once around the video path. So ``dispatc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,7 +107,8 @@ class Placement:
                 name: value.to(self.device) if isinstance(value, torch.Tensor) else value
                 for name, value in video.arguments.items()
             }
-            return Video(video.pixels.to(self.device), arguments)
+            tables = {name: table.to(self.device) for name, table in video.tables.items()}
+            return replace(video, pixels=video.pixels.to(self.device), arguments=arguments, tables=tables)
         raise EarlyTomConfigError(
             f"pixel_values_videos are on {video.pixels.device} and the vision tower on {self.device}: move them there. "
             "(DataParallel, which spreads a call over devices, is not supported: compile a model for each device.)"

@@ -277,12 +277,15 @@ def _fewest_positions(device: torch.device) -> int:
 
 
 def _tensors(kwargs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors among the arguments; a mask may be a dict, one for each kind of attention."""
+    """The tensors among the arguments; a mask may be a dict, one for each kind of attention, and DeepStack's features
+    are a list, one for each layer that gets some."""
     for name, value in kwargs.items():
         if isinstance(value, torch.Tensor):
             yield name, value
         elif isinstance(value, dict):
             yield from _tensors(value)
+        elif isinstance(value, list):
+            yield from _tensors({f"{name}[{place}]": each for place, each in enumerate(value)})
 
 
 def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inner: None) -> Any:

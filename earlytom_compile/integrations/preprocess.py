@@ -26,12 +26,11 @@ Where each rule comes from, in transformers: ``processing_llava_onevision.py`` (
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
 from ..errors import EarlyTomConfigError
@@ -50,10 +49,13 @@ from .checkpoint_files import (
     settings_in,
     video_settings,
 )
+from .patch_sizes import PatchSizes
 from .pixels import PixelSettings, Video, channels_last, videos_of
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
+
+    from .video import Resize, ResizeByLength
 
 __all__ = [
     "FRAMES",
@@ -67,6 +69,7 @@ __all__ = [
     "frames_of",
     "in_one_line",
     "load_processor",
+    "makes_patches",
     "torchvision_works",
     "video_settings",
 ]
@@ -75,7 +78,7 @@ __all__ = [
 class Processor(Protocol):
     """What callers use of a processor, whoever made it."""
 
-    def __call__(self, *, text: Any, videos: Any, return_tensors: str) -> Mapping[str, torch.Tensor]: ...
+    def __call__(self, *, text: Any, videos: Any, return_tensors: str, **options: Any) -> Mapping[str, Any]: ...
     def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool = False) -> Any: ...
     def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> Any: ...
 
@@ -116,19 +119,27 @@ def torchvision_works() -> bool:
     return True
 
 
-def frame_resizer(processor: Any) -> Callable[[np.ndarray], np.ndarray]:
+def frame_resizer(processor: Any) -> "Resize | ResizeByLength":
     """What ``processor`` does first to each frame of a video, for ``read_video(..., resize=)``.
 
     uint8 [H, W, 3] -> uint8 [h, w, 3]. The processor leaves frames of that size as they are, so its result is the same
-    bit for bit, and no video need be in memory at its full size. ``processor``: of :func:`load_processor` or
-    transformers' own.
+    bit for bit, and no video need be in memory at its full size. The size that Qwen's processors choose depends on the
+    number of frames, and they are told not to look for one again (``do_resize=False``). ``processor``: of
+    :func:`load_processor` or transformers' own.
     """
     if isinstance(processor, VideoTextProcessor):
         return processor.pixels.resized_frame
     resize = getattr(processor, "video_processor", processor)
+    if makes_patches(processor):
+        return PatchSizes(resize)
     # A crop would be taken again from what it left.
     only = {"do_rescale": False, "do_normalize": False, "do_center_crop": False, "return_tensors": "pt"}
     return lambda frame: channels_last(resize(videos=[frame[None]], **only)["pixel_values_videos"][0, 0])
+
+
+def makes_patches(processor: Any) -> bool:
+    """Whether ``processor`` gives patches of temporal patches, as Qwen's do, in place of pictures."""
+    return hasattr(getattr(processor, "video_processor", processor), "temporal_patch_size")
 
 
 @dataclass(frozen=True)

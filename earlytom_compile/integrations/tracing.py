@@ -89,6 +89,25 @@ def prepare_transformers(modeling: str, *classes: str) -> None:
         _replace(sys.modules[_CAPTURING], _INSTALL, _install_while_tracing)
 
 
+def prepare_deepstack(modeling: str, text_model: str) -> None:
+    """Let Dynamo trace how ``text_model`` of a modeling module of transformers adds features to the positions of
+    pictures, which it picks by a mask; may be called again."""
+    module = sys.modules.get(modeling)
+    kind = getattr(module, text_model, None)
+    if kind is not None and not hasattr(kind._deepstack_process, "earlytom_original"):
+        own = kind._deepstack_process
+
+        def _deepstack_process(self: Any, hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            if not torch.compiler.is_dynamo_compiling():
+                return own(self, hidden, mask, rows)
+            mask = mask.to(hidden.device).unsqueeze(-1)
+            spread = torch.zeros_like(hidden).masked_scatter(mask, rows.to(hidden.device, hidden.dtype))
+            return torch.where(mask, hidden + spread, hidden)
+
+        _deepstack_process.earlytom_original = own  # type: ignore[attr-defined]
+        kind._deepstack_process = _deepstack_process
+
+
 def prepare_peft() -> None:
     """Prepare PEFT, where somebody has imported it; may be called again."""
     if _DORA in sys.modules:

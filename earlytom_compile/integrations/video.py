@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import av
 import numpy as np
@@ -37,6 +37,15 @@ from .seeking import (
 Resize = Callable[[np.ndarray], np.ndarray]
 """uint8 [H, W, 3] -> uint8 [h, w, 3], of the same size for every frame."""
 
+
+class ResizeByLength(Protocol):
+    """What makes frames the smaller the more of them there are."""
+
+    def of(self, frames: int) -> Resize:
+        """For a video of so many."""
+        ...
+
+
 # FFmpeg reads any text file as the drawing of a terminal.
 _NO_VIDEO_FORMATS = frozenset({"tty"})
 
@@ -46,11 +55,13 @@ _ATTACHED_PICTURE = 1 << 10
 
 @dataclass(frozen=True)
 class VideoFrames:
-    """``pixels``: uint8 RGB [F, H, W, 3]; ``indices``: their places in the file; ``total``: frames there."""
+    """``pixels``: uint8 RGB [F, H, W, 3]; ``indices``: their places in the file; ``total``: frames there; ``rate``: of
+    them a second, on average; None where the file does not tell."""
 
     pixels: np.ndarray
     indices: tuple[int, ...]
     total: int
+    rate: float | None = None
 
 
 def sample_indices(total: int, frames: int) -> tuple[int, ...]:
@@ -72,7 +83,7 @@ def read_video(
     frames: int | None = None,
     *,
     default: int = 32,
-    resize: Resize | None = None,
+    resize: Resize | ResizeByLength | None = None,
     progress: Progress | None = None,
 ) -> VideoFrames:
     """Decode ``frames`` frames of a video, spread evenly over it, upright as a player shows them.
@@ -83,7 +94,8 @@ def read_video(
     ``frames``: None takes ``default`` frames, or all of a video that has fewer.
     ``resize``: makes each frame smaller as soon as it is decoded (uint8 [H, W, 3] -> uint8 [h, w, 3]), so that the
     large ones are never in memory together: 32 frames of 3840x2160 are 800 MB. ``frame_resizer(processor)`` in
-    ``preprocess`` is what the model's processor would do to them later, bit for bit.
+    ``preprocess`` is what the model's processor would do to them later, bit for bit; where the size depends on how many
+    frames there are, ``resize.of(frames)`` is asked for it.
     ``progress``: called with (frames decoded so far, frames to decode); of a long video only what leads from key
     frames to the frames wanted is decoded.
 
@@ -121,7 +133,7 @@ class _Film:
     name: str
     frames: int | None
     default: int
-    resize: Resize | None
+    resize: Resize | ResizeByLength | None
     progress: Progress | None
 
     def choose(self, total: int) -> tuple[int, ...]:
@@ -139,6 +151,11 @@ class _Film:
             )
         return sample_indices(total, self.frames or min(self.default, total))
 
+    def collector(self, count: int) -> "_Pixels":
+        """For so many frames."""
+        resize = self.resize
+        return _Pixels(count, resize if resize is None or callable(resize) else resize.of(count))
+
 
 class _Claim(NamedTuple):
     """What a file's headers say there is, before anybody has looked; 0 where they say nothing."""
@@ -155,6 +172,7 @@ class _Pixels:
     count: int
     resize: Resize | None
     taken: int = 0
+    rate: float | None = None
     pixels: np.ndarray | None = field(default=None, repr=False)
     size: tuple[int, int] | None = None
     rotation: int | None = None
@@ -213,12 +231,12 @@ def _by_seeking(
         if len(order) < (film.frames or 1):
             raise NotExact(f"{len(order)} packets, too few; perhaps more frames come out")
         indices = film.choose(len(order))
-        kept = _Pixels(len(indices), film.resize)
+        kept = film.collector(len(indices))
         try:
             for frame in Seeker(container, stream, packets.listed, order).frames(indices, film.progress):
                 kept.add(frame)
             assert kept.pixels is not None
-            return VideoFrames(kept.pixels, indices, len(order))
+            return VideoFrames(kept.pixels, indices, len(order), _rate(stream))
         except OtherFrames as others:  # always fewer, so this comes to an end
             order = others.order
 
@@ -235,13 +253,20 @@ def _from_start(film: _Film, expected: int, damaged: bool) -> tuple[VideoFrames,
         if seen != total:
             raise EarlyTomConfigError(f"{film.name!r} gave {total} frames, and {seen} when it was read again.")
     assert kept.pixels is not None
-    return VideoFrames(kept.pixels, chosen, total), damaged
+    return VideoFrames(kept.pixels, chosen, total, kept.rate), damaged
+
+
+def _rate(stream: av.VideoStream) -> float | None:
+    """Frames a second, on average."""
+    rate = stream.average_rate or getattr(stream, "guessed_rate", None)
+    return float(rate) if rate else None
 
 
 def _decode_once(film: _Film, indices: Sequence[int], expected: int, damaged: bool) -> tuple[_Pixels, int, int]:
     """The frames at ``indices``, how many there are in all, and how many packets could not be decoded."""
-    wanted, kept, seen, failed = set(indices), _Pixels(len(indices), film.resize), 0, 0
+    wanted, kept, seen, failed = set(indices), film.collector(len(indices)), 0, 0
     with _open(film) as (container, stream):
+        kept.rate = _rate(stream)
         if damaged:
             one_thread(stream)
         for frame in decode_all(container, stream):

@@ -5,6 +5,8 @@ encoded = encoder.encode(video)          # .rows [K, C], .size rows it would hav
 """
 
 import copy
+import threading
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,19 @@ import torch
 from torch import Tensor
 
 from ..config import EarlyTomConfig
+from ..errors import EarlyTomFallbackWarning
 from ..families.base import Family, Reason, Video
 from ..prompt import without_waiting
 from ..reporting import Counts, GraphRecord
 from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from .placement import MOST_SETS_OF_HOOKS, Placement, weights_in_place
 from .vision_path import VisionPath, describe, kind_of
+
+
+MOST_COMPILED_SIZES = 8
+"""Of videos, as many sizes get code of Inductor's, which takes from seconds to a minute each."""
+MOST_SIZES = 64
+"""Of videos whose traced graphs are kept, those that were used last."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,19 @@ class EncodedVideo:
     """Rows it would have uncompressed."""
     counts: tuple[GraphRecord, Counts] | None
     """What the call kept, and of which graph; None where it ran uncompressed."""
+    known: Tensor | None = None
+    """What :meth:`places` said when it was encoded, in a call before."""
+
+    def places(self) -> Tensor:
+        """int64 [K], on the host, ascending: which of its ``size`` rows each row is, that of a merged frame in the
+        first of its frames. Waits for the device."""
+        if self.known is not None:
+            return self.known
+        if self.counts is None:
+            return torch.arange(len(self.rows))
+        (record, counts), (frame, token) = self.counts, _kept(self.counts[1]).unbind(1)
+        first = frame if counts.first is None else counts.first[frame]
+        return (first * record.tokens_per_frame + token).cpu()
 
 
 class VideoEncoder:
@@ -42,14 +64,21 @@ class VideoEncoder:
         self._record = record
         # A CUDA graph replays fixed sizes, and none is captured behind a size that is not known.
         self.any_length = not asks_for_cuda_graphs(config.mode)
-        self._paths: dict[Any, VisionPath] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._paths: dict[Any, VisionPath] = {}  # the one used last is the last
         self._kinds: Kinds = {}
+        self._compiled_sizes: set[Any] = set()
+        self._lock = threading.Lock()  # of these
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VideoEncoder":
         # A copy of the model compiles for itself: compiled code belongs to the weights it was traced with.
         twin = memo[id(self)] = type(self).__new__(type(self))
-        compiled: dict[str, Any] = {"_paths": {}, "_kinds": {}}
-        twin.__dict__.update(copy.deepcopy({**self.__dict__, **compiled}, memo))
+        own = ("_paths", "_kinds", "_compiled_sizes", "_lock")
+        state = {name: value for name, value in self.__dict__.items() if name not in own}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        twin._reset()
         return twin
 
     def take_over(self, before: "VideoEncoder") -> None:
@@ -92,10 +121,7 @@ class VideoEncoder:
         placed = self._placement()
         video = placed.on_device(video)
         any_length = self.any_length and len(video.pixels) > 1  # PyTorch tells sizes of 1 from all others
-        key = (*kind_of(video, any_length), placed.hooks)
-        path = self._paths.get(key) or self._paths.setdefault(
-            key, VisionPath(self._family, self._config, any_length, self._kinds, describe(video, any_length))
-        )
+        path = self._path(video, any_length, placed.hooks)
         rows, graph = path(self._model, video)
         if path.broken and (names := placed.names_of_hooked):
             self._blame_hooks(names)
@@ -108,6 +134,39 @@ class VideoEncoder:
                 self._record,
             )
         return rows, graph
+
+    def _path(self, video: Video, any_length: bool, hooks: tuple[Any, ...]) -> VisionPath:
+        """That of this kind of videos; a new one is made for a size that was not there before."""
+        frames, *size = kind_of(video, any_length)
+        key = (frames, *size, hooks)
+        with self._lock:
+            path = self._paths.pop(key, None)
+            if path is None:
+                config = self._config if self._is_compiled(tuple(size)) else self._config.not_compiled()
+                path = VisionPath(self._family, config, any_length, self._kinds, describe(video, any_length))
+            self._paths[key] = path
+            while len(self._paths) > MOST_SIZES:
+                del self._paths[next(iter(self._paths))]
+        return path
+
+    def _is_compiled(self, size: tuple[Any, ...]) -> bool:
+        """Whether videos of this size get compiled code: one of the first that came."""
+        if len(self._compiled_sizes) < MOST_COMPILED_SIZES:
+            self._compiled_sizes.add(size)
+        if size in self._compiled_sizes or self._config.lowering == "eager":
+            return True
+        reason = (
+            f"videos of more than {MOST_COMPILED_SIZES} sizes came: those of further sizes are compressed and not "
+            "compiled"
+        )
+        if reason not in self._record.reasons:
+            self._record.note(reason)
+            warnings.warn(
+                f"{reason}, which is slower. Bring videos to a few sizes before they go to the processor.",
+                EarlyTomFallbackWarning,
+                stacklevel=2,
+            )
+        return False
 
     def _placement(self) -> Placement:
         return Placement.of(self._model, self._family, asks_for_cuda_graphs(self._config.mode))

@@ -123,10 +123,13 @@ def video_rows(family: Family, model: Any, pixels: torch.Tensor, arguments: dict
 
 def traced_arguments(video: Video, any_length: bool) -> tuple[torch.Tensor, dict[str, Any]]:
     """Pixels [1, F, ...] and arguments for :func:`video_rows`, of which Dynamo knows whether F may change."""
-    return _of_one(video.pixels, any_length), {
+    arguments = {
         name: _of_one(value, any_length) if isinstance(value, torch.Tensor) else value
         for name, value in video.arguments.items()
     }
+    for table in video.tables.values():
+        mark_static(table, *range(table.dim()))
+    return _of_one(video.pixels, any_length), {**arguments, **video.tables}
 
 
 def _of_one(tensor: torch.Tensor, any_length: bool) -> torch.Tensor:
@@ -144,7 +147,8 @@ def _of_one(tensor: torch.Tensor, any_length: bool) -> torch.Tensor:
 def kind_of(video: Video, any_length: bool) -> tuple[Any, ...]:
     """Videos of one kind go one path: all that is the same about them, but for the number of frames."""
     arguments = tuple((name, _kind_of_value(value)) for name, value in video.arguments.items())
-    return None if any_length else len(video.pixels), *_kind_of_value(video.pixels), arguments
+    tables = tuple((name, (*table.shape, table.dtype, table.device)) for name, table in video.tables.items())
+    return None if any_length else len(video.pixels), *_kind_of_value(video.pixels), arguments, tables
 
 
 def _kind_of_value(value: Any) -> Any:
@@ -155,5 +159,5 @@ def describe(video: Video, any_length: bool) -> str:
     """What a vision path is for, for the report."""
     pixels = video.pixels
     length = "2 and more frames" if any_length else counted(len(pixels), "frame")
-    size = "x".join(map(str, pixels.shape[1:][-2:]))
+    size = video.size or "x".join(map(str, pixels.shape[1:][-2:]))
     return f"videos of {length}, {size}, {str(pixels.dtype).removeprefix('torch.')} on {pixels.device}"

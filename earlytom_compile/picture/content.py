@@ -32,11 +32,13 @@ class Clip:
 
     name: str
     frames: np.ndarray
-    """uint8 RGB [F, H, W, 3]: the sampled frames, as the model saw them."""
+    """uint8 RGB [F, H, W, 3]: the sampled frames, as the model saw them; of each temporal patch one of its pictures."""
     observation: Observation
     asked: tuple[Asked, ...] = ()
     aspect: float | None = None
     """Width by height of the video itself: the model's frames are squares. None: that of ``frames``."""
+    pictures: int = 1
+    """Of the video in a frame of the encoder; more than one are a temporal patch."""
 
     def __post_init__(self) -> None:
         shape, wanted = self.frames.shape, self.observation.frames

@@ -154,7 +154,7 @@ def _encoded(index: int, clip: Clip) -> Element:
     """What the encoder made of the frames."""
     reused = clip.observation.reuse is not None
     shown = computed_frames(index, clip, _SIDE, _FINE_SIDE) if reused else [flow(index, clip)]
-    return _section(*reading.encoded(clip.observation), *shown)
+    return _section(*reading.encoded(clip), *shown)
 
 
 def _section(title: str, text: str, *content: Element | None) -> Element:

@@ -158,7 +158,7 @@ def _video(sheet: _Sheet, clip: Clip, title: str) -> None:
     if title:
         sheet.y += 0.15
         sheet.paragraph(title, 15, fontweight="bold")
-    _part(sheet, *reading.encoded(observation))
+    _part(sheet, *reading.encoded(clip))
     if observation.reuse is not None:
         draw_computed(sheet, clip, _SIDE, _FINE_SIDE, _MARGIN, _WIDTH - _MARGIN)
     else:

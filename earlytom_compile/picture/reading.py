@@ -126,8 +126,18 @@ def merging_word(observation: Observation) -> str:
     )
 
 
-def encoded(observation: Observation) -> tuple[str, str]:
+def encoded(clip: Clip) -> tuple[str, str]:
     """Title of the first part of what is shown of a video, and how to read it."""
+    title, text = _encoded(clip.observation)
+    if clip.pictures > 1:
+        text += (
+            f" A frame is a temporal patch, which the encoder makes of {clip.pictures} pictures of the video; the "
+            "first of them is shown."
+        )
+    return title, text
+
+
+def _encoded(observation: Observation) -> tuple[str, str]:
     method = observation.config.method
     if observation.reuse is None and method != EARLYTOM:
         return FRAMES, f"With method {method} no frames merge: the vision encoder computes all of every frame."

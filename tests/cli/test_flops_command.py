@@ -106,14 +106,14 @@ def test_a_checkpoint_needs_only_its_config(flops, checkpoint, tmp_path):
 
 
 def test_mistakes_exit_with_2_and_one_line(flops, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     cases = {
         "no shape 'llava'": flops("--shape", "llava"),
         "no checkpoint folder at": flops("--model", tmp_path / "nowhere"),
         "no checkpoint folder at 'nowhere'": flops("--model", "nowhere"),
         "shape='cpu-tiny' with --model": flops("--shape", "cpu-tiny", "--model", tmp_path),
         "prompt_length=9 with --protocol paper": flops("--prompt-length", 9),
-        "of the family 'qwen2_5_vl'": flops("--model", tmp_path),
+        "of the family 'qwen2_vl'": flops("--model", tmp_path),
         "must start with the 32 frames": flops("--frames", 32, "--schedule", "16,8,8,8"),
         "one number for each of": flops("--schedule", "32,16"),
         "never grow": flops("--schedule", "32,16,20,8"),

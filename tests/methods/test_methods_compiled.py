@@ -7,7 +7,13 @@ from effort import cases
 from generating import LAYOUTS, new_tokens
 from oracle import compressed_forward, compressed_generate, compressed_videos
 from plain_visionzip import keep_in_python
-from tiny_models import tiny_llava_next_video, tiny_llava_onevision, tokens_per_frame, video_inputs
+from tiny_models import (
+    tiny_llava_next_video,
+    tiny_llava_onevision,
+    tiny_video_llava,
+    tokens_per_frame,
+    video_inputs,
+)
 from torch.torch_version import TorchVersion
 from transformers import CLIPVisionConfig
 from without_inductor import leave_pieces_as_they_are
@@ -118,6 +124,7 @@ MODELS = {
     "the last layer is not used": lambda: tiny(vision_feature_layer=-2),
     "features of two layers": lambda: tiny(vision_feature_layer=[1, -1]),
     "averages before the projector": lambda: tiny_llava_next_video(pooling="average", image_size=32),
+    "a class token among the tokens": lambda: tiny_video_llava(image_size=32),
     "maxima": lambda: tiny_llava_next_video(pooling="max", image_size=32),
 }
 

@@ -1,10 +1,14 @@
-"""Sizes put together first, and splits into one part, are written plainly; what is more than that stays."""
+"""Sizes put together first, splits into one part and features scattered as they are, are written plainly; what is more
+than that stays."""
 
 import operator
 
+import pytest
 import torch
 from torch.fx import Graph, GraphModule
+from tracing import trace
 
+from earlytom_compile.passes.canonicalize_scatters import canonicalize_scatters
 from earlytom_compile.passes.canonicalize_sizes import canonicalize_sizes
 from earlytom_compile.passes.canonicalize_splits import canonicalize_splits
 
@@ -43,3 +47,43 @@ def test_other_splits_stay():
     for graph in (split(2, 4, [0, 1]), split(1, 8, [slice(0, 1)])):
         before = str(graph)
         assert canonicalize_splits(graph) == 0 and str(graph) == before
+
+
+def tokens(pixels):
+    """[..., C, H, W] -> [N, H * W, C]"""
+    return pixels.flatten(0, -4).flatten(2).transpose(1, 2)
+
+
+def scattered(embeds, mask, pixels):
+    return embeds.masked_scatter(mask, tokens(pixels))
+
+
+def rows_scattered(embeds, mask, pixels):
+    return embeds.masked_scatter(mask, tokens(pixels).flatten(0, 1))
+
+
+def scattered_into(embeds, mask, pixels):
+    return pixels.masked_scatter(pixels > 2, embeds)
+
+
+@pytest.mark.parametrize(
+    "function, shape, rewritten",
+    [
+        (scattered, (2, 3, 4, 5, 5), 1),
+        (scattered, (6, 4, 5, 5), 0),  # images
+        (rows_scattered, (2, 3, 4, 5, 5), 0),
+        (scattered_into, (2, 3, 4, 5, 5), 0),
+    ],
+)
+def test_features_of_videos_are_scattered_as_rows(function, shape, rewritten):
+    mask = (torch.arange(160) % 3 > 0)[None, :, None]
+    inputs = torch.randn(1, 160, 4), mask, torch.randn(shape)
+    traced, expected = trace(function, *inputs), function(*inputs)
+    assert canonicalize_scatters(traced.module.graph) == rewritten
+    assert canonicalize_scatters(traced.module.graph) == 0
+    traced.module.graph.lint()
+    traced.module.recompile()
+    assert torch.equal(traced.run(), expected)
+    (scatter,) = traced.called("masked_scatter")
+    assert (scatter.args[2].target == "flatten") == (rewritten == 1 or function is rows_scattered)
+    assert scatter.args[2].meta["example_value"].dim() == (2 if rewritten or function is rows_scattered else 3)

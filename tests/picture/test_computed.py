@@ -98,7 +98,7 @@ def test_the_image_says_what_the_page_says(tmp_path, monkeypatch):
     seen = reused(40, (9, 9), share=0.2)
     write_png(tmp_path / "a.png", [Clip("a", pictures(40), seen)])
     words = " ".join(" ".join(said).split())
-    title, text = reading.encoded(seen)
+    title, text = reading.encoded(Clip("a", pictures(40), seen))
     assert title in words and text in words and "segment" not in words
     own = active(seen.reuse)
     assert all(f"{frame + 1}: {own[frame].sum()} of 81 ({own[frame].mean():.0%})" in said for frame in range(40))

@@ -1,5 +1,6 @@
 """Operations of a prefill, counted beside torch's own counter and from the paper's formula; tokens inside the model."""
 
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from torch_counter import counter
 from earlytom_compile.flops_inside import lengths_inside, operations_inside, rows_left
 from earlytom_compile.kernels.inner_tokens import attention_paid, keep_inner_tokens
 from earlytom_compile.methods.base import Step
-from earlytom_compile.shapes import ModelShape
+from earlytom_compile.shapes import ModelShape, shape_of
 from earlytom_compile.toyworld import cost, methods
 from earlytom_compile.toyworld.answers import FIRST_TOKEN, normalized, prompt_ids, prompt_length
 from earlytom_compile.toyworld.checkpoint import build_model
@@ -110,7 +111,7 @@ def test_lengths_are_those_of_every_video_by_itself(videos, words, ratios, data)
         for ratio in ratios:
             left = rows_left(rows, Step(1, ratio, "drop"))
             assert 1 <= left <= rows and (left == 1 or abs(left - rows * ratio) <= 0.5)
-    shape = ModelShape(2, 8, 1, 16, 8, 4, 28, 16, 2, 1, 32, 99)
+    shape = dataclasses.replace(shape_of("cpu-tiny"), llm_layers=28)
     cheap, dear = (
         operations_inside(shape, lengths, [step._replace(merge=merge) for step in steps]) for merge in ("drop", "mean")
     )
@@ -137,7 +138,9 @@ def test_a_row_costs_the_mean_of_its_questions(model):
 def test_a_step_costs_what_its_operators_multiply(merge, scores):
     """The bodies of the operators themselves, under torch's counter."""
     heads, keys, width, step = 4, 2, 8, Step(2, 0.3, merge, scores)
-    shape = ModelShape(2, 8, 1, 16, 8, 4, 28, heads * width, heads, keys, 32, 99)
+    shape = dataclasses.replace(
+        shape_of("cpu-tiny"), llm_layers=28, llm_width=heads * width, llm_heads=heads, llm_kv_heads=keys
+    )
     lengths = lengths_inside(23, [16], (step,))
     query, key, hidden = torch.randn(1, heads, 23, width), torch.randn(1, keys, 23, width), torch.randn(1, 23, 32)
     video_of = torch.tensor([[-1] * 3 + [0] * 16 + [-1] * 4])
