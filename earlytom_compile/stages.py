@@ -111,7 +111,9 @@ def _lower(
     frames = state.path.frames
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
-        cut_language_model, videos = state.config.keeps_exactly() and state.even_rows, state.path.videos
+        has_language_model = state.boundary is not None and state.boundary.placeholders is not None
+        cut_language_model = has_language_model and state.config.keeps_exactly() and state.even_rows
+        videos = state.path.videos
         return lower_stages(
             state.graph_module,
             example_inputs,

@@ -162,8 +162,9 @@ class _Frames:
     def _mixes(self, node: Node) -> bool:
         place = _INDEXED.get(full_name(node))
         if place is not None and self._is_watched(self._dims_of(node.args[place])):
+            # Places that are the same for all frames are inside them, or the axis is gone.
             others = (read for read in node.all_input_nodes if read is not node.args[place])
-            return any(isinstance(value_of(read), torch.Tensor) for read in others)
+            return any(self._is_watched(self._dims_of(read)) for read in others)
         for operand, along in mixed_dims(node):
             dims = self._dims_of(operand)
             if self._is_watched(dims if along is None else [dims[i] for i in along if -len(dims) <= i < len(dims)]):

@@ -41,7 +41,7 @@ def _main(frames: int, places_at_once: int) -> None:
     import earlytom_compile
     from earlytom_compile import frame_chunks
 
-    frame_chunks.PLACES_AT_ONCE = {"cpu": places_at_once, "cuda": places_at_once}
+    frame_chunks.PLACES_AT_ONCE = {"cpu": places_at_once}
     model = tiny_llava_onevision(**SIZES)
     video = video_inputs(model, frames)["pixel_values_videos"]
     earlytom_compile.compile(model, merge_layers=(1, 2), retain_ratio=0.05, lowering="eager", compile_llm=False)

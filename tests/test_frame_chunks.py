@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import compressed_videos
 from tiny_models import tiny_llava_onevision, video_inputs
+from tiny_qwen import Clip, qwen_inputs, tiny_qwen
 from without_inductor import leave_pieces_as_they_are
 
 import earlytom_compile
@@ -83,7 +84,7 @@ def seen(monkeypatch):
 
 
 def rows(monkeypatch, model, frames, places_at_once, **options):
-    monkeypatch.setattr(frame_chunks, "PLACES_AT_ONCE", {"cpu": places_at_once, "cuda": places_at_once})
+    monkeypatch.setattr(frame_chunks, "PLACES_AT_ONCE", {"cpu": places_at_once})
     given = {key: value for key, value in {**OPTIONS, **options}.items() if value is not None}
     earlytom_compile.compile(model, **given)
     with torch.no_grad():
@@ -105,6 +106,21 @@ def test_chunks_change_nothing(monkeypatch, seen, way, lowering):
     assert torch.equal(found, expected)
     assert max(whole) == counts[0] == FRAMES and max(seen) == 8
     assert sum(seen) == sum(whole)  # each run got all of its frames
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_towers_of_qwen_go_through_in_chunks_from_pixels_to_tokens(monkeypatch, seen, kind):
+    leave_pieces_as_they_are(monkeypatch)
+    inputs, found = qwen_inputs(tiny_qwen(kind), [[3, Clip(FRAMES, 6, 10), 4]]), []
+    for places_at_once in (10**9, 8 * 60):
+        seen.clear()
+        monkeypatch.setattr(frame_chunks, "PLACES_AT_ONCE", {"cpu": places_at_once})
+        model = earlytom_compile.compile(tiny_qwen(kind), **{**OPTIONS, "merge_layers": (1, 3)})
+        pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        found += earlytom_compile.encode_videos(model, pixels, video_grid_thw=grid)
+    (video,) = report(model).to_dict()["videos"]
+    assert torch.equal(*found) and max(seen) <= 9
+    assert sum(seen) == sum(video["frames"])  # before each merge, and behind the last
 
 
 @pytest.mark.parametrize("variant", ["paper", "plus"])

@@ -63,6 +63,7 @@ MORE = {
     "products inside frames": (lambda x, y: (x @ y).softmax(-1) @ x, ("n", 4, 8), ("n", 8, 4)),
     "attention received": (received, ("n", 2, 4, 8), ("n", 2, 4, 8)),
     "each frame twice": (lambda x: x.repeat_interleave(2, 0) * 2, ("n", 4)),
+    "tokens in an order": (lambda x, i: x[:, i.long()] * 2, ("n", 4, 8), (5,)),
     "what each frame looks up": (lambda i, table: F.embedding(i.long(), table) * 2, ("n", 4), (9, 8)),
 }  # fmt: skip
 ALONE = {**FRAME_WISE, **MORE}
@@ -100,6 +101,7 @@ MORE_MIXED = {
     "all but the first": (lambda x: x[1:] - x[:-1], ("n", 4, 8)),
     "joined to themselves": (lambda x: torch.cat((x, x)), ("n", 4, 8)),
     "taken in an order": (lambda x, i: x[i.long()], ("n", 8), ("n",)),
+    "some frames": (lambda x, i: x[i.long()] * x[:1], ("n", 8), (5,)),
     "looked up among frames": (lambda x, i: F.embedding(i.long(), x), ("n", 8), ("n", 2)),
     "frames inside a row": (lambda x: x.transpose(0, 1).reshape(-1, 8) * 2, ("n", 4, 8)),
     "rows taken for frames": (lambda x: x.view(4, -1, 8).softmax(1).view(-1, 8), ("n", 4, 8)),
