@@ -33,9 +33,7 @@ def window_attention_received(query: Tensor, key: Tensor, windows: Sequence[int]
     frames, _, places, _ = query.shape
     out = query.new_empty((frames, places), dtype=torch.float32)
     for start, number, length in runs_of(windows):
-        received = attention_received(
-            *(in_windows(x, start, number, length).contiguous() for x in (query, key)), scale
-        )
+        received = attention_received(*(in_windows(x, start, number, length).contiguous() for x in (query, key)), scale)
         out.narrow(1, start, number * length).copy_(received.view(frames, -1).mul_(length / places))
     return out
 

@@ -109,8 +109,9 @@ class Rewrite:
     @property
     def counted(self) -> tuple[Node, ...]:
         """What a call tells beside the graph's own outputs: the plan by which patches are reused, frames of each video,
-        the first of the frames that a merged one is made of, positions of the prompt that stay, which tokens were kept, how many where that depends on the content, and what
-        is left inside the language model; of a tower, what its frames are made of and their importance."""
+        the first of the frames that a merged one is made of, positions of the prompt that stay, which tokens were kept,
+        how many where that depends on the content, and what is left inside the language model; of a tower, what its
+        frames are made of and their importance."""
         assert self.video is not None
         plan = self.reused
         reused = () if plan is None else (plan.source, plan.change, plan.computed, plan.distinct, plan.measured)

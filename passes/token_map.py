@@ -128,18 +128,18 @@ def _carried(found: TokenMap, probe: Probe, importance: torch.Tensor) -> torch.T
 
 def _candidates(view: GraphView, hidden: Node, features: Node, frame_axes: int) -> Iterator[TokenMap]:
     region = view.flow.between(hidden, features)
-    order = _order(view, region)
+    order = _order(view, region, math.prod(int(size) for size in shape_of(features)[frame_axes:-1]))  # type: ignore[index]
     for found in _candidates_in_order(view, region, hidden, features, frame_axes):
         yield replace(found, order=order)
 
 
-def _order(view: GraphView, region: list[Node]) -> Node | None:
-    """The positions by which a tensor [T, P, C] is put into another order: ``x[:, order]``."""
+def _order(view: GraphView, region: list[Node], tokens: int) -> Node | None:
+    """The positions by which a tensor of P ``tokens``, [T, P, C], is put into another order: ``x[:, order]``."""
     for node in region:
         index = node.args[1] if op_name(node) == "getitem" and len(node.args) > 1 else None
         if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], Node):
             order = index[1]
-            if len(shape_of(order) or ()) == 1 and not any(view.flow.is_from(order, each) for each in view.pictures):
+            if shape_of(order) == (tokens,) and not any(view.flow.is_from(order, each) for each in view.pictures):
                 return order
     return None
 

@@ -143,6 +143,8 @@ class MergingEncoder:
             hidden, **options.segmentation(), tau_merge=options.tau_merge, min_frames=self.min_frames
         )
         merged = plan.apply(hidden)
+        # What left earlier layers, and goes on beside the encoder, is of the same frames.
+        self.outputs = {layer: plan.apply(before) for layer, before in self.outputs.items() if layer < index}
         self.frames_after.append(len(merged))
         if index == self.merge_layers[-1]:
             layer = self.layers[index]

@@ -19,7 +19,7 @@ from ..kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 
 
 def patch_positions(height: int, width: int, block: int) -> Tensor:
-    """int64 [S, 2]: row and column of each of the ``height`` x ``width`` patches, in blocks of ``block`` x ``block``."""
+    """int64 [S, 2]: row and column of each of ``height`` x ``width`` patches, in blocks of ``block`` x ``block``."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     blocks = (height // block, block, width // block, block)
     return torch.stack([x.reshape(blocks).transpose(1, 2).flatten() for x in (rows, columns)], dim=-1)

@@ -1,7 +1,7 @@
 """Qwen-VL of transformers: videos of any size, packed towers, positions of three axes, time stamps in the prompt.
 
 Qwen2.5-VL       [start, <video> x T*P, end]                       one run of placeholders a video
-Qwen3-VL, 3.5    [time, start, <video> x P, end] x T               one a frame, which is a temporal patch of two pictures
+Qwen3-VL, 3.5    [time, start, <video> x P, end] x T               one a frame, a temporal patch of two pictures
 
 P = h*w/4 tokens a frame of h x w patches. What is kept stands where it stood: each token at the place, and with the
 position (t, h, w), that it had in the whole prompt, those of merged frames at the first one's. Text behind the video

@@ -22,7 +22,6 @@ from ..stages import CompressedGraph, Kinds, asks_for_cuda_graphs, fall_back
 from .placement import MOST_SETS_OF_HOOKS, Placement, weights_in_place
 from .vision_path import VisionPath, describe, kind_of
 
-
 MOST_COMPILED_SIZES = 8
 """Of videos, as many sizes get code of Inductor's, which takes from seconds to a minute each."""
 MOST_SIZES = 64

@@ -15,7 +15,7 @@ from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, repor
 from earlytom_compile.families import base, registry
 from earlytom_compile.families.base import Family
 from earlytom_compile.families.registry import family_of, has_family
-from earlytom_compile.prompt import PromptCut, UncuttablePrompt, locate_runs
+from earlytom_compile.prompt import locate_runs
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +120,7 @@ def test_has_family(model):
     assert has_family(model.modules()) and not has_family(model.model.modules())
 
 
-def test_a_video_in_several_places_is_a_reason():
-    ids = torch.tensor([[9, 9, 5, 9]])
-    with pytest.raises(UncuttablePrompt, match="2 places"):
-        PromptCut.plan(ids, [[[range(0, 2), range(3, 4)]]], [1])
+def test_videos_are_next_to_each_other_unless_they_say_so():
     assert locate_runs(torch.tensor([[9, 9, 5, 9], [9, 5, 5, 5]]), 9, [2, 1, 1]) == [
         [[range(0, 2)], [range(3, 4)]],
         [[range(0, 1)]],

@@ -53,6 +53,8 @@ SCHEMAS = [
     "take_inner_positions(Tensor x, Tensor kept) -> Tensor",
     "kept_of_kept(Tensor before, Tensor kept) -> Tensor",
     "shorten_mask(Tensor? mask, Tensor kept) -> Tensor",
+    "window_attention(Tensor query, Tensor key, Tensor value, SymInt[] windows, float scale) -> Tensor",
+    "window_attention_received(Tensor query, Tensor key, SymInt[] windows, float scale) -> Tensor",
     "video_budget(SymInt frames, SymInt tokens, float retain_ratio) -> Tensor",
     "place_budget(SymInt frames, SymInt places, SymInt prefix, float encode_ratio) -> Tensor",
 ]
@@ -129,6 +131,8 @@ def calls(dtype, layout):
         (ops.take_inner_positions, (hidden[:1], slots.clamp_min(-1)), {}),
         (ops.kept_of_kept, (slots.clamp_min(-1), torch.tensor([[-1, 0], [1, 2]])), {}),
         (ops.shorten_mask, (None, slots.clamp_min(-1)), {}),
+        (ops.window_attention, (query, key, query, [1, 3, 2, 1], 0.4), {}),
+        (ops.window_attention_received, (query, key, [1, 3, 2, 1], 0.4), {}),
         (ops.video_budget, (8, 196, 0.1), {}),
         (ops.place_budget, (8, 730, 1, 0.4), {}),
         (ops.select_tokens, (hidden, importance, dynamic, counts, 11), {"static_selection": "host"}),

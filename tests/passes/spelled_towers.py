@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from earlytom_compile.reference import plan_frame_merge, segment_frames, select_representatives, select_tokens
 
 SIDE, PATCH = 12, 3  # 4 x 4 patches
+WINDOWS = [1, 8, 2, 4]  # of 16: one of 8 places and two of 4
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Spelling:
     mixing: str = ""  # what must not be taken for a projection: MIXERS
     tokens: str = "all"  # "avg", "merger", "pixel shuffle", "mean", "resampler", "newline rows"
     joined: str = "videos"  # "rows", "flatten", "split into videos"
+    beside: tuple[int, ...] = ()  # layers whose output goes on beside the encoder, as DeepStack's does
+    order: bool = False  # whether tokens are put into another order behind the pooling, as windows need it
 
 
 class LoRA(nn.Module):
@@ -252,6 +255,8 @@ def attend(how, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scale = q.shape[-1] ** -0.5
     if callable(how):
         return how(q, k, v, scale)
+    if how == "windows":
+        return torch.ops.earlytom.window_attention(q, k, v, WINDOWS, scale)
     if how == "matmul":
         return (torch.matmul(q, k.transpose(2, 3)) * scale).softmax(-1) @ v
     if how == "bmm":
@@ -326,11 +331,19 @@ class Tower(nn.Module):
             h = torch.cat((grid, self.row_end.expand(*grid.shape[:2], 1, -1)), 2).flatten(1, 2)
         return h
 
+    def rows(self, outputs: list[Tensor]) -> Tensor:
+        """What the layers made, [N, S, D] each -> [N, P, C]; channels of several layers side by side."""
+        tokens = [self.finish(outputs[layer]) for layer in (-1, *self.how.beside)]
+        if self.how.order:
+            tokens = [each[:, torch.arange(each.shape[1]).flip(0)] for each in tokens]
+        return torch.cat(tokens, dim=-1) if len(tokens) > 1 else tokens[0]
+
     def forward(self, pixels: Tensor) -> Tensor:
-        h = self.embed(pixels.flatten(0, 1))
+        h, outputs = self.embed(pixels.flatten(0, 1)), []
         for layer in self.layers:
             h = layer(h)
-        h, videos = self.finish(h), pixels.shape[0]
+            outputs.append(h)
+        h, videos = self.rows(outputs), pixels.shape[0]
         if self.how.joined == "rows":
             return h.reshape(-1, h.shape[-1])
         if self.how.joined == "flatten":
@@ -353,26 +366,32 @@ def expected_rows(tower: Tower, pixels: Tensor, *, retain_ratio: float, variant:
     plus, rules = variant == "plus", "released" if variant == "released" else "paper"
     found = []
     for frames in pixels:
-        h = tower.embed(frames)
+        h, outputs = tower.embed(frames), []
         floor = math.ceil(retain_ratio * len(frames)) if rules == "paper" else 1
         for index, layer in enumerate(tower.layers):
             if index == merge_layers[-1]:
                 q, k, _ = layer.qkv(h)
-                importance = (q.float() @ k.float().mT / math.sqrt(q.shape[-1])).softmax(-1).mean((1, 2))
+                scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
+                if tower.how.attention == "windows":
+                    window = torch.tensor([0] * 8 + [1] * 4 + [2] * 4)
+                    scores = scores.masked_fill(window[:, None] != window, -math.inf)
+                importance = scores.softmax(-1).mean((1, 2))
             h = layer(h)
             if index in merge_layers:
                 plan = plan_frame_merge(h, variant=rules, tau_seg=0.0, min_frames=floor)
-                h = plan.apply(h)
+                h, outputs = plan.apply(h), [plan.apply(before) for before in outputs]
                 if index == merge_layers[-1]:
                     importance = plan.apply(importance)
                     segments = segment_frames(h, variant=rules, tau_seg=0.0)
-        features = tower.finish(h)
+            outputs.append(h)
+        features = tower.rows(outputs)
         if plus:
-            kept = select_representatives(features, frames_in=len(frames), retain_ratio=retain_ratio)
+            kept = select_representatives(features[..., :12], frames_in=len(frames), retain_ratio=retain_ratio)
         else:
             scores = importance[:, tower.how.specials :]
             if tower.how.tokens != "all":
                 scores = F.avg_pool2d(scores.view(-1, 1, 4, 4), 2).flatten(1)
+            scores = scores.flip(1) if tower.how.order else scores
             kept = select_tokens(scores, segments, frames_in=len(frames), retain_ratio=retain_ratio, variant=variant)
         found.append((features[kept[:, 0], kept[:, 1]], len(h)))
     return found

@@ -60,6 +60,10 @@ SPELLINGS = {
     "LayerScale": {"scales": True},
     "q/k norms": {"qk_norm": True},
     "RoPE": {"rope": True},
+    "windows": {"attention": "windows"},
+    "an earlier layer beside": {"beside": (0,)},
+    "earlier layers beside, one that merges": {"beside": (1, 2), "tokens": "merger", "joined": "flatten"},
+    "another order": {"order": True, "tokens": "merger"},
     **{f"tokens: {how}": {"tokens": how} for how in ("avg", "merger", "pixel shuffle", "mean")},
     **{f"joined: {how}": {"joined": how} for how in ("rows", "flatten", "split into videos")},
     "all of it": {
@@ -75,7 +79,11 @@ def test_compresses(how):
     assert graph.record.layers == 4 and graph.record.last_counts.frames[-1].item() < 8
 
 
-@pytest.mark.parametrize("how", ["linear: packed", "patches: view", "class token", "tokens: merger", "joined: rows"])
+@pytest.mark.parametrize(
+    "how",
+    ["linear: packed", "patches: view", "class token", "tokens: merger", "joined: rows", "windows"]
+    + ["earlier layers beside, one that merges", "another order"],
+)
 @pytest.mark.parametrize("variant", ["plus", "released"])
 def test_other_variants(how, variant):
     check(Tower(**SPELLINGS[how]), variant=variant)
@@ -216,7 +224,10 @@ def pooled(h):
 OTHER_ORDERS = {
     "flip": lambda tower, h: tower.project(h.flip(1)),
     "every second": lambda tower, h: tower.project(h[:, ::2]),
-    "another order": lambda tower, h: tower.project(h[:, torch.arange(15, -1, -1)]),
+    "another order, then pooled": lambda tower, h: (
+        pooled(tower.project(h[:, (5 * torch.arange(16)) % 16])).flatten(2).mT
+    ),
+    "two orders": lambda tower, h: tower.project(h[:, (5 * torch.arange(16)) % 16][:, torch.arange(15, -1, -1)]),
     "a grid on its side": lambda tower, h: (
         pooled(tower.project(h.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2))).flatten(2).mT
     ),
