@@ -19,9 +19,9 @@ from .passes.find_frame_runs import FrameRun, Share, share_of
 from .passes.patterns import value_of
 from .passes.split_stages import gather_pieces
 
-PLACES_AT_ONCE = {"cpu": 8_192, "cuda": 32_768}
-"""Frames times places of each that go through a layer at once, by the type of the device (docs/long-videos.md): about
-what a CPU's caches make fastest; enough for a GPU to be busy, which so has 44 frames of 729 at once."""
+PLACES_AT_ONCE = {"cpu": 8_192}
+"""Frames times places of each that go through a layer at once, by the type of the device (docs/long-videos.md)."""
+_ELSEWHERE = 32_768
 _FEWEST = 2
 """Frames of a chunk, since code that was compiled for any number may rely on there being more than one."""
 
@@ -45,7 +45,7 @@ def run_in_chunks(stages: GraphModule, runs: Sequence[FrameRun], places: int) ->
         inputs, outputs = ([share_of(value_of(node), run.frames) for node in nodes] for nodes in (read, made))
         shares = [share.each for share in (*inputs, *outputs) if _is_framed(share)]
         device = next(value_of(node).device.type for node, share in zip(read, inputs, strict=True) if _is_framed(share))
-        at_once = PLACES_AT_ONCE.get(device, PLACES_AT_ONCE["cuda"]) // (places * min(shares))
+        at_once = PLACES_AT_ONCE.get(device, _ELSEWHERE) // (places * min(shares))
         stages.add_submodule(name, ChunkedRun(stages.get_submodule(name), inputs, outputs, at_once))
 
 
@@ -115,11 +115,14 @@ def _of_frames(x: Tensor, share: Share, begin: int, end: int) -> Tensor:
 
 
 def _room(x: Any, share: Share | None, chunk: int, frames: int) -> Any:
-    """For what comes of all frames, laid out as ``x``, which came of the first ``chunk``."""
+    """For what comes of all frames, laid out as ``x``, which came of the first ``chunk``, if its frames lie apart."""
     if share is None:
         return x
     if share.axis is None:
         return x // chunk * frames
     length, stride = frames * share.each, x.stride()[share.axis :]
     shape = (*x.shape[: share.axis], length, *x.shape[share.axis + 1 :])
+    inner = sum((size - 1) * step for size, step in zip(x.shape[share.axis + 1 :], stride[1:], strict=True))
+    if stride[0] <= inner:
+        return x.new_empty(shape)
     return torch.empty_strided(shape, (*[length * stride[0]] * share.axis, *stride), dtype=x.dtype, device=x.device)

@@ -111,7 +111,9 @@ def _lower(
     frames = state.path.frames
     if state.config.lowering == "staged":
         # Inductor cannot take a mask whose two axes are known only at run time, as released has them.
-        cut_language_model, videos = state.config.keeps_exactly() and state.even_rows, state.path.videos
+        has_language_model = state.boundary is not None and state.boundary.placeholders is not None
+        cut_language_model = has_language_model and state.config.keeps_exactly() and state.even_rows
+        videos = state.path.videos
         return lower_stages(
             state.graph_module,
             example_inputs,
@@ -222,12 +224,10 @@ def _framed(state: Rewrite) -> Framed:
     nodes, plan = [axis.size for axis in state.video.axes], state.reused
     if plan is not None and plan.frames is not None:
         nodes.append(plan.frames[1])
-    places = value_of(state.path.encoder.blocks[0].output if plan is None else plan.source).shape[
-        1 if plan is None else 2
-    ]
+    whole, axis = (state.path.encoder.blocks[0].output, 1) if plan is None else (plan.source, 2)
     values = [state.path.frames, *(value_of(node) for node in nodes if isinstance(node, Node))]
     sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
-    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(places))
+    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(value_of(whole).shape[axis]))
 
 
 def _compile_piece(piece: Piece, given: Mapping[int, Any], options: Mapping[str, Any]) -> "_Compiled":

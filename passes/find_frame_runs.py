@@ -5,9 +5,9 @@
 
 A long video goes through a run in chunks, and what the run makes of them is put together: nobody needs the memory that
 a layer takes for all frames at once. That changes nothing where the frames, or some equal number of places of each, are
-the outermost axis of all that a piece reads and hands out, and no operator in it mixes along that axis. Which axis that is the axis
-inference says (axes.py), from the size known at run time only that counts the frames; a number that happens to be equal
-is none. An operator without an axis rule ends a run.
+the outermost axis of all that a piece reads and hands out, and no operator in it mixes along that axis. Which axis that
+is the axis inference says (axes.py), from the size known at run time only that counts the frames; a number that happens
+to be equal is none. An operator without an axis rule ends a run.
 """
 
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -162,8 +162,9 @@ class _Frames:
     def _mixes(self, node: Node) -> bool:
         place = _INDEXED.get(full_name(node))
         if place is not None and self._is_watched(self._dims_of(node.args[place])):
+            # Places that are the same for all frames are inside them, or the axis is gone.
             others = (read for read in node.all_input_nodes if read is not node.args[place])
-            return any(isinstance(value_of(read), torch.Tensor) for read in others)
+            return any(self._is_watched(self._dims_of(read)) for read in others)
         for operand, along in mixed_dims(node):
             dims = self._dims_of(operand)
             if self._is_watched(dims if along is None else [dims[i] for i in along if -len(dims) <= i < len(dims)]):

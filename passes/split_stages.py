@@ -42,8 +42,13 @@ _ENTER = frozenset(("_enter_autocast", "_enter_inference_mode"))
 _EXIT = frozenset(("_exit_autocast", "_exit_inference_mode"))
 _LAYER = re.compile(r"^(.*?)[.](\d+)(?=[.]|$)")
 _FEWEST_LAYERS = 3
-_SIZES = frozenset(("getitem", "sum", "item", "sym_size.int", "full", "_check", "ge", "le", "sub", "mul", "sym_min"))
-FRAME_BY_FRAME = frozenset(("earlytom::attention_received", "earlytom::window_attention"))
+_SIZES = frozenset(
+    ("getitem", "sum", "item", "sym_size.int", "sym_min", "full", "arange", "_check", "ge", "le", "sub", "mul")
+)
+_MOVES = MOVES | {"cat", "stack", "index_select"}
+FRAME_BY_FRAME = frozenset(
+    ("earlytom::attention_received", "earlytom::window_attention", "earlytom::window_attention_received")
+)
 """Operators of ours in the middle of a layer that compute each frame (axis 0) from that frame alone."""
 
 
@@ -63,7 +68,7 @@ class Piece:
     def computes(self) -> bool:
         """False if it holds only operators of ours, moves of what they made and sizes: nothing for a compiler."""
         nodes = self.graph_module.graph.nodes
-        moves = MOVES | {"cat", "stack"} if any(map(_is_ours, nodes)) else frozenset[str]()
+        moves = _MOVES if any(map(_is_ours, nodes)) else frozenset[str]()
         return any(_computes(node) and op_name(node) not in moves for node in nodes)
 
     @property

@@ -14,6 +14,7 @@ from earlytom_compile.passes.patterns import value_of
 from earlytom_compile.passes.split_stages import split_stages
 
 FRAMES = 7
+OURS = torch.ops.earlytom
 
 
 def counts_of(piece):
@@ -23,6 +24,10 @@ def counts_of(piece):
 
 def runs_of(piece):
     return find_frame_runs([piece], counts_of(piece))
+
+
+def patches(x, weight):
+    return F.conv2d(x, weight, None, (2, 2))
 
 
 def rotated(x):
@@ -39,15 +44,15 @@ def pooled(x):
 
 
 def received(query, key):
-    attention = torch.ops.earlytom.attention_received.default(query, key, 0.5)
+    attention = OURS.attention_received.default(query, key, 0.5)
     return attention.view(-1, 1, 2, 2).mean((2, 3))
 
 
 MORE = {
-    "pixels of a batch of one": (lambda x, w: F.conv2d(x.view(x.size(1), 3, 4, 4), w, None, (2, 2)), (1, "n", 3, 4, 4), (5, 3, 2, 2)),
-    "patches become tokens": (lambda x, w: F.conv2d(x, w, None, (2, 2)).flatten(2).transpose(1, 2), ("n", 3, 4, 4), (5, 3, 2, 2)),
+    "pixels of a batch of one": (lambda x, w: patches(x.view(x.size(1), 3, 4, 4), w), (1, "n", 3, 4, 4), (5, 3, 2, 2)),
+    "patches become tokens": (lambda x, w: patches(x, w).flatten(2).transpose(1, 2), ("n", 3, 4, 4), (5, 3, 2, 2)),
     "rows of all tokens": (lambda x, w: F.linear(x.view(-1, 8), w).view(-1, 4, 3), ("n", 4, 8), (3, 8)),
-    "packed qkv": (lambda x: F.gelu(x).view(x.size(0), 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)[1] * 2, ("n", 4, 24)),
+    "packed qkv": (lambda x: x.view(x.size(0), 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)[1] * 2, ("n", 4, 24)),
     "half of the channels, turned": (rotated, ("n", 4, 8)),
     "a class token in each frame": (with_class_token, ("n", 4, 8), (1, 1, 8)),
     "a token less": (lambda x: x[:, 1:] * 2, ("n", 4, 8)),
@@ -58,6 +63,7 @@ MORE = {
     "products inside frames": (lambda x, y: (x @ y).softmax(-1) @ x, ("n", 4, 8), ("n", 8, 4)),
     "attention received": (received, ("n", 2, 4, 8), ("n", 2, 4, 8)),
     "each frame twice": (lambda x: x.repeat_interleave(2, 0) * 2, ("n", 4)),
+    "tokens in an order": (lambda x, i: x[:, i.long()] * 2, ("n", 4, 8), (5,)),
     "what each frame looks up": (lambda i, table: F.embedding(i.long(), table) * 2, ("n", 4), (9, 8)),
 }  # fmt: skip
 ALONE = {**FRAME_WISE, **MORE}
@@ -95,13 +101,14 @@ MORE_MIXED = {
     "all but the first": (lambda x: x[1:] - x[:-1], ("n", 4, 8)),
     "joined to themselves": (lambda x: torch.cat((x, x)), ("n", 4, 8)),
     "taken in an order": (lambda x, i: x[i.long()], ("n", 8), ("n",)),
+    "some frames": (lambda x, i: x[i.long()] * x[:1], ("n", 8), (5,)),
     "looked up among frames": (lambda x, i: F.embedding(i.long(), x), ("n", 8), ("n", 2)),
     "frames inside a row": (lambda x: x.transpose(0, 1).reshape(-1, 8) * 2, ("n", 4, 8)),
     "rows taken for frames": (lambda x: x.view(4, -1, 8).softmax(1).view(-1, 8), ("n", 4, 8)),
     "videos in front": (lambda x: x.flatten(0, 1) * 2, (2, "n", 4, 8)),
     "written to": (lambda x: (x * 2).add_(1), ("n", 4, 8)),
     "frames as channels": (lambda x, w: F.linear(x.transpose(0, 1), w), ("n", 4), (3, "n")),
-    "an operator of ours that looks at all": (lambda x: torch.ops.earlytom.frame_similarity.default(x * 2, 3), ("n", 4, 8)),
+    "an operator of ours that looks at all": (lambda x: OURS.frame_similarity.default(x * 2, 3), ("n", 4, 8)),
     "an operator without an axis rule": (lambda x: torch.special.bessel_j0(x), ("n", 4)),
 }  # fmt: skip
 
