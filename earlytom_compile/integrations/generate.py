@@ -442,6 +442,9 @@ class CompiledModel:
                 "Leave labels out, and compute the loss from the logits",
             )
             return None
+        if (against := self.family.reason_against_inside(self.model)) is not None:
+            self._fall_back_inside(f"no tokens go inside the language model: {against[0]}", against[1])
+            return None
         try:
             videos = find()
         except NotImplementedError:
