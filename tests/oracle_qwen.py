@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from oracle import Options
-from tiny_qwen import row_alone
+from tiny_qwen import VIDEO, row_alone
 from torch import Tensor, nn
 
 from earlytom_compile.reference import (
@@ -258,7 +258,8 @@ def _logits(model: Any, row: _Sequence) -> Tensor:
     return model.lm_head(model.model.language_model(**given, use_cache=False).last_hidden_state[0])
 
 
-def _extended(model: Any, row: _Sequence, token: int) -> _Sequence:
+def extended(model: Any, row: _Sequence, token: int) -> _Sequence:
+    """The sequence with one more token behind it."""
     embedding = model.get_input_embeddings()(torch.tensor([token]))
     return _Sequence(
         ids=torch.cat([row.ids, torch.tensor([token])]),
@@ -280,8 +281,7 @@ def _options(options: dict[str, Any]) -> Options:
 
 
 def _rows(model: Any, inputs: dict, options: dict[str, Any]) -> list[_Sequence]:
-    alone = [row_alone(inputs, row) for row in range(len(inputs["input_ids"]))]
-    return [_cut_row(model, row, _videos_of(model, row, _options(options))) for row in alone]
+    return [row for row, _ in compressed_sequences(model, inputs, **options)]
 
 
 @torch.no_grad()
@@ -297,12 +297,26 @@ def compressed_rows(model: Any, inputs: dict, **options: Any) -> list[tuple[Tens
 
 
 @torch.no_grad()
+def compressed_sequences(model: Any, inputs: dict, **options: Any) -> list[tuple[Any, list[int]]]:
+    """What the language model gets of each row of a batch alone, and which video of it each position belongs to, -1
+    for none."""
+    rows = []
+    for row in range(len(inputs["input_ids"])):
+        alone = row_alone(inputs, row)
+        videos = _videos_of(model, alone, _options(options))
+        sequence = _cut_row(model, alone, videos)
+        owners = iter([number for number, video in enumerate(videos) for _ in video.kept])
+        rows.append((sequence, [next(owners) if token == VIDEO else -1 for token in sequence.ids.tolist()]))
+    return rows
+
+
+@torch.no_grad()
 def compressed_generate(model: Any, inputs: dict, max_new_tokens: int, **options: Any) -> Tensor:
     """Greedy tokens int64 ``[R, new]``, prompt excluded. Their positions count on from the prompt's last one, as in
     ``generate()``."""
     generated = []
     for row in _rows(model, inputs, options):
         for _ in range(max_new_tokens):
-            row = _extended(model, row, int(_logits(model, row)[-1].argmax()))
+            row = extended(model, row, int(_logits(model, row)[-1].argmax()))
         generated.append(row.ids[-max_new_tokens:])
     return torch.stack(generated)

@@ -91,8 +91,8 @@ class QwenVL(Family):
             encoded = model.model.get_image_features(call["pixel_values"], call.get("image_grid_thw"), return_dict=True)
         if encoded is not None:
             rows = torch.cat([torch.cat(list(part)) for part in _parts(encoded)], dim=-1)
-            like_embeddings = rows.new_empty(*ids.shape, self.embedding(model).embedding_dim)  # type: ignore[arg-type]
-            main = rows[:, : like_embeddings.shape[-1]]
+            width = Family.row_width(self, model)
+            like_embeddings, main = rows.new_empty(*ids.shape, width), rows[:, :width]
             model.model.get_placeholder_mask(ids, inputs_embeds=like_embeddings, image_features=main)  # checks them
             yield model.config.image_token_id, rows
 
@@ -228,6 +228,13 @@ class Qwen3_VL(QwenVL):
     def places(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> Places:
         """A run for each frame."""
         return locate_pieces(ids, self.video_token(model), sizes)
+
+    def reason_against_inside(self, model: Any) -> Reason | None:
+        """What stays of a frame must stay behind its own time stamp, and get what DeepStack adds to it."""
+        return (
+            "time stamps stand between the frames of a video, past which its tokens would move",
+            "Leave inner_layer out, or choose a method that acts behind the encoder",
+        )
 
     def inputs(self, model: Any, ids: Tensor, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Any]:
         """Features of images and videos, since DeepStack adds to layers of the language model."""
