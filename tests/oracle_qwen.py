@@ -141,11 +141,17 @@ def _first_frames(plan: FrameMergePlan) -> list[int]:
     return [int(row.nonzero()[0]) for row in plan.weights]
 
 
+def _query_and_key(attention: nn.Module, hidden: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """float32 ``[L, H, d]`` each, as they meet."""
+    query, key, _ = attention.qkv(hidden).float().view(len(hidden), 3, attention.num_heads, -1).unbind(1)
+    cos, sin = (part.float()[:, None] for part in table)
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
 def attention_received(attention: nn.Module, hidden: Tensor, ends: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """``[L, D] -> float32 [L]``: softmax(q k scale), mean over heads, sum over the queries that see a patch: those of
     its own stretch between two of ``ends``."""
-    query, key, _ = attention.qkv(hidden).float().view(len(hidden), 3, attention.num_heads, -1).unbind(1)
-    query, key = (_rotated(x, *(part.float()[:, None] for part in table)) for x in (query, key))
+    query, key = _query_and_key(attention, hidden, table)
     stretches = []
     for begin, end in pairwise(ends.tolist()):
         scores = torch.einsum("qhd,khd->hqk", query[begin:end], key[begin:end]) * query.shape[-1] ** -0.5
@@ -288,6 +294,35 @@ def _rows(model: Any, inputs: dict, options: dict[str, Any]) -> list[_Sequence]:
 def compressed_videos(model: Any, inputs: dict, **options: Any) -> list[CompressedVideo]:
     """What is left of each video of a batch. ``options``: the fields of ``oracle.Options``, by name."""
     return _videos_of(model, inputs, _options(options))
+
+
+@torch.no_grad()
+def encoded_whole(model: Any, pixels: Tensor, grid: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Of one video in which nothing merges: features ``[T, P, C]``; of ``layer`` (-1: the last) the attention received
+    ``[T, P]`` and the keys ``[T, P, d]``, mean over heads and patches; and of each layer of DeepStack ``[T, P, C]``."""
+    visual, (frames, height, width) = model.model.visual, grid.tolist()
+    noted: dict[str, Tensor] = {}
+
+    def look(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        table = kwargs["position_embeddings"]
+        received = attention_received(attention, args[0], kwargs["cu_seqlens"], table) / (height * width)
+        keys = _query_and_key(attention, args[0], table)[1].mean(1)
+        noted["seen"] = torch.cat([received[:, None], keys], dim=1)
+
+    def ride_along(merger: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return torch.cat([output, noted["seen"].view(len(output), -1, noted["seen"].shape[1]).mean(1)], dim=1)
+
+    hooks = [
+        visual.blocks[layer].attn.register_forward_pre_hook(look, with_kwargs=True),
+        visual.merger.register_forward_hook(ride_along),
+    ]
+    output = visual(pixels, grid_thw=grid[None], return_dict=True)
+    for hook in hooks:
+        hook.remove()
+    both = output.pooler_output.view(frames, -1, output.pooler_output.shape[1])
+    width = model.config.vision_config.out_hidden_size
+    deepstack = [states.view(frames, -1, width) for states in getattr(output, "deepstack_features", None) or ()]
+    return both[..., :width], both[..., width], both[..., width + 1 :], deepstack
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from effort import cases
 from generating import new_tokens, share_vision_paths, trace_of_video_rows
 from oracle_qwen import compressed_sequences
 from oracle_qwen_inner import InnerStep, generated_with_fewer, reduced_logits
-from qwen_calls import assert_as_the_oracle, compressing, model_of, oracle_options, prompt_of, supported, twin_of
+from qwen_calls import SMALL, assert_as_the_oracle, compressing, model_of, oracle_options, prompt_of, supported, twin_of
+from tiny_qwen import Clip, qwen_inputs
 from torch.testing import assert_close
 
 import earlytom_compile
@@ -68,11 +69,13 @@ def test_logits_and_tokens_are_the_oracles(one_run, prompt, variant, drop_ratio)
         assert chosen.tolist() == generated_with_fewer(twin, row, video_of, step, len(chosen))
 
 
-def test_where_time_stamps_stand_between_frames_no_tokens_go(with_time_stamps):
+@pytest.mark.parametrize("frames, reason", [(9, "a video has text between its tokens"), (1, "time stamps stand")])
+def test_where_time_stamps_stand_between_frames_no_tokens_go(with_time_stamps, frames, reason):
+    """Nor where there is one frame only: what DeepStack adds to its tokens would have to go with them."""
     model, twin = model_of(with_time_stamps), twin_of(with_time_stamps)
-    inputs = prompt_of(model, "one video")
-    with pytest.warns(EarlyTomFallbackWarning, match="no tokens go inside the language model: time stamps stand"):
-        assert_as_the_oracle(compressing(model, inner_layer=1), twin, inputs)
+    inputs = qwen_inputs(model, [[3, Clip(frames, *SMALL), 4]])
+    with pytest.warns(EarlyTomFallbackWarning, match=f"no tokens go inside the language model: {reason}"):
+        assert_as_the_oracle(compressing(model, inner_layer=1), twin, inputs, tokens=False)
     assert report(model).to_dict()["last_call"] == "compressed"
-    with pytest.raises(EarlyTomCompileError, match="time stamps.*Leave inner_layer out"):
+    with pytest.raises(EarlyTomCompileError, match=f"{reason}.*Leave inner_layer out"):
         new_tokens(compressing(model, inner_layer=1, strict=True), inputs)
