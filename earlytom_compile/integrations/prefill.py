@@ -191,8 +191,11 @@ class CompiledPrefill:
             why, cure = "its cache is static, as long in all layers", "Leave cache_implementation out"
         elif kwargs.get("output_attentions"):
             why, cure = "output_attentions asks for all attention over the prompt", "Leave output_attentions out"
-        elif _slides(self._module):
+        elif _has_layers_of(self._module, "sliding"):
             why, cure = "some of its layers see a window of the prompt only", "Take a model whose layers see all of it"
+        elif _has_layers_of(self._module, "linear"):
+            why = "some of its layers have linear attention, which pays no token more than another"
+            cure = "Leave tokens in the language model as they are (no inner_layer)"
         elif self._why_own_code:
             why, cure = self._why_own_code, "Load it with attn_implementation='sdpa' on one device, without hooks"
         if why is None:
@@ -265,10 +268,10 @@ def decoder_layers(language_model: torch.nn.Module) -> Sequence[torch.nn.Module]
     return getattr(language_model, "layers", ())
 
 
-def _slides(language_model: torch.nn.Module) -> bool:
-    """Whether some of its layers attend to the last positions alone."""
+def _has_layers_of(language_model: torch.nn.Module, attention: str) -> bool:
+    """Whether the attention of some of its layers is "sliding", to the last positions alone, or "linear"."""
     kinds = getattr(getattr(language_model, "config", None), "layer_types", None)
-    return any("sliding" in kind for kind in kinds or ())
+    return any(attention in kind for kind in kinds or ())
 
 
 def _fewest_positions(device: torch.device) -> int:
