@@ -3,8 +3,9 @@
     python -m earlytom_compile.benchmarks.long_videos --shape cpu-small --frames 8,16,32,64,128,256,512,768 --repeats 3
 
 Each video is made of scenes and encoded in place with everything compiled, once more than is timed; the fastest call
-counts. Memory is what the process (or the GPU) holds at most during a call beyond what it held before: on a CPU that
-can be told on Linux only.
+counts. On a CPU seconds are those that its cores have worked for the process, to which whatever else runs there adds
+little. Memory is what the process (or the GPU) holds at most during a call beyond what it held before: on a CPU
+that can be told on Linux only.
 A line through the times, and the largest deviation from it, say whether the time is linear.
 """
 
@@ -78,11 +79,12 @@ def cost(model: Any, shape: ModelShape, frames: int, repeats: int) -> Cost:
 
 def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
     before = _start_peak(device)
-    start = time.perf_counter()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start = clock()
     call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     if device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated(device) - before
     return seconds, _of_process("VmHWM") - before if _RESET.exists() else None

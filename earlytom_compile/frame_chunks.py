@@ -13,9 +13,10 @@ from typing import Any, TypeGuard
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .passes.find_frame_runs import FrameRun, Share, share_of
+from .passes.manager import Rewrite
 from .passes.patterns import value_of
 from .passes.split_stages import gather_pieces
 
@@ -35,6 +36,18 @@ class Framed:
 
 
 NO_FRAMES = Framed(frozenset(), 1)
+
+
+def framed_of(state: Rewrite) -> Framed:
+    """Frames are counted at first, after each merge, and without those that repeat another."""
+    assert state.path is not None and state.video is not None
+    nodes, plan = [axis.size for axis in state.video.axes], state.reused
+    if plan is not None and plan.frames is not None:
+        nodes.append(plan.frames[1])
+    whole, axis = (state.path.encoder.blocks[0].output, 1) if plan is None else (plan.source, 2)
+    values = [state.path.frames, *(value_of(node) for node in nodes if isinstance(node, Node))]
+    sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
+    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(value_of(whole).shape[axis]))
 
 
 def run_in_chunks(stages: GraphModule, runs: Sequence[FrameRun], places: int) -> None:

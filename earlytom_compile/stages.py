@@ -23,12 +23,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from .config import EarlyTomConfig
 from .cuda_graphs import replay_runs
 from .errors import EarlyTomCompileError, EarlyTomFallbackWarning
-from .frame_chunks import NO_FRAMES, Framed, run_in_chunks
+from .frame_chunks import NO_FRAMES, Framed, framed_of, run_in_chunks
 from .passes.find_frame_runs import find_frame_runs
 from .passes.find_video_boundary import Boundary
 from .passes.find_vision_encoder import Block
@@ -38,6 +37,7 @@ from .passes.run_on_fakes import data_dependent_sizes
 from .passes.split_stages import Piece, split_stages
 from .prompt import ExpectedPlaceholders
 from .reporting import Counts, GraphRecord, ReusePlan, progress
+from .unknown_sizes import UnknownSizes, forget_sizes, is_free, is_symbolic, symbolic_sizes
 
 log = logging.getLogger(__name__)
 _CANNOT_LOWER = (
@@ -125,7 +125,7 @@ def _lower(
             any_size=not isinstance(frames, int),
             kinds=kinds,
             selection=state.selected.kept if state.selected else None,
-            framed=_framed(state),
+            framed=framed_of(state),
         )
     graph_module = _in_chunks(state) if state.config.lowering == "eager" else state.graph_module
     return lower_whole(graph_module, example_inputs, record, options)
@@ -134,7 +134,7 @@ def _lower(
 def _in_chunks(state: Rewrite) -> GraphModule:
     """The rewritten graph, through which long videos go in chunks where each frame is computed by itself."""
     assert state.path is not None
-    framed, selection = _framed(state), state.selected.kept if state.selected else None
+    framed, selection = framed_of(state), state.selected.kept if state.selected else None
     if not framed.counts:
         return state.graph_module
     stages, pieces = split_stages(state.graph_module, state.path.encoder.blocks, by_module=False, selection=selection)
@@ -188,7 +188,7 @@ def lower_stages(
     inputs = [value_of(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     given = {id(value): example for value, example in zip(inputs, example_inputs, strict=True)}
     runs = [] if cuda_graphs else find_frame_runs(pieces, framed.counts)  # while the pieces show whose sizes they have
-    forgotten = _forget_sizes(pieces, given) if any_size else set()
+    forgotten = forget_sizes(pieces, given) if any_size else set()
     kinds, own = kinds if kinds is not None else {}, dict[Any, _Compiled | None]()
     settings, used = _settings(options), dict[Any, bool]()
     total = len({piece.key for piece in pieces if piece.computes})
@@ -218,29 +218,17 @@ def lower_stages(
     return cast(Runnable, stages.forward)
 
 
-def _framed(state: Rewrite) -> Framed:
-    """Frames are counted at first, after each merge, and without those that repeat another."""
-    assert state.path is not None and state.video is not None
-    nodes, plan = [axis.size for axis in state.video.axes], state.reused
-    if plan is not None and plan.frames is not None:
-        nodes.append(plan.frames[1])
-    whole, axis = (state.path.encoder.blocks[0].output, 1) if plan is None else (plan.source, 2)
-    values = [state.path.frames, *(value_of(node) for node in nodes if isinstance(node, Node))]
-    sizes = [value.node.expr for value in values if isinstance(value, torch.SymInt)]
-    return Framed(frozenset(size for size in sizes if size.is_Symbol), int(value_of(whole).shape[axis]))
-
-
 def _compile_piece(piece: Piece, given: Mapping[int, Any], options: Mapping[str, Any]) -> "_Compiled":
     """Compile a piece for all sizes; if that fails since it asks whether one of them is 1, as torchao's dynamic
     quantisation does, for all above 1."""
     try:
         return _Compiled(lower(piece.graph_module, _examples(piece, given), "whole", options), piece)
     except GuardOnDataDependentSymNode:
-        if not _is_free(piece, given):
+        if not is_free(piece, given):
             raise
-        sizes = _UnknownSizes(least=2)
-        examples = [sizes.put_into(x) if _is_symbolic(x) else x for x in _examples(piece, given)]
-        places = {size.node.expr: (i, axis) for i, x in enumerate(examples) for axis, size in _symbolic_sizes(x)}
+        sizes = UnknownSizes(least=2)
+        examples = [sizes.put_into(x) if is_symbolic(x) else x for x in _examples(piece, given)]
+        places = {size.node.expr: (i, axis) for i, x in enumerate(examples) for axis, size in symbolic_sizes(x)}
         if not sizes.symbols <= places.keys():
             raise  # nobody could tell from an input of the piece whether the size is 1
         run = lower(piece.graph_module, examples, "whole", options)
@@ -270,77 +258,6 @@ def _examples(piece: Piece, given: Mapping[int, Any]) -> list[Any]:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     return [example(value) for value in piece.inputs]
-
-
-def _forget_sizes(pieces: Sequence[Piece], given: Mapping[int, Any]) -> set[str]:
-    """Put sizes of which nothing is known in the place of Dynamo's symbols, in what the pieces are compiled for. Those
-    that read the graph's own inputs keep theirs. Returns the names of the others."""
-    sizes, names = _UnknownSizes(least=1, keep_unbacked=True), set()
-    for piece in pieces:
-        if not _is_free(piece, given):
-            continue  # such as a convolution, whose layout PyTorch does not know for a size of which nothing is known
-        names.add(piece.name)
-        for node in piece.graph_module.graph.nodes:
-            if node.op == "placeholder" and _is_symbolic(value_of(node)):
-                node.meta["example_value"] = sizes.put_into(value_of(node))
-    return names
-
-
-def _is_free(piece: Piece, given: Mapping[int, Any]) -> bool:
-    """Whether no input of the graph that has a symbol for a size is an input of the piece."""
-    return not any(isinstance(x, torch.Tensor) and _is_symbolic(x) and id(x) in given for x in piece.inputs)
-
-
-class _UnknownSizes:
-    """Sizes of which nothing is known but that they are not below ``least``, in the place of a graph's symbols."""
-
-    def __init__(self, least: int, keep_unbacked: bool = False) -> None:
-        fake_mode = torch._guards.TracingContext.get().fake_mode
-        assert fake_mode is not None and fake_mode.shape_env is not None
-        self._fake_mode, self._shape_env = fake_mode, fake_mode.shape_env
-        self._least, self._keep_unbacked = least, keep_unbacked
-        self._unknown: dict[Any, Any] = {}
-
-    @property
-    def symbols(self) -> set[Any]:
-        """Those that were put into something."""
-        return set(self._unknown.values())
-
-    def put_into(self, value: Any) -> Any:
-        """A fake tensor like ``value``, or a size."""
-        with self._fake_mode, self._shape_env.ignore_fresh_unbacked_symbols():
-            if not isinstance(value, torch.Tensor):
-                return self._of(value)
-            layout = [[self._of(size) for size in sizes] for sizes in (value.shape, value.stride())]
-            return torch.empty_strided(*layout, dtype=value.dtype, device=value.device)
-
-    def _of(self, size: Any) -> Any:
-        if not isinstance(size, torch.SymInt):
-            return size
-        shape_env, expression = self._shape_env, size.node.expr
-        for symbol in expression.free_symbols - self._unknown.keys():
-            unbacked = symbol_is_type(symbol, SymT.UNBACKED_INT)
-            self._unknown[symbol] = symbol
-            if not (unbacked and self._keep_unbacked):
-                fresh = shape_env.create_unbacked_symint()
-                torch._check(fresh >= self._least)
-                self._unknown[symbol] = fresh.node.expr
-                hint = shape_env.var_to_hint_override.get(symbol) if unbacked else shape_env.backed_var_to_val[symbol]
-                if hint is not None:
-                    shape_env.var_to_hint_override[fresh.node.expr] = int(hint)
-        return shape_env.create_symintnode(expression.xreplace(self._unknown), hint=None)
-
-
-def _symbolic_sizes(value: Any) -> list[tuple[int | None, torch.SymInt]]:
-    """The axes of a tensor whose sizes are known at run time only, and these; of a size itself, None and the size."""
-    sizes = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
-    return [(axis, size) for axis, size in sizes if isinstance(size, torch.SymInt)]
-
-
-def _is_symbolic(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return any(isinstance(size, torch.SymInt) for size in (*value.shape, *value.stride()))
-    return isinstance(value, torch.SymInt)
 
 
 def _settings(options: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,6 @@ its three positions; all other places of the video are gone, and text keeps the 
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -22,8 +21,7 @@ from typing import Any
 
 import torch
 from oracle import Options
-from oracle_inner import reduced_logits
-from tiny_qwen import row_alone
+from tiny_qwen import VIDEO, row_alone
 from torch import Tensor, nn
 
 from earlytom_compile.reference import (
@@ -191,8 +189,7 @@ def _compress_video(model: Any, pixels: Tensor, grid: Tensor, options: Options) 
 @dataclass
 class _Sequence:
     """A cut row and what was generated behind it. positions: ``[3, L]``. following: ``[3]``, those of the
-    next token. deepstack: of each earlier layer ``[L, C]``, zero where ``visual`` is False. video_of: int64, of the
-    prompt alone, the video that each position belongs to; -1: none."""
+    next token. deepstack: of each earlier layer ``[L, C]``, zero where ``visual`` is False."""
 
     ids: Tensor
     embeddings: Tensor
@@ -200,7 +197,6 @@ class _Sequence:
     visual: Tensor
     deepstack: list[Tensor]
     following: Tensor
-    video_of: Tensor
 
 
 def _split(pixels: Tensor, grids: Tensor) -> list[Tensor]:
@@ -250,25 +246,20 @@ def _cut_row(model: Any, inputs: dict, videos: list[CompressedVideo]) -> _Sequen
         for layer, states in enumerate(deepstack):
             states[of_images] = images.deepstack_features[layer]
     kept, visual = positions[:, columns], of_videos | of_images
-    numbers = [torch.full((len(video.kept),), i) for i, video in enumerate(videos)]
-    video_of = torch.full_like(ids, -1)
-    video_of[of_videos] = torch.cat([*numbers, ids.new_empty(0)])
-    return _Sequence(ids, embeddings, kept, visual, deepstack, positions[:, -1] + 1, video_of)
+    return _Sequence(ids, embeddings, kept, visual, deepstack, positions[:, -1] + 1)
 
 
-def _logits(model: Any, row: _Sequence, steps: Sequence[Any] = ()) -> Tensor:
-    """``[L, vocab]``, or of what ``steps`` inside the language model leave."""
-    if steps:
-        given = {"positions": row.positions, "added": row.deepstack}
-        return reduced_logits(model, row.embeddings, row.video_of.tolist(), steps, **given)
-    given = {"inputs_embeds": row.embeddings[None], "position_ids": row.positions[:, None]}
+def _logits(model: Any, row: _Sequence) -> Tensor:
+    """``[L, vocab]``."""
+    given: dict[str, Any] = {"inputs_embeds": row.embeddings[None], "position_ids": row.positions[:, None]}
     if row.deepstack and row.visual.any():
         given["visual_pos_masks"] = row.visual[None]
         given["deepstack_visual_embeds"] = [states[row.visual] for states in row.deepstack]
     return model.lm_head(model.model.language_model(**given, use_cache=False).last_hidden_state[0])
 
 
-def _extended(model: Any, row: _Sequence, token: int) -> _Sequence:
+def extended(model: Any, row: _Sequence, token: int) -> _Sequence:
+    """The sequence with one more token behind it."""
     embedding = model.get_input_embeddings()(torch.tensor([token]))
     return _Sequence(
         ids=torch.cat([row.ids, torch.tensor([token])]),
@@ -277,7 +268,6 @@ def _extended(model: Any, row: _Sequence, token: int) -> _Sequence:
         visual=torch.cat([row.visual, torch.tensor([False])]),
         deepstack=[torch.cat([states, torch.zeros_like(embedding)]) for states in row.deepstack],
         following=row.following + 1,
-        video_of=row.video_of,
     )
 
 
@@ -291,8 +281,7 @@ def _options(options: dict[str, Any]) -> Options:
 
 
 def _rows(model: Any, inputs: dict, options: dict[str, Any]) -> list[_Sequence]:
-    alone = [row_alone(inputs, row) for row in range(len(inputs["input_ids"]))]
-    return [_cut_row(model, row, _videos_of(model, row, _options(options))) for row in alone]
+    return [row for row, _ in compressed_sequences(model, inputs, **options)]
 
 
 @torch.no_grad()
@@ -304,8 +293,21 @@ def compressed_videos(model: Any, inputs: dict, **options: Any) -> list[Compress
 @torch.no_grad()
 def compressed_rows(model: Any, inputs: dict, **options: Any) -> list[tuple[Tensor, Tensor]]:
     """(cut ids ``[L']``, logits ``[L', vocab]``) of each row of a batch alone, without its padding."""
-    steps = options.get("steps", ())
-    return [(row.ids, _logits(model, row, steps)) for row in _rows(model, inputs, options)]
+    return [(row.ids, _logits(model, row)) for row in _rows(model, inputs, options)]
+
+
+@torch.no_grad()
+def compressed_sequences(model: Any, inputs: dict, **options: Any) -> list[tuple[Any, list[int]]]:
+    """What the language model gets of each row of a batch alone, and which video of it each position belongs to, -1
+    for none."""
+    rows = []
+    for row in range(len(inputs["input_ids"])):
+        alone = row_alone(inputs, row)
+        videos = _videos_of(model, alone, _options(options))
+        sequence = _cut_row(model, alone, videos)
+        owners = iter([number for number, video in enumerate(videos) for _ in video.kept])
+        rows.append((sequence, [next(owners) if token == VIDEO else -1 for token in sequence.ids.tolist()]))
+    return rows
 
 
 @torch.no_grad()
@@ -315,6 +317,6 @@ def compressed_generate(model: Any, inputs: dict, max_new_tokens: int, **options
     generated = []
     for row in _rows(model, inputs, options):
         for _ in range(max_new_tokens):
-            row = _extended(model, row, int(_logits(model, row, options.get("steps", ()))[-1].argmax()))
+            row = extended(model, row, int(_logits(model, row)[-1].argmax()))
         generated.append(row.ids[-max_new_tokens:])
     return torch.stack(generated)

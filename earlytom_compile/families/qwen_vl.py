@@ -91,8 +91,8 @@ class QwenVL(Family):
             encoded = model.model.get_image_features(call["pixel_values"], call.get("image_grid_thw"), return_dict=True)
         if encoded is not None:
             rows = torch.cat([torch.cat(list(part)) for part in _parts(encoded)], dim=-1)
-            like_embeddings = rows.new_empty(*ids.shape, self.embedding(model).embedding_dim)  # type: ignore[arg-type]
-            main = rows[:, : like_embeddings.shape[-1]]
+            width = Family.row_width(self, model)
+            like_embeddings, main = rows.new_empty(*ids.shape, width), rows[:, :width]
             model.model.get_placeholder_mask(ids, inputs_embeds=like_embeddings, image_features=main)  # checks them
             yield model.config.image_token_id, rows
 

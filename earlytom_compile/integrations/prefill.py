@@ -34,7 +34,7 @@ from .caches import cache_of, cache_to_make, counts_first_layer, given_cache
 from .inner_steps import InnerPrompt, erase_mark, find_mark, shorten
 from .placement import own_code_because
 from .shorter_caches import ShorterLayer, forget_if_empty, grows, keep_in_mind
-from .tracing import FirstCallAlone, with_its_own_code
+from .tracing import FirstCallAlone, spread_deepstack, with_its_own_code
 
 FEWEST_POSITIONS_ON_CPU = 128
 """A CPU gains a few milliseconds from compiled code in a shorter prompt, and has nothing to launch; compiling takes ten
@@ -298,7 +298,7 @@ def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _call_marked(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inner: InnerPrompt) -> Any:
     embeds = kwargs["inputs_embeds"]
     marked = torch.ops.earlytom.mark_videos(embeds, inner.video_of, list(inner.last), list(inner.slots))
-    return own(*args, **{**kwargs, "inputs_embeds": marked})
+    return own(*args, **{**spread_deepstack(embeds, kwargs), "inputs_embeds": marked})
 
 
 def _compile_prompt(

@@ -5,7 +5,6 @@ import pytest
 import torch
 from scenes import spread
 from torch.nn.functional import pad
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from earlytom_compile.benchmarks.arms import _averaged, _subsampled
 from earlytom_compile.benchmarks.floor import work_of
@@ -34,6 +33,8 @@ def model(request):
 @pytest.mark.parametrize("frames", [1, 4, 5])
 def test_patches_are_in_the_processors_order(frames):
     pytest.importorskip("torchvision")
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
     pictures = torch.from_numpy(np.random.default_rng(0).normal(size=(frames, 3, 24, 40)).astype(np.float32))
     settings = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     own = Qwen2VLVideoProcessor().patchify(pictures[None], **settings)[0][0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_qwen_checkpoint import write_qwen_checkpoint
+from tiny_qwen_checkpoint import require_family, write_qwen_checkpoint
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.cli import compare as comparing
@@ -35,6 +35,7 @@ def folders(tmp_path_factory):
     made = {}
 
     def of(name):
+        require_family(SHAPES[name])
         if name not in made:
             made[name] = write_qwen_checkpoint(tmp_path_factory.mktemp("qwen") / name, SHAPES[name])
         return made[name]
