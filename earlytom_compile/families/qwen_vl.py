@@ -229,13 +229,6 @@ class Qwen3_VL(QwenVL):
         """A run for each frame."""
         return locate_pieces(ids, self.video_token(model), sizes)
 
-    def reason_against_inside(self, model: Any) -> Reason | None:
-        """What stays of a frame must stay behind its own time stamp, and get what DeepStack adds to it."""
-        return (
-            "time stamps stand between the frames of a video, past which its tokens would move",
-            "Leave inner_layer out, or choose a method that acts behind the encoder",
-        )
-
     def inputs(self, model: Any, ids: Tensor, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Any]:
         """Features of images and videos, since DeepStack adds to layers of the language model."""
         width = model.config.vision_config.out_hidden_size
