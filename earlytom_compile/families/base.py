@@ -83,6 +83,9 @@ class Family:
     """Whether a row that stays of a video takes its own place in the prompt, and so its own position, that of a merged
     frame in the first of its frames: for models that know by its position where and when a token is. Else the rows
     stand in the first places of their video, as if there had been no others."""
+    reuses_patches: bool = True
+    """Whether the pixels of a :class:`Video` are pictures, so that patches that did not change can be told. Where not,
+    frames merge under ``variant="plus"``, too."""
     consumed: frozenset[str] = frozenset()
     """Arguments that a call has no use for once its videos are rows, besides pixels and ids."""
     generation: Generation | None = None
@@ -108,6 +111,11 @@ class Family:
     """``model_type`` in the config.json of its checkpoints, if the command line can load them."""
     checkpoint: str = ""
     """One of them on the Hub, as an example for people."""
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of :class:`EarlyTomConfig` that the caller gave, and the defaults that are others with this model."""
+        merges = {} if self.reuses_patches or given.get("reuse") is not None else {"reuse": False}
+        return {**given, **merges}
 
     # --- The model ------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ class QwenVL(Family):
 
     consumed = frozenset((*_IMAGES, *_VIDEOS))
     keeps_places = True
+    reuses_patches = False
 
     def vision_tower(self, model: Any) -> nn.Module:
         """The packed tower."""

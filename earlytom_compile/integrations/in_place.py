@@ -33,8 +33,8 @@ def compile(model: torch.nn.Module, **options: Any) -> torch.nn.Module:  # noqa:
     Promises: ``generate`` returns the caller's own prompt ids followed by the new tokens; :func:`restore` undoes it
     exactly; a call without a video runs the model's own code.
     """
-    config = EarlyTomConfig.from_options(options)
     family = family_of(model)
+    config = EarlyTomConfig.from_options(family.options(options))
     family.require_versions()
     check_family(model, family)
     if reason := Placement.of(model, family, asks_for_cuda_graphs(config.mode)).reason_against:

@@ -142,9 +142,9 @@ def observe(
     Raises :class:`EarlyTomConfigError` for bad ones, another model or another shape, and :class:`EarlyTomCompileError`
     where a call would run uncompressed.
     """
-    config = EarlyTomConfig.from_options(options)
     inner: Any = getattr(model, "_orig_mod", model)  # behind torch.compile(model)
     family = family_of(inner)
+    config = EarlyTomConfig.from_options(family.options(options))
     family.require_versions()
     check_family(inner, family)
     family.prepare()

@@ -69,12 +69,25 @@ def test_hooks_on_layers_inside_run_and_count(model, inputs):
     assert torch.equal(compressed, new_tokens(model, inputs)) and not torch.equal(compressed, before)
 
 
-def test_patches_are_not_reused(model, inputs):
+def test_frames_merge_under_plus_and_no_patch_is_reused(model, inputs):
     plain = new_tokens(model, inputs)
-    earlytom_compile.compile(model, lowering="eager", variant="plus")
+    earlytom_compile.compile(model, **OPTIONS, variant="plus", strict=True)
+    merged = new_tokens(model, inputs)
+    assert "reuse=False" in str(earlytom_compile.report(model))
+    earlytom_compile.compile(model, **OPTIONS, variant="plus", reuse=False, strict=True)
+    assert torch.equal(new_tokens(model, inputs), merged) and not torch.equal(merged, plain)
+    (observed,) = earlytom_compile.observe(
+        earlytom_compile.restore(model),
+        inputs["pixel_values_videos"],
+        {"video_grid_thw": inputs["video_grid_thw"]},
+        variant="plus",
+    )
+    assert observed.merges
+    asked = {"lowering": "eager", "retain_ratio": 0.3, "reuse": True}
+    earlytom_compile.compile(model, **asked)
     with pytest.warns(EarlyTomFallbackWarning, match="unknown which of them did not change.*reuse=False"):
         assert torch.equal(new_tokens(model, inputs), plain)
-    earlytom_compile.compile(model, lowering="eager", variant="plus", strict=True)
+    earlytom_compile.compile(model, **asked, strict=True)
     with pytest.raises(EarlyTomCompileError, match="reuse=False"):
         new_tokens(model, inputs)
 
