@@ -38,7 +38,7 @@ from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.flops import Reuse, count
 from earlytom_compile.integrations.pixels import PixelSettings
 from earlytom_compile.integrations.tower import MergedFrames
-from earlytom_compile.shapes import ModelShape, config_of, shape_of
+from earlytom_compile.shapes import LlavaShape, ModelShape, config_of, shape_of
 
 RATIOS = (1.0, 0.5, 0.35, 0.25, 0.15)
 MOST_TIME_FOR_WORK = 1.2
@@ -167,6 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     on_gpu, dtype = arguments.device == "cuda", torch.bfloat16 if arguments.device == "cuda" else torch.float32
     shape, config = shape_of(arguments.shape), config_of(arguments.shape)
+    if not isinstance(shape, LlavaShape):
+        parser.error(
+            f"--shape {arguments.shape}: unchanged patches are reused in the towers of LLaVA; give one of those"
+        )
     tower = random_tower(config, device=arguments.device, dtype=dtype)
     pixels = still_pixels(arguments.frames, shape.image_size).to(arguments.device, dtype)
     about = {**environment(pixels.device), "shape": arguments.shape, "frames": arguments.frames}

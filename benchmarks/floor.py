@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import Any
 
 from earlytom_compile.benchmarks.model_parts import LLM, TOKENS, VISION, weight_bytes
-from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.flops import Reuse, Variant, count
 from earlytom_compile.flops_inside import layer_lengths, operations_inside
 from earlytom_compile.methods.base import Step
@@ -89,8 +88,7 @@ def work_of(
         EarlyTomConfigError: a model whose work cannot be counted, see :meth:`ModelShape.from_config`.
     """
     shape, item = shape or ModelShape.from_config(model.config), model.dtype.itemsize
-    chosen = None if merge_layers is None else tuple(merge_layers)
-    merges = EarlyTomConfig(merge_layers=chosen).resolve_merge_layers(shape.vision_layers)
+    merges = shape.merges(merge_layers)
     reused: list[Reuse | None] = [*reuse] or [None] * len(schedules)
     starts = {0: prompt} if isinstance(prompt, int) else prompt
     options: dict[str, Any] = {"protocol": "exact", "llm_tokens": starts, "merge_layers": merges, "variant": variant}

@@ -169,8 +169,11 @@ def _warm_up(arm: Arm, result: Result, device: torch.device) -> None:
     result.layer_tokens = [_positions(layer, result.cache_tokens) for layer in getattr(cache, "layers", ())]
     if arm.compresses:
         report = earlytom_compile.report(arm.model).to_dict()
+        kept = [video["tokens"][1] for video in report["videos"]]
+        if result.cache_tokens != arm.beside + max(kept, default=0):
+            return  # this call kept all tokens; what is told is of another arm, which has the same weights
         result.frames = [video["frames"] for video in report["videos"]]
-        result.kept = [video["tokens"][1] for video in report["videos"]]
+        result.kept = kept
         result.merge_layers = report["merge_layers"]
         counts = patches_of(report)
         result.patches = [[each.every, each.total, each.distinct or len(each.by_frame)] for each in counts]

@@ -110,7 +110,7 @@ def count(
     if protocol not in PROTOCOLS:
         raise EarlyTomConfigError(f"protocol={protocol!r}: must be one of {', '.join(map(repr, PROTOCOLS))}.")
     config = EarlyTomConfig(variant=variant, method=method)
-    merges = EarlyTomConfig(merge_layers=_optional(merge_layers)).resolve_merge_layers(shape.vision_layers)
+    merges = shape.merges(merge_layers)
     if method == EARLYTOM:
         kept = None  # what its operators do follows from the schedule
     else:
@@ -202,16 +202,12 @@ def _of_method(shape: ModelShape, frames: int, config: EarlyTomConfig, kept: int
     """The scores of the attention that another method asks for, and the products that it says it has."""
     method = method_named(config.method)
     assert method is not None
-    scored = config.scored_layer(shape.vision_layers)
+    scored = config.scored_layer(shape.vision_layers, shape.full_layers)
     scores = 2 * shape.attention_scores(scored, frames) if method.importance else 0
     if method.keep is None or method.operations is None:
         return scores
     sizes = Sizes(frames, shape.pooled_tokens, shape.llm_width, shape.vision_width // shape.vision_heads, kept)
     return scores + method.operations(sizes)
-
-
-def _optional(layers: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if layers is None else tuple(layers)
 
 
 def _check_schedule(schedule: Sequence[float], merges: Sequence[int]) -> None:
@@ -299,7 +295,7 @@ def implied_frames(
     One cost does not fix several merges. So each merge layer gets the range it can have while frames never grow and a
     layer, which merges pairs, leaves at least half. Raises :class:`EarlyTomConfigError` if no schedule can cost that.
     """
-    merges = EarlyTomConfig(merge_layers=_optional(merge_layers)).resolve_merge_layers(shape.vision_layers)
+    merges = shape.merges(merge_layers)
     least, most = encoder
 
     def cost(*schedule: float) -> float:

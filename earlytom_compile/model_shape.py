@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .config import EarlyTomConfig
 from .errors import EarlyTomConfigError
 
 PIXEL_CHANNELS = 3
@@ -35,6 +36,14 @@ class ModelShape:
     """Whether ``lm_head`` is the embedding: the same work, fewer weights."""
     frames: int = 32
     """Pictures of a video the model is used with, unless somebody says otherwise."""
+    full_layers: tuple[int, ...] = ()
+    """0-based encoder layers that look at the whole frame, where the others have windows; empty where all do."""
+
+    def merges(self, merge_layers: Sequence[int] | None) -> tuple[int, ...]:
+        """Encoder layers after which frames merge; None: those of a call that does not say. Raises
+        :class:`EarlyTomConfigError` for one that does not exist."""
+        chosen = None if merge_layers is None else tuple(merge_layers)
+        return EarlyTomConfig(merge_layers=chosen).resolve_merge_layers(self.vision_layers, self.full_layers)
 
     @staticmethod
     def from_config(config: Any) -> "ModelShape":

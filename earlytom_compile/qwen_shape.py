@@ -99,8 +99,6 @@ class QwenShape(ModelShape):
     merge: int = 2
     window: int | None = None
     """Places on a side of a window; None: all layers look at the whole frame."""
-    full_layers: tuple[int, ...] = ()
-    """0-based encoder layers that look at the whole frame although there are windows."""
     gated: bool = False
     """Whether the encoder's MLP has three matrices."""
     deepstack: tuple[int, ...] = ()

@@ -36,9 +36,8 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, windows: Sequenc
     frames, heads, places, width = query.shape
     out = query.new_empty((frames, places, heads, width)).transpose(1, 2)
     for start, number, length in runs_of(windows):
-        mixed = F.scaled_dot_product_attention(
-            *(in_windows(x, start, number, length) for x in (query, key, value)), scale=scale
-        )
+        own = [in_windows(x, start, number, length) for x in (query, key, value)]
+        mixed = F.scaled_dot_product_attention(own[0], own[1], own[2], scale=scale)
         whole = mixed.unflatten(0, (frames, number)).transpose(1, 2).flatten(2, 3)  # [T, H, number * length, d]
         out.narrow(2, start, number * length).copy_(whole)
     return out

@@ -52,7 +52,8 @@ class Layer:
     @property
     def scale(self) -> float | Node | None:
         """Factor on q·k; None means 1/sqrt(d)."""
-        return argument(self.attention, 4, "scale") if self.windows else self.attention.kwargs.get("scale")
+        scale = argument(self.attention, 4, "scale") if self.windows else self.attention.kwargs.get("scale")
+        return scale  # type: ignore[return-value]
 
     @property
     def windows(self) -> Sequence[int]:

@@ -46,7 +46,7 @@ class MergedVideo:
     keys: Node | None  # float32 [N, S, d], of the scored layer's attention; likewise
     dynamic: Node | None  # bool [N]; likewise
     counts: tuple[Node, ...]  # int64 [V], frames of each video: at first, then after each merge layer
-    first: Node | None  # int64 [N], the first of the frames each is made of; None unless somebody wants it
+    first: Node | None  # int64 [N], the first of the frames each is made of; None unless asked for and some merge
     plans: tuple[tuple[Node, Node], ...]  # (source, weight) of each merge layer, see kernels/plan_merge.py
     axes: tuple[ResizedAxis, ...]  # the frame axes that changed
 
@@ -76,9 +76,8 @@ def insert_frame_merge(
     # Where frames are counted at run time, no operator between pixels and layers may ask for their number.
     with graph.inserting_before(sizes.frames.next if isinstance(sizes.frames, Node) else blocks[0].input.next):
         counts = [_frame_counts(graph, path, sizes)]
-        first = _numbers(graph, path, sizes) if tell_first and path.videos == 1 else None
     features = reused.whole(graph, scored.output) if reused is not None else scored.output
-    axes, plans = [], []
+    axes, plans, first = [], [], None
     for layer in layers:
         if isinstance(path.frames, int) and path.frames < _FEWEST_MERGEABLE:
             counts.append(counts[-1])
@@ -92,7 +91,7 @@ def insert_frame_merge(
         for output, merged in zip(outputs, merge.riders[len(scores) :], strict=True):
             riding.note(output, merged, merge.size)
         riding.read[blocks[layer].output] = merge.hidden
-        if first is not None:
+        if tell_first and path.videos == 1:
             first = _first_of_merged(graph, first, merge)
         if scores:
             features, importance = merge.hidden, merge.riders[0]
@@ -188,17 +187,11 @@ def _merge_behind(
     return _Merge(hidden, riders, counts, size, (source, weight))
 
 
-def _numbers(graph: Graph, path: VideoPath, sizes: VideoSizes) -> Node:
-    device = value_of(path.pixels).device  # type: ignore[union-attr]
-    return insert(graph, torch.arange, sizes.frames, device=device)
-
-
-def _first_of_merged(graph: Graph, first: Node, merge: _Merge) -> Node:
+def _first_of_merged(graph: Graph, first: Node | None, merge: _Merge) -> Node:
     """int64 [n]: of the frames that a merged one is made of, the first."""
     source, _ = merge.plan
     with graph.inserting_before(merge.hidden.next):
-        rows = insert(graph, operator.getitem, source, (slice(None, merge.size), 0))
-        return insert(graph, "index_select", first, 0, rows)
+        return insert(graph, torch.ops.earlytom.first_of_merged.default, first, source, merge.size)
 
 
 def _times(graph: Graph, videos: int, frames: int | Node) -> int | Node:

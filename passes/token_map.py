@@ -128,7 +128,8 @@ def _carried(found: TokenMap, probe: Probe, importance: torch.Tensor) -> torch.T
 
 def _candidates(view: GraphView, hidden: Node, features: Node, frame_axes: int) -> Iterator[TokenMap]:
     region = view.flow.between(hidden, features)
-    order = _order(view, region, math.prod(int(size) for size in shape_of(features)[frame_axes:-1]))  # type: ignore[index]
+    tokens: list[int] = [int(size) for size in shape_of(features)[frame_axes:-1]]  # type: ignore[index]
+    order = _order(view, region, math.prod(tokens))
     for found in _candidates_in_order(view, region, hidden, features, frame_axes):
         yield replace(found, order=order)
 

@@ -4,14 +4,15 @@ finder took it for. A graph with a picture in it never hears that it has none.""
 from collections.abc import Sequence
 
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from earlytom_compile.passes.attention_spellings import attention_operators
 from earlytom_compile.passes.axes import op_name
 from earlytom_compile.passes.axis_call import MARK, RULES
 from earlytom_compile.passes.axis_rules_indexing import is_weight
 from earlytom_compile.passes.find_pixels import caches, pictures
-from earlytom_compile.passes.find_vision_encoder import FoundEncoders, GraphView, Miss
-from earlytom_compile.passes.patterns import argument, value_of
+from earlytom_compile.passes.find_vision_encoder import FoundEncoders, GraphView, Miss, is_bidirectional
+from earlytom_compile.passes.patterns import argument, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable, NothingToCompress, describe
 
 _IN_PLACE = "use earlytom_compile.compile(model), whose generate() and forward() encode the video themselves"
@@ -21,6 +22,12 @@ def why_no_encoder(view: GraphView, found: FoundEncoders) -> NotApplicable:
     """The reason, to be raised."""
     seen = pictures(view)
     misses = [miss for miss in found.misses if any(view.flow.is_from(miss.attention, picture) for picture in seen)]
+    if any(_is_of_packed_frames(view, miss.attention) for miss in found.misses):
+        return NotApplicable(
+            "all frames of all videos stand in one sequence [positions, channels], cut into frames by lengths that "
+            "only the values of a tensor tell, so that no axis holds the frames",
+            f"Instead of compiling the model or its tower, {_IN_PLACE}, and encode_videos() the tower alone",
+        )
     if misses:
         return _of_miss(view, misses[0], seen)
     if seen:
@@ -97,6 +104,18 @@ def _cure(node: Node) -> str:
             "earlytom_compile.register_position_wise(name) does"
         )
     return "docs/adding-a-model.md says what a block must be; other models run uncompressed"
+
+
+def _is_of_packed_frames(view: GraphView, attention: Node) -> bool:
+    """Whether an attention without a mask is computed from one sequence that has no axis of batches, or begins a graph
+    with a piece of one."""
+    query, key = (shape_of(argument(attention, place, name)) or () for place, name in enumerate(("query", "key")))
+    if len(query) != 4 or len(key) != 4 or not is_bidirectional(attention):
+        return False
+    if not (statically_known_true(query[0] == 1) and statically_known_true(query[2] == key[2])):
+        return False
+    linears = [node for node in view.flow.before(attention) if op_name(node) == "linear"]
+    return all(len(shape_of(argument(node, 0, "input")) or ()) == 2 for node in linears)
 
 
 def _has_foreign_features(view: GraphView) -> bool:

@@ -18,15 +18,7 @@ from typing import Any
 import torch
 from oracle_inner import reduced_logits
 from oracle_reuse import ReusingEncoder, attention_of, tensor_of
-from oracle_tower import (
-    first_taken,
-    layers_behind,
-    layers_in_use,
-    pool_importance,
-    seen_by_method,
-    tokens_of,
-    tower_of,
-)
+from oracle_tower import features_and_importance, layers_in_use, pool_importance, seen_by_method, tower_of
 from torch import Tensor, nn
 
 from earlytom_compile.config import EarlyTomConfig
@@ -197,9 +189,7 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     encoder = encoder_of(layers, merge_layers, pixels, model.config.vision_config.patch_size, options)
     with encoder.hooked():
         tower_of(model)(pixels)
-    hidden = torch.cat([encoder.outputs[count - 1] for count in layers_behind(model)], dim=-1)
-    hidden, importance = (each[:, first_taken(model) :] for each in (hidden, encoder.importance))
-    features = tokens_of(model, hidden)
+    features, importance = features_and_importance(model, encoder)
     if options.variant == "plus":
         kept = select_representatives(features, frames_in=len(pixels), retain_ratio=options.retain_ratio)
     else:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from oracle import Options
-from tiny_qwen import row_alone
+from tiny_qwen import VIDEO, row_alone
 from torch import Tensor, nn
 
 from earlytom_compile.reference import (
@@ -141,11 +141,17 @@ def _first_frames(plan: FrameMergePlan) -> list[int]:
     return [int(row.nonzero()[0]) for row in plan.weights]
 
 
+def _query_and_key(attention: nn.Module, hidden: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """float32 ``[L, H, d]`` each, as they meet."""
+    query, key, _ = attention.qkv(hidden).float().view(len(hidden), 3, attention.num_heads, -1).unbind(1)
+    cos, sin = (part.float()[:, None] for part in table)
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
 def attention_received(attention: nn.Module, hidden: Tensor, ends: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """``[L, D] -> float32 [L]``: softmax(q k scale), mean over heads, sum over the queries that see a patch: those of
     its own stretch between two of ``ends``."""
-    query, key, _ = attention.qkv(hidden).float().view(len(hidden), 3, attention.num_heads, -1).unbind(1)
-    query, key = (_rotated(x, *(part.float()[:, None] for part in table)) for x in (query, key))
+    query, key = _query_and_key(attention, hidden, table)
     stretches = []
     for begin, end in pairwise(ends.tolist()):
         scores = torch.einsum("qhd,khd->hqk", query[begin:end], key[begin:end]) * query.shape[-1] ** -0.5
@@ -258,7 +264,8 @@ def _logits(model: Any, row: _Sequence) -> Tensor:
     return model.lm_head(model.model.language_model(**given, use_cache=False).last_hidden_state[0])
 
 
-def _extended(model: Any, row: _Sequence, token: int) -> _Sequence:
+def extended(model: Any, row: _Sequence, token: int) -> _Sequence:
+    """The sequence with one more token behind it."""
     embedding = model.get_input_embeddings()(torch.tensor([token]))
     return _Sequence(
         ids=torch.cat([row.ids, torch.tensor([token])]),
@@ -280,8 +287,7 @@ def _options(options: dict[str, Any]) -> Options:
 
 
 def _rows(model: Any, inputs: dict, options: dict[str, Any]) -> list[_Sequence]:
-    alone = [row_alone(inputs, row) for row in range(len(inputs["input_ids"]))]
-    return [_cut_row(model, row, _videos_of(model, row, _options(options))) for row in alone]
+    return [row for row, _ in compressed_sequences(model, inputs, **options)]
 
 
 @torch.no_grad()
@@ -291,9 +297,52 @@ def compressed_videos(model: Any, inputs: dict, **options: Any) -> list[Compress
 
 
 @torch.no_grad()
+def encoded_whole(model: Any, pixels: Tensor, grid: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Of one video in which nothing merges: features ``[T, P, C]``; of ``layer`` (-1: the last) the attention received
+    ``[T, P]`` and the keys ``[T, P, d]``, mean over heads and patches; and of each layer of DeepStack ``[T, P, C]``."""
+    visual, (frames, height, width) = model.model.visual, grid.tolist()
+    noted: dict[str, Tensor] = {}
+
+    def look(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        table = kwargs["position_embeddings"]
+        received = attention_received(attention, args[0], kwargs["cu_seqlens"], table) / (height * width)
+        keys = _query_and_key(attention, args[0], table)[1].mean(1)
+        noted["seen"] = torch.cat([received[:, None], keys], dim=1)
+
+    def ride_along(merger: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return torch.cat([output, noted["seen"].view(len(output), -1, noted["seen"].shape[1]).mean(1)], dim=1)
+
+    hooks = [
+        visual.blocks[layer].attn.register_forward_pre_hook(look, with_kwargs=True),
+        visual.merger.register_forward_hook(ride_along),
+    ]
+    output = visual(pixels, grid_thw=grid[None], return_dict=True)
+    for hook in hooks:
+        hook.remove()
+    both = output.pooler_output.view(frames, -1, output.pooler_output.shape[1])
+    width = model.config.vision_config.out_hidden_size
+    deepstack = [states.view(frames, -1, width) for states in getattr(output, "deepstack_features", None) or ()]
+    return both[..., :width], both[..., width], both[..., width + 1 :], deepstack
+
+
+@torch.no_grad()
 def compressed_rows(model: Any, inputs: dict, **options: Any) -> list[tuple[Tensor, Tensor]]:
     """(cut ids ``[L']``, logits ``[L', vocab]``) of each row of a batch alone, without its padding."""
     return [(row.ids, _logits(model, row)) for row in _rows(model, inputs, options)]
+
+
+@torch.no_grad()
+def compressed_sequences(model: Any, inputs: dict, **options: Any) -> list[tuple[Any, list[int]]]:
+    """What the language model gets of each row of a batch alone, and which video of it each position belongs to, -1
+    for none."""
+    rows = []
+    for row in range(len(inputs["input_ids"])):
+        alone = row_alone(inputs, row)
+        videos = _videos_of(model, alone, _options(options))
+        sequence = _cut_row(model, alone, videos)
+        owners = iter([number for number, video in enumerate(videos) for _ in video.kept])
+        rows.append((sequence, [next(owners) if token == VIDEO else -1 for token in sequence.ids.tolist()]))
+    return rows
 
 
 @torch.no_grad()
@@ -303,6 +352,6 @@ def compressed_generate(model: Any, inputs: dict, max_new_tokens: int, **options
     generated = []
     for row in _rows(model, inputs, options):
         for _ in range(max_new_tokens):
-            row = _extended(model, row, int(_logits(model, row)[-1].argmax()))
+            row = extended(model, row, int(_logits(model, row)[-1].argmax()))
         generated.append(row.ids[-max_new_tokens:])
     return torch.stack(generated)

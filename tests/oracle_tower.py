@@ -67,6 +67,12 @@ def pool_importance(model, importance: Tensor) -> Tensor:
     return F.interpolate(grid, size=(half, half), mode="bilinear").flatten(1)
 
 
+def features_and_importance(model, encoder: Any) -> tuple[Tensor, Tensor]:
+    """Of an encoder that has run: features ``[N, P, C]``, and the importance ``[N, S]`` of the places that go on."""
+    hidden = torch.cat([encoder.outputs[count - 1] for count in layers_behind(model)], dim=-1)
+    return tokens_of(model, hidden[:, first_taken(model) :]), encoder.importance[:, first_taken(model) :]
+
+
 def seen_by_method(model, pixels: Tensor, options: Any) -> tuple[ReusingEncoder, Tensor, Tensor, Tensor]:
     """Of one video ``[F, C, H, W]``, where no frames merge: the encoder, features ``[F, P, C]``, and of its
     ``scored_layer`` the attention received ``[F, P]`` and the keys ``[F, P, d]``. ``options``: those of the oracle."""
@@ -82,9 +88,7 @@ def seen_by_method(model, pixels: Tensor, options: Any) -> tuple[ReusingEncoder,
     )
     with encoder.hooked():
         tower_of(model)(pixels)
-    first = first_taken(model)
-    hidden = torch.cat([encoder.outputs[count - 1] for count in layers_behind(model)], dim=-1)[:, first:]
-    channels = encoder.keys[:, first:].unbind(-1)
+    features, importance = features_and_importance(model, encoder)
+    channels = encoder.keys[:, first_taken(model) :].unbind(-1)
     keys = torch.stack([pool_importance(model, channel.contiguous()) for channel in channels], dim=-1)
-    importance = pool_importance(model, encoder.importance[:, first:].contiguous())
-    return encoder, tokens_of(model, hidden), importance, keys
+    return encoder, features, pool_importance(model, importance.contiguous()), keys

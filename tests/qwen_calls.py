@@ -1,20 +1,24 @@
 """What tests of compressed Qwen models share: models and their twins, prompts of all kinds, and both sides of a
 comparison."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from generating import NEW, compiled, new_tokens
 from oracle_qwen import compressed_generate, compressed_rows, compressed_videos
 from tiny_qwen import Clip, Still, qwen_inputs, tiny_qwen
 from torch import Tensor
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 
 from earlytom_compile import report
 
-OPTIONS = {"merge_layers": (1, 4), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
-"""Behind layers that attend within windows, in Qwen2.5-VL."""
+OPTIONS = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
+"""Behind layers that attend within windows, in Qwen2.5-VL; between and behind those of DeepStack, in Qwen3-VL."""
 EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
 """No frame merges, no token goes."""
 SMALL, WIDE = (4, 6), (10, 6)
@@ -35,16 +39,27 @@ PROMPTS = {
 """Rows without a video are among them."""
 
 
-@cache
-def model_of(kind: str) -> Any:
-    """A model to compile. Made once, and no argument of a test that draws its inputs, which would print all of it."""
-    return tiny_qwen(kind)
+takes_features = pytest.mark.skipif(
+    TorchVersion(transformers.__version__) < "5.18", reason="Qwen3-VL takes no features from outside"
+)
+
+
+def supported(kinds: Iterable[str]) -> list[Any]:
+    """Those that can be compressed with the transformers there is, as parameters."""
+    return [pytest.param(kind, marks=takes_features) if "qwen3_vl" in kind else kind for kind in kinds]
 
 
 @cache
+def model_of(kind: str, use: str = "compressed") -> Any:
+    """One of four vision layers for each use. Made once, and no argument of a test that draws its inputs, which would
+    print all of it. What is compiled stays so, as long as the options do: tests of the same ones are next to each
+    other."""
+    return tiny_qwen(kind, vision_layers=4, full=(1, 3), deepstack=(0, 1, 2))
+
+
 def twin_of(kind: str) -> Any:
     """The same weights once more: what is never compiled, for the oracle."""
-    return tiny_qwen(kind)
+    return model_of(kind, "twin")
 
 
 def prompt_of(model: Any, kind: str, *, seed: int = 1) -> dict[str, Any]:

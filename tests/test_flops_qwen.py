@@ -5,12 +5,14 @@ import itertools
 
 import pytest
 import torch
+from tiny_qwen_checkpoint import require_family
 from torch_counter import counter
 from transformers import CONFIG_MAPPING
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmarks.workload import make_inputs, random_model
 from earlytom_compile.flops import count, implied_encoder, implied_frames, merged_inside
+from earlytom_compile.integrations import observe as observing
 from earlytom_compile.kernels.frame_similarity import frame_similarity
 from earlytom_compile.shapes import ModelShape, config_of, shape_of
 
@@ -33,7 +35,8 @@ def counted(model, inputs):
     with torch.no_grad(), counter({torch.ops.aten.linalg_solve_triangular: solving}) as counts:
         model(**inputs)
     parts = {name.split(".", 1)[-1]: sum(ops.values()) for name, ops in counts.get_flop_counts().items()}
-    return counts.get_total_flops(), parts["model.visual"], parts["model.language_model"]
+    angles = parts.get("model.language_model.rotary_emb", 0)  # older versions of transformers multiply for them
+    return counts.get_total_flops() - angles, parts["model.visual"], parts["model.language_model"] - angles
 
 
 def exact(shape, schedule, length, **more):
@@ -165,6 +168,38 @@ def test_only_one_way_to_count_the_language_model_fits_table_7_at_23_thousand_to
     assert {tokens for _, tokens in fitting} <= set(range(TOKENS, TOKENS + 8)) and fitting[0][1] == TOKENS
 
 
+def vision_encoder(patches, matrices, full, window, embedding, mergers, unit):
+    """The encoder by one way to count, in T: ``full`` is (layers, places that each of their patches looks at)."""
+    width, mlp, llm = BIG.vision_width, BIG.vision_mlp, BIG.llm_width
+    layers, seen = full
+    products = 32 * (4 * width**2 + matrices * width * mlp) + 2 * width * (layers * seen + (32 - layers) * window)
+    products += embedding * 3 * 2 * 14**2 * width
+    return unit * (patches * products + mergers * 4 * width * (4 * width + llm)) / 1e12
+
+
+def test_only_one_way_to_count_the_encoder_fits_table_7():
+    # What both totals leave for it, to their rounding: 42.142 to 42.148 T.
+    language = [language_model(tokens, True, 3, False, 2) for tokens in (TOKENS, KEPT)]
+    least = max(554.65 - language[0], 91.85 - language[1])
+    most = min(554.75 - language[0], 91.95 - language[1])
+    assert 42.141 < least < most < 42.149
+    frame = 4 * BIG.pooled_tokens
+    ways = {
+        (patches, matrices, full, window, embedding, mergers, unit)
+        for patches in (TOKENS, 4 * TOKENS)
+        for matrices in (2, 3)
+        for full in [(0, 0), *itertools.product((4, 32), (64, frame // 4, frame, TOKENS, 4 * TOKENS))]
+        for window in (0, 64)
+        for embedding in (0, 1)
+        for mergers in (0, TOKENS // 4, TOKENS)
+        for unit in (1, 2)
+    }
+    fitting = {way for way in ways if least <= vision_encoder(*way) <= most}
+    assert len(ways) > 1000 and fitting == {(TOKENS, 3, (4, TOKENS), 64, 1, TOKENS, 2)}
+    counted = paper((FRAMES,), TOKENS).encoder / 1e12
+    assert counted == pytest.approx(vision_encoder(*fitting.pop()), rel=1e-12)
+
+
 def test_earlytoms_total_of_table_7_fits_with_merging_inside_the_language_model():
     # As in Tables 1 and 2: half of the tokens merge before layer 18. Without that, the encoder would have to do less
     # than halving the frames at each of the merge layers leaves.
@@ -192,3 +227,33 @@ def test_a_shape_of_qwen_and_its_config_say_the_same(name):
     of_config = ModelShape.from_config(config)
     assert dataclasses.replace(of_config, grid=shape.grid, frames=shape.frames) == shape
     assert max(config.image_token_id, config.video_token_id) < config.text_config.vocab_size
+
+
+def in_windows(query, key, value, windows, scale, *, out_shape=None, **kwargs):
+    """Both products of attention, window by window: ``windows`` are pairs of a number and the places of each."""
+    frames, heads, _, width = query
+    squares = sum(number * places**2 for number, places in zip(windows[::2], windows[1::2], strict=True))
+    return 2 * 2 * frames * heads * squares * width
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_exact_is_torchs_count_of_the_compressed_tower(name, monkeypatch):
+    require_family(name)
+    model = random_model(config_of(name), device="cpu", dtype=torch.float32)
+    shape = ModelShape.from_config(model.config).of_grid(6, 10)
+    inputs = make_inputs(model, frames=24, picture_size=shape.picture_size)
+    counts = []
+
+    class Counting(observing._Recorder):
+        def run(self, *given):
+            with counter({torch.ops.earlytom.window_attention: in_windows}) as counted:
+                result = super().run(*given)
+            counts.append(counted.get_total_flops())
+            return result
+
+    monkeypatch.setattr(observing, "_Recorder", Counting)
+    pixels, grids = inputs["pixel_values_videos"], {"video_grid_thw": inputs["video_grid_thw"]}
+    (seen,) = observing.observe(model, pixels, grids, merge_layers=(0, 2), retain_ratio=0.3)
+    assert seen.frame_counts[0] == 12 > seen.frame_counts[-1]
+    expected = exact(shape, seen.frame_counts, 100, merge_layers=(0, 2))
+    assert expected.encoder + expected.projector == counts[0]  # torch does not look into our operators

@@ -3,14 +3,14 @@ transformers' own processors, which read videos of any size."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from scenes import spread
 from tiny_checkpoint import build_byte_tokenizer
-from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen3VLProcessor
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmarks.workload import random_model
+from earlytom_compile.families.registry import BUILT_IN
 from earlytom_compile.qwen_configs import qwen_config
 from earlytom_compile.shapes import shape_of
 
@@ -30,6 +30,15 @@ CHAT_TEMPLATE = """\
 {% endfor -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}"""
+
+
+def require_family(shape: str) -> None:
+    """Skip the test where this transformers is too old for models of the named ``shape``."""
+    kind = shape_of(shape).model_type
+    try:
+        next(family for family in BUILT_IN if family.model_type == kind).require_versions()
+    except EarlyTomConfigError as reason:
+        pytest.skip(str(reason))
 
 
 def write_qwen_checkpoint(folder: str | Path, shape: str, *, most_tokens: int = 12, seed: int = 0) -> Path:
@@ -53,6 +62,11 @@ def write_qwen_checkpoint(folder: str | Path, shape: str, *, most_tokens: int = 
 
 
 def _processor(sizes, tokenizer, most_tokens):
+    # These need torchvision.
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen3VLProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
     patches = {"patch_size": sizes.patch_size, "merge_size": sizes.merge, "temporal_patch_size": sizes.temporal}
     token = (sizes.patch_size * sizes.merge) ** 2
     budget = {"shortest_edge": token, "longest_edge": most_tokens * token}

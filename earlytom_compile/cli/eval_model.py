@@ -57,7 +57,10 @@ def look_at_checkpoint(name: str, *, device: str, dtype: str, options: Mapping[s
         require_effect(options, place.type)
         small = content.get("hidden_size") == _HALF_BILLION_WIDTH
         return Subject(name, place, dtype, small, _named_shape(content), "EarlyTomLlavaOnevision")
+    from ..integrations.lmms_eval.transformers_code import require_pictures
+
     checkpoint = open_checkpoint(name, device=device, dtype=dtype, options=options)
+    require_pictures(name, checkpoint.processor)
     text = getattr(checkpoint.config, "text_config", None)
     small = getattr(text, "hidden_size", None) == _HALF_BILLION_WIDTH
     return Subject(checkpoint.name, checkpoint.device, dtype, small, _shape(checkpoint.config), "EarlyTom")

@@ -148,7 +148,7 @@ class Report:
                 computed = costs["patches_computed"] * costs["video_frames"] * shape.frame_tokens
                 reuse = Reuse(computed, config.resolve_full_layers(shape.vision_layers))
             steps = config.steps_inside(shape.llm_layers)
-            layers = config.resolve_merge_layers(shape.vision_layers)
+            layers = config.resolve_merge_layers(shape.vision_layers, shape.full_layers)
             schedule += (costs["video_frames"] * costs["stage1_retention"],) * len(layers)
         tokens = round(costs["video_tokens_kept"])
         given: dict[str, Any] = {"protocol": "paper", "frames_schedule": schedule, "merge_layers": layers}

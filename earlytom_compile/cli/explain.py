@@ -92,7 +92,8 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     )
     gains = gains_of(loaded.model, comparison, options, grid_in(inputs))
     asked = _ask(loaded, questions, clip, inputs, arguments.max_new_tokens, progress_on)
-    console.print(_subject(arguments, inputs), soft_wrap=True, markup=False)
+    length = f"{frames_in(inputs)} {'temporal patches' if keeps_places(inputs) else 'frames'}"
+    console.print(_subject(arguments, length), soft_wrap=True, markup=False)
     if gains is None:
         reasons = "; ".join(comparison.report["reasons"]) or "see the report"
         console.print(f"\nNothing: this call kept all tokens ({reasons}).", markup=False, soft_wrap=True)
@@ -156,7 +157,7 @@ def _print_part(console: Console, title: str, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _subject(arguments: argparse.Namespace, inputs: Inputs) -> str:
+def _subject(arguments: argparse.Namespace, length: str) -> str:
     """What the numbers are about, above all where nobody chose it."""
     lines = []
     if not arguments.model:
@@ -166,8 +167,7 @@ def _subject(arguments: argparse.Namespace, inputs: Inputs) -> str:
             "The clip is made up, since no --video was given: drawn shapes, which stand still more than people do. How "
             "far frames merge depends on the video, so give one of yours."
         )
-    what = f"{frames_in(inputs)} {'temporal patches' if keeps_places(inputs) else 'frames'} of it"
-    return "\n".join(lines or [f"{arguments.video}, {what}"]) + "\n"
+    return "\n".join(lines or [f"{arguments.video}, {length} of it"]) + "\n"
 
 
 def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:

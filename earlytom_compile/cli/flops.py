@@ -232,7 +232,7 @@ def _case(arguments: argparse.Namespace, options: dict[str, Any]) -> Case:
     bad = [ratio for ratio in arguments.retain_ratios if not 0 < ratio <= 1]
     if bad:
         raise EarlyTomConfigError(f"retain_ratio={bad[0]}: must be in (0, 1].")
-    merges = EarlyTomConfig(merge_layers=options.get("merge_layers")).resolve_merge_layers(shape.vision_layers)
+    merges = shape.merges(options.get("merge_layers"))
     schedule = arguments.schedule or (frames, *[frames * STAGE_1_RETENTION] * len(merges))
     if schedule[0] != frames or len(schedule) != 1 + len(merges):
         raise EarlyTomConfigError(

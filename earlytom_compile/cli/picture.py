@@ -161,13 +161,12 @@ def _clip(loaded: Loaded, filmed: Filmed, options: dict[str, Any]) -> Clip:
     pixels, grid = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
     of_videos = {} if grid is None else {"video_grid_thw": grid}
     (observation,) = observe(loaded.model, pixels, of_videos, **options)
+    asked = tuple(filmed.asked)
     if grid is None:
-        frames = frames_seen(processor, pixels[0])
-    else:
-        count, height, width = grid[0].tolist()
-        frames = first_pictures(processor, pixels, (count, height, width))
-    asked, pictures = tuple(filmed.asked), pictures_in_a_frame(processor)
-    return Clip(filmed.name, frames, observation, asked, filmed.aspect, pictures)
+        return Clip(filmed.name, frames_seen(processor, pixels[0]), observation, asked, filmed.aspect)
+    count, height, width = grid[0].tolist()
+    frames = first_pictures(processor, pixels, (count, height, width))
+    return Clip(filmed.name, frames, observation, asked, filmed.aspect, pictures_in_a_frame(processor))
 
 
 def _width_by_height(video: str | Path) -> float:

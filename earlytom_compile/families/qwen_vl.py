@@ -91,8 +91,8 @@ class QwenVL(Family):
             encoded = model.model.get_image_features(call["pixel_values"], call.get("image_grid_thw"), return_dict=True)
         if encoded is not None:
             rows = torch.cat([torch.cat(list(part)) for part in _parts(encoded)], dim=-1)
-            like_embeddings = rows.new_empty(*ids.shape, self.embedding(model).embedding_dim)  # type: ignore[arg-type]
-            main = rows[:, : like_embeddings.shape[-1]]
+            width = Family.row_width(self, model)
+            like_embeddings, main = rows.new_empty(*ids.shape, width), rows[:, :width]
             model.model.get_placeholder_mask(ids, inputs_embeds=like_embeddings, image_features=main)  # checks them
             yield model.config.image_token_id, rows
 
@@ -104,7 +104,7 @@ class QwenVL(Family):
             names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
             told = {name: call[name] for name in names if call.get(name) is not None}
             given, _ = model.model.get_rope_index(ids, attention_mask=mask, **told)
-        spatial = given.expand(3, *ids.shape) if given.dim() == 2 else given[-3:]
+        spatial = (given if given.dim() == 2 else given[-3:]).expand(3, *ids.shape)  # or of one row for all
         whole = torch.ones_like(ids) if mask is None else mask.ne(0).to(ids.dtype)
         last = spatial.masked_fill(whole == 0, 0).amax((0, 2))  # of what is gone, too
         spatial = torch.stack([cut.take(axis, 0) for axis in spatial])

@@ -105,6 +105,7 @@ class CompiledModel:
     def take_over(self, before: "CompiledModel") -> None:
         """Use what was compiled with other options and does not depend on them."""
         self.encoder.take_over(before.encoder)
+        self._encoded_before = before._encoded_before  # where its rows stand was decided when they were encoded
         same = ("compile_llm", "lowering", "mode")
         inside = self.config.reduces_inside() or before.config.reduces_inside()
         if not inside and all(getattr(self.config, name) == getattr(before.config, name) for name in same):

@@ -92,7 +92,7 @@ class Observation:
     frames: int
     """F."""
     grid: tuple[int, int]
-    """(h, w)."""
+    """(h, w); (1, P) where tokens are no grid, as with a class token among them."""
     layers: int
     """Layers of the vision encoder."""
     config: EarlyTomConfig

@@ -10,6 +10,7 @@
 each picture.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,12 @@ def compile_tower(tower: nn.Module, *, hidden: Hidden | None = None, **options: 
     """
     if not isinstance(tower, nn.Module):
         raise EarlyTomConfigError(f"compile_tower() got a {type(tower).__name__}; it takes a vision tower, a module.")
+    if "grid_thw" in inspect.signature(tower.forward).parameters:
+        raise EarlyTomConfigError(
+            f"compile_tower() got a {type(tower).__name__}, which takes the patches of all frames of all videos as one "
+            "sequence. Give the model it belongs to to earlytom_compile.compile(model): encode_videos(model, ...) of "
+            "that encodes videos alone."
+        )
     config = EarlyTomConfig.from_options(options)
     if config.method != EARLYTOM:
         raise EarlyTomConfigError(

@@ -63,7 +63,7 @@ def test_a_forecast_of_calls_that_take_as_long_as_the_piece_comes_true(model, mo
 
     arms = [arm("transformers"), arm("transformers too")]
     for each in arms:
-        each.first_token, each.retain_ratio, each.called = first_token, 1.0, ()
+        each.first_token, each.retain_ratio, each.beside, each.called = first_token, 1.0, 0, ()
     measure(model, arms, repeats=4, decode_tokens=0)
     monkeypatch.setattr(forecast, "_PROFILED", 0)
     said = forecast_of(arms, PIECE, frames=8, repeats=4, decode_tokens=0, layers=10, lowering="staged")

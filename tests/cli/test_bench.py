@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,11 @@ from without_inductor import leave_graphs_as_they_are
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.cli import bench, toolchain
-from earlytom_compile.cli.bench import _ceilings, _model, _trace_path
+from earlytom_compile.cli.bench import _model, _trace_path
 from earlytom_compile.cli.main import build_parser, main
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.flops import count
-from earlytom_compile.shapes import ModelShape, config_of
+from earlytom_compile.shapes import ModelShape, config_of, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +168,67 @@ def test_a_trace_for_each_number_of_frames():
     assert _trace_path(Path("out/t.json"), 16) == Path("out/t-16-frames.json")
 
 
-def test_a_model_whose_work_cannot_be_counted_has_no_floor(capsys):
+def test_a_model_whose_work_cannot_be_counted_has_no_floor(capsys, monkeypatch):
     config = config_of("cpu-small")
     config.vision_feature_layer = [-2, -1]
-    assert _ceilings(SimpleNamespace(config=config), Console()) == {}
+    monkeypatch.setattr(bench, "checked_config", lambda name: (name, config))
+    assert bench._shape(SimpleNamespace(model="a/b", frame_size=None), Console()) is None
     assert "no floor:" in capsys.readouterr().out
+    assert bench._ceilings(SimpleNamespace(model=None, shape=None)) == {}
+
+
+@pytest.mark.parametrize(
+    "name, beside",
+    [
+        pytest.param("qwen2.5", 2, marks=pytest.mark.long),
+        ("qwen3", 9 * 5),
+        pytest.param("qwen3.5", 9 * 5, marks=pytest.mark.long),
+    ],
+)
+def test_a_model_of_qwen_is_timed_with_pictures_of_any_size(monkeypatch, tmp_path, capsys, name, beside):
+    leave_graphs_as_they_are(monkeypatch)
+    monkeypatch.setattr(bench, "_ceilings", lambda session: {"matmul": 1e12, "copy": 1e11})
+    file = tmp_path / "bench.json"
+    words = ["--shape", f"cpu-tiny-{name}", "--frames", "9", "--frame-size", "16x32", "--retain-ratio", "0.25"]
+    arms = ["--arms", "transformers,earlytom 0.25", "--lowering", "eager", "--repeats", "1", "--decode-tokens", "1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plain spelling compresses only forward()
+        assert main(["bench", *words, *arms, "--json", str(file)]) == 0
+    assert "9 frames in 5 temporal patches" in " ".join(capsys.readouterr().out.split())
+    (workload,) = json.loads(file.read_text())["workloads"]
+    full, ours = workload["results"][:2]
+    prompt = 32 + beside + 5 * 8
+    assert (full["cache_tokens"], full["beside"]) == (prompt, 32 + beside)
+    assert (ours["cache_tokens"], ours["kept"]) == (prompt - 30, [10]) and ours["frames"][0][0] == 5
+    shape = shape_of(f"cpu-tiny-{name}").of_size(16, 32)
+    counted = count(shape, protocol="exact", frames_schedule=(5,), llm_tokens=prompt)
+    assert full["floor"]["exact_flops"] == pytest.approx(counted.total)
+    assert full["floor"]["encoder_flops"] == counted.encoder
+    assert ours["floor"]["exact_flops"] < full["floor"]["exact_flops"]
+    for other in workload["results"][2:]:  # the plain spelling: transformers encodes the video outside the graph
+        assert (other["cache_tokens"], other["frames"], other["kept"]) == (prompt, [], [])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["--frame-size", "16x30", "--shape", "cpu-tiny-qwen3"],
+            "frame_size=16x30: height and width must be multiples",
+        ),
+        (["--frame-size", "16x32"], "frame_size=16x32: pictures of this model have one size"),
+        (["--arms", "earlytom reuse", "--shape", "cpu-tiny-qwen3"], "no arm begins so"),
+    ],
+)
+def test_what_a_model_cannot_have_is_refused(capsys, words, message):
+    assert main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_frame_size_is_two_numbers(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--frame-size", "168"])
+    assert "must be height x width in pixels, as 168x280" in capsys.readouterr().err
 
 
 def test_frames_are_the_shapes_own_unless_given():

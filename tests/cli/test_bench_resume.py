@@ -53,7 +53,7 @@ def counted(stop_at=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "_model", lambda arguments: MODEL)
-        patch.setattr(bench, "_ceilings", lambda model, console: {})
+        patch.setattr(bench, "_ceilings", lambda session: {})
         patch.setattr(bench, "make_inputs", lambda model, **sizes: sizes)
         patch.setattr(bench, "make_arms", arms)
         patch.setattr(bench, "measured_piece", lambda model, inputs: Piece(0.5, 0.01))

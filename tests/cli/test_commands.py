@@ -150,7 +150,7 @@ def test_mistakes_exit_with_2_and_one_line(earlytom, checkpoint, clip, tmp_path)
 
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    (other / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{")
@@ -164,7 +164,7 @@ def test_mistakes_exit_with_2_and_one_line(earlytom, checkpoint, clip, tmp_path)
     cases = {
         "no checkpoint folder at": run(tmp_path / "nowhere"),
         "it has no config.json": run(tmp_path),
-        "of the family 'qwen2_5_vl': only 'llava_onevision'": run(other),
+        "of the family 'qwen2_vl': only 'qwen3_5' or": run(other),
         "is not valid JSON": run(broken),
         "has no weights": run(weightless),
         "no video file at": run(checkpoint, tmp_path / "nowhere.mp4"),

@@ -60,7 +60,7 @@ def test_gains_come_first_and_the_compilers_words_last(checkpoint, clip, capsys)
 @pytest.mark.parametrize("given_model", [None, "a/checkpoint"])
 def test_what_nobody_chose_is_said(given_video, given_model):
     arguments = type("Arguments", (), {"video": given_video, "model": given_model})
-    text = explain._subject(arguments, 8)
+    text = explain._subject(arguments, "8 frames")
     assert ("The clip is made up" in text) == (given_video is None)
     assert ("the demo's small one" in text) == (given_model is None)
 

@@ -37,6 +37,48 @@ def test_the_papers_column_stands_beside_what_is_counted(flops, shape, reached):
     assert others <= {"EarlyTom + inner", "HoliTom"}  # its frames are a guess; 48.945 for 49.0
 
 
+def test_table_7_stands_beside_what_is_counted(flops):
+    status, output, _ = flops("--shape", "qwen2.5-vl-7b", "--retain-ratio", 0.15)
+    found, said = rows(output.split("imply")[0]), " ".join(output.split())
+    assert status == 0 and "23,000 video tokens: 383.3 temporal patches (two pictures each) of 60" in said
+    assert "As the paper's Table 7" in said
+    assert found["full", "100%"][2] == found["full", "100%"][4] == "554.7"
+    assert found["pooling, subsampling", "15%"][2:] == ["91.9", "16.6%", "91.9"]
+    assert found["EarlyTom + inner", "15%"][4] == "67.7"  # its frames are a guess
+    assert rows(output)["15%", "67.7"][0] == "27.17-27.27"
+    # What nobody published is compared with nothing.
+    for more in (("--frames", 768), ("--frame-size", "168x280"), ("--schedule", "384,300,200")):
+        assert "67.7" not in flops("--shape", "qwen2.5-vl-7b", *more)[1]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-9b"])
+def test_pictures_of_a_video_are_counted_in_temporal_patches(flops, tmp_path, name):
+    file = tmp_path / "flops.json"
+    asked = ("--shape", name, "--protocol", "exact", "--retain-ratio", 0.1, "--prompt-length", 20)
+    status, output, _ = flops(*asked, "--frames", 767, "--json", file)
+    assert status == 0 and "23,040 video tokens: 384 temporal patches" in " ".join(output.split())
+    found, shape = {row["method"]: row for row in json.loads(file.read_text())["rows"]}, shape_of(name)
+    beside = 20 + (2 if name == "qwen2.5-vl-7b" else 384 * 9)  # a time stamp and two marks for each
+    full = count(shape, protocol="exact", frames_schedule=(384,), llm_tokens=23040 + beside)
+    assert found["full"]["total"] == full.total
+    merged = 384 * 0.739
+    ours = count(
+        shape,
+        protocol="exact",
+        frames_schedule=(384, *[merged] * len(shape.merges(None))),
+        llm_tokens=2304 + beside,
+    )
+    assert found["EarlyTom"]["total"] == ours.total
+
+    larger = flops(*asked, "--frames", 768, "--frame-size", f"{24 * shape.patch_size}x{40 * shape.patch_size}")[1]
+    assert "92,160 video tokens: 384 temporal patches (two pictures each) of 240" in " ".join(larger.split())
+
+
+def test_merge_layers_of_a_tower_with_windows_are_those_that_see_the_frame(flops):
+    assert "merged after encoder layers 7, 23" in " ".join(flops("--shape", "qwen2.5-vl-7b")[1].split())
+    assert "merged after encoder layers 6, 21, 23" in " ".join(flops("--shape", "qwen3-vl-8b")[1].split())
+
+
 def test_what_earlytoms_totals_imply(flops):
     _, output, _ = flops()
     found = rows(output)
@@ -126,6 +168,10 @@ def test_mistakes_exit_with_2_and_one_line(flops, tmp_path):
         "full_layers=(25,) without --encode-ratio": flops("--full-layers", "25"),
         "layer 26 does not exist": flops("--encode-ratio", 0.5, "--full-layers", "26"),
         "100 computed patches: must be from 729": flops("--computed", 100),
+        "frame_size=168x280: pictures of this model have one size": flops("--frame-size", "168x280"),
+        "frame_size=100x280: height and width must be multiples of 28": flops(
+            "--shape", "qwen2.5-vl-7b", "--frame-size", "100x280"
+        ),
     }
     for message, (status, _, errors) in cases.items():
         assert status == 2, message

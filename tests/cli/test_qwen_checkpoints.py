@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tiny_qwen_checkpoint import write_qwen_checkpoint
+from tiny_qwen_checkpoint import require_family, write_qwen_checkpoint
 
+from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.cli import compare as comparing
+from earlytom_compile.cli import loading
+from earlytom_compile.cli.eval_model import look_at_checkpoint
 from earlytom_compile.cli.explain import _QUESTION
 from earlytom_compile.cli.loading import ask_again, frames_in, grid_in, load_checkpoint, prepare_inputs
 from earlytom_compile.flops import count
@@ -32,6 +35,7 @@ def folders(tmp_path_factory):
     made = {}
 
     def of(name):
+        require_family(SHAPES[name])
         if name not in made:
             made[name] = write_qwen_checkpoint(tmp_path_factory.mktemp("qwen") / name, SHAPES[name])
         return made[name]
@@ -204,3 +208,9 @@ def test_log_probabilities_are_those_of_a_longer_prompt(folders, clip):
 def test_a_placeholder_in_a_question_is_refused(earlytom, folders, clip):
     status, _, errors = earlytom("run", "--model", folders("3"), "--video", clip, "--prompt", "a <|video_pad|> ?")
     assert status == 2 and "<|video_pad|> stands for the video itself" in errors
+
+
+def test_what_lmms_eval_cannot_ask_yet_is_said_before_weights_are_read(folders, monkeypatch):
+    monkeypatch.setattr(loading, "_read_weights", lambda *arguments: pytest.fail("weights were read"))
+    with pytest.raises(EarlyTomConfigError, match="a checkpoint of Qwen, which cannot be evaluated.*earlytom compare"):
+        look_at_checkpoint(str(folders("3")), device="cpu", dtype="auto", options={})

@@ -5,9 +5,9 @@ from functools import cache
 
 import pytest
 import torch
-from generating import given, graphs_compiled, new_tokens
+from generating import given, graphs_compiled, new_tokens, share_vision_paths, trace_of_video_rows
 from oracle_qwen import compressed_rows, compressed_videos
-from qwen_calls import SMALL, WIDE, compressing, oracle_options, oracle_tokens, prompt_of
+from qwen_calls import SMALL, WIDE, compressing, oracle_options, oracle_tokens, prompt_of, supported
 from tiny_qwen import KINDS, PLAIN_KINDS, Clip, qwen_inputs, tiny_qwen
 from torch.testing import assert_close
 
@@ -20,28 +20,48 @@ LAYERS = {"merge_layers": (0, 1)}
 
 
 @cache
-def small(kind, twin=False):
-    """Of three vision layers; ``twin``: the same weights once more, never compiled."""
+def small(kind, use="compressed"):
+    """Of three vision layers; another with the same weights for each use."""
     return tiny_qwen(kind, vision_layers=3, full=(0, 2), deepstack=(0, 1))
 
 
-@pytest.fixture(params=PLAIN_KINDS)
-def model(request):
-    yield small(request.param)
+@pytest.fixture(scope="module")
+def one_trace():
+    return trace_of_video_rows()
+
+
+@pytest.fixture(scope="module", params=supported(PLAIN_KINDS))
+def kind(request):
+    yield request.param
     earlytom_compile.restore(small(request.param))
     reporting._RESTORED.clear()
 
 
 @pytest.fixture
-def twin(request, model):
-    return small(request.node.callspec.params["model"], twin=True)
+def model(kind, one_trace, monkeypatch):
+    """Compiled once for all tests, unless one does so with other options."""
+    share_vision_paths(one_trace, monkeypatch)
+    return compressing(small(kind), **LAYERS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_their_families(kind):
-    model = small(kind)
+@pytest.fixture
+def unshared(kind):
+    """The same weights once more, not compiled yet, which trace for themselves."""
+    yield small(kind, "unshared")
+    earlytom_compile.restore(small(kind, "unshared"))
+
+
+@pytest.fixture
+def twin(kind):
+    """What is never compiled."""
+    return small(kind, "twin")
+
+
+@pytest.mark.parametrize("each", supported(KINDS))
+def test_their_families(each):
+    model = small(each, "family")
     family = family_of(model)
-    assert family.name == {"qwen2": "Qwen2.5-VL", "qwen3": "Qwen3-VL"}[kind[:5]] if "vl" in kind else "Qwen3.5"
+    assert family.name == {"qwen2": "Qwen2.5-VL", "qwen3": "Qwen3-VL"}[each[:5]] if "vl" in each else "Qwen3.5"
     assert family.vision_tower(model) is model.model.visual
     assert family.language_model(model) is model.model.language_model
     assert family.encoder_layers(model.config) == 3
@@ -52,8 +72,8 @@ def test_their_families(kind):
 # --- What is compiled -----------------------------------------------------------------------------
 
 
-def test_one_compilation_for_all_videos_of_one_resolution(model):
-    compressing(model, **LAYERS)
+def test_one_compilation_for_all_videos_of_one_resolution(unshared):
+    model = compressing(unshared, **LAYERS)
     for seed, (frames, scenes) in enumerate([(9, 2), (9, 1), (4, 1), (12, 3), (1, 1), (5, 2)]):
         new_tokens(model, qwen_inputs(model, [[seed + 1, Clip(frames, *SMALL, scenes=scenes), 3]], seed=seed))
         assert graphs_compiled() <= 2, f"{frames} frames"
@@ -69,9 +89,10 @@ def test_one_compilation_for_all_videos_of_one_resolution(model):
 
 @pytest.mark.long
 @pytest.mark.parametrize("lowering", ["staged", "whole"])
-def test_lowered(model, twin, lowering):
+def test_lowered(unshared, twin, lowering):
+    model = compressing(unshared, lowering=lowering, **LAYERS)
     inputs = qwen_inputs(model, [[3, Clip(9, *SMALL), 4]])
-    got = new_tokens(compressing(model, lowering=lowering, **LAYERS), inputs)
+    got = new_tokens(model, inputs)
     assert torch.equal(got, oracle_tokens(twin, inputs, **LAYERS))
 
 
@@ -83,7 +104,7 @@ def test_a_loop_of_forward_with_a_cache(model, twin):
     """Behind a prompt a token has the position that the plain model would give it there."""
     inputs = qwen_inputs(model, [[3, Clip(9, *SMALL, interval=0.25), 20]])
     expected = oracle_tokens(twin, inputs, **LAYERS)[0].tolist()
-    output, tokens = compressing(model, **LAYERS)(**inputs, use_cache=True), []
+    output, tokens = model(**inputs, use_cache=True), []
     for _ in expected:
         tokens.append(int(output.logits[0, -1].argmax()))
         output = model(torch.tensor([[tokens[-1]]]), **given(model, cache_of(output)))
@@ -112,7 +133,7 @@ def test_positions_behind_the_prompt_are_those_of_the_plain_model(model, twin, i
 @torch.no_grad()
 def test_logits_of_the_last_position_only(model):
     inputs = prompt_of(model, "two sizes")
-    every = compressing(model, **LAYERS)(**inputs).logits
+    every = model(**inputs).logits
     last = model(**inputs, logits_to_keep=1).logits
     assert last.shape[1] == 1
     assert_close(last, every[:, -1:])
@@ -123,14 +144,14 @@ def test_without_a_mask(model, twin):
     ((_, expected),) = compressed_rows(twin, inputs, **oracle_options(**LAYERS))
     del inputs["attention_mask"]
     with torch.no_grad():
-        logits = compressing(model, **LAYERS)(**inputs).logits
+        logits = model(**inputs).logits
     assert_close(logits[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_with_gradients_it_runs_uncompressed(model):
     inputs = prompt_of(model, "one video")
     with pytest.warns(EarlyTomFallbackWarning, match="gradients are enabled"):
-        compressing(model, **LAYERS)(**inputs).logits.sum().backward()
+        model(**inputs).logits.sum().backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -144,7 +165,7 @@ def encoded(model, inputs):
 def test_encoded_videos_are_the_oracles(model, twin):
     inputs = prompt_of(model, "two sizes")
     expected = compressed_videos(twin, inputs, **oracle_options(**LAYERS))
-    rows = encoded(compressing(model, **LAYERS), inputs)
+    rows = encoded(model, inputs)
     assert report(model).to_dict()["last_call"] == "encoded"
     for got, video in zip(rows, expected, strict=True):
         assert_close(got, torch.cat([video.features, *video.deepstack], dim=1), atol=1e-4, rtol=1e-4)
@@ -152,7 +173,7 @@ def test_encoded_videos_are_the_oracles(model, twin):
 
 def test_encoded_videos_answer_as_their_pixels_do(model):
     inputs = prompt_of(model, "everything")
-    expected = new_tokens(compressing(model, **LAYERS), inputs)
+    expected = new_tokens(model, inputs)
     with torch.no_grad():
         logits = model(**inputs).logits
         given_rows = {**inputs, "pixel_values_videos": encoded(model, inputs)}
@@ -163,7 +184,7 @@ def test_encoded_videos_answer_as_their_pixels_do(model):
 def test_many_questions_about_one_video_in_one_batch(model, twin):
     clip = Clip(9, *SMALL)
     inputs, questions = (qwen_inputs(model, rows) for rows in ([[3, clip, 4]], [[3, clip, 4], [6, clip, 9]]))
-    rows = encoded(compressing(model, **LAYERS), inputs)
+    rows = encoded(model, inputs)
     got = new_tokens(model, {**questions, "pixel_values_videos": rows * 2})
     questions["pixel_values_videos"] = inputs["pixel_values_videos"].repeat(2, 1)
     assert torch.equal(got, oracle_tokens(twin, questions, **LAYERS))
@@ -171,7 +192,7 @@ def test_many_questions_about_one_video_in_one_batch(model, twin):
 
 def test_encoded_videos_that_cannot_be_placed(model):
     inputs = prompt_of(model, "one video")
-    rows = encoded(compressing(model, **LAYERS), inputs)
+    rows = encoded(model, inputs)
 
     def ask(videos, **changed):
         call = {**inputs, "pixel_values_videos": videos, **changed}
@@ -192,8 +213,8 @@ def test_encoded_videos_that_cannot_be_placed(model):
 # --- Restored -------------------------------------------------------------------------------------
 
 
-def test_restore_undoes_it_exactly(model):
-    inputs = prompt_of(model, "everything")
+def test_restore_undoes_it_exactly(unshared):
+    model, inputs = unshared, prompt_of(unshared, "one video")
     with torch.no_grad():
         logits = model(**inputs).logits
         before, buffers = dict(model.__dict__), dict(model.model.__dict__)
@@ -240,7 +261,6 @@ def _no_grid(inputs):
 def test_what_does_not_fit_is_named(model, call, spoil, message):
     inputs = prompt_of(model, "one video")
     spoil(inputs)
-    compressing(model, **LAYERS)
     with torch.no_grad(), pytest.raises(EarlyTomConfigError, match=message):
         getattr(model, call)(**inputs)
 
@@ -251,7 +271,7 @@ def test_without_the_kinds_of_tokens_it_runs_uncompressed(model, twin, call):
     inputs = prompt_of(model, "one video")
     del inputs["mm_token_type_ids"]
     results = []
-    for each in (twin, compressing(model, **LAYERS)):
+    for each in (twin, model):
         with torch.no_grad(), ExitStack() as stack:
             if each is model:
                 stack.enter_context(pytest.warns(EarlyTomFallbackWarning, match="mm_token_type_ids are missing"))
@@ -266,9 +286,21 @@ def test_without_the_kinds_of_tokens_it_runs_uncompressed(model, twin, call):
         getattr(compressing(model, strict=True, **LAYERS), call)(**inputs)
 
 
+@pytest.mark.parametrize("options", [{"variant": "plus"}, {"variant": "paper"}])
+def test_reuse_of_patches_is_refused_with_its_cure(kind, twin, options):
+    """``plus`` would reuse patches unless told otherwise; places of these towers are no raster of patches."""
+    model, inputs = small(kind), prompt_of(twin, "one video")
+    reusing = {"merge_layers": None, "reuse": None if options["variant"] == "plus" else True, **options}
+    with pytest.warns(EarlyTomFallbackWarning, match="not known|unknown which of them did not change.*reuse=False"):
+        got = new_tokens(compressing(model, **reusing), inputs)
+    assert torch.equal(got, new_tokens(twin, inputs))
+    with pytest.raises(EarlyTomCompileError, match="reuse=False"):
+        new_tokens(compressing(model, strict=True, **reusing), inputs)
+
+
 def test_the_report_says_frames_and_tokens(model):
     inputs = prompt_of(model, "two sizes")
-    new_tokens(compressing(model, **LAYERS), inputs)
+    new_tokens(model, inputs)
     content = report(model).to_dict()
     assert content["state"] == "compressing" and content["merge_layers"] == [0, 1]
     assert [video["tokens"] for video in content["videos"]] == [[54, 11], [75, 15]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from effort import cases
 from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens
-from oracle import compressed_forward, compressed_videos
+from oracle import Options, _compress, compressed_forward, compressed_videos
 from tiny_models import image_argument, tiny_video_llava, tokens_per_frame, video_inputs
 
 import earlytom_compile
@@ -215,6 +215,22 @@ class TestCompressed:
         assert torch.equal(new_tokens(compiled(model, **NOTHING_MERGES), inputs, **beams), own)
         few = new_tokens(compiled(model, retain_ratio=0.2), inputs, **beams)
         assert few.shape == own.shape and not torch.equal(few, own)
+
+    @pytest.mark.parametrize("layout", ["images beside videos", "left padding"])
+    def test_beams_have_the_scores_that_the_oracle_gives_them(self, model, layout):
+        inputs = video_inputs(model, 8, **LAYOUTS[layout])
+        choices = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
+        told = {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": 0}
+        output = compiled(model, strict=True).generate(**inputs, **choices, **told)
+        earlytom_compile.restore(model)
+        _, rows = _compress(model, inputs, Options(**{**OPTIONS, "variant": "paper"}))
+        for number, tokens in enumerate(output.sequences[:, inputs["input_ids"].shape[1] :]):
+            row = rows[number // 2]
+            prompt, behind = row.embeddings[row.attention_mask.bool()], model.get_input_embeddings()(tokens[:-1])
+            with torch.no_grad():
+                hidden = model.model.language_model(inputs_embeds=torch.cat([prompt, behind])[None]).last_hidden_state
+                likely = model.lm_head(hidden)[0, -len(tokens) :].log_softmax(-1).gather(1, tokens[:, None])
+            torch.testing.assert_close(output.sequences_scores[number], likely.mean(), atol=1e-4, rtol=0)
 
     def test_restored_it_is_what_it_was(self, model):
         inputs = video_inputs(model, 6)

@@ -185,3 +185,21 @@ def test_a_step_of_decoding_is_no_news():
     with torch.no_grad():
         torch.testing.assert_close(run(x, *cache), step(x, *cache))  # a warning would be an error
     assert NothingToCompress("a", "b").reason == "a" and len(graphs) == 1
+
+
+def test_frames_packed_into_one_sequence():
+    """As in Qwen-VL's towers, whose lengths are known by their values alone, which ends a graph of Dynamo's."""
+    weight = torch.randn(24, 8)
+
+    def packed(x, lengths):
+        query, key, value = (
+            part.unflatten(1, (2, 4)).transpose(0, 1)[None] for part in F.linear(x, weight).chunk(3, 1)
+        )
+        parts = [torch.split(part, lengths, dim=2) for part in (query, key, value)]
+        mixed = [F.scaled_dot_product_attention(*each) for each in zip(*parts, strict=True)]
+        return x + torch.cat(mixed, 2)[0].transpose(0, 1).flatten(1)
+
+    run, _ = compiled(packed)
+    x = torch.randn(12, 8)
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match=r"stand in one sequence .*compile\(model\)"):
+        torch.testing.assert_close(run(x, [4, 4, 4]), packed(x, [4, 4, 4]))

@@ -14,13 +14,22 @@ import torch
 
 from ...cli.loading import load_checkpoint
 from ...errors import EarlyTomConfigError
-from ..preprocess import VideoTextProcessor, frame_resizer
-from ..video import read_video
+from ..preprocess import VideoTextProcessor, frame_resizer, makes_patches
+from ..video import Resize, read_video
 from .arguments import Arguments
 from .prompts import Film, Picture, Turn
 from .speaker import Sample, padded_left
 
 _VIDEOS_KEPT = 8  # questions about one video follow each other; 32 frames of 384x384 are 14 MB
+
+
+def require_pictures(checkpoint: str, processor: Any) -> None:
+    """Raise :class:`EarlyTomConfigError` for a checkpoint of Qwen, whose processor gives patches, not pictures."""
+    if makes_patches(processor):
+        raise EarlyTomConfigError(
+            f"{checkpoint!r} is a checkpoint of Qwen, which cannot be evaluated in lmms-eval yet: try earlytom "
+            "compare, with questions of your own."
+        )
 
 
 class TransformersSpeaker:
@@ -36,8 +45,9 @@ class TransformersSpeaker:
         self.model = loaded.model
         self._processor = cast(Any, loaded.processor)  # more is asked of it than by the command line
         self.tokenizer: Any = self._processor.tokenizer
+        require_pictures(arguments.pretrained, self._processor)
         self._frames = arguments.max_frames or loaded.frames
-        self._resize = frame_resizer(loaded.processor)
+        self._resize = cast(Resize, frame_resizer(loaded.processor))
         self._read = functools.lru_cache(maxsize=_VIDEOS_KEPT)(self._decoded)
         self._ours = isinstance(self._processor, VideoTextProcessor)  # without torchvision
         self._tokens = {

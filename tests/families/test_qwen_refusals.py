@@ -1,0 +1,97 @@
+"""What stands in the way of compressing a Qwen model, and what is said of it."""
+
+import warnings
+
+import pytest
+import torch
+from generating import new_tokens
+from qwen_calls import SMALL
+from tiny_qwen import Clip, qwen_inputs, tiny_qwen
+
+import earlytom_compile
+from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning
+
+OPTIONS = {"merge_layers": (0, 1), "lowering": "eager", "retain_ratio": 0.3}
+
+
+@pytest.fixture
+def model():
+    return tiny_qwen("qwen2_5_vl", vision_layers=3, full=(0, 2), deepstack=(0, 1))
+
+
+@pytest.fixture
+def inputs(model):
+    return qwen_inputs(model, [[1, Clip(6, *SMALL, scenes=2), 3]])
+
+
+HOOKED = {
+    "a block": lambda visual: visual.blocks[1],
+    "attention": lambda visual: visual.blocks[0].attn,
+    "the merger": lambda visual: visual.merger,
+    "the tower": lambda visual: visual,
+}
+
+
+@pytest.mark.parametrize("where", HOOKED)
+def test_hooks_on_what_is_only_opened(model, inputs, where):
+    """They would not run, so the call does not compress; on the layers inside they are part of the path."""
+    plain, called = new_tokens(model, inputs), []
+    module = HOOKED[where](model.model.visual)
+    earlytom_compile.compile(model, **OPTIONS)
+    handle = module.register_forward_hook(lambda *_: called.append(1))
+    name = next(name for name, each in model.named_modules() if each is module)
+    with pytest.warns(EarlyTomFallbackWarning, match=f"{name} has a hook or a forward.*Take it off"):
+        assert torch.equal(new_tokens(model, inputs), plain)
+    assert called
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EarlyTomFallbackWarning)
+        new_tokens(model, inputs)
+
+
+def test_a_forward_of_ones_own(model, inputs):
+    plain, attention = new_tokens(model, inputs), model.model.visual.blocks[0].attn
+    own = attention.forward
+    attention.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    earlytom_compile.compile(model, **OPTIONS)
+    with pytest.warns(EarlyTomFallbackWarning, match=r"blocks\.0\.attn has a hook or a forward"):
+        assert torch.equal(new_tokens(model, inputs), plain)
+
+
+def test_hooks_on_layers_inside_run_and_count(model, inputs):
+    """One that changes what a linear returns changes what is kept, as in the model itself."""
+    earlytom_compile.compile(model, **{**OPTIONS, "retain_ratio": 1.0, "merge_layers": ()}, strict=True)
+    linear = model.model.visual.blocks[1].mlp.down_proj
+    before = new_tokens(model, inputs)
+    linear.register_forward_hook(lambda module, args, output: -2 * output)
+    compressed = new_tokens(model, inputs)
+    earlytom_compile.restore(model)
+    assert torch.equal(compressed, new_tokens(model, inputs)) and not torch.equal(compressed, before)
+
+
+def test_patches_are_not_reused(model, inputs):
+    plain = new_tokens(model, inputs)
+    earlytom_compile.compile(model, lowering="eager", variant="plus")
+    with pytest.warns(EarlyTomFallbackWarning, match="unknown which of them did not change.*reuse=False"):
+        assert torch.equal(new_tokens(model, inputs), plain)
+    earlytom_compile.compile(model, lowering="eager", variant="plus", strict=True)
+    with pytest.raises(EarlyTomCompileError, match="reuse=False"):
+        new_tokens(model, inputs)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_spellings_that_see_packed_frames(kind):
+    model = tiny_qwen(kind, vision_layers=2, full=(0, 1), deepstack=(0, 1))
+    inputs = qwen_inputs(model, [[1, Clip(3, *SMALL, scenes=2), 3]])
+    with pytest.raises(EarlyTomConfigError, match=r"compile_tower\(\) got a Qwen.*encode_videos"):
+        earlytom_compile.compile_tower(model.model.visual)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="earlytom", options={"lowering": "eager"})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # one for each piece of the graph
+            logits = fast(**inputs).logits
+        said = [str(each.message) for each in caught if issubclass(each.category, EarlyTomFallbackWarning)]
+        assert any("stand in one sequence" in each and "compile(model)" in each for each in said)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
