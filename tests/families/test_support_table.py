@@ -5,6 +5,7 @@ LLaVA's own code is here as it is written by hand.
 """
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -96,7 +97,8 @@ class OfLlava(OfTransformers):
 class OfQwen(OfTransformers):
     """Packed frames of any size, whose tower has no names of the others'."""
 
-    adapted = r".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+)|(merger|deepstack_merger_list\.\d+)\..*)"
+    adapted = r".*visual\.(.*\.)?(qkv|proj|\w+_proj|linear_fc\d|mlp\.[02])"
+    replayed = "visual.", "rotary_emb"
 
     def rows(self, model):
         inputs = self._inputs(model)
@@ -119,7 +121,7 @@ class OfQwen(OfTransformers):
         return torch.tensor([generated_with_fewer(model, row, video_of, step, NEW)])
 
     def call(self, model):
-        return qwen_inputs(model, [[2, QwenClip(8, 4, 6), 1, QwenClip(5, 10, 6), 4], [1, QwenClip(6, 4, 6), 3]])
+        return self._inputs(model)
 
     def _inputs(self, model):
         return qwen_inputs(model, [[3, QwenClip(8, 4, 6), 4]])
@@ -216,8 +218,10 @@ def test_torch_compile(family):
     fast = torch.compile(model, backend="earlytom", options={"lowering": "eager", **OPTIONS})
     with torch.no_grad():
         if family.not_in_a_graph is not None:
-            with pytest.warns(EarlyTomFallbackWarning, match=family.not_in_a_graph):
-                logits = fast(**call).logits
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", EarlyTomFallbackWarning)  # of pieces behind a graph that breaks
+                with pytest.warns(EarlyTomFallbackWarning, match=family.not_in_a_graph):
+                    logits = fast(**call).logits
             torch.testing.assert_close(logits, model(**call).logits, atol=1e-4, rtol=1e-4)
             return
         wanted = compressed_forward(model, call, **SPECIFIED)
