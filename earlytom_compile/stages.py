@@ -59,6 +59,8 @@ LAST_MERGES: ContextVar[tuple[Sequence[Any], Sequence[Any], ReusePlan | None] | 
 )
 """Of the tower that ran last in this thread: frames of the video at first and after each merge; then the source and
 weight of each merge, and the importance if there is one; and by what plan patches were reused."""
+LAST_COUNTS: ContextVar["tuple[CompressedGraph, Counts] | None"] = ContextVar("earlytom_last_counts", default=None)
+"""The graph that compressed a video last in this thread, and what it kept: a record has those of all threads."""
 
 
 def inductor_options(mode: str | None) -> dict[str, Any]:
@@ -356,6 +358,7 @@ class CompressedGraph:
         if self._expected is not None:
             record.prompt = (args[self._expected[0]].shape[1], rest.pop(0).shape[1])
         record.last_counts = Counts(frames, rest.pop(0), rest.pop(0) if rest else None, reuse, first)
+        LAST_COUNTS.set((self, record.last_counts))
 
 
 def fall_back(reason: str, cure: str, config: EarlyTomConfig, record: GraphRecord) -> None:

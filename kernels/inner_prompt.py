@@ -8,7 +8,9 @@
     kept      0  1  2  4  5  8  9  10   once keep_inner_tokens knows which tokens video 0 keeps
 
 How many tokens a video keeps is known before the language model runs, so that every size is: only which they are
-depends on the attention they receive. Every device computes the native bodies, for none of which the host waits.
+depends on the attention they receive. Where text is between the tokens of a video, such as time stamps of its frames,
+that also decides where it goes: slots say how many of each there are, and ``kept`` has all in the order of the longer
+prompt. Every device computes the native bodies, for none of which the host waits.
 """
 
 import torch

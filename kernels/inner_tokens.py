@@ -13,7 +13,7 @@ every video competes with itself alone. Every device computes the native bodies,
 import torch
 from torch import Tensor
 
-from earlytom_compile.kernels.inner_prompt import FIRST_VIDEO
+from earlytom_compile.kernels.inner_prompt import FIRST_VIDEO, NO_VIDEO
 
 MERGES = ("mean", "sequential", "drop")
 
@@ -111,11 +111,11 @@ def keep_inner_tokens(
     _check_tokens(hidden, scores, video_of, slots, merge)
     rank = _rank_within_videos(scores, video_of)
     keep = rank < _count(slots, video_of)
-    kept = _fill(slots, video_of, keep)
+    kept = _kept(keep | (video_of < 0), slots.shape[1])
     taken = _at(hidden, kept)
     if merge == "drop":
         return taken, kept
-    joins = _most_similar(hidden, kept, slots, video_of, rank, first_by_rank=merge == "sequential")
+    joins = _most_similar(hidden, kept, video_of, rank, first_by_rank=merge == "sequential")
     weights = _weights_of_joined(joins, (video_of >= 0) & ~keep, slots.shape[1], sequential=merge == "sequential")
     with torch.autocast(hidden.device.type, enabled=False):
         added = weights @ hidden.float()
@@ -155,14 +155,11 @@ def _count(slots: Tensor, video_of: Tensor) -> Tensor:
     return counts.gather(1, video_of.clamp_min(-1) + 1)
 
 
-def _fill(slots: Tensor, video_of: Tensor, keep: Tensor) -> Tensor:
-    """``slots`` with the positions that ``keep``, bool [R, S], names in the slots of their videos, in order."""
-    none = video_of.shape[1] + 1
-    of_slot = torch.where(slots <= FIRST_VIDEO, FIRST_VIDEO - slots, none)
-    slot = torch.sort(of_slot, dim=1, stable=True).indices
-    position = torch.sort(torch.where(keep, video_of, none), dim=1, stable=True).indices[:, : slots.shape[1]]
-    fixed = slots.gather(1, slot)
-    return torch.empty_like(slots).scatter_(1, slot, torch.where(fixed <= FIRST_VIDEO, position, fixed))
+def _kept(stays: Tensor, length: int) -> Tensor:
+    """int64 [R, length]: the positions that ``stays``, bool [R, S], names, in order, behind what pads a row. Text may
+    be between the tokens of a video, so that only now it is known where it goes."""
+    place = torch.arange(stays.shape[1], device=stays.device)
+    return torch.where(stays, place, NO_VIDEO).sort(1).values[:, stays.shape[1] - length :]
 
 
 def _at(hidden: Tensor, kept: Tensor) -> Tensor:
@@ -171,15 +168,14 @@ def _at(hidden: Tensor, kept: Tensor) -> Tensor:
     return hidden.gather(1, index)
 
 
-def _most_similar(
-    hidden: Tensor, kept: Tensor, slots: Tensor, video_of: Tensor, rank: Tensor, first_by_rank: bool
-) -> Tensor:
-    """int64 [R, S]: the slot whose token each token would join."""
+def _most_similar(hidden: Tensor, kept: Tensor, video_of: Tensor, rank: Tensor, first_by_rank: bool) -> Tensor:
+    """int64 [R, S]: the place in ``kept`` of the token that each token of a video would join."""
     wide = hidden.float()
     direction = wide / torch.linalg.vector_norm(wide, dim=2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     with torch.autocast(hidden.device.type, enabled=False):
         cosine = direction @ _at(direction, kept).mT
-    same_video = video_of[:, :, None] == (FIRST_VIDEO - slots)[:, None, :]
+    of_kept = video_of.gather(1, kept.clamp_min(0)).masked_fill(kept < 0, NO_VIDEO)
+    same_video = video_of[:, :, None] == of_kept[:, None, :]
     cosine = cosine.masked_fill_(~same_video, -torch.inf)
     best = cosine == cosine.amax(2, keepdim=True)
     if first_by_rank:

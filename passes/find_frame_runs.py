@@ -29,7 +29,7 @@ from earlytom_compile.passes.split_stages import FRAME_BY_FRAME, Piece
 
 _LIKE = frozenset(("to", "type_as", "expand_as", "view_as", "reshape_as"))
 """Operators that read nothing of their further arguments but shape and dtype."""
-_INDEXED = {"getitem": 0, "index": 0, "index_put": 0, "embedding": 1}
+_INDEXED = {"getitem": 0, "index_select": 0, "embedding": 1}
 """Operators that take places of an argument, which, as another tensor says."""
 
 

@@ -106,8 +106,9 @@ def insert_inner_steps(
             op = torch.ops.earlytom.keep_inner_tokens.default
             shorter = insert(graph, op, stream, paid, video_of, plan.slots[number], step.merge)
             left = insert(graph, operator.getitem, shorter, 0, like=value_of(stream))
-            total = _of_whole_prompt(graph, insert(graph, operator.getitem, shorter, 1), kept)
-            video_of = insert(graph, torch.ops.earlytom.videos_of_slots.default, plan.slots[number])
+            places = insert(graph, operator.getitem, shorter, 1)
+            total = _of_whole_prompt(graph, places, kept)
+            video_of = insert(graph, torch.ops.earlytom.kept_of_kept.default, video_of, places)
         axes.append(ResizedAxis(left, 1, _name(step), plan.lengths[number]))
         _read_instead(stream, left, region)
         shortened = _Shortened(graph, view, view.dims(stream)[1], total, plan.lengths[number], _name(step))

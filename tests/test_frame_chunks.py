@@ -120,7 +120,7 @@ def test_towers_of_qwen_go_through_in_chunks_from_pixels_to_tokens(monkeypatch, 
         found += earlytom_compile.encode_videos(model, pixels, video_grid_thw=grid)
     (video,) = report(model).to_dict()["videos"]
     assert torch.equal(*found) and max(seen) <= 9
-    assert sum(seen) == sum(video["frames"])  # before each merge, and behind the last
+    assert sum(seen) == sum(video["frames"])  # before each merge, and behind the last: three runs
 
 
 @pytest.mark.parametrize("variant", ["paper", "plus"])
@@ -153,10 +153,12 @@ def test_a_video_that_fits_goes_through_as_a_whole(monkeypatch, seen):
 
 
 @pytest.mark.skipif(not RESET.exists(), reason="needs Linux, which sets the peak of a process back")
-def test_memory_of_768_frames_grows_as_their_hidden_state():
-    few, many, places = 96, 768, 2048
+@pytest.mark.parametrize(("model", "states"), [("llava", 3), ("qwen2_5_vl", 4)])
+def test_memory_of_768_frames_grows_as_their_hidden_state(model, states):
+    few, many, places = 384, 768, 2048
     more_hidden = hidden_bytes(many) - hidden_bytes(few)
-    in_chunks = peak_of(many, places)
-    assert in_chunks - peak_of(few, places) < 3 * more_hidden  # one before a run, one behind it, and a copy
-    # Nothing of this would be seen if a layer were not much larger than the hidden state.
-    assert peak_of(many, 10**9) - in_chunks > 30 * more_hidden
+    in_chunks = peak_of(model, many, places)
+    # One before a run, one behind it, and what goes on from there: tokens of Qwen's tower are wider than its states.
+    assert in_chunks - peak_of(model, few, places) < states * more_hidden
+    # Nothing of this would be seen if a layer were not larger than the hidden state.
+    assert peak_of(model, many, 10**9) - in_chunks > 6 * more_hidden

@@ -39,7 +39,17 @@ from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..integrations.prefill import CompiledPrefill
 from .comparison import decode, full_model
-from .loading import Inputs, Loaded, ask_again, frames_in, keeps_places, open_checkpoint, prepare_inputs, progress_bars
+from .loading import (
+    Inputs,
+    Loaded,
+    ask_again,
+    frames_in,
+    keeps_places,
+    of_the_video,
+    open_checkpoint,
+    prepare_inputs,
+    progress_bars,
+)
 from .outputs import STANDARD_OUTPUT, check_outputs, output_console, write_text
 from .quality import Setting, nats, recommendation, recommended, settings_table, summarize
 from .questions import Question, read_questions
@@ -166,11 +176,9 @@ class Asker:
         for setting, twin in self._twins.items():
             answer = self._answer(twin, question, inputs)
             videos = earlytom_compile.report(twin).to_dict()["videos"]
-            scored = inputs
-            if not keeps_places(inputs):
-                if setting not in encoded:
-                    encoded[setting] = earlytom_compile.encode_videos(twin, inputs["pixel_values_videos"])
-                scored = {**inputs, "pixel_values_videos": encoded[setting]}
+            if setting not in encoded:
+                encoded[setting] = earlytom_compile.encode_videos(twin, **of_the_video(inputs))
+            scored = {**inputs, "pixel_values_videos": encoded[setting]}
             answers[setting] = {
                 **asdict(answer),
                 "log_probabilities": log_probabilities(twin, scored, full.tokens),

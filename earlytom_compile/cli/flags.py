@@ -47,8 +47,8 @@ def add_model(parser: CommandParser, *, required: bool, fallback: str = " (defau
         "--model",
         required=required,
         metavar="PATH_OR_HUB_ID",
-        help="a checkpoint of LLaVA-OneVision, or of a family that an installed package registers: a folder, or a name "
-        f"on the Hugging Face Hub{fallback}",
+        help="a checkpoint of LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL or Qwen3.5, or of a family that an installed "
+        f"package registers: a folder, or a name on the Hugging Face Hub{fallback}",
     )
     add_device(parser)
     add_dtype(parser)
@@ -105,7 +105,7 @@ def add_frames(parser: CommandParser) -> None:
         "--frames",
         type=int,
         metavar="N",
-        help="frames taken evenly from the video (default: what the checkpoint was made for, else 32, or as many as "
+        help="pictures taken evenly from the video (default: what the checkpoint was made for, else 32, or as many as "
         "the file has)",
     )
 

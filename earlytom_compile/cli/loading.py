@@ -216,14 +216,19 @@ def ask_again(loaded: Loaded | Checkpoint, inputs: Inputs, question: str) -> Inp
     # As many tokens as that video has: of one size for all, or as many as its own size makes.
     shape = clip.shape if makes_patches(loaded.processor) else (clip.shape[0], 2, 2, 3)
     again = VideoInputs(_encoded(loaded, question, np.zeros(shape, np.uint8), clip))
-    again.update({name: inputs[name] for name in _OF_THE_VIDEO if name in inputs})
+    again.update(of_the_video(inputs))
     again.clip = clip
     return again
 
 
+def of_the_video(inputs: Inputs) -> Inputs:
+    """Those that any question about the video has."""
+    return {name: inputs[name] for name in _OF_THE_VIDEO if name in inputs}
+
+
 def keeps_places(inputs: Inputs) -> bool:
-    """Whether what stays of the video keeps its places in the prompt, as with models of Qwen, so that encoded videos
-    cannot be given again without them; other models have a newline behind it."""
+    """Whether what stays of the video keeps its places in the prompt, as with models of Qwen; others have a newline
+    behind it."""
     return "video_grid_thw" in inputs
 
 

@@ -273,11 +273,6 @@ class Family:
         """(reason, cure) for a call with videos that must run uncompressed; None where none is known."""
         return None
 
-    def reason_against_inside(self, model: Any) -> Reason | None:
-        """(reason, cure) where no tokens may go inside the language model. They may if a video is one run of its
-        prompt, and its rows reach the language model as embeddings alone."""
-        return None
-
     # --- Its checkpoints, for the command line --------------------------------------------------------
 
     def model_class(self) -> Any:

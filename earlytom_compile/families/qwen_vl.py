@@ -104,7 +104,7 @@ class QwenVL(Family):
             names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
             told = {name: call[name] for name in names if call.get(name) is not None}
             given, _ = model.model.get_rope_index(ids, attention_mask=mask, **told)
-        spatial = given.expand(3, *ids.shape) if given.dim() == 2 else given[-3:]
+        spatial = (given if given.dim() == 2 else given[-3:]).expand(3, *ids.shape)  # or of one row for all
         whole = torch.ones_like(ids) if mask is None else mask.ne(0).to(ids.dtype)
         last = spatial.masked_fill(whole == 0, 0).amax((0, 2))  # of what is gone, too
         spatial = torch.stack([cut.take(axis, 0) for axis in spatial])
@@ -228,13 +228,6 @@ class Qwen3_VL(QwenVL):
     def places(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> Places:
         """A run for each frame."""
         return locate_pieces(ids, self.video_token(model), sizes)
-
-    def reason_against_inside(self, model: Any) -> Reason | None:
-        """What stays of a frame must stay behind its own time stamp, and get what DeepStack adds to it."""
-        return (
-            "time stamps stand between the frames of a video, past which its tokens would move",
-            "Leave inner_layer out, or choose a method that acts behind the encoder",
-        )
 
     def inputs(self, model: Any, ids: Tensor, rows: Sequence[tuple[int, Tensor]]) -> dict[str, Any]:
         """Features of images and videos, since DeepStack adds to layers of the language model."""

@@ -105,6 +105,7 @@ class CompiledModel:
     def take_over(self, before: "CompiledModel") -> None:
         """Use what was compiled with other options and does not depend on them."""
         self.encoder.take_over(before.encoder)
+        self._encoded_before = before._encoded_before  # where its rows stand was decided when they were encoded
         same = ("compile_llm", "lowering", "mode")
         inside = self.config.reduces_inside() or before.config.reduces_inside()
         if not inside and all(getattr(self.config, name) == getattr(before.config, name) for name in same):
@@ -416,34 +417,20 @@ class CompiledModel:
         gone = self.family.consumed | {"input_ids", "pixel_values_videos"}
         kept = {name: value for name, value in call.items() if name not in gone}
         token, kept_rows = self.family.video_token(self.model), list(map(len, rows))
-        in_pieces = any(len(video) > 1 for row in places for video in row)
-        inner = self._inner_steps(
-            lambda: videos_of(plan.take(host_ids, -1), token, kept_rows), cut_mask, call, in_pieces
-        )
+        inner = self._inner_steps(lambda: videos_of(plan.take(host_ids, -1), token, kept_rows), cut_mask, call)
         return _CutCall({**kept, **changed}, cut_mask, ids.shape[1] - new_ids.shape[1], new_ids, inner=inner)
 
     def _inner_steps(
-        self, find: Callable[[], torch.Tensor], mask: torch.Tensor | None, call: Call, in_pieces: bool = False
+        self, find: Callable[[], torch.Tensor], mask: torch.Tensor | None, call: Call
     ) -> InnerPrompt | None:
-        """The steps of a prompt in which :func:`find` says where the videos are; None where none of their tokens go.
-        ``in_pieces``: a video has text between its tokens."""
+        """The steps of a prompt in which :func:`find` says where the videos are; None where none of their tokens go."""
         if self.prefill is None or not self.prefill.steps:
-            return None
-        if in_pieces:
-            self._fall_back_inside(
-                "no tokens go inside the language model: a video has text between its tokens, such as time stamps, "
-                "which would stand before other tokens than they did",
-                "Leave inner_layer out, or choose a method that selects behind the encoder",
-            )
             return None
         if call.get("labels") is not None:
             self._fall_back_inside(
                 "no tokens go inside the language model: each of its labels belongs to a position of the whole prompt",
                 "Leave labels out, and compute the loss from the logits",
             )
-            return None
-        if (against := self.family.reason_against_inside(self.model)) is not None:
-            self._fall_back_inside(f"no tokens go inside the language model: {against[0]}", against[1])
             return None
         try:
             videos = find()

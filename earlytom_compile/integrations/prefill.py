@@ -34,7 +34,7 @@ from .caches import cache_of, cache_to_make, counts_first_layer, given_cache
 from .inner_steps import InnerPrompt, erase_mark, find_mark, shorten
 from .placement import own_code_because
 from .shorter_caches import ShorterLayer, forget_if_empty, grows, keep_in_mind
-from .tracing import FirstCallAlone, with_its_own_code
+from .tracing import FirstCallAlone, spread_deepstack, with_its_own_code
 
 FEWEST_POSITIONS_ON_CPU = 128
 """A CPU gains a few milliseconds from compiled code in a shorter prompt, and has nothing to launch; compiling takes ten
@@ -191,8 +191,11 @@ class CompiledPrefill:
             why, cure = "its cache is static, as long in all layers", "Leave cache_implementation out"
         elif kwargs.get("output_attentions"):
             why, cure = "output_attentions asks for all attention over the prompt", "Leave output_attentions out"
-        elif _slides(self._module):
+        elif _has_layers_of(self._module, "sliding"):
             why, cure = "some of its layers see a window of the prompt only", "Take a model whose layers see all of it"
+        elif _has_layers_of(self._module, "linear"):
+            why = "some of its layers have linear attention, which pays no token more than another"
+            cure = "Leave tokens in the language model as they are (no inner_layer)"
         elif self._why_own_code:
             why, cure = self._why_own_code, "Load it with attn_implementation='sdpa' on one device, without hooks"
         if why is None:
@@ -265,10 +268,10 @@ def decoder_layers(language_model: torch.nn.Module) -> Sequence[torch.nn.Module]
     return getattr(language_model, "layers", ())
 
 
-def _slides(language_model: torch.nn.Module) -> bool:
-    """Whether some of its layers attend to the last positions alone."""
+def _has_layers_of(language_model: torch.nn.Module, attention: str) -> bool:
+    """Whether the attention of some of its layers is "sliding", to the last positions alone, or "linear"."""
     kinds = getattr(getattr(language_model, "config", None), "layer_types", None)
-    return any("sliding" in kind for kind in kinds or ())
+    return any(attention in kind for kind in kinds or ())
 
 
 def _fewest_positions(device: torch.device) -> int:
@@ -295,7 +298,7 @@ def _call(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _call_marked(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inner: InnerPrompt) -> Any:
     embeds = kwargs["inputs_embeds"]
     marked = torch.ops.earlytom.mark_videos(embeds, inner.video_of, list(inner.last), list(inner.slots))
-    return own(*args, **{**kwargs, "inputs_embeds": marked})
+    return own(*args, **{**spread_deepstack(embeds, kwargs), "inputs_embeds": marked})
 
 
 def _compile_prompt(

@@ -100,12 +100,27 @@ def prepare_deepstack(modeling: str, text_model: str) -> None:
         def _deepstack_process(self: Any, hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             if not torch.compiler.is_dynamo_compiling():
                 return own(self, hidden, mask, rows)
-            mask = mask.to(hidden.device).unsqueeze(-1)
-            spread = torch.zeros_like(hidden).masked_scatter(mask, rows.to(hidden.device, hidden.dtype))
-            return torch.where(mask, hidden + spread, hidden)
+            mask = mask.to(hidden.device)
+            rows = rows if rows.dim() == 3 else _spread(hidden, mask, rows)
+            return torch.where(mask.unsqueeze(-1), hidden + rows, hidden)
 
         _deepstack_process.earlytom_original = own  # type: ignore[attr-defined]
         kind._deepstack_process = _deepstack_process
+
+
+def spread_deepstack(embeds: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` of a language model with DeepStack's features, [N, C] each, at their places in a prompt ``embeds``
+    [R, S, C], where a graph may take some of them. While it is traced; the model's own code does not know them so."""
+    rows, mask = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+    if rows is None or mask is None:
+        return kwargs
+    mask = mask.to(embeds.device)
+    return {**kwargs, "deepstack_visual_embeds": [_spread(embeds, mask, each) for each in rows]}
+
+
+def _spread(hidden: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[R, S, C], like ``hidden``: ``rows`` [N, C] in turn where ``mask`` [R, S] is set, 0 elsewhere."""
+    return torch.zeros_like(hidden).masked_scatter(mask.unsqueeze(-1), rows.to(hidden.device, hidden.dtype))
 
 
 def prepare_peft() -> None:

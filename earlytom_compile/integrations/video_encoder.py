@@ -86,11 +86,16 @@ class VideoEncoder:
 
     def records(self) -> list[GraphRecord]:
         """Those of all graphs that compress videos."""
-        return [graph.record for path in self._paths.values() for graph in path.graphs]
+        return [graph.record for path in self._known_paths().values() for graph in path.graphs]
+
+    def _known_paths(self) -> dict[Any, VisionPath]:
+        """Those there are now; other threads may add to them."""
+        with self._lock:
+            return dict(self._paths)
 
     def reason_against_placement(self) -> Reason | None:
         """(reason, cure) where the model is placed by now so that its videos cannot be compiled."""
-        placed, known = self._placement(), {key[-1] for key in self._paths}
+        placed, known = self._placement(), {key[-1] for key in self._known_paths()}
         if placed.hooks not in known and len(known) >= MOST_SETS_OF_HOOKS:
             return (
                 f"hooks of the video path have changed {MOST_SETS_OF_HOOKS} times, and each set of them is compiled",
@@ -100,12 +105,12 @@ class VideoEncoder:
 
     def encode(self, video: Video) -> EncodedVideo:
         """Through the compiled path of its kind, or uncompressed with a reason."""
-        frames, (rows, graph) = len(video.pixels), self._through_path(video)
+        frames, (rows, compressed) = len(video.pixels), self._through_path(video)
         counts, size = None, len(rows)
-        if graph is not None:
+        if compressed is not None:
+            graph, kept = compressed
             self.any_length &= graph.any_length or frames == 1  # some models cannot be traced so
-            assert graph.record.last_counts is not None
-            counts, size = (graph.record, graph.record.last_counts), graph.rows_of(frames)
+            counts, size = (graph.record, kept), graph.rows_of(frames)
         every = self._family.separators(self._model, _all_tokens(frames, size))
         if every is None:
             return EncodedVideo(rows, size, counts)
@@ -115,24 +120,24 @@ class VideoEncoder:
             rows = insert_rows(rows, without_waiting(behind, rows.device), self._family.separator(self._model))
         return EncodedVideo(rows, size + len(every), counts)
 
-    def _through_path(self, video: Video) -> tuple[Tensor, CompressedGraph | None]:
-        """Rows [K, C], and the graph that compressed them."""
+    def _through_path(self, video: Video) -> tuple[Tensor, tuple[CompressedGraph, Counts] | None]:
+        """Rows [K, C]; the graph that compressed them, and what it kept."""
         placed = self._placement()
         video = placed.on_device(video)
         any_length = self.any_length and len(video.pixels) > 1  # PyTorch tells sizes of 1 from all others
         path = self._path(video, any_length, placed.hooks)
-        rows, graph = path(self._model, video)
+        rows, compressed = path(self._model, video)
         if path.broken and (names := placed.names_of_hooked):
             self._blame_hooks(names)
             return path.uncompiled(self._model, video), None
-        if graph is None and not path.told:
+        if compressed is None and not path.told:
             fall_back(
                 "Dynamo did not trace the vision path: it is switched off, or a mode that it skips is active",
                 "Call without torch.compiler.set_stance, TORCHDYNAMO_DISABLE and TorchDispatchModes around it",
                 self._config,
                 self._record,
             )
-        return rows, graph
+        return rows, compressed
 
     def _path(self, video: Video, any_length: bool, hooks: tuple[Any, ...]) -> VisionPath:
         """That of this kind of videos; a new one is made for a size that was not there before."""

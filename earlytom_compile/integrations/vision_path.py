@@ -1,10 +1,10 @@
 """Videos of one kind through the compiled code of their family.
 
 path = VisionPath(family, config, any_length=True, kinds={}, cause="...")
-rows, graph = path(model, video)          # [K, C], and the graph that compressed them; [N, C] and None if none did
+rows, compressed = path(model, video)     # [K, C], (the graph that compressed them, what it kept)
+                                          # or [N, C], None
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +16,8 @@ from ..backend import compile_graph
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError
 from ..families.base import Family, Video
-from ..stages import CompressedGraph, Kinds
+from ..reporting import Counts
+from ..stages import LAST_COUNTS, CompressedGraph, Kinds
 from ..words import counted
 from .own_trace import changed_in_trace
 from .placement import video_path, weights_in_place
@@ -57,18 +58,20 @@ class VisionPath:
         """Whether Dynamo could not trace everything to one graph."""
         return len(self._traced) > 1
 
-    def __call__(self, model: Any, video: Video) -> tuple[torch.Tensor, CompressedGraph | None]:
-        """Rows [K, C], and the graph that compressed them in this call, None if none did."""
-        start = time.monotonic()
+    def __call__(self, model: Any, video: Video) -> tuple[torch.Tensor, tuple[CompressedGraph, Counts] | None]:
+        """Rows [K, C]; the graph that compressed them in this call and what it kept, None if none did."""
+        token = LAST_COUNTS.set(None)
         try:
             with video_path(model, self._family), blamed_on_rows(self._family):
                 rows = self._compiled(self._family, model, *traced_arguments(video, self._any_length))
+            compressed = LAST_COUNTS.get()
         except EarlyTomCompileError:
             if not self._frames_only:
                 self.uncompiled(model, video)  # rows of a wrong shape are a better reason
             raise
-        rows = rows if self._frames_only else _without_batch(rows, self._family)
-        return rows, next((graph for graph in self.graphs if graph.record.last_call >= start), None)
+        finally:
+            LAST_COUNTS.reset(token)
+        return rows if self._frames_only else _without_batch(rows, self._family), compressed
 
     def uncompiled(self, model: Any, video: Video) -> torch.Tensor:
         """Rows [N, C] by the model's own code."""

@@ -1,4 +1,5 @@
-"""Fewer video tokens inside the language model of a Qwen model: where that is right, and where it is refused."""
+"""Fewer video tokens inside the language model of a Qwen model: between time stamps and under DeepStack, too. Where
+some layers have linear attention it is refused."""
 
 from itertools import product
 
@@ -8,8 +9,7 @@ from effort import cases
 from generating import new_tokens, share_vision_paths, trace_of_video_rows
 from oracle_qwen import compressed_sequences
 from oracle_qwen_inner import InnerStep, generated_with_fewer, reduced_logits
-from qwen_calls import SMALL, assert_as_the_oracle, compressing, model_of, oracle_options, prompt_of, supported, twin_of
-from tiny_qwen import Clip, qwen_inputs
+from qwen_calls import assert_as_the_oracle, compressing, model_of, oracle_options, prompt_of, supported, twin_of
 from torch.testing import assert_close
 
 import earlytom_compile
@@ -28,20 +28,13 @@ def sharing(one_trace):
         yield
 
 
-@pytest.fixture
-def one_run(sharing):
-    """Qwen2.5-VL, whose prompt has each video in one run."""
-    yield model_of("qwen2_5_vl")
-    earlytom_compile.restore(model_of("qwen2_5_vl"))
-
-
-@pytest.fixture(params=supported(("qwen3_vl", "qwen3_5")))
-def with_time_stamps(request, sharing):
+@pytest.fixture(scope="module", params=supported(("qwen2_5_vl", "qwen3_vl")))
+def kind(request, sharing):
+    """A prompt of Qwen2.5-VL has each video in one run, one of Qwen3-VL a run for each frame."""
     yield request.param
     earlytom_compile.restore(model_of(request.param))
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_the_oracle_with_nothing_dropped_is_the_one_without(kind):
     twin = twin_of(kind)
     (row, video_of), *_ = compressed_sequences(twin, prompt_of(twin, "two sizes"), **oracle_options())
@@ -56,12 +49,13 @@ def test_the_oracle_with_nothing_dropped_is_the_one_without(kind):
         among=list(product(("two sizes", "padding", "everything"), ("paper", "released"), (0.5, 0.9))),
     ),
 )  # fmt: skip
-def test_logits_and_tokens_are_the_oracles(one_run, prompt, variant, drop_ratio):
-    inputs, step = prompt_of(one_run, prompt), InnerStep(1, drop_ratio, variant)
-    model = compressing(one_run, variant=variant, inner_layer=1, inner_drop_ratio=drop_ratio)
+def test_logits_and_tokens_are_the_oracles(kind, prompt, variant, drop_ratio):
+    """DeepStack adds to what layers 1 and 2 give, of fewer tokens."""
+    inputs, step = prompt_of(model_of(kind), prompt), InnerStep(1, drop_ratio, variant)
+    model = compressing(model_of(kind), variant=variant, inner_layer=1, inner_drop_ratio=drop_ratio, strict=True)
     with torch.no_grad():
         logits = model(**inputs).logits
-    tokens, twin = new_tokens(model, inputs), twin_of("qwen2_5_vl")
+    tokens, twin = new_tokens(model, inputs), twin_of(kind)
     rows = compressed_sequences(twin, inputs, **oracle_options(variant=variant))
     for got, chosen, (row, video_of) in zip(logits, tokens, rows, strict=True):
         expected = reduced_logits(twin, row, video_of, step)
@@ -69,13 +63,12 @@ def test_logits_and_tokens_are_the_oracles(one_run, prompt, variant, drop_ratio)
         assert chosen.tolist() == generated_with_fewer(twin, row, video_of, step, len(chosen))
 
 
-@pytest.mark.parametrize("frames, reason", [(9, "a video has text between its tokens"), (1, "time stamps stand")])
-def test_where_time_stamps_stand_between_frames_no_tokens_go(with_time_stamps, frames, reason):
-    """Nor where there is one frame only: what DeepStack adds to its tokens would have to go with them."""
-    model, twin = model_of(with_time_stamps), twin_of(with_time_stamps)
-    inputs = qwen_inputs(model, [[3, Clip(frames, *SMALL), 4]])
-    with pytest.warns(EarlyTomFallbackWarning, match=f"no tokens go inside the language model: {reason}"):
-        assert_as_the_oracle(compressing(model, inner_layer=1), twin, inputs, tokens=False)
+def test_where_attention_is_linear_no_tokens_go(sharing):
+    model, twin = model_of("qwen3_5"), twin_of("qwen3_5")
+    inputs = prompt_of(model, "one video")
+    with pytest.warns(EarlyTomFallbackWarning, match="no tokens go inside the language model: .*linear attention"):
+        assert_as_the_oracle(compressing(model, inner_layer=2), twin, inputs)
     assert report(model).to_dict()["last_call"] == "compressed"
-    with pytest.raises(EarlyTomCompileError, match=f"{reason}.*Leave inner_layer out"):
-        new_tokens(compressing(model, inner_layer=1, strict=True), inputs)
+    with pytest.raises(EarlyTomCompileError, match="linear attention.*no inner_layer"):
+        new_tokens(compressing(model, inner_layer=2, strict=True), inputs)
+    earlytom_compile.restore(model)

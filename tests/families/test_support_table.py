@@ -15,8 +15,15 @@ from handwritten_llava import handwritten_llava
 from llava_calls import Call, clip, expected, generated
 from oracle import compressed_forward, compressed_generate, compressed_videos
 from oracle_llava import compressed_steps, compressed_video
+from oracle_qwen import compressed_generate as compressed_qwen_generate
+from oracle_qwen import compressed_sequences
+from oracle_qwen import compressed_videos as compressed_qwen_videos
+from oracle_qwen_inner import InnerStep, generated_with_fewer
+from qwen_calls import takes_features
 from test_cuda_graphs import FakeGraphs, fake_graphs
 from tiny_models import tiny_llava_next_video, tiny_llava_onevision, tiny_video_llava, video_inputs
+from tiny_qwen import Clip as QwenClip
+from tiny_qwen import qwen_inputs, tiny_qwen
 from torch import nn
 from torch.torch_version import TorchVersion
 
@@ -27,17 +34,24 @@ from earlytom_compile.methods.base import Step
 
 OPTIONS: dict[str, Any] = {"merge_layers": (0, 1), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.3}
 SPECIFIED = {"variant": "paper", **OPTIONS}
-TOWER = r".*(vision_tower|video_tower).*\.(q_proj|v_proj|fc1|mlp\.0)"
-PROJECTOR = r".*(multi_modal_projector\.linear_\d|mm_projector\.[02])"
+ADAPTED = (
+    r".*(vision_tower|video_tower).*\.(q_proj|v_proj|fc1|mlp\.0)"
+    r"|.*(multi_modal_projector\.linear_\d|mm_projector\.[02])"
+)
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
 class OfTransformers:
     """A family whose prompts have a placeholder for each row."""
 
-    def __init__(self, make, not_in_a_graph=None):
-        """``not_in_a_graph``: why ``torch.compile(model, backend="earlytom")`` runs uncompressed, if it does."""
-        self.make, self.not_in_a_graph = make, not_in_a_graph
+    adapted = ADAPTED
+    replayed = "_tower", "rotary_emb"
+    """Words of the names of what CUDA graphs replay: in the encoder, in the language model."""
+
+    def __init__(self, make, not_in_a_graph=None, not_inside=None):
+        """``not_in_a_graph``: why ``torch.compile(model, backend="earlytom")`` runs uncompressed, if it does;
+        ``not_inside``: why no tokens go inside the language model."""
+        self.make, self.not_in_a_graph, self.not_inside = make, not_in_a_graph, not_inside
 
     def rows(self, model):
         (rows,) = earlytom_compile.encode_videos(model, video_inputs(model, 8)["pixel_values_videos"])
@@ -79,6 +93,45 @@ class OfLlava(OfTransformers):
         return Call.of(model, [["text", "video", "text"]], frames=8)
 
 
+class OfQwen(OfTransformers):
+    """Packed frames of any size, whose tower has no names of the others'."""
+
+    adapted = r".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+)|(merger|deepstack_merger_list\.\d+)\..*)"
+
+    def rows(self, model):
+        inputs = self._inputs(model)
+        about = {"video_grid_thw": inputs["video_grid_thw"]}
+        (rows,) = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"], **about)
+        return rows
+
+    def expected_rows(self, model):
+        (video,) = compressed_qwen_videos(model, self._inputs(model), **SPECIFIED)
+        return torch.cat([video.features, *video.deepstack], dim=1)
+
+    def tokens(self, model):
+        return new_tokens(model, self._inputs(model))
+
+    def expected_tokens(self, model, steps=()):
+        if not steps:
+            return compressed_qwen_generate(model, self._inputs(model), NEW, **SPECIFIED)
+        (step,) = (InnerStep(step.layer, 1 - step.keep_ratio) for step in steps)
+        ((row, video_of),) = compressed_sequences(model, self._inputs(model), **SPECIFIED)
+        return torch.tensor([generated_with_fewer(model, row, video_of, step, NEW)])
+
+    def call(self, model):
+        return qwen_inputs(model, [[2, QwenClip(8, 4, 6), 1, QwenClip(5, 10, 6), 4], [1, QwenClip(6, 4, 6), 3]])
+
+    def _inputs(self, model):
+        return qwen_inputs(model, [[3, QwenClip(8, 4, 6), 4]])
+
+
+def of_qwen(kind, **reasons):
+    def make(text_layers=None, seed=0):  # what tiny_qwen makes has two layers or three
+        return tiny_qwen(kind, vision_layers=3, full=(0, 2), deepstack=(0, 1), seed=seed)
+
+    return OfQwen(make, "stand in one sequence", **reasons)
+
+
 FAMILIES = {
     "LLaVA-OneVision": OfTransformers(lambda **options: tiny_llava_onevision(vision_layers=4, **options)),
     "LLaVA-NeXT-Video": OfTransformers(tiny_llava_next_video, "video features flow into getitem"),
@@ -87,12 +140,16 @@ FAMILIES = {
         lambda **options: handwritten_llava(newline="grid", pool="average", **options),
         "running without compression",  # its newlines come first, then the end of the graph
     ),
+    "Qwen2.5-VL": of_qwen("qwen2_5_vl"),
+    "Qwen3-VL": of_qwen("qwen3_vl"),
+    "Qwen3.5": of_qwen("qwen3_5", not_inside="some of its layers have linear attention"),
 }
 MARKS = {
     "LLaVA-OneVision": pytest.mark.long,  # tests/in_place and tests/test_backend.py are about it
     "LLaVA-NeXT-Video": pytest.mark.skipif(
         TorchVersion(transformers.__version__) < "5.21", reason="LLaVA-NeXT-Video needs transformers 5.21"
     ),
+    "Qwen3-VL": takes_features,
 }
 
 
@@ -122,7 +179,7 @@ def check(family, model, reference):
 def test_lora(family):
     peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
     torch.manual_seed(0)
-    config = peft.LoraConfig(target_modules=f"{TOWER}|{PROJECTOR}", r=4, init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=family.adapted, r=4, init_lora_weights=False)
     wrapped = peft.get_peft_model(family.make(), config).eval()
     merged = copy.deepcopy(wrapped).merge_and_unload()
     check(family, wrapped.get_base_model(), merged)
@@ -138,6 +195,13 @@ def test_quantised(family):
 def test_inner_merging(family):
     model = family.make(text_layers=3, seed=3)
     everything = family.tokens(compiled(model))
+    if family.not_inside is not None:
+        with pytest.warns(
+            EarlyTomFallbackWarning, match=f"no tokens go inside the language model: {family.not_inside}"
+        ):
+            assert torch.equal(family.tokens(compiled(model, inner_layer=1, strict=False)), everything)
+        assert report(model).to_dict()["inside"] == []
+        return
     wanted = family.expected_tokens(earlytom_compile.restore(model), [Step(1, 0.5, "mean")])
     assert torch.equal(family.tokens(compiled(model, inner_layer=1)), wanted)
     assert not torch.equal(everything, wanted), "half of the tokens do the same, which shows nothing"
@@ -174,4 +238,4 @@ def test_cuda_graphs(family):
         parts = " ".join(graph["part"] for graph in report(model).to_dict()["cuda_graphs"] if graph["used"])
         earlytom_compile.restore(model)
     assert all(torch.equal(answer, wanted) for answer in answers)
-    assert "_tower" in parts and "rotary_emb" in parts
+    assert all(word in parts for word in family.replayed), parts

@@ -18,12 +18,13 @@ MERGES = st.sampled_from(["mean", "sequential", "drop"])
 
 @st.composite
 def prompts(draw):
-    """video_of of one to three rows of one length: text, and up to three videos."""
+    """video_of of one to three rows of one length: text, and up to three videos, between whose tokens may be text."""
     rows = []
     for _ in range(draw(st.integers(1, 3))):
         row = [-1] * draw(st.integers(0, 3))
         for video in range(draw(st.integers(0, 3))):
-            row += [video] * draw(st.integers(1, 9)) + [-1] * draw(st.integers(0, 2))
+            for _ in range(draw(st.integers(1, 3))):
+                row += [video] * draw(st.integers(1, 5)) + [-1] * draw(st.integers(0, 2))
         rows.append(row)
     length = max(1, *map(len, rows)) + draw(st.integers(0, 3))
     return torch.tensor([row + [-1] * (length - len(row)) for row in rows])
@@ -98,22 +99,24 @@ def test_each_video_of_each_row_is_what_the_reference_makes_of_it(video_of, rati
 
 
 def _by_reference(hidden, scores, video_of, ratio, merge):
-    """(positions that stay, their tokens): one video after another, from the last to the first."""
+    """(positions that stay, their tokens): one video after another."""
     positions = list(range(len(hidden)))
-    for video in sorted(set(video_of) - {-1}, reverse=True):
-        begin, count = video_of.index(video), video_of.count(video)
-        keep = max(1, round(count * ratio))
+    for video in sorted(set(video_of) - {-1}):
+        own = [place for place, position in enumerate(positions) if video_of[position] == video]
+        keep = max(1, round(len(own) * ratio))
         if merge == "drop":
-            order = sorted(range(begin, begin + count), key=lambda p: (-float(scores[p]), p))
-            stay = [p for p in range(len(hidden)) if p not in order[keep:]]
-            hidden = hidden[stay]
+            left = sorted(sorted(range(len(own)), key=lambda i: (-float(scores[own[i]]), i))[:keep])
+            merged = hidden[own][left]
         else:
-            span = {"image_start": begin, "image_length": count, "drop_ratio": 1 - keep / count}
+            span = {"image_start": 0, "image_length": len(own), "drop_ratio": 1 - keep / len(own)}
             variant = "paper" if merge == "mean" else "released"
-            merged, stay = merge_inner_tokens(hidden[None], scores, variant=variant, **span)
-            hidden, stay = merged[0], stay.tolist()
-        scores = scores[stay]
-        positions = [positions[p] for p in stay]
+            merged, left = merge_inner_tokens(hidden[None, own], scores[own], variant=variant, **span)
+            merged, left = merged[0], left.tolist()
+        hidden = hidden.clone()
+        hidden[[own[i] for i in left]] = merged
+        gone = set(own) - {own[i] for i in left}
+        stay = [place for place in range(len(hidden)) if place not in gone]
+        hidden, scores, positions = hidden[stay], scores[stay], [positions[place] for place in stay]
     return positions, hidden
 
 
@@ -125,9 +128,10 @@ def test_text_is_untouched_to_the_bit_and_rows_do_not_meet(video_of, merge, seed
     scores = torch.rand(video_of.shape, generator=generator)
     slots, _ = planned(video_of, 0.5)
     left, kept = ops.keep_inner_tokens(hidden, scores, video_of, slots, merge)
-    text = (slots >= 0).nonzero()
-    for row, place in text.tolist():
-        assert torch.equal(left[row, place], hidden[row, slots[row, place]])
+    for row, numbers in enumerate(video_of):
+        text = (numbers < 0).nonzero().flatten()
+        places = (kept[row] == text[:, None]).nonzero()[:, 1]
+        assert torch.equal(left[row, places], hidden[row, text]) and len(places) == len(text)
     changed = hidden.clone()
     changed[1:] = 7.0
     again, _ = ops.keep_inner_tokens(changed, scores, video_of, slots, merge)

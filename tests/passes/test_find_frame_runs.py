@@ -64,6 +64,7 @@ MORE = {
     "attention received": (received, ("n", 2, 4, 8), ("n", 2, 4, 8)),
     "each frame twice": (lambda x: x.repeat_interleave(2, 0) * 2, ("n", 4)),
     "tokens in an order": (lambda x, i: x[:, i.long()] * 2, ("n", 4, 8), (5,)),
+    "tokens selected": (lambda x, i: x.index_select(1, i.long()) * 2, ("n", 4, 8), (5,)),
     "what each frame looks up": (lambda i, table: F.embedding(i.long(), table) * 2, ("n", 4), (9, 8)),
 }  # fmt: skip
 ALONE = {**FRAME_WISE, **MORE}
@@ -102,6 +103,8 @@ MORE_MIXED = {
     "joined to themselves": (lambda x: torch.cat((x, x)), ("n", 4, 8)),
     "taken in an order": (lambda x, i: x[i.long()], ("n", 8), ("n",)),
     "some frames": (lambda x, i: x[i.long()] * x[:1], ("n", 8), (5,)),
+    "frames selected": (lambda x, i: x.index_select(0, i.long()) * 2, ("n", 4, 8), ("n",)),
+    "some frames selected": (lambda x, i: x.index_select(0, i.long()) * x.sum(), ("n", 4, 8), (5,)),
     "looked up among frames": (lambda x, i: F.embedding(i.long(), x), ("n", 8), ("n", 2)),
     "frames inside a row": (lambda x: x.transpose(0, 1).reshape(-1, 8) * 2, ("n", 4, 8)),
     "rows taken for frames": (lambda x: x.view(4, -1, 8).softmax(1).view(-1, 8), ("n", 4, 8)),
