@@ -31,7 +31,7 @@ def kind(request, one_trace):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("holitom", "visionzip") else pytest.mark.long) for name in METHODS]
+    "name", [pytest.param(name, marks=() if name == "visionzip" else pytest.mark.long) for name in METHODS]
 )
 def test_they_see_tokens_row_by_row_and_leave_features_of_all_layers(kind, name):
     """Tokens are judged and merged by the last layer's features; what DeepStack adds is that of the place."""
