@@ -102,6 +102,12 @@ def insert_patch_reuse(
     frames or places still have their old sizes."""
     blocks = path.encoder.blocks
     full = config.resolve_full_layers(len(blocks))
+    if windows := [layer for layer, block in enumerate(blocks) if block.windows and layer not in full]:
+        raise NotApplicable(
+            f"attention stays in windows of a frame in layer {windows[0]} of the vision encoder {path.encoder.name}, "
+            "and the places that changed are packed without them",
+            "Merge frames instead: reuse=False",
+        )
     flow = Dataflow(graph)
     with graph.inserting_before(blocks[0].input.next):
         places = _insert_plan(graph, path, grid, sizes, config)
