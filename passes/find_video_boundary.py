@@ -66,6 +66,11 @@ class Boundary(VideoPath):
     rows: Node | None  # [V*(F*P (+1)), C]
     placeholders: Placeholders | None
 
+    @property
+    def judged_axes(self) -> int:
+        """How many of the first axes of ``judged`` are those of frames."""
+        return self.frame_axes if self.judged is self.features else 1
+
     def rows_of(self, frames: int) -> int:
         """Rows (and so placeholder tokens) of one uncompressed video of so many frames."""
         return frames * self.tokens + (self.separator is not None)
@@ -189,7 +194,7 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
         axis,
         features,
         frame_axes,
-        _judged(view, features, encoder.blocks[used - 1].output),
+        _judged(view, features, encoder.blocks[used - 1].output, batch),
         flat,
         separator,
         end,
@@ -210,13 +215,15 @@ def read_behind(view: GraphView, blocks: Sequence[Block], end: Node) -> dict[Nod
     return found
 
 
-def _judged(view: GraphView, features: Node, hidden: Node) -> Node:
-    """The only part of ``features`` that is made of ``hidden``, where channels of other layers stand beside it."""
-    if op_name(features) not in ("cat", "concat") or _joins_tokens(features):
+def _judged(view: GraphView, features: Node, hidden: Node, batch: Dim) -> Node:
+    """The only part of ``features`` that is made of ``hidden``, [T, ..., c], where channels of other layers stand
+    beside it."""
+    joined = peel(features, _IN_ORDER)
+    if op_name(joined) not in ("cat", "concat") or _joins_tokens(joined):
         return features
-    parts = argument(features, 0, "tensors")
-    own = [part for part in parts if view.flow.is_from(part, hidden)]
-    return own[0] if len(own) == 1 else features
+    own = [part for part in argument(joined, 0, "tensors") if view.flow.is_from(part, hidden)]
+    one_frame = batch.size.is_(1)
+    return own[0] if len(own) == 1 and (one_frame or view.dims(own[0])[:1] == (batch,)) else features
 
 
 # Frames: from the encoder to where they meet their tokens

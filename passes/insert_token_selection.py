@@ -22,7 +22,7 @@ from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.passes.find_video_boundary import Boundary
 from earlytom_compile.passes.insert_frame_merge import MergedVideo
-from earlytom_compile.passes.patterns import argument, insert, shape_of, value_of
+from earlytom_compile.passes.patterns import argument, insert, op_name, shape_of, value_of
 from earlytom_compile.passes.reasons import NotApplicable
 from earlytom_compile.passes.retarget_axes import ResizedAxis
 from earlytom_compile.passes.token_map import TokenMap
@@ -51,8 +51,10 @@ def insert_token_selection(
     ends = (boundary.flat, boundary.end, boundary.rows)
     consumers = {node: list(node.users) for node in ends if node is not None}  # before our own are among them
     with graph.inserting_before(boundary.features.next):
-        features = _by_frame(graph, boundary, boundary.features)
-        judged = features if boundary.judged is boundary.features else _by_frame(graph, boundary, boundary.judged)
+        features = _by_frame(graph, boundary, boundary.features, boundary.frame_axes)
+        judged = features
+        if boundary.judged is not boundary.features:
+            judged = _by_frame(graph, boundary, boundary.judged, boundary.judged_axes)
         if config.method != EARLYTOM:
             selected = _kept_by_method(graph, judged, video, sizes, config, token_map)
             return _kept_exactly(graph, boundary, consumers, selected, sizes, features)
@@ -87,15 +89,15 @@ def _kept_by_method(
     return insert(graph, op, features, importance, keys, video.counts[-1], sizes.budget, config.method)
 
 
-def _by_frame(graph: Graph, boundary: Boundary, features: Node) -> Node:
+def _by_frame(graph: Graph, boundary: Boundary, features: Node, frame_axes: int) -> Node:
     """Features as [V*F, P, C], a node of their own."""
     rank = len(shape_of(features) or ())
-    if boundary.frame_axes > 1:
-        features = insert(graph, "flatten", features, 0, boundary.frame_axes - 1)
-    if rank != boundary.frame_axes + 2:
+    if frame_axes > 1:
+        features = insert(graph, "flatten", features, 0, frame_axes - 1)
+    if rank != frame_axes + 2:
         features = (
             insert(graph, "flatten", features, 1, -2)
-            if rank > boundary.frame_axes + 2
+            if rank > frame_axes + 2
             else insert(graph, "unsqueeze", features, 1)
         )
     if features is boundary.flat:
@@ -146,7 +148,8 @@ def _with_other_channels(graph: Graph, boundary: Boundary, whole: Node, tokens: 
 def _channels(boundary: Boundary) -> list[tuple[Node, int, int]]:
     """Of the parts that stand side by side in the features: each, its first channel, and how many it has."""
     found, start = [], 0
-    for part in argument(boundary.features, 0, "tensors"):
+    joined = next(user for user in boundary.judged.users if op_name(user) in ("cat", "concat"))
+    for part in argument(joined, 0, "tensors"):
         width = int(shape_of(part)[-1])  # type: ignore[index]
         found.append((part, start, width))
         start += width

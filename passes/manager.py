@@ -188,7 +188,7 @@ def _find_token_map(state: Rewrite) -> None:
     if boundary is None or view is None:
         return
     hidden = boundary.encoder.blocks[-1].output
-    state.token_map = find_token_map(view, hidden, boundary.judged, boundary.frame_axes, _probe(state, boundary))
+    state.token_map = find_token_map(view, hidden, boundary.judged, boundary.judged_axes, _probe(state, boundary))
     if state.token_map is None and (needed := _needed_of_patches(state.config)):
         patches = shape_of(hidden)[1]  # type: ignore[index]
         cure = "Use" if state.config.method == EARLYTOM else "Leave method out and use"

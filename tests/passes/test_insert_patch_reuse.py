@@ -105,7 +105,8 @@ def check(tower, pixels, *, variant="plus", full_layers=(2,), any_length=False, 
 def test_every_spelling(how):
     graph = check(Tower(**SPELLINGS[how]), pixels_of(6))
     assert graph.record.last_counts.reuse.computed.item() < 6 * 16
-    assert [graph.record.inserted.get(name, 0) for name in OURS] == [1, 1, 2, 3, 2, 0]
+    inside = how == "an earlier layer beside"  # which leaves a layer in the middle of those that reuse
+    assert [graph.record.inserted.get(name, 0) for name in OURS] == [1, 1, 2, 3, 2 + inside, 0]
 
 
 def test_attention_in_windows_is_left_alone():

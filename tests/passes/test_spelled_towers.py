@@ -82,7 +82,7 @@ def test_compresses(how):
 @pytest.mark.parametrize(
     "how",
     ["linear: packed", "patches: view", "class token", "tokens: merger", "joined: rows", "windows"]
-    + ["earlier layers beside, one that merges", "another order"],
+    + ["an earlier layer beside", "earlier layers beside, one that merges", "another order"],
 )
 @pytest.mark.parametrize("variant", ["plus", "released"])
 def test_other_variants(how, variant):
