@@ -159,7 +159,8 @@ def _kept(stays: Tensor, length: int) -> Tensor:
     """int64 [R, length]: the positions that ``stays``, bool [R, S], names, in order, behind what pads a row. Text may
     be between the tokens of a video, so that only now it is known where it goes."""
     place = torch.arange(stays.shape[1], device=stays.device)
-    return torch.where(stays, place, NO_VIDEO).sort(1).values[:, stays.shape[1] - length :]
+    kept = torch.where(stays, place, NO_VIDEO).sort(1).values[:, stays.shape[1] - length :]
+    return kept.clone(memory_format=torch.contiguous_format)
 
 
 def _at(hidden: Tensor, kept: Tensor) -> Tensor:
