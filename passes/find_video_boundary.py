@@ -167,6 +167,8 @@ def _match(view: GraphView, encoder: Encoder, misses: Sequence[Miss], any_length
             )
         flat = _flat_of_single_frames(view, encoder, videos)
         features, frame_axes = flat, 1
+    elif any_length and (single := _rows_of_single_tokens(view, batch)) is not None:
+        flat, features, frame_axes = *single, 1
     else:
         flat, features, frame_axes = _flatten(view, encoder, videos, batch)
     used = next(n for n in range(len(encoder.blocks), 0, -1) if view.flow.is_from(flat, encoder.blocks[n - 1].output))
@@ -249,6 +251,17 @@ def _flatten(view: GraphView, encoder: Encoder, videos: int, batch: Dim) -> tupl
             "earlytom_compile.compile_tower(tower); for other models see docs/adding-a-model.md",
         )
     return joined[0]
+
+
+def _rows_of_single_tokens(view: GraphView, batch: Dim) -> tuple[Node, Node] | None:
+    """(rows [F, C], features [F, 1, C]) where a frame has one token, so that a video's rows have its frames' axis."""
+    (output,) = (node for node in view.graph.nodes if node.op == "output")
+    flat = output.all_input_nodes[0]
+    if op_name(flat) not in _IN_ORDER or not _has(view, flat.all_input_nodes[0], batch):
+        return None
+    dims = view.dims(flat.all_input_nodes[0])
+    single = len(view.dims(flat)) == 2 and len(dims) == 3 and dims[0].root is batch and dims[1].size.is_(1)
+    return (flat, flat.all_input_nodes[0]) if single else None
 
 
 def _has(view: GraphView, node: Node, batch: Dim) -> bool:

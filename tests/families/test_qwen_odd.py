@@ -35,7 +35,7 @@ def kind(request, one_trace, monkeypatch):
 @torch.no_grad()
 def test_pictures_of_few_patches_at_both_ends_of_a_prompt(kind):
     model = compressing(small(kind), **LAYERS)
-    rows = [[Clip(5, 2, 10), 1, Clip(5, 14, 2)], [1, Still(2, 4), Clip(1, 2, 2), 4], [Clip(2, 2, 6)]]
+    rows = [[Clip(5, 2, 10), 1, Clip(5, 14, 2)], [1, Still(2, 4), Clip(1, 2, 2), 4], [Clip(2, 2, 6), 1, Clip(6, 2, 2)]]
     assert_as_the_oracle(model, small(kind), qwen_inputs(model, rows), **LAYERS)
     assert report(model).to_dict()["last_call"] == "compressed"
 
