@@ -286,11 +286,11 @@ def test_without_the_kinds_of_tokens_it_runs_uncompressed(model, twin, call):
         getattr(compressing(model, strict=True, **LAYERS), call)(**inputs)
 
 
-@pytest.mark.parametrize("options", [{"variant": "plus"}, {"variant": "paper"}])
-def test_reuse_of_patches_is_refused_with_its_cure(kind, twin, options):
-    """``plus`` would reuse patches unless told otherwise; places of these towers are no raster of patches."""
+@pytest.mark.parametrize("variant", ["plus", "paper"])
+def test_reuse_of_patches_is_refused_with_its_cure(kind, twin, variant):
+    """Places of these towers are no raster of patches."""
     model, inputs = small(kind), prompt_of(twin, "one video")
-    reusing = {"merge_layers": None, "reuse": None if options["variant"] == "plus" else True, **options}
+    reusing = {"merge_layers": None, "reuse": True, "variant": variant}
     with pytest.warns(EarlyTomFallbackWarning, match="not known|unknown which of them did not change.*reuse=False"):
         got = new_tokens(compressing(model, **reusing), inputs)
     assert torch.equal(got, new_tokens(twin, inputs))
