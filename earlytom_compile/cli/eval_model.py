@@ -17,6 +17,7 @@ import torch
 from ..errors import EarlyTomConfigError, EarlyTomError
 from ..families.llava import ARCHITECTURE
 from ..integrations.checkpoint_files import read_json
+from ..qwen_shape import is_qwen
 from ..shapes import SHAPES, ModelShape
 from .loading import open_checkpoint, resolve_device
 from .options import require_effect
@@ -57,10 +58,7 @@ def look_at_checkpoint(name: str, *, device: str, dtype: str, options: Mapping[s
         require_effect(options, place.type)
         small = content.get("hidden_size") == _HALF_BILLION_WIDTH
         return Subject(name, place, dtype, small, _named_shape(content), "EarlyTomLlavaOnevision")
-    from ..integrations.lmms_eval.transformers_code import require_pictures
-
     checkpoint = open_checkpoint(name, device=device, dtype=dtype, options=options)
-    require_pictures(name, checkpoint.processor)
     text = getattr(checkpoint.config, "text_config", None)
     small = getattr(text, "hidden_size", None) == _HALF_BILLION_WIDTH
     return Subject(checkpoint.name, checkpoint.device, dtype, small, _shape(checkpoint.config), "EarlyTom")
@@ -103,6 +101,8 @@ def _named_shape(content: Mapping[str, Any]) -> ModelShape | None:
 
 
 def _shape(config: Any) -> ModelShape | None:
+    if is_qwen(config):  # whose work depends on the size of each video
+        return None
     try:
         return ModelShape.from_config(config)
     except (EarlyTomConfigError, AttributeError):

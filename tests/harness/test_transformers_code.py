@@ -10,6 +10,7 @@ Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
 from earlytom_compile import EarlyTomConfigError  # noqa: E402
 from earlytom_compile.cli.loading import load_checkpoint  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.arguments import read_arguments  # noqa: E402
+from earlytom_compile.integrations.lmms_eval.loading import load_speaker  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.prompts import Film, Picture, Turn  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.transformers_code import TransformersSpeaker  # noqa: E402
 from earlytom_compile.integrations.video import read_video  # noqa: E402
@@ -20,7 +21,9 @@ FRAMES = 5
 @pytest.fixture(scope="module")
 def speaker(checkpoint):
     given = {"pretrained": str(checkpoint), "device": "cpu", "max_frames_num": FRAMES}
-    return TransformersSpeaker(read_arguments(given))
+    speaker = load_speaker(read_arguments(given))
+    assert type(speaker) is TransformersSpeaker
+    return speaker
 
 
 @pytest.fixture(scope="module")

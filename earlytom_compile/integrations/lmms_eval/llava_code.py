@@ -94,6 +94,10 @@ class LlavaSpeaker:
         }
         return Sample(ids, videos, shown)
 
+    def video_tokens(self, sample: Sample) -> int:
+        """As many of each frame."""
+        return sum(sample.frames) * self.tokens_per_frame
+
     def positions(self, sample: Sample) -> int:
         """One for each word, each token of a video or picture, and each newline."""
         text = int((sample.ids != PLACEHOLDER).sum())

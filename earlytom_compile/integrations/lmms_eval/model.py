@@ -34,9 +34,9 @@ from .arguments import Arguments, read_arguments, read_options, require_once
 from .costs import Costs, Shown, Spent
 from .generation import Decoding, FirstToken, StopTexts, batches, read_decoding
 from .llava_code import ARGUMENTS, LlavaSpeaker
+from .loading import load_speaker
 from .prompts import Turn, from_messages, from_visuals
 from .speaker import Sample, Speaker, require_whole
-from .transformers_code import TransformersSpeaker
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class EarlyTom(lmms):
                     f"{arguments.pretrained!r} is a checkpoint of model_type {found!r}, and this model takes "
                     f"{self.model_type!r} only: take --model earlytom, or another checkpoint."
                 )
-        return TransformersSpeaker(arguments)
+        return load_speaker(arguments)
 
     def _given(self, request: Instance) -> dict[str, Any]:
         """The generation arguments of a request."""
@@ -258,21 +258,22 @@ class EarlyTom(lmms):
 
     def _shown(self, samples: Sequence[Sample]) -> list[Shown]:
         """Frames and tokens of each question with videos, as the last call left them."""
-        size = self._speaker.tokens_per_frame
-        counts = [(sum(sample.frames), len(sample.videos)) for sample in samples if sample.videos]
-        if self._costs.retain_ratio is None or not counts:
-            return [Shown(frames, frames, frames * size, frames * size) for frames, _ in counts]
+        asked = [sample for sample in samples if sample.videos]
+        sizes = [(sum(sample.frames), self._speaker.video_tokens(sample)) for sample in asked]
+        full = [Shown(frames, frames, tokens, tokens) for frames, tokens in sizes]
+        if self._costs.retain_ratio is None or not asked:
+            return full
         report = earlytom_compile.report(self.model).to_dict()
         if report["last_call"] != "compressed":  # without strict, a call may keep all tokens
-            return [Shown(frames, frames, frames * size, frames * size) for frames, _ in counts]
+            return full
         left, shown = iter(report["videos"]), []
-        for frames, videos in counts:
-            of_these = list(itertools.islice(left, videos))
+        for sample, (frames, tokens) in zip(asked, sizes, strict=True):
+            of_these = list(itertools.islice(left, len(sample.videos)))
             merged = sum(video["frames"][-1] for video in of_these)
             kept = sum(video["tokens"][1] for video in of_these)
             patches = patches_of({"videos": of_these})
             encoded = sum(each.total / each.places for each in patches) if patches else None
-            shown.append(Shown(frames, merged, frames * size, kept, encoded))
+            shown.append(Shown(frames, merged, tokens, kept, encoded))
         return shown
 
     def _ends(self) -> tuple[int, ...]:

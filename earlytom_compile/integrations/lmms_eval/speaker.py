@@ -4,7 +4,8 @@
     speaker.inputs([sample, ...]) -> arguments of generate(), on the device
     speaker.new_tokens(output, inputs)
 
-``transformers_code.py`` speaks to models of transformers, ``llava_code.py`` to those of LLaVA's own code.
+``transformers_code.py`` speaks to models of transformers, ``patches_code.py`` to those among them that take patches
+of videos, as Qwen's do, and ``llava_code.py`` to those of LLaVA's own code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ from .prompts import Turn
 
 @dataclass(frozen=True)
 class Sample:
-    """A question ready for a batch: ``ids`` int64 [S] with placeholders, ``videos`` [F, 3, H, W] each, and ``others``,
+    """A question ready for a batch: ``ids`` int64 [S] with placeholders, ``videos`` of F frames each,
+    [F, 3, H, W] or [F, S, C] of S patches, and ``others``,
     what else its kind of checkpoint takes for what is shown."""
 
     ids: torch.Tensor
@@ -42,8 +44,6 @@ class Speaker(Protocol):
 
     model: Any
     tokenizer: Any
-    tokens_per_frame: int
-    """Of a video, before compression and without separators."""
     mixes_lengths: bool
     """Whether the full model takes videos of different numbers of frames in one call; the compressed one does."""
 
@@ -54,6 +54,10 @@ class Speaker(Protocol):
     @property
     def longest_prompt(self) -> int | None:
         """Positions behind which the model's own code cuts off a prompt without a word; None if it never does."""
+        ...
+
+    def video_tokens(self, sample: Sample) -> int:
+        """Of its videos, before compression and without separators."""
         ...
 
     def positions(self, sample: Sample) -> int:
