@@ -163,6 +163,8 @@ def _candidates_in_order(
         yield TokenMap(first, grid, None, shape=grid)
     for factors in _factors(grid, count) if count < patches else ():
         yield TokenMap(first, grid, None, factors, (grid[0] // factors[0], grid[1] // factors[1]))
+    if grid != (1, patches) and count < patches and patches % count == 0:  # a row of blocks, a token each
+        yield TokenMap(first, (1, patches), None, (1, patches // count), (1, count))
 
 
 def _patches(view: GraphView, region: list[Node], tokens: Dim) -> tuple[Dim, int]:

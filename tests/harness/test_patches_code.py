@@ -12,7 +12,6 @@ from tiny_qwen_checkpoint import require_family, write_qwen_checkpoint
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
 pytest.importorskip("torchvision", reason="Qwen's processors need torchvision")
 
-from earlytom_compile.cli.eval_model import look_at_checkpoint  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.arguments import read_arguments  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.loading import load_speaker  # noqa: E402
 from earlytom_compile.integrations.lmms_eval.patches_code import PatchSpeaker  # noqa: E402
@@ -171,10 +170,3 @@ def test_a_video_is_read_once(speaker, clip, monkeypatch):
     speaker.prepare([Turn("user", (Film(clip), "what ?"))])
     monkeypatch.setattr(patches_code, "read_video", None)
     assert speaker.prepare([Turn("user", (Film(clip), "who ?"))]).frames == (FRAMES // 2,)
-
-
-def test_work_is_not_counted_for_videos_of_any_size(tmp_path):
-    require_family(SHAPES[1])
-    folder = write_qwen_checkpoint(tmp_path, SHAPES[1])
-    subject = look_at_checkpoint(str(folder), device="cpu", dtype="auto", options={})
-    assert (subject.kind, subject.shape, subject.half_billion) == ("EarlyTom", None, False)

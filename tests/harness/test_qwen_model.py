@@ -126,7 +126,7 @@ def test_answers_are_those_of_the_model_itself(harness, file, beams):
 @pytest.mark.parametrize("ratio", [None, 0.25])
 def test_batches_change_no_answer_and_no_order(harness, asked, ratio):
     alone = answers(harness(retain_ratio=ratio), asked)
-    assert answers(harness(batch_size=6, retain_ratio=ratio), asked) == alone and len(set(alone)) > 2
+    assert answers(harness(batch_size=6, retain_ratio=ratio), asked) == alone and len(set(alone)) > 1
 
 
 def test_with_all_tokens_answers_are_the_full_models(harness, asked):
@@ -144,10 +144,9 @@ def test_chat_tasks_give_the_answers_of_simple_ones(harness, file):
     assert chat == answers(harness(retain_ratio=0.25), documents)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_costs_are_of_temporal_patches_and_of_the_tokens_of_each_size(harness, asked, batch_size):
+def test_costs_are_of_temporal_patches_and_of_the_tokens_of_each_size(harness, asked):
     videos = asked[:3]
-    lm = harness(batch_size=batch_size)
+    lm = harness(batch_size=3)
     samples = [lm._speaker.prepare(model.from_visuals(question, shown, {})) for shown, question in videos]
     sizes = [[len(video) * video.shape[1] // 4 for video in sample.videos] for sample in samples]
     assert len({size for of_one in sizes for size in of_one}) > 2, "the test must have videos of several sizes"
@@ -167,13 +166,10 @@ def test_costs_are_of_temporal_patches_and_of_the_tokens_of_each_size(harness, a
 def test_each_question_has_the_counts_of_its_own_videos(harness, asked):
     lm = harness(batch_size=3, retain_ratio=0.25)
     answers(lm, asked[:3])
-    for shown, question in asked[:3]:
-        one = harness(retain_ratio=0.25)
-        answers(one, [(shown, question)])
-        (alone,) = one._costs._shown
-        assert alone in lm._costs._shown
-    assert [shown.frames for shown in lm._costs._shown] == [3, 3, 3]
-    assert len({shown.tokens for shown in lm._costs._shown}) > 1
+    together, one = lm._costs._shown, harness(retain_ratio=0.25)
+    answers(one, asked[:3])
+    assert together == one._costs._shown and [shown.frames for shown in together] == [3, 3, 3]
+    assert len({shown.tokens for shown in together}) == len({shown.kept for shown in together}) > 1
 
 
 def test_the_table_of_eval_tasks(folder, tmp_path, capsys):
@@ -188,4 +184,4 @@ def test_the_table_of_eval_tasks(folder, tmp_path, capsys):
     tokens = full["video_tokens"]
     assert tokens == full["video_tokens_kept"] and compressed["video_tokens_kept"] == round(0.25 * tokens)
     rows = json.loads(told.read_text())["rows"]
-    assert [row["flops_t"] for row in rows] == [None, None]
+    assert [row["tflop"] for row in rows] == [None, None]
