@@ -207,7 +207,7 @@ def test_the_full_model_is_restored_exactly_and_costs_begin_anew(harness, asked)
 
 
 def test_costs_are_of_what_was_merged_and_measured(harness, asked):
-    lm = harness(retain_ratio=0.1)
+    lm = harness(retain_ratio=0.1, variant="paper")
     answers(lm, asked)
     costs, share = lm.costs(), {}
     for path in {path for path, *_ in asked}:

@@ -15,6 +15,7 @@ from earlytom_compile.cli.loading import load_model  # noqa: E402
 from earlytom_compile.cli.main import main  # noqa: E402
 from earlytom_compile.toyworld import evaluate  # noqa: E402
 from earlytom_compile.toyworld.lmms_task import write_task  # noqa: E402
+from earlytom_compile.toyworld.methods import ALL_TOKENS  # noqa: E402
 from earlytom_compile.toyworld.model import WEIGHTS  # noqa: E402
 
 VIDEOS = 6
@@ -76,9 +77,9 @@ def run(tasks, tmp_path, capsys):
 
 def counted_by_the_toy(name, ratio, first=0, videos=VIDEOS, options=None):
     questions = evaluate.load_questions("test", first, videos)
-    method = evaluate.ALL_TOKENS if ratio is None else name
+    arm = evaluate.Arm(ALL_TOKENS) if ratio is None else evaluate.Arm(name, ratio)
     model = load_model(str(WEIGHTS), device="cpu")
-    return 100 * evaluate.evaluate(model, questions, method, ratio, options).accuracy()
+    return 100 * evaluate.evaluate(model, questions, arm, options).accuracy()
 
 
 @pytest.mark.parametrize("variant, batch", [("paper", 1), ("plus", 4)])

@@ -51,10 +51,10 @@ class Costs:
         ``ttft_ms``: time to the first token, from inputs on the device to the first token of every row of the call, so
         with a batch that of the whole batch; vision encoder and prompt are in it, reading the video and compilation are
         not. Over the questions with a video, where there are any.
-        ``video_frames``: frames of the videos of a question; ``frames_per_second``: frames of all videos over the time
-        to the first token of all calls that had any. ``stage1_retention``: share of all frames that is left when frames
-        have merged, in (0, 1]. ``patches_computed``: share of all patches that was computed where unchanged ones are
-        reused.
+        ``video_frames``: frames of the videos of a question, temporal patches where a model has those;
+        ``frames_per_second``: frames of all videos over the time to the first token of all calls that had any.
+        ``stage1_retention``: share of all frames that is left when frames have merged, in (0, 1].
+        ``patches_computed``: share of all patches that was computed where unchanged ones are reused.
         ``video_tokens``, ``video_tokens_kept``: tokens of the videos of a question, without separators such as the
         newline, as the full model has them and as the language model got them.
         ``retain_ratio``: the one asked for, 1.0 for the full model.
