@@ -44,9 +44,11 @@ takes_features = pytest.mark.skipif(
 )
 
 
-def supported(kinds: Iterable[str]) -> list[Any]:
-    """Those that can be compressed with the transformers there is, as parameters."""
-    return [pytest.param(kind, marks=takes_features) if "qwen3_vl" in kind else kind for kind in kinds]
+def supported(kinds: Iterable[str], *, long: Iterable[str] = ()) -> list[Any]:
+    """Those that can be compressed with the transformers there is, as parameters; those of ``long`` in the long tests
+    alone."""
+    marks = {kind: [takes_features] * ("qwen3_vl" in kind) + [pytest.mark.long] * (kind in long) for kind in kinds}
+    return [pytest.param(kind, marks=marks[kind]) for kind in kinds]
 
 
 @cache

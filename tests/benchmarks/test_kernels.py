@@ -48,6 +48,7 @@ def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path, monkeyp
     merges = len(prefill["frames"]) - 1
     assert prefill["calls"] == {
         "frame_similarity": merges + 1, "plan_merge": merges, "merge_frames": merges,
+        "first_of_merged": merges,
         "attention_received": 1, "dynamic_frames": 1, "select_tokens": 1, "video_budget": 1,
     }  # fmt: skip
     assert prefill["operators_ms"] > 0 and prefill["share"] * prefill["first_token_ms"] == pytest.approx(

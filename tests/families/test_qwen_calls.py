@@ -30,7 +30,7 @@ def one_trace():
     return trace_of_video_rows()
 
 
-@pytest.fixture(scope="module", params=supported(PLAIN_KINDS))
+@pytest.fixture(scope="module", params=supported(PLAIN_KINDS, long=("qwen3_5",)))
 def kind(request):
     yield request.param
     earlytom_compile.restore(small(request.param))

@@ -22,7 +22,7 @@ def one_trace():
     return trace_of_video_rows()
 
 
-@pytest.fixture(scope="module", params=supported(PLAIN_KINDS))
+@pytest.fixture(scope="module", params=supported(PLAIN_KINDS, long=("qwen3_5",)))
 def kind(request, one_trace):
     with pytest.MonkeyPatch.context() as patch:
         share_vision_paths(one_trace, patch)

@@ -26,7 +26,7 @@ def one_trace():
     return trace_of_video_rows()
 
 
-@pytest.fixture(params=supported(PLAIN_KINDS))
+@pytest.fixture(params=supported(PLAIN_KINDS, long=("qwen3_5",)))
 def kind(request, one_trace, monkeypatch):
     share_vision_paths(one_trace, monkeypatch)
     return request.param
