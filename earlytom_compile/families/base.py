@@ -114,8 +114,8 @@ class Family:
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of :class:`EarlyTomConfig` that the caller gave, and the defaults that are others with this model."""
-        merges = {} if self.reuses_patches or given.get("reuse") is not None else {"reuse": False}
-        return {**given, **merges}
+        merges = not self.reuses_patches and given.get("variant") == "plus" and given.get("reuse") is None
+        return {**given, "reuse": False} if merges else dict(given)
 
     # --- The model ------------------------------------------------------------------------------------
 
