@@ -83,9 +83,6 @@ class Family:
     """Whether a row that stays of a video takes its own place in the prompt, and so its own position, that of a merged
     frame in the first of its frames: for models that know by its position where and when a token is. Else the rows
     stand in the first places of their video, as if there had been no others."""
-    reuses_patches: bool = True
-    """Whether the pixels of a :class:`Video` are pictures, so that patches that did not change can be told. Where not,
-    frames merge under ``variant="plus"``, too."""
     consumed: frozenset[str] = frozenset()
     """Arguments that a call has no use for once its videos are rows, besides pixels and ids."""
     generation: Generation | None = None
@@ -114,8 +111,7 @@ class Family:
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of :class:`EarlyTomConfig` that the caller gave, and the defaults that are others with this model."""
-        merges = not self.reuses_patches and given.get("variant") == "plus" and given.get("reuse") is None
-        return {**given, "reuse": False} if merges else dict(given)
+        return dict(given)
 
     # --- The model ------------------------------------------------------------------------------------
 
@@ -270,12 +266,16 @@ class Family:
 
     def encoded_before(self, call: Call) -> bool:
         """Whether the call brings features of its videos in place of pixels, which reach the language model as they
-        are."""
-        return False
+        are; here as ``mm_encoder_outputs``."""
+        return features_of(call).get("video") is not None
 
     def refused_by_model(self, call: Call, *, forward: bool) -> bool:
-        """Whether the model's own code raises an error of its own for this call, which it is left to do."""
-        return False
+        """Whether the model's own code raises an error of its own for this call, which it is left to do; here for
+        pixels together with features."""
+        if forward:
+            return call.get("mm_encoder_outputs") is not None
+        given = {"image": call.get("pixel_values"), "video": call.get("pixel_values_videos")}
+        return any(features_of(call).get(kind) is not None and pixels is not None for kind, pixels in given.items())
 
     def reason_against(self, model: Any, call: Call) -> Reason | None:
         """(reason, cure) for a call with videos that must run uncompressed; None where none is known."""
@@ -312,6 +312,11 @@ class Family:
                 f"the family {self.name} has {allowed!r} for {package} in `requires`; must be as pip takes it, such as "
                 "'>=5.17' or '>=4.46,<4.56'."
             ) from error
+
+
+def features_of(call: Call) -> dict[str, Any]:
+    """What the caller encoded before the call, by ``"image"`` and ``"video"``."""
+    return call.get("mm_encoder_outputs") or {}
 
 
 def _version_of(package: str) -> str | None:

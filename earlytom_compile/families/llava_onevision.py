@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.tracing import prepare_transformers
-from .base import Call, Family, Video
+from .base import Call, Family, Video, features_of
 
 _FEATURE_CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
 _IMAGES = ("pixel_values", "image_sizes", "vision_aspect_ratio", "batch_num_images", *_FEATURE_CHOICES)
@@ -63,7 +63,7 @@ class LlavaOnevision(Family):
 
     def other_rows(self, model: Any, ids: Tensor, call: Call) -> Iterable[tuple[int, Tensor]]:
         """Images: encoded by the model's own code, or by the caller before."""
-        encoded = _features(call).get("image")
+        encoded = features_of(call).get("image")
         if encoded is None and call.get("pixel_values") is not None:
             given = {name: call[name] for name in _IMAGES if call.get(name) is not None}
             encoded = model.model.get_image_features(**given, return_dict=True)
@@ -78,19 +78,3 @@ class LlavaOnevision(Family):
         from ..integrations.preprocess import VideoTextProcessor
 
         return VideoTextProcessor.from_pretrained(checkpoint)
-
-    def encoded_before(self, call: Call) -> bool:
-        """As ``mm_encoder_outputs``."""
-        return _features(call).get("video") is not None
-
-    def refused_by_model(self, call: Call, *, forward: bool) -> bool:
-        """Pixels together with features."""
-        if forward:
-            return call.get("mm_encoder_outputs") is not None
-        given = {"image": call.get("pixel_values"), "video": call.get("pixel_values_videos")}
-        return any(_features(call).get(kind) is not None and pixels is not None for kind, pixels in given.items())
-
-
-def _features(call: Call) -> dict[str, Any]:
-    """What the caller encoded before the call, by ``"image"`` and ``"video"``."""
-    return call.get("mm_encoder_outputs") or {}

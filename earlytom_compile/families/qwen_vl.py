@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EarlyTomConfigError
+from ..integrations.placement import hooks_on
 from ..integrations.tracing import prepare_deepstack, prepare_transformers
-from ..prompt import Places, PromptCut, locate_pieces
+from ..prompt import Places, PromptCut, locate_pieces, without_waiting
 from . import qwen_tower
-from .base import Call, Family, Reason, Video
+from .base import Call, Family, Reason, Video, features_of
 
 _IMAGES = ("pixel_values", "image_grid_thw")
 _VIDEOS = ("video_grid_thw", "second_per_grid_ts", "mm_token_type_ids", "mm_encoder_outputs")
@@ -30,7 +31,6 @@ class QwenVL(Family):
 
     consumed = frozenset((*_IMAGES, *_VIDEOS))
     keeps_places = True
-    reuses_patches = False
 
     def vision_tower(self, model: Any) -> nn.Module:
         """The packed tower."""
@@ -39,6 +39,11 @@ class QwenVL(Family):
     def language_model(self, model: Any) -> nn.Module:
         """Takes ``inputs_embeds``, and positions [3 or 4, R, S]."""
         return model.model.language_model
+
+    def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Frames merge under ``"plus"``, too: pixels are no pictures of which unchanged patches could be told."""
+        merges = given.get("variant") == "plus" and given.get("reuse") is None
+        return {**given, "reuse": False} if merges else dict(given)
 
     def encoder_layers(self, config: Any) -> int | None:
         """All of them count."""
@@ -66,7 +71,7 @@ class QwenVL(Family):
     def tables(self, model: Any, height: int, width: int, device: torch.device) -> dict[str, Tensor]:
         """What is the same for all frames of so many patches: float32 [S, d] ``cos`` and ``sin`` of their places."""
         visual = model.model.visual
-        positions = qwen_tower.patch_positions(height, width, visual.spatial_merge_size).to(device)
+        positions = without_waiting(qwen_tower.patch_positions(height, width, visual.spatial_merge_size), device)
         cos, sin = visual.rotary_pos_emb(torch.empty(0, device=device), positions)
         return {"cos": cos, "sin": sin}
 
@@ -87,7 +92,7 @@ class QwenVL(Family):
 
     def other_rows(self, model: Any, ids: Tensor, call: Call) -> Iterable[tuple[int, Tensor]]:
         """Images, by the model's own code."""
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+        encoded = features_of(call).get("image")
         if encoded is None and call.get("pixel_values") is not None:
             encoded = model.model.get_image_features(call["pixel_values"], call.get("image_grid_thw"), return_dict=True)
         if encoded is not None:
@@ -115,18 +120,6 @@ class QwenVL(Family):
         return torch.cat((counted.unsqueeze(0), spatial))
 
     # --- What does not work ---------------------------------------------------------------------------
-
-    def encoded_before(self, call: Call) -> bool:
-        """As ``mm_encoder_outputs``."""
-        return (call.get("mm_encoder_outputs") or {}).get("video") is not None
-
-    def refused_by_model(self, call: Call, *, forward: bool) -> bool:
-        """Pixels together with features."""
-        features = call.get("mm_encoder_outputs") or {}
-        if forward:
-            return call.get("mm_encoder_outputs") is not None
-        given = {"image": call.get("pixel_values"), "video": call.get("pixel_values_videos")}
-        return any(features.get(kind) is not None and pixels is not None for kind, pixels in given.items())
 
     def reason_against(self, model: Any, call: Call) -> Reason | None:
         """No kinds of a prompt's tokens, by which the model counts positions; hooks on modules that are only opened."""
@@ -213,7 +206,8 @@ class Qwen3_VL(QwenVL):
             spatial_merge_size=visual.spatial_merge_size,
         )
         tables = super().tables(model, height, width, device)
-        return {**tables, "between": indices.to(device), "nearness": weights.to(device)}
+        between, nearness = (without_waiting(table, device) for table in (indices, weights))
+        return {**tables, "between": between, "nearness": nearness}
 
     def features(self, visual: Any, pixels: Tensor, **arguments: Any) -> Tensor:
         """The last layer's tokens, and beside them those that DeepStack takes of earlier ones."""
@@ -275,10 +269,8 @@ def _parts(encoded: Any) -> list[Any]:
 
 def _is_changed(module: nn.Module) -> bool:
     """Whether something hangs on a module that its own ``forward`` would run, transformers' and accelerate's aside."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
-        return True
-    return "forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+    of_accelerate = "_hf_hook" in module.__dict__  # which replaces forward()
+    return any(place is not None and (on.is_hook or not of_accelerate) for place, on in hooks_on([module]))
 
 
 def _checked_grids(pixels: Tensor, grids: Any, config: Any) -> list[tuple[int, int, int]]:

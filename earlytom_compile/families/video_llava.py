@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..integrations.tracing import prepare_transformers
-from .base import Call, Family, Video
+from .base import Call, Family, Video, features_of
 from .llava_onevision import LlavaOnevision
 
 _IMAGE_PIXELS = ("pixel_values", "pixel_values_images")
@@ -46,7 +46,7 @@ class VideoLlava(LlavaOnevision):
 
     def other_rows(self, model: Any, ids: Tensor, call: Call) -> Iterable[tuple[int, Tensor]]:
         """Images: encoded by the model's own code, or by the caller before."""
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+        encoded = features_of(call).get("image")
         pixels = next((call[name] for name in _IMAGE_PIXELS if call.get(name) is not None), None)
         if encoded is None and pixels is not None:
             given = {name: call[name] for name in _IMAGE_CHOICES if call.get(name) is not None}

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from generating import new_tokens
-from qwen_calls import SMALL
+from qwen_calls import SMALL, supported
 from tiny_qwen import Clip, qwen_inputs, tiny_qwen
 
 import earlytom_compile
@@ -98,3 +98,16 @@ def test_a_tower_that_packs_its_frames(kind):
     model = tiny_qwen(kind, vision_layers=2, full=(0, 1), deepstack=(0, 1))
     with pytest.raises(EarlyTomConfigError, match=r"compile_tower\(\) got a Qwen.*encode_videos"):
         earlytom_compile.compile_tower(model.model.visual)
+
+
+@pytest.mark.parametrize("kind", supported(["qwen2_5_vl", "qwen3_vl"]))
+def test_weights_that_are_offloaded_compress(kind):
+    """They are in place while the path is traced, which is when the map from patches to tokens is tried out."""
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
+    model = tiny_qwen(kind, vision_layers=3, full=(0, 2), deepstack=(0, 1))
+    inputs = qwen_inputs(model, [[1, Clip(6, *SMALL, scenes=2), 3]])
+    earlytom_compile.compile(model, **OPTIONS, strict=True)
+    expected = new_tokens(model, inputs)
+    accelerate.cpu_offload(earlytom_compile.restore(model), execution_device="cpu")
+    earlytom_compile.compile(model, **OPTIONS, strict=True)
+    assert torch.equal(new_tokens(model, inputs), expected)
