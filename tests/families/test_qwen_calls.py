@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from generating import given, graphs_compiled, new_tokens, share_vision_paths, trace_of_video_rows
+from generating import given, graphs_compiled, new_tokens, share_vision_paths
 from oracle_qwen import compressed_rows, compressed_videos
 from qwen_calls import SMALL, WIDE, compressing, oracle_options, oracle_tokens, prompt_of, supported
 from tiny_qwen import KINDS, PLAIN_KINDS, Clip, qwen_inputs, tiny_qwen
@@ -23,11 +23,6 @@ LAYERS = {"merge_layers": (0, 1)}
 def small(kind, use="compressed"):
     """Of three vision layers; another with the same weights for each use."""
     return tiny_qwen(kind, vision_layers=3, full=(0, 2), deepstack=(0, 1))
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
 
 
 @pytest.fixture(scope="module", params=supported(PLAIN_KINDS, long=("qwen3_5",)))

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from effort import cases, examples
-from generating import new_tokens, share_vision_paths, trace_of_video_rows
+from generating import new_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle_qwen import compressed_rows
@@ -31,18 +31,6 @@ import earlytom_compile
 from earlytom_compile import report, reporting
 
 VARIANTS = ("paper", "released", "plus")
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
-
-
-@pytest.fixture(scope="module")
-def sharing(one_trace):
-    with pytest.MonkeyPatch.context() as patch:
-        share_vision_paths(one_trace, patch)
-        yield
 
 
 @pytest.fixture(scope="module", params=supported(PLAIN_KINDS))

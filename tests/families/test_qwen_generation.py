@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from generating import NEW, given, new_tokens, share_vision_paths, trace_of_video_rows
+from generating import NEW, given, new_tokens, share_vision_paths
 from qwen_calls import EVERYTHING, compressing, model_of, oracle_tokens, prompt_of, supported, takes_features, twin_of
 from tiny_qwen import PLAIN_KINDS, row_alone, tiny_qwen
 from torch.torch_version import TorchVersion
@@ -15,11 +15,6 @@ from transformers.generation.streamers import BaseStreamer
 import earlytom_compile
 from earlytom_compile import EarlyTomConfigError, EarlyTomFallbackWarning, report, reporting
 from earlytom_compile.integrations.caches import cache_of
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
 
 
 @pytest.fixture(scope="module", params=supported(PLAIN_KINDS, long=("qwen3_5",)))

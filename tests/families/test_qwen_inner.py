@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from effort import cases
-from generating import new_tokens, share_vision_paths, trace_of_video_rows
+from generating import new_tokens
 from oracle_qwen import compressed_sequences
 from oracle_qwen_inner import InnerStep, generated_with_fewer, reduced_logits
 from qwen_calls import assert_as_the_oracle, compressing, model_of, oracle_options, prompt_of, supported, twin_of
@@ -14,18 +14,6 @@ from torch.testing import assert_close
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomFallbackWarning, report
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
-
-
-@pytest.fixture(scope="module")
-def sharing(one_trace):
-    with pytest.MonkeyPatch.context() as patch:
-        share_vision_paths(one_trace, patch)
-        yield
 
 
 @pytest.fixture(scope="module", params=supported(("qwen2_5_vl", "qwen3_vl")))

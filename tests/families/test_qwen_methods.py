@@ -3,7 +3,7 @@ tested with other models."""
 
 import pytest
 import torch
-from generating import share_vision_paths, trace_of_video_rows
+from generating import share_vision_paths
 from oracle_qwen import encoded_whole
 from qwen_calls import WIDE, model_of, supported, twin_of
 from tiny_qwen import PLAIN_KINDS, Clip, qwen_inputs
@@ -15,11 +15,6 @@ from earlytom_compile.methods.registry import method_named
 
 METHODS = ("dycoke", "fastvid", "holitom", "prunevid", "visionzip")
 RATIO = 0.2
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
 
 
 @pytest.fixture(scope="module", params=supported(PLAIN_KINDS, long=("qwen3_5",)))

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from generating import new_tokens, share_vision_paths, trace_of_video_rows
+from generating import new_tokens, share_vision_paths
 from oracle_qwen import compressed_rows
 from qwen_calls import SMALL, assert_as_the_oracle, compressing, oracle_options, oracle_tokens, supported
 from tiny_qwen import PLAIN_KINDS, VIDEO, Clip, Still, qwen_inputs, row_alone, tiny_qwen
@@ -19,11 +19,6 @@ LAYERS = {"merge_layers": (0, 1)}
 
 def small(kind, **options):
     return tiny_qwen(kind, vision_layers=3, full=(0, 2), deepstack=(0, 1), **options)
-
-
-@pytest.fixture(scope="module")
-def one_trace():
-    return trace_of_video_rows()
 
 
 @pytest.fixture(params=supported(PLAIN_KINDS, long=("qwen3_5",)))
