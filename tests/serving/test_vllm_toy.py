@@ -276,5 +276,5 @@ class TestEngine:
             Engine(model=str(toy), mm_processor_kwargs={"earlytom": {"merge_layers": [40]}})
 
     def test_two_ways_of_pruning_do_not_start(self, toy):
-        with pytest.raises(EngineFailed, match="Choose one"):
+        with pytest.raises(EngineFailed, match="--video-pruning-rate 0.5 together with .* one of them"):
             Engine(model=str(toy), mm_processor_kwargs={"earlytom": {}}, video_pruning_rate=0.5)

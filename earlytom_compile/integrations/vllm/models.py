@@ -31,24 +31,20 @@ class ServesCompressed:
     family: Family
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
-        if of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs) is None:
+        multimodal = vllm_config.model_config.get_multimodal_config()
+        if of_server(multimodal.mm_processor_kwargs) is None or not multimodal.get_limit_per_prompt("video"):
             own = cls.__mro__[cls.__mro__.index(ServesCompressed) + 1]
             return own(vllm_config=vllm_config, prefix=prefix)
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        refuse_what_is_not_done(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        multimodal = vllm_config.model_config.get_multimodal_config()
-        if multimodal.is_multimodal_pruning_enabled():
-            raise ValueError(
-                f"--video-pruning-rate {multimodal.video_pruning_rate} and --mm-processor-kwargs 'earlytom' both leave "
-                "tokens of videos out. Choose one."
-            )
-        options = of_server(multimodal.mm_processor_kwargs)
         self._video_path: VideoPath | None = None
         if get_pp_group().is_first_rank:  # the others get no embeddings
             eager = vllm_config.model_config.enforce_eager
             self._video_path = VideoPath(vllm_config.model_config.hf_config, self.family, eager=eager)
+        options = of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs)
         logger.info("Videos are compressed inside the %s vision encoder: %s", self.family.name, options)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -122,3 +118,27 @@ class ServesCompressed:
     def prompt_rows(self, encoded: EncodedVideo, video: Video) -> Tensor:
         """The rows as vLLM takes them."""
         return encoded.rows
+
+
+def refuse_what_is_not_done(vllm_config: Any) -> None:
+    """Raise for what vLLM can do and compressed videos cannot, before the server starts."""
+    multimodal = vllm_config.model_config.get_multimodal_config()
+    refused = {
+        f"--video-pruning-rate {multimodal.video_pruning_rate}": (
+            multimodal.is_multimodal_pruning_enabled(),
+            "both leave tokens of videos out",
+        ),
+        "--ec-transfer-config": (
+            vllm_config.ec_transfer_config is not None,
+            "an encoder in a server of its own is not supported",
+        ),
+        "--enable-tower-connector-lora": (
+            vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora,
+            "adapters of the vision tower would be left out of videos",
+        ),
+    }
+    for flag, (given, why) in refused.items():
+        if given:
+            raise ValueError(
+                f"{flag} together with --mm-processor-kwargs 'earlytom': {why}. Start the server with one of them."
+            )
