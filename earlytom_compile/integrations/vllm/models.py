@@ -44,8 +44,9 @@ class ServesCompressed:
         if get_pp_group().is_first_rank:  # the others get no embeddings
             eager = vllm_config.model_config.enforce_eager
             self._video_path = VideoPath(vllm_config.model_config.hf_config, self.family, eager=eager)
-        options = of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs)
-        logger.info("Videos are compressed inside the %s vision encoder: %s", self.family.name, options)
+        self._options = of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs)
+        self.forward = self._first_forward
+        logger.info("Videos are compressed inside the %s vision encoder: %s", self.family.name, self._options)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's own, and those of the video path."""
@@ -53,16 +54,18 @@ class ServesCompressed:
         loaded = super().load_weights(weights if path is None else path.taking(weights))  # type: ignore[misc]
         if path is not None:
             path.require_all()
-            self._try_one(path)
         return loaded
 
-    def _try_one(self, path: VideoPath) -> None:
-        """Compile before the first request comes, and tell a server that cannot compress before it starts."""
-        options = of_server(self.multimodal_config.mm_processor_kwargs)  # type: ignore[attr-defined]
-        assert options is not None
-        start = time.perf_counter()
-        path.encode(path.videos(self.some_video(path))[0], options)
-        logger.info("Compiling the vision encoder for compressed videos took %.1f s", time.perf_counter() - start)
+    def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile before the first request comes, and stop a server that cannot compress before it starts. vLLM warms
+        its models up by a forward() in the very state that requests meet: threads, modes and default dtype, for each
+        of which Dynamo would trace anew."""
+        del self.forward
+        if (path := self._video_path) is not None and self._options is not None:
+            start = time.perf_counter()
+            path.encode(path.videos(self.some_video(path))[0], self._options)
+            logger.info("The compressed video path was compiled in %.1f s", time.perf_counter() - start)
+        return self.forward(*args, **kwargs)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Rows [K, C] of each video or image of a call, which are all of one kind."""
