@@ -3,7 +3,8 @@
     with VllmServer("path/or/hub-id", "--max-model-len", "4096", log=Path("server.log")) as server:
         server.url, server.alive()        # "http://127.0.0.1:41327", True
 
-Everything ends in time: a start that takes too long is an error with the end of the log, and what does not stop is killed.
+Everything ends in time: a start that takes too long is an error with the end of the log, and what does not stop is
+killed.
 """
 
 import contextlib
@@ -58,9 +59,7 @@ def _is_installed(name: str) -> bool:
 class VllmServer:
     """A context manager; ``flags`` are those of ``vllm serve``, ``log`` is where it writes all it says."""
 
-    def __init__(
-        self, model: str | Path, *flags: str, log: Path, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, model: str | Path, *flags: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
