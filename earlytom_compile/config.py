@@ -42,6 +42,11 @@ OF_EARLYTOM = (
     "static_selection",
 )
 """Options that have no effect with another ``method``."""
+NOT_EXPORTED = (
+    "method", "lowering", "mode", "compile_llm", "static_selection", "inner_layer", "inner_drop_ratio", "strict",
+)  # fmt: skip
+"""Options that have no place in ``export()``: they say how something is compiled or what happens in the language model,
+or ask for methods of other papers, which read values on the host."""
 _LARGEST_CHANGE = 1e6  # beyond any difference of normalised pixels, and far from overflow
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
