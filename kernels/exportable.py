@@ -20,6 +20,7 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from earlytom_compile.kernels.frame_similarity import _fixed_point_bits, _fixed_point_tokens
 from earlytom_compile.kernels.plan_merge import float32, longest_segment
+from earlytom_compile.kernels.select_representatives import _FADING, _ROUNDING, _TIE, _WINDOW
 from earlytom_compile.kernels.select_tokens import keep_quota
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -178,17 +179,74 @@ def select_tokens(
     static_selection: str = "device",
     most: int,
 ) -> tuple[Tensor, Tensor]:
-    """NaN in the importance is not refused."""
+    """NaN in the importance gives tokens of NaN."""
     base, left = budget // counts, budget % counts
     place = torch.where(dynamic, dynamic.cumsum(0) - 1, dynamic.sum() + (~dynamic).cumsum(0) - 1)
     frame, token = keep_quota(importance, dynamic, base + (place < left), budget)
-    return features[frame, token].unsqueeze(0), torch.stack((frame, token), 1).unsqueeze(0)
+    tokens = torch.where(importance.isnan().any(), math.nan, features[frame, token])
+    return tokens[None], torch.stack((frame, token), 1)[None]
+
+
+def select_representatives(features: Tensor, counts: Tensor, budget: int, *, most: int) -> tuple[Tensor, Tensor]:
+    """All windows at once, each with room for ``_WINDOW`` frames. NaN and inf give tokens of NaN."""
+    frames, tokens, _ = features.shape
+    windows = (frames + _WINDOW - 1) // _WINDOW
+    # [W + 1]: of n frames each of W windows has n // W, and the first n % W one more.
+    number = torch.arange(windows + 1, device=features.device)
+    begins = number * (counts // windows) + torch.minimum(number, counts % windows)
+    frame = begins[:-1, None] + torch.arange(_WINDOW, device=features.device)
+    there = (frame < begins[1:, None])[:, :, None].expand(-1, -1, tokens).flatten(1)  # bool [W, M]
+    x = features.index_select(0, frame.clamp_max(frames - 1).flatten()).float().view(windows, _WINDOW * tokens, -1)
+    taken = _cover(_standing_for(x, there, tokens), there, (budget * begins // counts).diff())
+
+    flat = (frame[:, :, None] * tokens + torch.arange(tokens, device=features.device)).flatten()
+    chosen = taken.flatten()
+    row = torch.where(chosen, chosen.cumsum(0) - 1, budget)
+    places = row.new_zeros((budget + 1,)).scatter(0, row, flat)[:budget]
+    kept = torch.stack((places // tokens, places % tokens), 1)
+    selected = features.flatten(0, 1).index_select(0, places)
+    return torch.where(x.isfinite().all(), selected, math.nan)[None], kept[None]
+
+
+def _standing_for(x: Tensor, there: Tensor, tokens: int) -> Tensor:
+    """float32 [W, M, M], from the M tokens of each window float32 [W, M, D], of which some are ``there``: how well each
+    (row) stands for each (column)."""
+    number = there.sum(1, keepdim=True)
+    away = x - torch.where(there[:, :, None], x, 0.0).sum(1, keepdim=True) / number[:, :, None]
+    length = torch.linalg.vector_norm(away, dim=2)
+    length = torch.where(there & (length > _ROUNDING * torch.linalg.vector_norm(x, dim=2)), length, 0.0)
+    direction = torch.where(length[:, :, None] > 0, away / length[:, :, None], 0.0)
+    cosine = (direction @ direction.transpose(1, 2)).clamp_min(0)
+    frame = torch.arange(_WINDOW, device=x.device).repeat_interleave(tokens)
+    weight = torch.where(length > 0, length / (length.sum(1, keepdim=True) / number), 0.0)
+    return cosine * _FADING ** (frame[:, None] - frame).abs() * weight[:, None, :]
+
+
+def _cover(similarity: Tensor, there: Tensor, quota: Tensor) -> Tensor:
+    """bool [W, M]: the tokens taken from similarity [W, M, M], of each window as many as its ``quota`` int64 [W]."""
+    end = quota.amax()
+
+    def goes_on(turn: Tensor, covered: Tensor, free: Tensor) -> Tensor:
+        return turn < end
+
+    def step(turn: Tensor, covered: Tensor, free: Tensor) -> tuple[Tensor, ...]:
+        gain = (similarity - covered[:, None, :]).clamp_min(0).sum(2)
+        gain = torch.where(free, gain, -1.0)
+        best = (gain >= gain.amax(1, keepdim=True) - _TIE).int().argmax(1)[:, None]  # the first of those that tie
+        row = similarity.gather(1, best[:, :, None].expand(-1, 1, similarity.shape[2]))[:, 0]
+        wants = (turn < quota)[:, None]
+        covered = torch.where(wants, torch.maximum(covered, row), covered)
+        return turn + 1, covered, free & ~(wants & (torch.arange(free.shape[1], device=free.device) == best))
+
+    start = torch.zeros_like(end), torch.zeros_like(similarity[:, 0]), there.clone()
+    return there & ~while_loop(goes_on, step, start)[2]
 
 
 FORMS: dict[str, Callable[..., Any]] = {
     form.__name__: form
     for form in (
         frame_similarity, plan_merge, dynamic_frames, merge_frames, first_of_merged, attention_received, select_tokens,
+        select_representatives,
     )
 }  # fmt: skip
 """By the names of their operators."""

@@ -28,7 +28,7 @@ from ..config import NOT_EXPORTED, EarlyTomConfig, is_whole_number
 from ..errors import EarlyTomCompileError, EarlyTomConfigError
 from ..families.base import Family, Video
 from ..families.registry import family_of
-from ..kernels.exportable import FORMS
+from ..kernels import exportable, exportable_reuse
 from ..passes.manager import Rewrite, run_passes
 from ..passes.reasons import NotApplicable
 from .checks import check_family
@@ -37,6 +37,7 @@ from .tracing import with_its_own_code
 from .vision_path import blamed_on_rows, traced_arguments, video_rows
 
 _META = "earlytom"
+_FORMS = exportable.FORMS | exportable_reuse.FORMS
 
 
 def export(
@@ -188,7 +189,7 @@ class _InForms(Interpreter):
         name = str(target).removesuffix(".default")
         if not name.startswith("earlytom."):
             return super().call_function(target, args, kwargs)
-        return FORMS[name.removeprefix("earlytom.")](*args, **kwargs, most=self._most)
+        return _FORMS[name.removeprefix("earlytom.")](*args, **kwargs, most=self._most)
 
 
 def _metadata(model: nn.Module, program: ExportedProgram, config: EarlyTomConfig, frames: int) -> dict[str, str]:
