@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.functional import scaled_dot_product_attention
 
 from earlytom_compile.kernels.frame_similarity import _fixed_point_bits, _fixed_point_tokens
 from earlytom_compile.kernels.plan_merge import float32, longest_segment
 from earlytom_compile.kernels.select_representatives import _FADING, _ROUNDING, _TIE, _WINDOW
 from earlytom_compile.kernels.select_tokens import keep_quota
+from earlytom_compile.kernels.window_attention import in_windows, runs_of
 
 _CHUNK_ELEMENTS = 1 << 24
 """Of the largest temporary tensor: the tokens of all frames, or an attention map, go in pieces of so many."""
@@ -169,6 +171,28 @@ def attention_received(query: Tensor, key: Tensor, scale: float, *, most: int) -
     return received / (heads * tokens)
 
 
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, windows: Sequence[int], scale: float, *, most: int
+) -> Tensor:
+    """As the operator."""
+    frames, mixed = query.shape[0], []
+    for start, number, length in runs_of(windows):
+        own = [in_windows(x, start, number, length) for x in (query, key, value)]
+        attended = scaled_dot_product_attention(*own, scale=scale)
+        mixed.append(attended.unflatten(0, (frames, number)).transpose(1, 2).flatten(2, 3))
+    return torch.cat(mixed, 2)
+
+
+def window_attention_received(query: Tensor, key: Tensor, windows: Sequence[int], scale: float, *, most: int) -> Tensor:
+    """As the operator."""
+    frames, places, received = query.shape[0], query.shape[2], []
+    for start, number, length in runs_of(windows):
+        own = (in_windows(x, start, number, length) for x in (query, key))
+        inside = attention_received(*own, scale, most=most * number)
+        received.append(inside.view(frames, number * length) * (length / places))
+    return torch.cat(received, 1)
+
+
 def select_tokens(
     features: Tensor,
     importance: Tensor,
@@ -246,7 +270,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     form.__name__: form
     for form in (
         frame_similarity, plan_merge, dynamic_frames, merge_frames, first_of_merged, attention_received, select_tokens,
-        select_representatives,
+        select_representatives, window_attention, window_attention_received,
     )
 }  # fmt: skip
 """By the names of their operators."""
