@@ -43,10 +43,11 @@ OF_EARLYTOM = (
 )
 """Options that have no effect with another ``method``."""
 NOT_EXPORTED = (
-    "method", "lowering", "mode", "compile_llm", "static_selection", "inner_layer", "inner_drop_ratio", "strict",
+    "method", "encode_ratio", "lowering", "mode", "compile_llm", "static_selection", "inner_layer", "inner_drop_ratio",
+    "strict",
 )  # fmt: skip
-"""Options that have no place in ``export()``: they say how something is compiled or what happens in the language model,
-or ask for methods of other papers, which read values on the host."""
+"""Options that have no place in ``export()``: methods of other papers and the search for a budget's threshold read
+values on the host; the others say how something is compiled, or what happens in the language model."""
 _LARGEST_CHANGE = 1e6  # beyond any difference of normalised pixels, and far from overflow
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

@@ -74,8 +74,8 @@ class QwenVL(Family):
         block = config.patch_size * config.spatial_merge_size
         if frame_size is None or any(side < 1 or side % block for side in frame_size):
             raise EarlyTomConfigError(
-                f"frame_size={frame_size}: {self.name} takes pictures of many sizes, so that height and width in pixels "
-                f"must be given, multiples of {block}, such as {(6 * block, 10 * block)}."
+                f"frame_size={frame_size}: {self.name} takes pictures of many sizes, so that height and width in "
+                f"pixels must be given, multiples of {block}, such as {(6 * block, 10 * block)}."
             )
         grid = (-(-frames // config.temporal_patch_size), *(side // config.patch_size for side in frame_size))
         width = config.in_channels * config.temporal_patch_size * config.patch_size**2

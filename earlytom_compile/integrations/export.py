@@ -102,8 +102,7 @@ def require_exportable(config: EarlyTomConfig, given: Mapping[str, Any]) -> None
     """Raise :class:`EarlyTomConfigError` for options that a program cannot have, of which some were ``given``."""
     for name in NOT_EXPORTED:
         if getattr(config, name) != getattr(EarlyTomConfig, name):
-            why = "methods of other papers cannot be exported" if name == "method" else "it means nothing to export()"
-            raise EarlyTomConfigError(f"{name}={given.get(name)!r}: {why}. Leave it out.")
+            raise EarlyTomConfigError(f"{name}={given.get(name)!r} can be no part of a program. Leave it out.")
     if not config.keeps_exactly():
         raise EarlyTomConfigError(
             f'variant={config.variant!r} cannot be exported: how many rows it keeps depends on the video. Use "paper" '

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import SEGMENT, laid_out, layouts, operator_settings, ops, seeds, video
+from plain_loops import looping
 
 from earlytom_compile.kernels import exportable
 
@@ -14,15 +15,7 @@ lengths = st.integers(1, 12)
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_loops():
-    """Outside of a trace torch would compile each loop."""
-
-    def loop(goes_on, step, state):
-        while goes_on(*state):
-            state = step(*state)
-        return state
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exportable, "while_loop", loop)
+    with looping(exportable):
         yield
 
 
@@ -128,3 +121,37 @@ def test_the_same_tokens_stay(seed, frames, tokens, levels, share):
     found = FORMS["select_tokens"](features, importance, dynamic, counts, budget, most=12)
     expected = ops.select_tokens(features, importance, dynamic, counts, budget)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@operator_settings
+@given(seed=seeds, frames=st.integers(1, 30), tokens=st.integers(1, 8), share=st.floats(0, 1))
+def test_the_same_tokens_represent_the_others(seed, frames, tokens, share):
+    features, counts = video(seed, frames, tokens, 5), torch.tensor([frames])
+    budget = max(1, int(share * frames * tokens))
+    found = FORMS["select_representatives"](features, counts, budget, most=30)
+    expected = ops.select_representatives(features, counts, budget)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_features_that_are_refused_give_no_numbers():
+    features = video(0, 4, 3, 5)
+    features[2, 1, 0] = float("inf")
+    tokens, _ = FORMS["select_representatives"](features, torch.tensor([4]), 5, most=4)
+    assert tokens.isnan().all()
+    importance = torch.zeros(4, 3)
+    importance[1, 1] = float("nan")
+    tokens, _ = FORMS["select_tokens"](
+        features, importance, torch.ones(4, dtype=torch.bool), torch.tensor([4]), 5, most=4
+    )
+    assert tokens.isnan().all()
+
+
+@operator_settings
+@given(seed=seeds, frames=lengths, windows=st.sampled_from([[1, 6], [2, 4, 1, 3], [3, 1, 1, 5]]))
+def test_windows_attend_to_themselves(seed, frames, windows):
+    places = sum(n * length for n, length in zip(windows[::2], windows[1::2], strict=True))
+    query, key, value = torch.randn(3, frames, 2, places, 4, generator=torch.Generator().manual_seed(seed))
+    found = FORMS["window_attention"](query, key, value, windows, 0.7, most=12)
+    torch.testing.assert_close(found, ops.window_attention(query, key, value, windows, 0.7))
+    found = FORMS["window_attention_received"](query, key, windows, 0.7, most=12)
+    torch.testing.assert_close(found, ops.window_attention_received(query, key, windows, 0.7))
