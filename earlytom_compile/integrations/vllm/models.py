@@ -6,7 +6,7 @@ Where the server was not asked to compress, calling the class gives an instance 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class ServesCompressed:
     """For a model of vLLM's, named before it among the bases."""
 
     family: Family
+    one_size: bool = True
+    """Whether frames of all videos have one size. Else code compiled before the first of them comes is of no use."""
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
         if of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs) is None:
@@ -37,13 +39,13 @@ class ServesCompressed:
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         multimodal = vllm_config.model_config.get_multimodal_config()
         if multimodal.is_multimodal_pruning_enabled():
             raise ValueError(
                 f"--video-pruning-rate {multimodal.video_pruning_rate} and --mm-processor-kwargs 'earlytom' both leave "
                 "tokens of videos out. Choose one."
             )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         options = of_server(multimodal.mm_processor_kwargs)
         self._video_path: VideoPath | None = None
         if get_pp_group().is_first_rank:  # the others get no embeddings
@@ -64,6 +66,8 @@ class ServesCompressed:
         """Compile before the first request comes, and tell a server that cannot compress before it starts."""
         options = of_server(self.multimodal_config.mm_processor_kwargs)  # type: ignore[attr-defined]
         assert options is not None
+        if not self.one_size:
+            options = {**options, "lowering": "eager"}
         start = time.perf_counter()
         path.encode(path.videos(self.some_video(path))[0], options)
         logger.info("Compiling the vision encoder for compressed videos took %.1f s", time.perf_counter() - start)
@@ -77,15 +81,13 @@ class ServesCompressed:
 
     def _embed_videos(self, kwargs: dict[str, Any], options: Sequence[Options | None]) -> list[Tensor]:
         """One at a time: a video's rows do not depend on its batch, and as many would take as much memory at once."""
-        assert self._video_path is not None
         rows: list[Tensor] = []
         for index, chosen in enumerate(options):
             call = self.call_of(kwargs, index)
             if chosen is None:
                 rows += super().embed_multimodal(**call)  # type: ignore[misc]
                 continue
-            (video,) = self._video_path.videos(call)
-            rows.append(self._from_one_rank(index, video, chosen))
+            rows.append(self.in_prompt(self._from_one_rank(index, self.video_of(call), chosen), call))
         return rows
 
     def _from_one_rank(self, index: int, video: Video, options: Options) -> Tensor:
@@ -115,10 +117,20 @@ class ServesCompressed:
         """The arguments of one video of a batch, as a batch of one."""
         raise NotImplementedError
 
+    def video_of(self, call: Mapping[str, Any]) -> Video:
+        """What :meth:`call_of` gives, as the video path takes it."""
+        assert self._video_path is not None
+        (video,) = self._video_path.videos(call)
+        return video
+
     def planned_shape(self, video: Video, config: EarlyTomConfig) -> tuple[int, int]:
         """Of :meth:`prompt_rows`: as many as its placeholders were planned for."""
         raise NotImplementedError
 
     def prompt_rows(self, encoded: EncodedVideo, video: Video) -> Tensor:
-        """The rows as vLLM takes them."""
+        """What one rank hands to the others of a video: its rows, and what else only that rank knows."""
         return encoded.rows
+
+    def in_prompt(self, rows: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """:meth:`prompt_rows` of the video of a ``call`` -> rows as vLLM takes them, made by all ranks."""
+        return rows
