@@ -6,7 +6,7 @@ Where the server was not asked to compress, calling the class gives an instance 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from ...config import EarlyTomConfig
-from ...errors import EarlyTomCompileError
+from ...errors import EarlyTomCompileError, EarlyTomConfigError
 from ...families.base import Family, Video
 from ..video_encoder import EncodedVideo
 from .options import Options, of_server
@@ -29,6 +29,8 @@ class ServesCompressed:
     """For a model of vLLM's, named before it among the bases."""
 
     family: Family
+    one_size: bool = True
+    """Whether frames of all videos have one size. Else code compiled before the first of them comes is of no use."""
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
         multimodal = vllm_config.model_config.get_multimodal_config()
@@ -38,7 +40,11 @@ class ServesCompressed:
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        refuse_what_is_not_done(vllm_config)
+        for flag, (given, why) in self.not_done(vllm_config).items():
+            if given:
+                raise EarlyTomConfigError(
+                    f"{flag} together with --mm-processor-kwargs 'earlytom': {why}. Start the server with one of them."
+                )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._video_path: VideoPath | None = None
         if get_pp_group().is_first_rank:  # the others get no embeddings
@@ -63,8 +69,9 @@ class ServesCompressed:
         del self.forward
         if (path := self._video_path) is not None and self._options is not None:
             start = time.perf_counter()
-            path.encode(path.videos(self.some_video(path))[0], self._options)
-            logger.info("The compressed video path was compiled in %.1f s", time.perf_counter() - start)
+            options = self._options if self.one_size else {**self._options, "lowering": "eager"}
+            path.encode(path.videos(self.some_video(path))[0], options)
+            logger.info("A video was compressed, compiling included, in %.1f s", time.perf_counter() - start)
         return self.forward(*args, **kwargs)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -76,15 +83,13 @@ class ServesCompressed:
 
     def _embed_videos(self, kwargs: dict[str, Any], options: Sequence[Options | None]) -> list[Tensor]:
         """One at a time: a video's rows do not depend on its batch, and as many would take as much memory at once."""
-        assert self._video_path is not None
         rows: list[Tensor] = []
         for index, chosen in enumerate(options):
             call = self.call_of(kwargs, index)
             if chosen is None:
                 rows += super().embed_multimodal(**call)  # type: ignore[misc]
                 continue
-            (video,) = self._video_path.videos(call)
-            rows.append(self._from_one_rank(index, video, chosen))
+            rows.append(self.in_prompt(self._from_one_rank(index, self.video_of(call), chosen), call))
         return rows
 
     def _from_one_rank(self, index: int, video: Video, options: Options) -> Tensor:
@@ -114,34 +119,38 @@ class ServesCompressed:
         """The arguments of one video of a batch, as a batch of one."""
         raise NotImplementedError
 
+    def video_of(self, call: Mapping[str, Any]) -> Video:
+        """What :meth:`call_of` gives, as the video path takes it."""
+        assert self._video_path is not None
+        (video,) = self._video_path.videos(call)
+        return video
+
     def planned_shape(self, video: Video, config: EarlyTomConfig) -> tuple[int, int]:
         """Of :meth:`prompt_rows`: as many as its placeholders were planned for."""
         raise NotImplementedError
 
     def prompt_rows(self, encoded: EncodedVideo, video: Video) -> Tensor:
-        """The rows as vLLM takes them."""
+        """What one rank hands to the others of a video: its rows, and what else only that rank knows."""
         return encoded.rows
 
+    def in_prompt(self, rows: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """:meth:`prompt_rows` of the video of a ``call`` -> rows as vLLM takes them, made by all ranks."""
+        return rows
 
-def refuse_what_is_not_done(vllm_config: Any) -> None:
-    """Raise for what vLLM can do and compressed videos cannot, before the server starts."""
-    multimodal = vllm_config.model_config.get_multimodal_config()
-    refused = {
-        f"--video-pruning-rate {multimodal.video_pruning_rate}": (
-            multimodal.is_multimodal_pruning_enabled(),
-            "both leave tokens of videos out",
-        ),
-        "--ec-transfer-config": (
-            vllm_config.ec_transfer_config is not None,
-            "an encoder in a server of its own is not supported",
-        ),
-        "--enable-tower-connector-lora": (
-            vllm_config.lora_config is not None and vllm_config.lora_config.enable_tower_connector_lora,
-            "adapters of the vision tower would be left out of videos",
-        ),
-    }
-    for flag, (given, why) in refused.items():
-        if given:
-            raise ValueError(
-                f"{flag} together with --mm-processor-kwargs 'earlytom': {why}. Start the server with one of them."
-            )
+    def not_done(self, vllm_config: Any) -> dict[str, tuple[bool, str]]:
+        """Flag -> whether it is given, and why videos cannot be compressed with it."""
+        multimodal, lora = vllm_config.model_config.get_multimodal_config(), vllm_config.lora_config
+        return {
+            f"--video-pruning-rate {multimodal.video_pruning_rate}": (
+                multimodal.is_multimodal_pruning_enabled(),
+                "both leave tokens of videos out",
+            ),
+            "--ec-transfer-config": (
+                vllm_config.ec_transfer_config is not None,
+                "an encoder in a server of its own is not supported",
+            ),
+            "--enable-tower-connector-lora": (
+                lora is not None and lora.enable_tower_connector_lora,
+                "adapters of the vision tower would be left out of videos",
+            ),
+        }

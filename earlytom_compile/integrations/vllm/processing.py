@@ -96,8 +96,8 @@ class ProcessesCompressed:
         config = None if options is None else self.info.config_of(options)
 
         def placeholders(index: int) -> Any:
-            item = out_mm_kwargs["video"][index]
-            return self.video_placeholders(config, {name: field.data for name, field in item.items()})
+            item = {name: field.data for name, field in out_mm_kwargs["video"][index].items()}
+            return self.video_placeholders(config if FIELD in item else None, item)  # rows given need no encoder
 
         return [
             PromptReplacement("video", update.target, placeholders) if update.modality == "video" else update
