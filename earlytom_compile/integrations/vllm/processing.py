@@ -120,8 +120,8 @@ def _require_frames(items: Mapping[str, Any]) -> None:
     for index in range(len(videos)):
         if videos.get(index) is not None and videos.get_num_frames(index) == 0:  # None: known by its hash
             raise EarlyTomConfigError(
-                f"video {index} of the request: vLLM's decoder read no frame of it. The file is damaged or has a single "
-                "frame: send at least two, or one as an image."
+                f"video {index} of the request: vLLM's decoder read no frame of it. The file is damaged or has a "
+                "single frame: send at least two, or one as an image."
             )
 
 
