@@ -7,16 +7,18 @@
         "messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "/videos/talk.mp4"}},
                                                   {"type": "text", "text": "What is on the slide?"}]}]}'
 
-Any LLaVA-OneVision checkpoint and any video that FFmpeg reads will do; a request takes other than 32 frames with
-``"chat_template_kwargs": {"num_frames": 8}``. Of transformers 5.20 or newer, which has these classes.
+A request takes other than 32 frames with ``"chat_template_kwargs": {"num_frames": 8}``. LLaVA-OneVision reads whatever
+FFmpeg reads; other models read with transformers' own means, which take torchcodec and an FFmpeg of its kind. Needs
+transformers 5.20 or newer, which has these classes.
 """
 
 import argparse
+from typing import Any
 
 import uvicorn
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.cli.serving import ModelManager, build_server
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -38,11 +40,24 @@ def say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"error": {"message": str(error)}}, status_code=400)
 
 
+def processor_of(checkpoint: str, model_type: str) -> Any:
+    """One that takes videos without sound: the server asks for the sound of each, and fails where there is none."""
+    if model_type == "llava_onevision":
+        return VideoTextProcessor.from_pretrained(checkpoint)  # never looks for it
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    own = processor.apply_chat_template
+
+    def apply_chat_template(*conversation: Any, load_audio_from_video: bool = False, **options: Any) -> Any:
+        return own(*conversation, **options)
+
+    processor.apply_chat_template = apply_chat_template
+    return processor
+
+
 def main(checkpoint: str, host: str, port: int) -> None:
-    model = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint, dtype="auto", device_map="auto").eval()
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto", device_map="auto").eval()
     earlytom_compile.compile(model, retain_ratio=0.1, variant="plus")
-    # Not transformers' own: that reads files with torchcodec alone, and the server has it look for sound in each video.
-    processor = VideoTextProcessor.from_pretrained(checkpoint)
+    processor = processor_of(checkpoint, model.config.model_type)
 
     models, state = ModelManager(), GenerationState()
     models.loaded_models[models.process_model_name(checkpoint)] = TimedModel(model, -1, processor)  # -1: it stays

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from generating import share_vision_paths
+from tiny_qwen_checkpoint import write_qwen_checkpoint
+from transformers import AutoProcessor
 
 import earlytom_compile
 from earlytom_compile import report
@@ -38,6 +40,11 @@ def film(tmp_path_factory):
 
 
 @pytest.fixture
+def checkpoint():
+    return MODEL
+
+
+@pytest.fixture
 def options():
     """Of the example's call of ``compile``, which a test may change before it asks for the client."""
     return {}
@@ -50,7 +57,7 @@ def served():
 
 
 @pytest.fixture
-def client(one_trace, monkeypatch, served, options):
+def client(checkpoint, one_trace, monkeypatch, served, options):
     """Of a server on a free port of this machine, which runs the example's ``main`` as its last line does."""
     share_vision_paths(one_trace, monkeypatch)
     in_place, servers = earlytom_compile.compile, []
@@ -68,7 +75,7 @@ def client(one_trace, monkeypatch, served, options):
 
     monkeypatch.setattr(earlytom_compile, "compile", noted)
     monkeypatch.setattr(uvicorn, "run", in_thread)
-    runpy.run_path(str(EXAMPLE))["main"](MODEL, host="127.0.0.1", port=0)
+    runpy.run_path(str(EXAMPLE))["main"](str(checkpoint), host="127.0.0.1", port=0)
     ((server, thread),) = servers
     while not server.started and thread.is_alive():
         time.sleep(0.05)
@@ -79,28 +86,27 @@ def client(one_trace, monkeypatch, served, options):
     assert not thread.is_alive()
 
 
-def ask(client, question, *, video=None, **more):
+def ask(client, question, *, video=None, model=MODEL, **more):
     content = [{"type": "text", "text": question}]
     if video is not None:
         content.insert(0, {"type": "video_url", "video_url": {"url": str(video)}})
     messages = [{"role": "user", "content": content}]
     greedy = {"temperature": 0, "max_tokens": 8, "extra_body": FRAMES}
-    return client.chat.completions.create(model=MODEL, messages=messages, **{**greedy, **more})
+    return client.chat.completions.create(model=str(model), messages=messages, **{**greedy, **more})
 
 
-def own_inputs(question, video):
+def own_inputs(question, video, processor):
     content = [{"type": "video", "path": str(video)}, {"type": "text", "text": question}]
-    return VideoTextProcessor.from_pretrained(MODEL).apply_chat_template(
-        [{"role": "user", "content": content}],
-        **{"num_frames": 8, "add_generation_prompt": True, "tokenize": True, "return_dict": True},
-    )
+    asked = {"num_frames": 8, "add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return processor.apply_chat_template([{"role": "user", "content": content}], return_tensors="pt", **asked)
 
 
 def test_questions_about_a_file(client, served, film):
     path, questions = film
     (model,) = served
+    processor = VideoTextProcessor.from_pretrained(MODEL)
     for question in questions:
-        inputs = own_inputs(question.text, path)
+        inputs = own_inputs(question.text, path, processor)
         length = inputs["input_ids"].shape[1]
         answer = ask(client, question.text, video=path)
         told = report(model).to_dict()
@@ -108,7 +114,7 @@ def test_questions_about_a_file(client, served, film):
         assert told["prompt"] == [length, length - VIDEO_TOKENS + 13], "of 128 tokens a tenth, and the newline"
         with torch.no_grad():
             own = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, length:]
-        text = VideoTextProcessor.from_pretrained(MODEL).decode(own, skip_special_tokens=True)
+        text = processor.decode(own, skip_special_tokens=True)
         assert answer.choices[0].message.content == text and text.strip() == question.answer
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (length, len(own))
         parts = list(ask(client, question.text, video=path, stream=True))
@@ -159,3 +165,27 @@ class TestNothingIsLost:
         earlytom_compile.restore(model)
         assert drawn() == kept and len(set(kept.split())) > 10
         assert report(model).last_call != "compressed"
+
+
+class TestQwen:
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        pytest.importorskip("torchvision", reason="Qwen's processors need torchvision")
+        torchcodec = pytest.importorskip("torchcodec", reason="transformers reads files with torchcodec only")
+        if getattr(torchcodec, "ffmpeg_major_version", True) is None:
+            pytest.skip("torchcodec found no FFmpeg to read files with")
+        return write_qwen_checkpoint(tmp_path / "qwen", "cpu-tiny-qwen2.5")
+
+    def test_a_video_without_sound(self, client, checkpoint, served, film):
+        (model,) = served
+        answer = ask(client, "what happens ?", video=film[0], model=checkpoint)
+        told = report(model).to_dict()
+        assert told["last_call"] == "compressed" and told["prompt"][0] == answer.usage.prompt_tokens
+        with torch.no_grad():
+            inputs = own_inputs("what happens ?", film[0], AutoProcessor.from_pretrained(checkpoint))
+            own = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        placeholders = int((inputs["input_ids"] == model.config.video_token_id).sum())
+        assert told["prompt"][0] - told["prompt"][1] == placeholders - round(placeholders / 10)
+        assert answer.usage.completion_tokens == len(own) == 8
+        words = AutoProcessor.from_pretrained(checkpoint).decode(own, skip_special_tokens=True)
+        assert answer.choices[0].message.content == words.lstrip()  # by transformers' template for Qwen's answers
