@@ -9,6 +9,7 @@ import pytest
 import torch
 from scenes import video
 from tiny_models import tiny_llava_onevision
+from tiny_qwen import PATCH, Clip, qwen_inputs, tiny_qwen
 from torch.fx import Interpreter
 
 import earlytom_compile
@@ -69,6 +70,42 @@ def same_rows(path, model, options, some=videos):
 def test_gives_the_rows_of_the_compiled_model_for_videos_of_all_kinds(program, model):
     left = same_rows(program.module(), model, PAPER)
     assert len({tuple(frames) for frames in left.values()}) > 2, "these videos show nothing about frames left"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "options", [{"variant": "plus"}, {"variant": "plus", "reuse": False, "merge_layers": (0, 1)}, {"reuse": True}]
+)
+def test_all_ways_to_compress(options, model):
+    options = {"retain_ratio": 0.2, **options}
+    same_rows(earlytom_compile.export(model, frames=FRAMES, **options).module(), model, options)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_qwen_tells_the_places_of_rows_too(kind):
+    model, options = tiny_qwen(kind, vision_layers=4, full=(1, 3), deepstack=(0, 2)), {"retain_ratio": 0.25}
+    path = earlytom_compile.export(model, frames=16, frame_size=(4 * PATCH, 6 * PATCH), **options).module()
+    earlytom_compile.compile(model, **options, lowering="eager")
+    for clip in (Clip(8, 4, 6), Clip(8, 4, 6, scenes=8), Clip(8, 4, 6, still=True)):
+        given = qwen_inputs(model, [[clip]])
+        pixels, grid = given["pixel_values_videos"], given["video_grid_thw"]
+        (expected,) = earlytom_compile.encode_videos(model, pixels, video_grid_thw=grid)
+        rows, places = path(pixels)
+        torch.testing.assert_close(rows, expected)
+        assert_takes_places(model, pixels, grid, places)
+
+
+@torch.no_grad()
+def assert_takes_places(model, pixels, grid, places):
+    handle = model._earlytom
+    (video,) = handle.family.videos(model, {"pixel_values_videos": pixels, "video_grid_thw": grid})
+    assert places.tolist() == handle.encoder.encode(video).places().tolist()
+
+
+def test_qwen_needs_the_size_of_pictures():
+    with pytest.raises(EarlyTomConfigError, match=r"frame_size=None: Qwen2.5-VL takes pictures of many sizes"):
+        earlytom_compile.export(tiny_qwen("qwen2_5_vl"), frames=8)
 
 
 def test_computes_fewer_frames_where_fewer_are_left(program):
@@ -152,10 +189,11 @@ def in_another_process(file, given, folder):
 
 
 @pytest.mark.long
-def test_a_package_runs_without_us(program, model, tmp_path):
-    says = package(program, tmp_path / "video.pt2")
+@pytest.mark.parametrize("options", [PAPER, {"retain_ratio": 0.2, "variant": "plus"}], ids=["paper", "plus"])
+def test_a_package_runs_without_us(options, model, tmp_path):
+    says = package(earlytom_compile.export(model, frames=FRAMES, **options), tmp_path / "video.pt2")
     assert [file.name for file in tmp_path.iterdir()] == ["video.pt2"]
     made, told = in_another_process(tmp_path / "video.pt2", videos(), tmp_path)
     by_pixels = iter(made.values())
-    same_rows(lambda pixels: next(by_pixels), model, PAPER)
+    same_rows(lambda pixels: next(by_pixels), model, options)
     assert told.items() >= says.items()
