@@ -22,7 +22,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from ...config import EarlyTomConfig
 from ...families.qwen_vl import Qwen3_5, Qwen3_VL
 from .processing import PlansCompressed, ProcessesCompressed
-from .qwen_vl import ServesPlaces, planned
+from .qwen_vl import ServesPlaces, planned, require_positions
 
 _QWEN3, _QWEN3_5 = Qwen3_VL(), Qwen3_5()
 
@@ -61,6 +61,8 @@ class Processor(ProcessesCompressed, Qwen3VLMultiModalProcessor):
         token, block = hf_config.video_token_id, hf_config.vision_config.spatial_merge_size
         if config is None:
             return PromptUpdateDetails.select_token_id(whole, token)
+        text = sum(each != token for each in whole)
+        require_positions(text + int(grid[0] * grid[1:].max()) // block, hf_config)
         return PromptUpdateDetails.from_seq(planned(whole, token, config, grid, block))
 
 
