@@ -20,7 +20,7 @@ from tiny_qwen_checkpoint import write_qwen_checkpoint
 from torch import Tensor
 
 NEW = 24
-SHAPES = {"qwen2_5_vl": "cpu-small-qwen2.5", "qwen3_vl": "cpu-small-qwen3"}
+SHAPES = {"qwen2_5_vl": "cpu-small-qwen2.5", "qwen3_vl": "cpu-small-qwen3", "qwen3_5": "cpu-small-qwen3.5"}
 """Of ten vision layers."""
 OPTIONS = {"retain_ratio": 0.2, "merge_layers": [3, 6], "lowering": "eager"}
 EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
@@ -114,6 +114,7 @@ class Engine:
             max_num_seqs=8,
             limit_mm_per_prompt={"video": 2, "image": 1},
             enable_mm_embeds=True,
+            block_size=16,
             enforce_eager=True,
             disable_log_stats=True,
             **arguments,
