@@ -6,6 +6,8 @@ Oracle(folder, {"retain_ratio": 0.2}).ask(...)            # the same of earlytom
 """
 
 import gc
+import itertools
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from tiny_qwen_checkpoint import write_qwen_checkpoint
 from torch import Tensor
 
 NEW = 24
-SHAPES = {"qwen2_5_vl": "cpu-small-qwen2.5", "qwen3_vl": "cpu-small-qwen3"}
+SHAPES = {"qwen2_5_vl": "cpu-small-qwen2.5", "qwen3_vl": "cpu-small-qwen3", "qwen3_5": "cpu-small-qwen3.5"}
 """Of ten vision layers."""
 OPTIONS = {"retain_ratio": 0.2, "merge_layers": [3, 6], "lowering": "eager"}
 EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
@@ -27,7 +29,13 @@ EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
 
 def checkpoint(folder: Path, kind: str) -> Path:
     """Written by transformers, by the names that published ones have."""
-    return write_qwen_checkpoint(folder / kind, SHAPES[kind], most_tokens=24)
+    folder = write_qwen_checkpoint(folder / kind, SHAPES[kind], most_tokens=24)
+    path = folder / "processor_config.json"
+    processors = json.loads(path.read_text())
+    for name in ("image_mean", "image_std"):  # vLLM normalises videos by those of images, which are the same in Qwen's
+        processors["image_processor"][name] = processors["video_processor"][name]
+    path.write_text(json.dumps(processors))
+    return folder
 
 
 def film(pictures: int, seed: int, height: int = 84, width: int = 112) -> np.ndarray:
@@ -53,6 +61,8 @@ class Question:
     options: Any = None
     """Of this request alone, where vLLM is asked."""
     fps: float = 2.0
+    encoded: Any = None
+    """What vLLM takes in place of ``videos``."""
 
     @property
     def prompt(self) -> str:
@@ -103,12 +113,15 @@ class Engine:
             max_num_batched_tokens=chunk,
             max_num_seqs=8,
             limit_mm_per_prompt={"video": 2, "image": 1},
+            enable_mm_embeds=True,
+            block_size=16,
             enforce_eager=True,
             disable_log_stats=True,
             **arguments,
         )
         self._calls: list[dict[str, Any]] = []
-        self.model.language_model.model.register_forward_pre_hook(self._note, with_kwargs=True)
+        inner = self.model.language_model.model  # whose hooks do not run
+        self._forward, inner.forward = inner.forward, self._noting
 
     @property
     def model(self) -> Any:
@@ -136,17 +149,19 @@ class Engine:
         if question.videos:
             data["video"] = [
                 (video, {**question.metadata(video), "video_backend": "opencv", "do_sample_frames": False})
-                if isinstance(video, np.ndarray)
-                else video
                 for video in question.videos
             ]
+        if question.encoded is not None:
+            data["video"] = question.encoded
         if question.images:
             data["image"] = list(question.images)
         asked = {} if question.options is None else {"mm_processor_kwargs": {"earlytom": question.options}}
         return {"prompt": question.prompt, "multi_modal_data": data, **asked}
 
-    def _note(self, module: Any, args: Any, arguments: dict[str, Any]) -> None:
-        self._calls.append({name: arguments[name].clone() for name in ("positions", "inputs_embeds")})
+    def _noting(self, input_ids: Any, positions: Tensor, *args: Any, **arguments: Any) -> Any:
+        embeddings = arguments["inputs_embeds"] if "inputs_embeds" in arguments else args[1]
+        self._calls.append({"positions": positions.clone(), "inputs_embeds": embeddings.clone()})
+        return self._forward(input_ids, positions, *args, **arguments)
 
     def close(self) -> None:
         """Another can be started in this process."""
@@ -170,6 +185,8 @@ class Oracle:
         if options is not None:
             earlytom_compile.compile(self._model, **{**options, "strict": True})
         self._processor = AutoProcessor.from_pretrained(folder)
+        if hasattr(self._model.config.vision_config, "tokens_per_second"):
+            _go_on_behind_time(self._model.model)
         self._calls: list[dict[str, Any]] = []
         self._model.model.language_model.register_forward_pre_hook(self._note, with_kwargs=True)
 
@@ -206,3 +223,31 @@ class Oracle:
 
     def _note(self, module: Any, args: Any, arguments: dict[str, Any]) -> None:
         self._calls.append({name: arguments[name].clone() for name in ("position_ids", "inputs_embeds")})
+
+
+def _go_on_behind_time(model: Any) -> None:
+    """Qwen's own code, transformers 4 and vLLM count on behind the last number that a video has on any axis;
+    transformers 5 behind its rows and columns alone."""
+    vision = model.config.vision_config
+
+    def get_rope_index(
+        input_ids: Tensor, mm_token_type_ids: Tensor, second_per_grid_ts: Any = None, **given: Any
+    ) -> tuple[Tensor, Tensor]:
+        grids = {kind: iter(given[name]) for kind, name in enumerate(("image_grid_thw", "video_grid_thw"), 1)
+                 if given.get(name) is not None}  # fmt: skip
+        seconds, parts, begin = iter(() if second_per_grid_ts is None else second_per_grid_ts), [], 0
+        for kind, tokens in itertools.groupby(mm_token_type_ids[0].tolist()):
+            if kind == 0:
+                part = torch.arange(len(list(tokens))).expand(3, -1)
+            else:
+                frames, height, width = next(grids[kind]).tolist()
+                sides = (frames, height // vision.spatial_merge_size, width // vision.spatial_merge_size)
+                part = torch.cartesian_prod(*map(torch.arange, sides)).T.clone()
+                if kind == 2:
+                    part[0] = (part[0] * float(next(seconds)) * vision.tokens_per_second).long()
+            parts.append(part + begin)
+            begin = int(parts[-1].max()) + 1
+        positions = torch.cat(parts, dim=1).unsqueeze(1)
+        return positions, torch.tensor([[begin - input_ids.shape[1]]])
+
+    model.get_rope_index = get_rope_index

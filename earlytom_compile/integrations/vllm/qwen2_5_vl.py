@@ -14,7 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ...config import EarlyTomConfig
 from ...families.qwen_vl import Qwen2_5_VL
 from .processing import PlansCompressed, ProcessesCompressed
-from .qwen_vl import ServesPlaces, planned
+from .qwen_vl import ServesPlaces, planned, require_positions
 
 _FAMILY = Qwen2_5_VL()
 
@@ -31,9 +31,12 @@ class Processor(ProcessesCompressed, Qwen2_5_VLMultiModalProcessor):
     def video_placeholders(self, config: EarlyTomConfig | None, item: Mapping[str, Any]) -> list[int]:
         """One after the other."""
         hf_config, grid = self.info.get_hf_config(), item["video_grid_thw"]
-        whole = _whole(hf_config, grid)
-        block = hf_config.vision_config.spatial_merge_size
-        return whole if config is None else planned(whole, hf_config.video_token_id, config, grid, block)
+        whole, vision = _whole(hf_config, grid), hf_config.vision_config
+        if config is None:
+            return whole
+        seconds = float(item.get("second_per_grid_ts", 1.0))
+        require_positions(int(grid[0] * seconds * vision.tokens_per_second), hf_config)
+        return planned(whole, hf_config.video_token_id, config, grid, vision.spatial_merge_size)
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)

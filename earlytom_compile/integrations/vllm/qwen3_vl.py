@@ -22,31 +22,44 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from ...config import EarlyTomConfig
 from ...families.qwen_vl import Qwen3_5, Qwen3_VL
 from .processing import PlansCompressed, ProcessesCompressed
-from .qwen_vl import ServesPlaces, planned
+from .qwen_vl import ServesPlaces, planned, require_positions
 
 _QWEN3, _QWEN3_5 = Qwen3_VL(), Qwen3_5()
 
 
-class Info(PlansCompressed, Qwen3VLProcessingInfo):
+class PlansStamps(PlansCompressed):
     """vLLM's numbers of tokens stay, the most that a video can have: a request may ask for all of them."""
 
+    def get_max_video_tokens(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
+        """Also the rows of time stamps, which those of vLLM's own videos do not count."""
+        most = super().get_max_video_tokens(seq_len, mm_counts)  # type: ignore[misc]
+        if self.server_options is None:
+            return most
+        processor = self.get_video_processor()  # type: ignore[attr-defined]
+        stamp = self.get_tokenizer().encode("<99999.9 seconds>", add_special_tokens=False)  # type: ignore[attr-defined]
+        return most + -(-processor.max_frames // processor.temporal_patch_size) * (len(stamp) + 2)
+
+
+class Info(PlansStamps, Qwen3VLProcessingInfo):
+    """Of Qwen3-VL."""
+
     family = _QWEN3
 
 
-class InfoMoe(PlansCompressed, Qwen3VLMoeProcessingInfo):
-    """The same of the twin with experts."""
+class InfoMoe(PlansStamps, Qwen3VLMoeProcessingInfo):
+    """Of its twin with experts."""
 
     family = _QWEN3
 
 
-class Info3_5(PlansCompressed, Qwen3_5ProcessingInfo):
-    """The same of Qwen3.5."""
+class Info3_5(PlansStamps, Qwen3_5ProcessingInfo):
+    """Of Qwen3.5."""
 
     family = _QWEN3_5
 
 
-class Info3_5Moe(PlansCompressed, Qwen3_5MoeProcessingInfo):
-    """The same of its twin."""
+class Info3_5Moe(PlansStamps, Qwen3_5MoeProcessingInfo):
+    """Of its twin."""
 
     family = _QWEN3_5
 
@@ -61,6 +74,8 @@ class Processor(ProcessesCompressed, Qwen3VLMultiModalProcessor):
         token, block = hf_config.video_token_id, hf_config.vision_config.spatial_merge_size
         if config is None:
             return PromptUpdateDetails.select_token_id(whole, token)
+        text = sum(each != token for each in whole)
+        require_positions(text + int(grid[0] * grid[1:].max()) // block, hf_config)
         return PromptUpdateDetails.from_seq(planned(whole, token, config, grid, block))
 
 

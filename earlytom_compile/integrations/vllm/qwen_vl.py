@@ -49,6 +49,17 @@ def planned(whole: Sequence[int], token: int, config: EarlyTomConfig, grid: Tens
     return [token] * rows + [each for each in whole if each != token]
 
 
+def require_positions(last: int, hf_config: Any) -> None:
+    """Raise :class:`EarlyTomConfigError` where a video ends at position ``last`` of a prompt without others, and the
+    model knows fewer: its tokens may be few, but they keep the positions they had."""
+    most = hf_config.get_text_config().max_position_embeddings
+    if last >= most:
+        raise EarlyTomConfigError(
+            f"the video has positions up to {last}, and the model knows {most}: what is kept of a video has the "
+            "position that it had in the whole prompt. Ask about a shorter video, or about fewer frames of it."
+        )
+
+
 class ServesPlaces(ServesCompressed):
     """For a model of vLLM's with positions of three axes, named before it among the bases."""
 
