@@ -13,7 +13,6 @@ pytest.importorskip("torchvision", reason="transformers' processors of Qwen need
 
 from qwen_checkpoints import EVERYTHING, OPTIONS, SHAPES, Engine, Oracle, Question, checkpoint, film, picture
 
-from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.integrations.vllm import qwen_vl
 
 pytestmark = pytest.mark.long
@@ -134,16 +133,28 @@ def test_positions_are_exact_in_channels_of_rows(dtype):
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("given", "flag"),
     [
-        {"pipeline_parallel_size": 2},
-        {"use_ubatching": True},
-        {"speculative_config": SimpleNamespace(method="eagle3")},
+        (
+            {"parallel_config": SimpleNamespace(pipeline_parallel_size=2, use_ubatching=False)},
+            "--pipeline-parallel-size 2",
+        ),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=1, use_ubatching=True)}, "--enable-dbo"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "--speculative-config"),
+        ({"ec_transfer_config": SimpleNamespace()}, "--ec-transfer-config"),
+        ({"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "--enable-tower-connector-lora"),
+        ({}, None),
     ],
 )
-def test_refused_where_positions_would_get_lost(given):
-    """At load."""
-    speculative = given.pop("speculative_config", None)
-    parallel = SimpleNamespace(**{"pipeline_parallel_size": 1, "use_ubatching": False, **given})
-    with pytest.raises(EarlyTomConfigError, match="Leave one of them out"):
-        qwen_vl._require_one_place(SimpleNamespace(speculative_config=speculative, parallel_config=parallel))
+def test_refused_at_load(given, flag):
+    multimodal = SimpleNamespace(is_multimodal_pruning_enabled=lambda: False, video_pruning_rate=None)
+    usual = {
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1, use_ubatching=False),
+        "speculative_config": None,
+        "ec_transfer_config": None,
+        "lora_config": None,
+        "model_config": SimpleNamespace(get_multimodal_config=lambda: multimodal),
+    }
+    found = qwen_vl.ServesPlaces.not_done(SimpleNamespace(), SimpleNamespace(**{**usual, **given}))
+    refused = [name for name, (is_given, _) in found.items() if is_given]
+    assert [name.partition(" or ")[0].startswith(flag) for name in refused] == ([True] if flag else [])

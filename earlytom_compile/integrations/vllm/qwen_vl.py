@@ -27,6 +27,7 @@ from vllm.multimodal.inputs import (
 )
 
 from ...config import EarlyTomConfig
+from ...errors import EarlyTomConfigError
 from ...families.base import Video
 from ..video_encoder import EncodedVideo
 from .models import ServesCompressed
@@ -80,7 +81,7 @@ class ServesPlaces(ServesCompressed):
             "--speculative-config with a model": speculative is not None and speculative.method not in _WITHOUT_A_MODEL,
         }
         why = "the positions of what is kept of a video come with its rows, and reach the first part of the model alone"
-        return {**super().not_done(vllm_config), **{flag: (value, why) for flag, value in given.items()}}
+        return {**ServesCompressed.not_done(self, vllm_config), **{flag: (value, why) for flag, value in given.items()}}
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
