@@ -155,6 +155,6 @@ def test_refused_at_load(given, flag):
         "lora_config": None,
         "model_config": SimpleNamespace(get_multimodal_config=lambda: multimodal),
     }
-    found = qwen_vl.ServesPlaces.not_done(SimpleNamespace(), SimpleNamespace(**{**usual, **given}))
+    found = qwen_vl.ServesPlaces.not_done(SimpleNamespace(**{**usual, **given}))
     refused = [name for name, (is_given, _) in found.items() if is_given]
     assert [name.partition(" or ")[0].startswith(flag) for name in refused] == ([True] if flag else [])

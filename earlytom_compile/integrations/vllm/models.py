@@ -137,7 +137,8 @@ class ServesCompressed:
         """:meth:`prompt_rows` of the video of a ``call`` -> rows as vLLM takes them, made by all ranks."""
         return rows
 
-    def not_done(self, vllm_config: Any) -> dict[str, tuple[bool, str]]:
+    @staticmethod
+    def not_done(vllm_config: Any) -> dict[str, tuple[bool, str]]:
         """Flag -> whether it is given, and why videos cannot be compressed with it."""
         multimodal, lora = vllm_config.model_config.get_multimodal_config(), vllm_config.lora_config
         return {

@@ -72,7 +72,8 @@ class ServesPlaces(ServesCompressed):
         """Token ids that stand in the prompt for a video of which nothing is left out."""
         raise NotImplementedError
 
-    def not_done(self, vllm_config: Any) -> dict[str, tuple[bool, str]]:
+    @staticmethod
+    def not_done(vllm_config: Any) -> dict[str, tuple[bool, str]]:
         """Also where rows would reach something else than :meth:`forward`, or that not as a whole."""
         speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
         given = {
@@ -81,7 +82,7 @@ class ServesPlaces(ServesCompressed):
             "--speculative-config with a model": speculative is not None and speculative.method not in _WITHOUT_A_MODEL,
         }
         why = "the positions of what is kept of a video come with its rows, and reach the first part of the model alone"
-        return {**ServesCompressed.not_done(self, vllm_config), **{flag: (value, why) for flag, value in given.items()}}
+        return {**ServesCompressed.not_done(vllm_config), **{flag: (value, why) for flag, value in given.items()}}
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
