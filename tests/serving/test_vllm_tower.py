@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file
 from tiny_checkpoint import TinySize, write_checkpoint
 from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
-from vllm_checkpoint import TRAINED
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomError
@@ -65,11 +64,18 @@ def test_rows_are_those_of_the_model_in_transformers(path, model, one_trace, fra
         assert torch.equal(rows, expected)
 
 
-def test_checkpoints_of_all_names_are_read(toy):
-    of_today = path_with(TRAINED).model
-    for name, weight in path_with(toy).model.named_parameters():
-        if not tower._is_language(name):
-            assert torch.equal(weight, of_today.get_parameter(name)), name
+def test_checkpoints_of_all_names_are_read(checkpoint, path):
+    """Published ones and those that transformers 5.24 saves; with and without the model around it."""
+    published = load_file(checkpoint / "model.safetensors")
+    assert any("vision_tower.vision_model." in name for name in published)
+    today = {name.replace("vision_model.", ""): weight for name, weight in published.items()}
+    for names in (today, {f"model.{name}": weight for name, weight in published.items()}):
+        other = VideoPath(AutoConfig.from_pretrained(checkpoint), LlavaOnevision(), eager=True)
+        list(other.taking(names.items()))
+        other.require_all()
+        for name, weight in other.model.named_parameters():
+            if not tower._is_language(name):
+                assert torch.equal(weight, path.model.get_parameter(name)), name
 
 
 def test_language_model_is_left_out(path):
