@@ -14,7 +14,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from earlytom_compile.benchmarks.workload import SCENE_FRAMES, random_model
 from earlytom_compile.errors import EarlyTomConfigError
@@ -43,16 +42,7 @@ def write_checkpoint(shape: str, folder: Path) -> Path:
     config.image_token_id, config.video_token_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
     model = random_model(config, device="cpu", dtype=torch.float32)
     save_checkpoint(folder, model, tokenizer, CHAT_TEMPLATE)
-    _with_published_names(folder / "model.safetensors")
     return folder
-
-
-def _with_published_names(file: Path) -> None:
-    """transformers from 5.24 on writes vision_tower.x; vLLM reads vision_tower.vision_model.x, as it was published."""
-    old, new = "vision_tower.", "vision_tower.vision_model."
-    weights = load_file(file)
-    named = {name if new in name else name.replace(old, new, 1): weight for name, weight in weights.items()}
-    save_file(named, file, metadata={"format": "pt"})
 
 
 def write_requests(file: Path, *, videos: Path, first: int, count: int, frames: int) -> list[Path]:

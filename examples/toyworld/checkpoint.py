@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -49,12 +50,22 @@ def save_checkpoint(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    _name_as_published(folder / "model.safetensors")
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     vision: Any = model.config.vision_config
     for name, settings in _processor_files(vision.image_size, vision.patch_size, frames).items():
         (folder / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _name_as_published(file: Path) -> None:
+    """transformers from 5.24 on saves vision_tower.x and reads that and vision_tower.vision_model.x, which published
+    checkpoints have; other readers, such as vLLM's, know the published names alone."""
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    weights = load_file(file)
+    named = {name if new in name else name.replace(old, new, 1): weight for name, weight in weights.items()}
+    save_file(named, file, metadata={"format": "pt"})
 
 
 def build_model(

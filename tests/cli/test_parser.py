@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": ["--model", "m", "--videos", "v", "--questions", "q"],
     "bench": [],
     "flops": [],
+    "export": ["--model", "m", "-o", "v.pt2"],
     "eval": ["--toy"],
 }
 EXAMPLES = Path(__file__).parents[2] / "examples"

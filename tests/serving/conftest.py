@@ -1,9 +1,13 @@
 """Engines run in processes of their own: the compiler of this one is not theirs."""
 
+from pathlib import Path
+
 import pytest
-from vllm_checkpoint import with_published_names
+
+import earlytom_compile.toyworld
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    return with_published_names(tmp_path_factory.mktemp("checkpoints") / "toy")
+def toy():
+    """The toy world's trained checkpoint."""
+    return Path(earlytom_compile.toyworld.__path__[0]) / "weights"

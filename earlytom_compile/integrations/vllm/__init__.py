@@ -2,15 +2,16 @@
 
     vllm serve MODEL --mm-processor-kwargs '{"earlytom": {"retain_ratio": 0.1}}'
 
-``vllm`` calls :func:`register` by the entry-point group ``vllm.general_plugins``, in every process. It names classes and
-imports none: those of an architecture are imported when a checkpoint of it is loaded, and without the option they hand
-out vLLM's own (``models.py``). ``docs/serving.md`` says what to call.
+``vllm`` calls :func:`register` by the entry-point group ``vllm.general_plugins``, in every process. It names classes
+and imports none: those of an architecture are imported when a checkpoint of it is loaded, and without the option they
+hand out vLLM's own (``models.py``). ``docs/serving.md`` says what to call.
 
     options.py         what --mm-processor-kwargs may say, of a server and of a request
     tower.py           transformers' video path of a checkpoint, without its language model, and its weights
     processing.py      placeholders: K a video, planned before anything is encoded
     models.py          vLLM's models with that video path in the place of their own
     llava_onevision.py, qwen2_5_vl.py, qwen3_vl.py    what is special about one of them
+    qwen_vl.py         what the models of Qwen share: places and positions of what is kept
 """
 
 import importlib.metadata
@@ -21,6 +22,11 @@ SUPPORTED = ("0.31", "0.32")
 """Minor releases of vLLM that this is tested with. vLLM's seams for models move with each of them."""
 ARCHITECTURES = {
     "LlavaOnevisionForConditionalGeneration": "llava_onevision:EarlyTomLlavaOnevision",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:EarlyTomQwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl:EarlyTomQwen3_VL",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl:EarlyTomQwen3_VLMoe",
+    "Qwen3_5ForConditionalGeneration": "qwen3_vl:EarlyTomQwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_vl:EarlyTomQwen3_5Moe",
 }
 """In the config.json of a checkpoint -> module and class here."""
 

@@ -96,8 +96,8 @@ class ProcessesCompressed:
         config = None if options is None else self.info.config_of(options)
 
         def placeholders(index: int) -> Any:
-            item = out_mm_kwargs["video"][index]
-            return self.video_placeholders(config, {name: field.data for name, field in item.items()})
+            item = {name: field.data for name, field in out_mm_kwargs["video"][index].items()}
+            return self.video_placeholders(config if FIELD in item else None, item)  # rows given need no encoder
 
         return [
             PromptReplacement("video", update.target, placeholders) if update.modality == "video" else update
@@ -120,8 +120,8 @@ def _require_frames(items: Mapping[str, Any]) -> None:
     for index in range(len(videos)):
         if videos.get(index) is not None and videos.get_num_frames(index) == 0:  # None: known by its hash
             raise EarlyTomConfigError(
-                f"video {index} of the request: vLLM's decoder read no frame of it. The file is damaged or has a single "
-                "frame: send at least two, or one as an image."
+                f"video {index} of the request: vLLM's decoder read no frame of it. The file is damaged or has a "
+                "single frame: send at least two, or one as an image."
             )
 
 
