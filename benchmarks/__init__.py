@@ -9,4 +9,6 @@ failures.py     what happens to an arm for which there is no memory
 environment.py  machine, versions, date and command
 results.py      tables, JSON and Markdown of all that, and result_plots.py, its plots
 load.py         the same models with several clients at once, and load_results.py, its tables and plots
+
+serving_load.py, apart from it, loads vLLM's server (vllm_server.py) with requests of serving_workload.py.
 """
