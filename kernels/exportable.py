@@ -177,8 +177,8 @@ def window_attention(
     """As the operator."""
     frames, mixed = query.shape[0], []
     for start, number, length in runs_of(windows):
-        own = [in_windows(x, start, number, length) for x in (query, key, value)]
-        attended = scaled_dot_product_attention(*own, scale=scale)
+        q, k, v = (in_windows(x, start, number, length) for x in (query, key, value))
+        attended = scaled_dot_product_attention(q, k, v, scale=scale)
         mixed.append(attended.unflatten(0, (frames, number)).transpose(1, 2).flatten(2, 3))
     return torch.cat(mixed, 2)
 
@@ -187,8 +187,8 @@ def window_attention_received(query: Tensor, key: Tensor, windows: Sequence[int]
     """As the operator."""
     frames, places, received = query.shape[0], query.shape[2], []
     for start, number, length in runs_of(windows):
-        own = (in_windows(x, start, number, length) for x in (query, key))
-        inside = attention_received(*own, scale, most=most * number)
+        q, k = (in_windows(x, start, number, length) for x in (query, key))
+        inside = attention_received(q, k, scale, most=most * number)
         received.append(inside.view(frames, number * length) * (length / places))
     return torch.cat(received, 1)
 

@@ -187,8 +187,8 @@ def reuse_attention(
 ) -> Tensor:
     """Every place of every frame asks."""
     total = query.shape[2]
-    spread = [spread_places(x, rows, most=most) for x in (query, key, value)]
-    attended = F.scaled_dot_product_attention(*spread, scale=scale).transpose(1, 2).flatten(0, 1)  # [N * S, H, d]
+    q, k, v = (spread_places(x, rows, most=most) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)  # [N * S, H, d]
     own = (rows >= offsets[:-1, None]) & (rows < offsets[1:, None])
     index = _places_of(torch.where(own, rows, total).flatten(), total)
     return attended.index_select(0, index).transpose(0, 1).unsqueeze(0)

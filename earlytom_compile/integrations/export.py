@@ -199,7 +199,6 @@ def _metadata(model: nn.Module, program: ExportedProgram, config: EarlyTomConfig
         for names in (program.graph_signature.user_inputs, program.graph_signature.user_outputs)
     )
     outputs = dict(zip(("rows", "places"), given.values(), strict=False))
-    versions = {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers")}
     return {
         "model": type(model).__name__,
         "frames": str(frames),
@@ -208,9 +207,17 @@ def _metadata(model: nn.Module, program: ExportedProgram, config: EarlyTomConfig
         "options": json.dumps(
             {field.name: getattr(config, field.name) for field in fields(config) if field.name not in NOT_EXPORTED}
         ),
-        "earlytom_compile": importlib.metadata.version("earlytom-compile"),
-        **versions,
+        "earlytom_compile": _version("earlytom-compile"),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"  # run from its sources
 
 
 def _describe(x: Tensor) -> str:
