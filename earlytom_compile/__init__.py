@@ -17,6 +17,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .integrations.export import export
     from .integrations.in_place import compile, encode_videos, restore
     from .integrations.observe import Observation, observe
     from .integrations.tower import MergedFrames, compile_tower
@@ -38,6 +39,7 @@ __all__ = [
     "compile",
     "compile_tower",
     "encode_videos",
+    "export",
     "observe",
     "register_attention",
     "register_method",
@@ -54,6 +56,7 @@ _PLACES = {
     "compile": ".integrations.in_place",
     "compile_tower": ".integrations.tower",
     "encode_videos": ".integrations.in_place",
+    "export": ".integrations.export",
     "observe": ".integrations.observe",
     "register_attention": ".passes.attention_spellings",
     "register_method": ".methods.registry",

@@ -42,6 +42,12 @@ OF_EARLYTOM = (
     "static_selection",
 )
 """Options that have no effect with another ``method``."""
+NOT_EXPORTED = (
+    "method", "encode_ratio", "lowering", "mode", "compile_llm", "static_selection", "inner_layer", "inner_drop_ratio",
+    "strict",
+)  # fmt: skip
+"""Options that have no place in ``export()``: methods of other papers and the search for a budget's threshold read
+values on the host; the others say how something is compiled, or what happens in the language model."""
 _LARGEST_CHANGE = 1e6  # beyond any difference of normalised pixels, and far from overflow
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

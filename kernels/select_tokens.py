@@ -244,16 +244,20 @@ def _first_frames(videos: list[list[bool]], device: torch.device) -> Tensor:
 
 def keep_tokens(importance: Tensor, dynamic: Tensor, quotas: list[int]) -> tuple[Tensor, Tensor]:
     """(frame, token) int64 of every kept token; frame t keeps ``quotas[t]``."""
+    quota = torch.tensor(quotas).to(importance.device)
+    return keep_quota(importance, dynamic, quota, sum(quotas))
+
+
+def keep_quota(importance: Tensor, dynamic: Tensor, quota: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The same with ``quota`` int64 [N] on the device, ``total`` in all; the host waits for nothing."""
     frames, tokens = importance.shape
-    device = importance.device
-    quota = torch.tensor(quotas).to(device)[:, None]
+    device, quota = importance.device, quota[:, None]
     position = torch.arange(tokens, device=device)
     # Adding 0 turns -0.0 into 0.0, which some device sorts order below it.
     order = torch.sort(importance.contiguous() + 0.0, dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(1, order, position.expand(frames, tokens))
     keep = torch.where(dynamic.to(device)[:, None], rank < quota, _best_of_run(rank, quota))
     # Not nonzero(): it would make the host wait for the device once more. The last place is for the rest.
-    total = sum(quotas)
     flat = keep.view(-1)
     place = torch.where(flat, flat.cumsum(0) - 1, total)
     kept = place.new_empty(total + 1).scatter_(0, place, torch.arange(frames * tokens, device=device))[:total]

@@ -1,4 +1,4 @@
-"""The ``earlytom`` command: ``demo``, ``run``, ``explain``, ``compare``, ``bench``, ``flops`` and ``eval``.
+"""The ``earlytom`` command: ``demo``, ``run``, ``explain``, ``compare``, ``bench``, ``flops``, ``export`` and ``eval``.
 
 Only the parser lives here. What a command needs (torch, transformers) is imported when it runs, so that
 ``earlytom --help`` answers at once.
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..config import NOT_EXPORTED
 from ..errors import EarlyTomError
 from .eval_flags import add_eval
 from .flags import (
@@ -146,6 +147,7 @@ def build_parser() -> CommandParser:
     _add_compare(commands.add_parser("compare", help="measure what fewer tokens cost, on questions of your own"))
     _add_bench(commands.add_parser("bench", help="time all tokens against fewer, side by side"))
     _add_flops(commands.add_parser("flops", help="count the work of a prefill, full and compressed"))
+    _add_export(commands.add_parser("export", help="write the video path as a program for processes without this one"))
     add_eval(commands.add_parser("eval", help="measure what compression costs in answers and features"))
     return parser
 
@@ -356,6 +358,23 @@ def _add_flops(parser: CommandParser) -> None:
         metavar="I,I",
         help="encoder layers that compute all patches then (default: those of the option full_layers)",
     )
+
+
+def _add_export(parser: CommandParser) -> None:
+    parser.description = (
+        "Writes the compressed video path of a checkpoint, from pixels to the rows that the language model gets, as "
+        "one file that torch alone loads and runs. Compiling takes minutes."
+    )
+    add_model(parser, required=True, fallback="")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="pictures of each video that it is for (default: what the checkpoint was made for, else 32)",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the file, whose name ends in .pt2")
+    add_frame_size(parser)
+    add_config_flags(parser, leave_out=NOT_EXPORTED)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..errors import EarlyTomConfigError
 
-FILES = ("json", "markdown", "trace", "html", "png")
+FILES = ("json", "markdown", "trace", "html", "png", "output")
 """Options that name a file."""
 FOLDERS = ("plot", "save")
 INPUTS = ("video", "questions")

@@ -156,6 +156,18 @@ class Family:
                 raise EarlyTomConfigError(self._wrong_shape(videos, expected))
         return [Video(video) for video in videos]
 
+    def blank_call(self, model: Any, frames: int, frame_size: tuple[int, int] | None = None) -> Call:
+        """What a processor makes of a video of so many pictures, on the model's device and in its dtype, for code that
+        is compiled before there is a video; ``frame_size`` (height, width) where a model takes several. Raises
+        :class:`EarlyTomConfigError` for a size that it does not take."""
+        shape = self.frame_shape(model)
+        if shape is None or frame_size not in (None, shape[1:]):
+            takes = "its processor knows" if shape is None else f"it takes {shape[1]}x{shape[2]}"
+            given = "" if frame_size is None else f" as {frame_size[0]}x{frame_size[1]}"
+            raise EarlyTomConfigError(f"a blank video{given} for {self.name}: {takes}.")
+        weights = next(self.vision_tower(model).parameters())
+        return {"pixel_values_videos": weights.new_zeros((1, frames, *shape))}
+
     def token_grid(self, model: Any, video: Video) -> tuple[int, int] | None:
         """Rows and columns of the tokens of a frame, for pictures of what was kept; None where what the encoder's graph
         does to the patches tells it."""

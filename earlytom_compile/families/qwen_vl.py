@@ -68,6 +68,21 @@ class QwenVL(Family):
             for part, (frames, height, width) in zip(parts, sizes, strict=True)
         ]
 
+    def blank_call(self, model: Any, frames: int, frame_size: tuple[int, int] | None = None) -> Call:
+        """Patches [T*h*w, C*2*p*p] of pictures of any size that is whole blocks of patches."""
+        config = model.config.vision_config
+        block = config.patch_size * config.spatial_merge_size
+        if frame_size is None or any(side < 1 or side % block for side in frame_size):
+            raise EarlyTomConfigError(
+                f"frame_size={frame_size}: {self.name} takes pictures of many sizes, so that height and width in "
+                f"pixels must be given, multiples of {block}, such as {(6 * block, 10 * block)}."
+            )
+        grid = (-(-frames // config.temporal_patch_size), *(side // config.patch_size for side in frame_size))
+        width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        weights = next(self.vision_tower(model).parameters())
+        pixels = weights.new_zeros((grid[0] * grid[1] * grid[2], width))
+        return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid], device=pixels.device)}
+
     def tables(self, model: Any, height: int, width: int, device: torch.device) -> dict[str, Tensor]:
         """What is the same for all frames of so many patches: float32 [S, d] ``cos`` and ``sin`` of their places."""
         visual = model.model.visual

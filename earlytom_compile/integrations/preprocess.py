@@ -308,6 +308,18 @@ class VideoTextProcessor:
         """What ``generate`` returned, as text."""
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **options)
 
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """The same under the name that ``pipeline("any-to-any")`` calls it by; text is all that can be generated."""
+        if generation_mode not in (None, "text"):
+            raise EarlyTomConfigError(f'generation_mode={generation_mode!r}: must be "text".')
+        return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **options)
+
 
 def _expand(texts: list[str], token: str, replacements: Sequence[str]) -> list[str]:
     """One placeholder -> one for each feature the model puts there."""

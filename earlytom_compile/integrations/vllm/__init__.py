@@ -2,9 +2,9 @@
 
     vllm serve MODEL --mm-processor-kwargs '{"earlytom": {"retain_ratio": 0.1}}'
 
-``vllm`` calls :func:`register` by the entry-point group ``vllm.general_plugins``, in every process. It names classes and
-imports none: those of an architecture are imported when a checkpoint of it is loaded, and without the option they hand
-out vLLM's own (``models.py``). ``docs/serving.md`` says what to call.
+``vllm`` calls :func:`register` by the entry-point group ``vllm.general_plugins``, in every process. It names classes
+and imports none: those of an architecture are imported when a checkpoint of it is loaded, and without the option they
+hand out vLLM's own (``models.py``). ``docs/serving.md`` says what to call.
 
     options.py         what --mm-processor-kwargs may say, of a server and of a request
     tower.py           transformers' video path of a checkpoint, without its language model, and its weights

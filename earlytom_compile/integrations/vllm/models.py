@@ -15,7 +15,7 @@ from vllm.distributed import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 
 from ...config import EarlyTomConfig
-from ...errors import EarlyTomCompileError
+from ...errors import EarlyTomCompileError, EarlyTomConfigError
 from ...families.base import Family, Video
 from ..video_encoder import EncodedVideo
 from .options import Options, of_server
@@ -33,25 +33,26 @@ class ServesCompressed:
     """Whether frames of all videos have one size. Else code compiled before the first of them comes is of no use."""
 
     def __new__(cls, *, vllm_config: Any, prefix: str = "") -> Any:
-        if of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs) is None:
+        multimodal = vllm_config.model_config.get_multimodal_config()
+        if of_server(multimodal.mm_processor_kwargs) is None or not multimodal.get_limit_per_prompt("video"):
             own = cls.__mro__[cls.__mro__.index(ServesCompressed) + 1]
             return own(vllm_config=vllm_config, prefix=prefix)
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        multimodal = vllm_config.model_config.get_multimodal_config()
-        if multimodal.is_multimodal_pruning_enabled():
-            raise ValueError(
-                f"--video-pruning-rate {multimodal.video_pruning_rate} and --mm-processor-kwargs 'earlytom' both leave "
-                "tokens of videos out. Choose one."
-            )
+        for flag, (given, why) in self.not_done(vllm_config).items():
+            if given:
+                raise EarlyTomConfigError(
+                    f"{flag} together with --mm-processor-kwargs 'earlytom': {why}. Start the server with one of them."
+                )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        options = of_server(multimodal.mm_processor_kwargs)
         self._video_path: VideoPath | None = None
         if get_pp_group().is_first_rank:  # the others get no embeddings
             eager = vllm_config.model_config.enforce_eager
             self._video_path = VideoPath(vllm_config.model_config.hf_config, self.family, eager=eager)
-        logger.info("Videos are compressed inside the %s vision encoder: %s", self.family.name, options)
+        self._options = of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs)
+        self.forward = self._first_forward
+        logger.info("Videos are compressed inside the %s vision encoder: %s", self.family.name, self._options)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's own, and those of the video path."""
@@ -59,18 +60,19 @@ class ServesCompressed:
         loaded = super().load_weights(weights if path is None else path.taking(weights))  # type: ignore[misc]
         if path is not None:
             path.require_all()
-            self._try_one(path)
         return loaded
 
-    def _try_one(self, path: VideoPath) -> None:
-        """Compile before the first request comes, and tell a server that cannot compress before it starts."""
-        options = of_server(self.multimodal_config.mm_processor_kwargs)  # type: ignore[attr-defined]
-        assert options is not None
-        if not self.one_size:
-            options = {**options, "lowering": "eager"}
-        start = time.perf_counter()
-        path.encode(path.videos(self.some_video(path))[0], options)
-        logger.info("Compiling the vision encoder for compressed videos took %.1f s", time.perf_counter() - start)
+    def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile before the first request comes, and stop a server that cannot compress before it starts. vLLM warms
+        its models up by a forward() in the very state that requests meet: threads, modes and default dtype, for each
+        of which Dynamo would trace anew."""
+        del self.forward
+        if (path := self._video_path) is not None and self._options is not None:
+            start = time.perf_counter()
+            options = self._options if self.one_size else {**self._options, "lowering": "eager"}
+            path.encode(path.videos(self.some_video(path))[0], options)
+            logger.info("A video was compressed, compiling included, in %.1f s", time.perf_counter() - start)
+        return self.forward(*args, **kwargs)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Rows [K, C] of each video or image of a call, which are all of one kind."""
@@ -134,3 +136,21 @@ class ServesCompressed:
     def in_prompt(self, rows: Tensor, call: Mapping[str, Any]) -> Tensor:
         """:meth:`prompt_rows` of the video of a ``call`` -> rows as vLLM takes them, made by all ranks."""
         return rows
+
+    def not_done(self, vllm_config: Any) -> dict[str, tuple[bool, str]]:
+        """Flag -> whether it is given, and why videos cannot be compressed with it."""
+        multimodal, lora = vllm_config.model_config.get_multimodal_config(), vllm_config.lora_config
+        return {
+            f"--video-pruning-rate {multimodal.video_pruning_rate}": (
+                multimodal.is_multimodal_pruning_enabled(),
+                "both leave tokens of videos out",
+            ),
+            "--ec-transfer-config": (
+                vllm_config.ec_transfer_config is not None,
+                "an encoder in a server of its own is not supported",
+            ),
+            "--enable-tower-connector-lora": (
+                lora is not None and lora.enable_tower_connector_lora,
+                "adapters of the vision tower would be left out of videos",
+            ),
+        }

@@ -46,7 +46,7 @@ def of_server(mm_processor_kwargs: Mapping[str, Any] | None) -> Options | None:
 def of_request(server: Options | None, mm_processor_kwargs: Mapping[str, Any]) -> Options | None:
     """Those of the server with a request's own over them; None where its videos are left uncompressed.
 
-    Raises :class:`EarlyTomConfigError` for options that a request may not choose, or of a server that does not compress.
+    Raises :class:`EarlyTomConfigError` for options that a request may not choose, or that its server could not follow.
     """
     if KEY not in mm_processor_kwargs:
         return server

@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import VideoProcessorItems
 from vllm.multimodal.processing import InputProcessingContext, PromptReplacement
 
 from ...config import EarlyTomConfig
+from ...errors import EarlyTomConfigError
 from ...families.base import Family
 from .options import KEY, Options, config_of, of_request, of_server, packed, unpacked
 
@@ -68,6 +70,7 @@ class ProcessesCompressed:
         options = of_request(self.info.server_options, asked)
         if options is not None:
             self.info.config_of(options)
+            _require_frames(inputs.mm_data_items)
         kwargs = _without_ours(asked)
         if self.info.server_options is not None:
             kwargs[KEY] = options
@@ -105,6 +108,21 @@ class ProcessesCompressed:
 def options_of_videos(given: Tensor | Sequence[Tensor]) -> list[Options | None]:
     """What came with each of a batch's videos in :data:`FIELD`."""
     return [unpacked(each) for each in given]
+
+
+def _require_frames(items: Mapping[str, Any]) -> None:
+    """Raise :class:`EarlyTomConfigError` for a video without any: in the workers it would be the end of the server.
+
+    Decoders of vLLM's give none of a damaged file, and OpenCV's none of a file that has one."""
+    videos = items.get("video")
+    if not isinstance(videos, VideoProcessorItems):
+        return
+    for index in range(len(videos)):
+        if videos.get(index) is not None and videos.get_num_frames(index) == 0:  # None: known by its hash
+            raise EarlyTomConfigError(
+                f"video {index} of the request: vLLM's decoder read no frame of it. The file is damaged or has a "
+                "single frame: send at least two, or one as an image."
+            )
 
 
 def _without_ours(kwargs: Mapping[str, Any]) -> dict[str, Any]:

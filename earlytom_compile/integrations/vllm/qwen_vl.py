@@ -27,7 +27,6 @@ from vllm.multimodal.inputs import (
 )
 
 from ...config import EarlyTomConfig
-from ...errors import EarlyTomConfigError
 from ...families.base import Video
 from ..video_encoder import EncodedVideo
 from .models import ServesCompressed
@@ -72,8 +71,18 @@ class ServesPlaces(ServesCompressed):
         """Token ids that stand in the prompt for a video of which nothing is left out."""
         raise NotImplementedError
 
+    def not_done(self, vllm_config: Any) -> dict[str, tuple[bool, str]]:
+        """Also where rows would reach something else than :meth:`forward`, or that not as a whole."""
+        speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+        given = {
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
+            "--enable-dbo or --ubatch-size": parallel.use_ubatching,
+            "--speculative-config with a model": speculative is not None and speculative.method not in _WITHOUT_A_MODEL,
+        }
+        why = "the positions of what is kept of a video come with its rows, and reach the first part of the model alone"
+        return {**super().not_done(vllm_config), **{flag: (value, why) for flag, value in given.items()}}
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        _require_one_place(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._ahead = torch.zeros(3, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.int64)
 
@@ -200,23 +209,6 @@ class ServesPlaces(ServesCompressed):
         positions[:, : waiting.shape[1]] += waiting
         waiting.zero_()
         return super().forward(input_ids, positions, *args, **others)  # type: ignore[misc]
-
-
-def _require_one_place(vllm_config: Any) -> None:
-    """Raise :class:`EarlyTomConfigError` where rows would reach something else than :meth:`ServesPlaces.forward`, or
-    that not as a whole."""
-    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
-    unsupported = {
-        f"--pipeline-parallel-size {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
-        "--enable-dbo or --ubatch-size": parallel.use_ubatching,
-        "--speculative-config with a model": speculative is not None and speculative.method not in _WITHOUT_A_MODEL,
-    }
-    for name, given in unsupported.items():
-        if given:
-            raise EarlyTomConfigError(
-                f"{name} and --mm-processor-kwargs 'earlytom': the positions of what is kept of a video come with its "
-                "rows, and reach the first part of the model alone. Leave one of them out."
-            )
 
 
 def _is_compressed(item: Any) -> bool:

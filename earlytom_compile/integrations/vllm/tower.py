@@ -71,8 +71,8 @@ class VideoPath:
                 if own.shape != weight.shape or not weight.is_floating_point():
                     raise EarlyTomError(
                         f"{name} of the checkpoint is {weight.dtype} {list(weight.shape)}, and the {self.family.name} "
-                        f"vision path takes floating point {list(own.shape)}: its tower is quantised. Serve a checkpoint "
-                        "whose vision tower is not, as most quantised ones are, or leave 'earlytom' out."
+                        f"vision path takes floating point {list(own.shape)}: its tower is quantised. Serve a "
+                        "checkpoint whose vision tower is not, as most quantised ones are, or leave 'earlytom' out."
                     )
                 with torch.no_grad():
                     own.copy_(weight)

@@ -140,10 +140,23 @@ def test_positions_are_exact_in_channels_of_rows(dtype):
         {"use_ubatching": True},
         {"speculative_config": SimpleNamespace(method="eagle3")},
     ],
+    ids=lambda given: next(iter(given)),
 )
-def test_refused_where_positions_would_get_lost(given):
-    """At load."""
-    speculative = given.pop("speculative_config", None)
-    parallel = SimpleNamespace(**{"pipeline_parallel_size": 1, "use_ubatching": False, **given})
-    with pytest.raises(EarlyTomConfigError, match="Leave one of them out"):
-        qwen_vl._require_one_place(SimpleNamespace(speculative_config=speculative, parallel_config=parallel))
+def test_refused_where_positions_would_get_lost(given, monkeypatch):
+    """At load, beside what all models refuse."""
+    monkeypatch.setattr(qwen_vl.ServesCompressed, "not_done", lambda model, vllm_config: {})
+    model = object.__new__(qwen_vl.ServesPlaces)
+    usual = {"pipeline_parallel_size": 1, "use_ubatching": False, "speculative_config": SimpleNamespace(method="ngram")}
+    for options, refused in ((usual, 0), ({**usual, **given}, 1)):
+        config = SimpleNamespace(parallel_config=SimpleNamespace(**options), **options)
+        assert sum(is_given for is_given, _ in model.not_done(config).values()) == refused
+
+
+def test_positions_that_the_model_does_not_know_are_refused(engine):
+    """In the front end: in the worker they would be read from behind a table's end."""
+    years = Question("V what is it ?", (LONG,), fps=1e-6)
+    if hasattr(engine.model.config.vision_config, "tokens_per_second"):
+        with pytest.raises(EarlyTomConfigError, match="the model knows 128000"):
+            engine.ask([years])
+    with pytest.raises(EarlyTomConfigError, match="positions up to 128000"):
+        qwen_vl.require_positions(128000, engine.model.config)
