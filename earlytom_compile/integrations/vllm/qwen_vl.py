@@ -27,6 +27,7 @@ from vllm.multimodal.inputs import (
 )
 
 from ...config import EarlyTomConfig
+from ...errors import EarlyTomConfigError
 from ...families.base import Video
 from ..video_encoder import EncodedVideo
 from .models import ServesCompressed
