@@ -117,7 +117,7 @@ class Engine:
             max_num_seqs=8,
             limit_mm_per_prompt={"video": 2, "image": 1},
             enable_mm_embeds=True,
-            block_size=16,
+            block_size=32,
             enforce_eager=True,
             disable_log_stats=True,
             **arguments,

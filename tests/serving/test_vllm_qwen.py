@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("torchvision", reason="transformers' processors of Qwen need torchvision")
 
 from qwen_checkpoints import EVERYTHING, OPTIONS, SHAPES, Engine, Oracle, Question, checkpoint, film, picture
+from tiny_qwen_checkpoint import require_family
 
 from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.integrations.vllm import qwen_vl
@@ -33,6 +34,7 @@ QUESTIONS = {
 @pytest.fixture(scope="module", params=SHAPES)
 def folder(request, tmp_path_factory):
     """Of a checkpoint."""
+    require_family(SHAPES[request.param])
     return checkpoint(tmp_path_factory.mktemp("qwen"), request.param)
 
 
