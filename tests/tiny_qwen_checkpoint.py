@@ -12,6 +12,7 @@ from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.benchmarks.workload import random_model
 from earlytom_compile.families.registry import BUILT_IN
 from earlytom_compile.qwen_configs import qwen_config
+from earlytom_compile.qwen_shape import QwenShape
 from earlytom_compile.shapes import shape_of
 
 # In order of their ids, from 0 on.
@@ -41,10 +42,11 @@ def require_family(shape: str) -> None:
         pytest.skip(str(reason))
 
 
-def write_qwen_checkpoint(folder: str | Path, shape: str, *, most_tokens: int = 12, seed: int = 0) -> Path:
-    """A model of the named ``shape``, such as ``"cpu-tiny-qwen2.5"``, for pictures of ``most_tokens`` tokens at most;
-    Qwen3 and later count those of a whole video of 8 pictures."""
-    tokenizer, sizes = build_byte_tokenizer(SPECIAL_TOKENS, "<|im_end|>", "<|endoftext|>"), shape_of(shape)
+def write_qwen_checkpoint(folder: str | Path, shape: str | QwenShape, *, most_tokens: int = 12, seed: int = 0) -> Path:
+    """A model of a ``shape`` or of a named one, such as ``"cpu-tiny-qwen2.5"``, for pictures of ``most_tokens`` tokens
+    at most; Qwen3 and later count those of a whole video of 8 pictures."""
+    tokenizer = build_byte_tokenizer(SPECIAL_TOKENS, "<|im_end|>", "<|endoftext|>")
+    sizes = shape_of(shape) if isinstance(shape, str) else shape
     config = qwen_config(sizes)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in zip(
         ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), SPECIAL_TOKENS[3:],

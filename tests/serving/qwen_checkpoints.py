@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,20 @@ import torch
 from tiny_qwen_checkpoint import write_qwen_checkpoint
 from torch import Tensor
 
+from earlytom_compile.shapes import shape_of
+
 NEW = 24
-SHAPES = {"qwen2_5_vl": "cpu-small-qwen2.5", "qwen3_vl": "cpu-small-qwen3", "qwen3_5": "cpu-small-qwen3.5"}
-"""Of ten vision layers."""
-OPTIONS = {"retain_ratio": 0.2, "merge_layers": [3, 6], "lowering": "eager"}
+SHAPES = {"qwen2_5_vl": "cpu-tiny-qwen2.5", "qwen3_vl": "cpu-tiny-qwen3", "qwen3_5": "cpu-tiny-qwen3.5"}
+"""Of four vision layers."""
+OPTIONS = {"retain_ratio": 0.2, "merge_layers": [0, 2], "lowering": "eager"}
 EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
 """No frame merges, no token goes."""
 
 
 def checkpoint(folder: Path, kind: str) -> Path:
     """Written by transformers, by the names that published ones have."""
-    folder = write_qwen_checkpoint(folder / kind, SHAPES[kind], most_tokens=24)
+    heads = {"llm_width": 128, "llm_head": 32}  # vLLM's attention has kernels for few sizes
+    folder = write_qwen_checkpoint(folder / kind, replace(shape_of(SHAPES[kind]), **heads), most_tokens=24)
     path = folder / "processor_config.json"
     processors = json.loads(path.read_text())
     for name in ("image_mean", "image_std"):  # vLLM normalises videos by those of images, which are the same in Qwen's
@@ -114,7 +117,7 @@ class Engine:
             max_num_seqs=8,
             limit_mm_per_prompt={"video": 2, "image": 1},
             enable_mm_embeds=True,
-            block_size=16,
+            block_size=32,
             enforce_eager=True,
             disable_log_stats=True,
             **arguments,

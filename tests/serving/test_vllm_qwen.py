@@ -12,7 +12,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("torchvision", reason="transformers' processors of Qwen need torchvision")
 
 from qwen_checkpoints import EVERYTHING, OPTIONS, SHAPES, Engine, Oracle, Question, checkpoint, film, picture
+from tiny_qwen_checkpoint import require_family
 
+from earlytom_compile import EarlyTomConfigError
 from earlytom_compile.integrations.vllm import qwen_vl
 
 pytestmark = pytest.mark.long
@@ -32,6 +34,7 @@ QUESTIONS = {
 @pytest.fixture(scope="module", params=SHAPES)
 def folder(request, tmp_path_factory):
     """Of a checkpoint."""
+    require_family(SHAPES[request.param])
     return checkpoint(tmp_path_factory.mktemp("qwen"), request.param)
 
 
@@ -158,3 +161,13 @@ def test_refused_at_load(given, flag):
     found = qwen_vl.ServesPlaces.not_done(SimpleNamespace(**{**usual, **given}))
     refused = [name for name, (is_given, _) in found.items() if is_given]
     assert [name.partition(" or ")[0].startswith(flag) for name in refused] == ([True] if flag else [])
+
+
+def test_positions_that_the_model_does_not_know_are_refused(engine):
+    """In the front end: in the worker they would be read from behind a table's end."""
+    years = Question("V what is it ?", (LONG,), fps=1e-6)
+    if hasattr(engine.model.config.vision_config, "tokens_per_second"):
+        with pytest.raises(EarlyTomConfigError, match="the model knows 128000"):
+            engine.ask([years])
+    with pytest.raises(EarlyTomConfigError, match="positions up to 128000"):
+        qwen_vl.require_positions(128000, engine.model.config)
