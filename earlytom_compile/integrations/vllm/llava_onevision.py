@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionDummyInputsBuilder,
     LlavaOnevisionForConditionalGeneration,
@@ -17,7 +16,6 @@ from ...families.base import Video
 from ...families.llava_onevision import LlavaOnevision
 from .models import ServesCompressed
 from .processing import PlansCompressed, ProcessesCompressed
-from .tower import VideoPath
 
 _FAMILY = LlavaOnevision()
 
@@ -51,11 +49,6 @@ class EarlyTomLlavaOnevision(ServesCompressed, LlavaOnevisionForConditionalGener
     """vLLM's LLaVA-OneVision, whose videos go the compressed path and whose images go their own."""
 
     family = _FAMILY
-
-    def some_video(self, path: VideoPath) -> dict[str, Any]:
-        """One of 8 frames, whose code is that for all numbers of frames."""
-        shape = (1, 8, *_FAMILY.frame_shape(path.model))
-        return {"pixel_values_videos": torch.zeros(shape, dtype=path.dtype, device=path.device)}
 
     def call_of(self, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
         """[1, F, 3, H, W]."""

@@ -70,7 +70,7 @@ class ServesCompressed:
         if (path := self._video_path) is not None and self._options is not None:
             start = time.perf_counter()
             options = self._options if self.one_size else {**self._options, "lowering": "eager"}
-            path.encode(path.videos(self.some_video(path))[0], options)
+            path.encode(path.blank_video(self.some_frame_size()), options)
             logger.info("A video was compressed, compiling included, in %.1f s", time.perf_counter() - start)
         return self.forward(*args, **kwargs)
 
@@ -111,9 +111,9 @@ class ServesCompressed:
 
     # --- What is special about a model ----------------------------------------------------------------
 
-    def some_video(self, path: VideoPath) -> dict[str, Any]:
-        """Arguments of a call with one video of a usual size, of whatever content."""
-        raise NotImplementedError
+    def some_frame_size(self) -> tuple[int, int] | None:
+        """Height and width of a small picture, where there are several."""
+        return None
 
     def call_of(self, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
         """The arguments of one video of a batch, as a batch of one."""

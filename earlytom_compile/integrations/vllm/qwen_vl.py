@@ -33,7 +33,6 @@ from ..video_encoder import EncodedVideo
 from .models import ServesCompressed
 from .options import unpacked
 from .processing import FIELD
-from .tower import VideoPath
 
 DIGITS = 3
 """Channels of a number, to the base of 256: bfloat16 is exact up to there."""
@@ -93,13 +92,11 @@ class ServesPlaces(ServesCompressed):
         config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
         return replace(config, modalities=[kind for kind in config.modalities if kind != "video"])
 
-    def some_video(self, path: VideoPath) -> dict[str, Any]:
-        """Small."""
-        vision = path.model.config.vision_config
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        grid = torch.tensor([[4, 4 * vision.spatial_merge_size, 4 * vision.spatial_merge_size]])
-        pixels = torch.zeros(int(grid.prod()), patch, dtype=path.dtype, device=path.device)
-        return {"pixel_values_videos": pixels, "video_grid_thw": grid}
+    def some_frame_size(self) -> tuple[int, int]:
+        """4 x 4 tokens."""
+        vision = self.config.vision_config
+        side = 4 * vision.patch_size * vision.spatial_merge_size
+        return side, side
 
     # --- Rows -----------------------------------------------------------------------------------------
 

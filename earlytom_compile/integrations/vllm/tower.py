@@ -94,6 +94,11 @@ class VideoPath:
         """Those of a call, pixels by the name that transformers' processor gives them."""
         return self.family.videos(self.model, call)
 
+    def blank_video(self, frame_size: tuple[int, int] | None) -> Video:
+        """One of 8 pictures, whose code is that for all numbers of frames."""
+        (video,) = self.videos(self.family.blank_call(self.model, 8, frame_size))
+        return video
+
     def encode(self, video: Video, options: Options) -> EncodedVideo:
         """Compressed rows [K, C] of one video, separators included, and where they stand.
 
