@@ -12,6 +12,7 @@ from vllm.model_executor.models.llava_onevision import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...config import EarlyTomConfig
+from ...errors import EarlyTomConfigError
 from ...families.base import Video
 from ...families.llava_onevision import LlavaOnevision
 from .models import ServesCompressed
@@ -39,9 +40,17 @@ class Processor(ProcessesCompressed, LlavaOnevisionMultiModalProcessor):
     """Where they go in the prompt."""
 
     def video_placeholders(self, config: EarlyTomConfig | None, item: Mapping[str, Any]) -> list[int]:
-        """One after the other."""
-        frames = len(item["pixel_values_videos"])
-        return [self.info.get_hf_config().video_token_index] * self.info.tokens_of(config, frames)
+        """One after the other.
+
+        Raises :class:`EarlyTomConfigError` for frames of another size, which are the end of a worker."""
+        hf_config, frames = self.info.get_hf_config(), item["pixel_values_videos"]
+        side, size = hf_config.vision_config.image_size, tuple(frames.shape[-2:])
+        if size != (side, side):
+            raise EarlyTomConfigError(
+                f"frames of {size[0]}x{size[1]} pixels: the vision tower of this model takes {side}x{side}. Leave size, "
+                "do_resize and the like out of mm_processor_kwargs."
+            )
+        return [hf_config.video_token_index] * self.info.tokens_of(config, len(frames))
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaOnevisionDummyInputsBuilder)
