@@ -49,8 +49,8 @@ class Processor(ProcessesCompressed, LlavaOnevisionMultiModalProcessor):
         side, size = hf_config.vision_config.image_size, tuple(frames.shape[-2:])
         if size != (side, side):
             raise EarlyTomConfigError(
-                f"frames of {size[0]}x{size[1]} pixels: the vision tower of this model takes {side}x{side}. Leave size, "
-                "do_resize and the like out of mm_processor_kwargs."
+                f"frames of {size[0]}x{size[1]} pixels: the vision tower of this model takes {side}x{side}. Leave "
+                "size, do_resize and the like out of mm_processor_kwargs."
             )
         return [hf_config.video_token_index] * self.info.tokens_of(config, len(frames))
 
