@@ -36,6 +36,7 @@ from earlytom_compile.benchmarks.vllm_server import VllmServer, vllm_command
 from earlytom_compile.errors import EarlyTomConfigError, EarlyTomError
 from earlytom_compile.integrations.vllm import vllm_version
 from earlytom_compile.integrations.vllm.options import of_server
+from earlytom_compile.words import counted
 
 FULL, COMPRESSED = "full", "compressed"
 WARM_UP = 8
@@ -104,11 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {
         **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "vllm": vllm_version(),
-        "server flags": " ".join(plan.flags),
     }
     title = (
         f"{given.model or given.shape}, videos of {plan.frames} sampled frames, {plan.new_tokens} new tokens, "
-        f"{json.dumps(plan.options)}, {plan.rounds} rounds"
+        f"{json.dumps(plan.options)}, {counted(plan.rounds, 'round')}"
     )
     text = "\n".join([*markdown.heading(about), *markdown.table(title, _HEADINGS, rows(results))])
     lost = losses(results)

@@ -314,6 +314,15 @@ class TestOptionsOfARequest:
             compressing.ask(as_data(path), question.text, mm_processor_kwargs={"earlytom": options})
         still_answers(compressing, asked)
 
+    @pytest.mark.parametrize("compress", [True, False])
+    def test_of_the_processor_cannot_change_the_size_of_frames(self, compressing, asked, compress):
+        """The tower takes one size, and its error in a worker would be the end of the server."""
+        path, question = asked[0]
+        options = {"earlytom": compress, "size": {"height": 48, "width": 48}}
+        with pytest.raises(openai.BadRequestError, match="frames of 48x48 pixels.*takes 96x96"):
+            compressing.ask(as_data(path), question.text, mm_processor_kwargs=options)
+        still_answers(compressing, asked)
+
 
 class TestOtherServers:
     def test_without_the_option_keeps_all_tokens_and_refuses_to_compress(self, serve, toy, asked):
