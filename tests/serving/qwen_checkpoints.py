@@ -166,6 +166,10 @@ class Engine:
         self._calls.append({"positions": positions.clone(), "inputs_embeds": embeddings.clone()})
         return self._forward(input_ids, positions, *args, **arguments)
 
+    def forget(self) -> None:
+        """Keys and values of prompts that came before."""
+        assert self.llm.reset_prefix_cache()
+
     def close(self) -> None:
         """Another can be started in this process."""
         from vllm.distributed import cleanup_dist_env_and_memory
