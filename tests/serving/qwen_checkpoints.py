@@ -22,7 +22,7 @@ from torch import Tensor
 from earlytom_compile.shapes import shape_of
 
 NEW = 24
-SHAPES = {"qwen2_5_vl": "cpu-tiny-qwen2.5", "qwen3_vl": "cpu-tiny-qwen3", "qwen3_5": "cpu-tiny-qwen3.5"}
+SHAPES = {"qwen2_5_vl": "cpu-tiny-qwen2.5", "qwen3_vl": "cpu-tiny-qwen3"}
 """Of four vision layers."""
 OPTIONS = {"retain_ratio": 0.2, "merge_layers": [0, 2], "lowering": "eager"}
 EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
@@ -165,6 +165,10 @@ class Engine:
         embeddings = arguments["inputs_embeds"] if "inputs_embeds" in arguments else args[1]
         self._calls.append({"positions": positions.clone(), "inputs_embeds": embeddings.clone()})
         return self._forward(input_ids, positions, *args, **arguments)
+
+    def forget(self) -> None:
+        """Keys and values of prompts that came before."""
+        assert self.llm.reset_prefix_cache()
 
     def close(self) -> None:
         """Another can be started in this process."""

@@ -25,8 +25,6 @@ ARCHITECTURES = {
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:EarlyTomQwen2_5_VL",
     "Qwen3VLForConditionalGeneration": "qwen3_vl:EarlyTomQwen3_VL",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl:EarlyTomQwen3_VLMoe",
-    "Qwen3_5ForConditionalGeneration": "qwen3_vl:EarlyTomQwen3_5",
-    "Qwen3_5MoeForConditionalGeneration": "qwen3_vl:EarlyTomQwen3_5Moe",
 }
 """In the config.json of a checkpoint -> module and class here."""
 

@@ -1,14 +1,8 @@
-"""Qwen3-VL and Qwen3.5 in vLLM: time stamps and placeholders of all frames of a video are one range of placeholders."""
+"""Qwen3-VL in vLLM: time stamps and placeholders of all frames of a video are one range of placeholders."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from vllm.model_executor.models.qwen3_5 import (
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeForConditionalGeneration,
-    Qwen3_5MoeProcessingInfo,
-    Qwen3_5ProcessingInfo,
-)
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
@@ -20,11 +14,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from ...config import EarlyTomConfig
-from ...families.qwen_vl import Qwen3_5, Qwen3_VL
+from ...families.qwen_vl import Qwen3_VL
 from .processing import PlansCompressed, ProcessesCompressed
 from .qwen_vl import ServesPlaces, planned, require_positions
 
-_QWEN3, _QWEN3_5 = Qwen3_VL(), Qwen3_5()
+_FAMILY = Qwen3_VL()
 
 
 class PlansStamps(PlansCompressed):
@@ -43,25 +37,13 @@ class PlansStamps(PlansCompressed):
 class Info(PlansStamps, Qwen3VLProcessingInfo):
     """Of Qwen3-VL."""
 
-    family = _QWEN3
+    family = _FAMILY
 
 
 class InfoMoe(PlansStamps, Qwen3VLMoeProcessingInfo):
     """Of its twin with experts."""
 
-    family = _QWEN3
-
-
-class Info3_5(PlansStamps, Qwen3_5ProcessingInfo):
-    """Of Qwen3.5."""
-
-    family = _QWEN3_5
-
-
-class Info3_5Moe(PlansStamps, Qwen3_5MoeProcessingInfo):
-    """Of its twin."""
-
-    family = _QWEN3_5
+    family = _FAMILY
 
 
 class Processor(ProcessesCompressed, Qwen3VLMultiModalProcessor):
@@ -93,28 +75,14 @@ class ServesStamps(ServesPlaces):
 class EarlyTomQwen3_VL(ServesStamps, Qwen3VLForConditionalGeneration):
     """vLLM's Qwen3-VL, whose videos go the compressed path and whose images go their own."""
 
-    family = _QWEN3
+    family = _FAMILY
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=InfoMoe, dummy_inputs=Qwen3VLDummyInputsBuilder)
 class EarlyTomQwen3_VLMoe(ServesStamps, Qwen3VLMoeForConditionalGeneration):
     """The same of the twin with experts."""
 
-    family = _QWEN3
-
-
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info3_5, dummy_inputs=Qwen3VLDummyInputsBuilder)
-class EarlyTomQwen3_5(ServesStamps, Qwen3_5ForConditionalGeneration):
-    """vLLM's Qwen3.5, likewise."""
-
-    family = _QWEN3_5
-
-
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info3_5Moe, dummy_inputs=Qwen3VLDummyInputsBuilder)
-class EarlyTomQwen3_5Moe(ServesStamps, Qwen3_5MoeForConditionalGeneration):
-    """The same of its twin."""
-
-    family = _QWEN3_5
+    family = _FAMILY
 
 
 def _whole(hf_config: Any, tokenizer: Any, grid: Any, timestamps: Any) -> list[int]:
