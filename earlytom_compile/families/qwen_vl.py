@@ -55,7 +55,7 @@ class QwenVL(Family):
         """Cut out of ``pixel_values_videos`` [T*h*w of all, C*2*p*p], by ``video_grid_thw`` [V, 3]."""
         pixels, grids = call["pixel_values_videos"], call.get("video_grid_thw")
         config = model.config.vision_config
-        sizes = _checked_grids(pixels, grids, config)
+        sizes = checked_grids(pixels, grids, config)
         patch = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
         parts = pixels.split([frames * height * width for frames, height, width in sizes])
         return [
@@ -288,7 +288,7 @@ def _is_changed(module: nn.Module) -> bool:
     return any(place is not None and (on.is_hook or not of_accelerate) for place, on in hooks_on([module]))
 
 
-def _checked_grids(pixels: Tensor, grids: Any, config: Any) -> list[tuple[int, int, int]]:
+def checked_grids(pixels: Tensor, grids: Any, config: Any) -> list[tuple[int, int, int]]:
     """(T, h, w) of each video; :class:`EarlyTomConfigError` where pixels and grids do not fit."""
     block = config.spatial_merge_size
     width = config.in_channels * config.temporal_patch_size * config.patch_size**2

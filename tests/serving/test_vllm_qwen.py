@@ -172,3 +172,15 @@ def test_positions_that_the_model_does_not_know_are_refused(engine):
             engine.ask([years])
     with pytest.raises(EarlyTomConfigError, match="positions up to 128000"):
         qwen_vl.require_positions(128000, engine.model.config)
+
+
+def test_patches_of_another_size_are_refused(engine):
+    """In the front end: in the worker they would be the end of it."""
+    vision = engine.model.config.vision_config
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    grid = torch.tensor([2, 4, 4])
+    whole = {"pixel_values_videos": torch.zeros(32, width), "video_grid_thw": grid}
+    qwen_vl.require_patches(whole, engine.model.config)
+    for wrong in ({"pixel_values_videos": torch.zeros(32, width + 3)}, {"video_grid_thw": torch.tensor([2, 3, 4])}):
+        with pytest.raises(EarlyTomConfigError, match="as the model's processor made them"):
+            qwen_vl.require_patches({**whole, **wrong}, engine.model.config)

@@ -14,7 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from ...config import EarlyTomConfig
 from ...families.qwen_vl import Qwen2_5_VL
 from .processing import PlansCompressed, ProcessesCompressed
-from .qwen_vl import ServesPlaces, planned, require_positions
+from .qwen_vl import ServesPlaces, planned, require_patches, require_positions
 
 _FAMILY = Qwen2_5_VL()
 
@@ -34,6 +34,7 @@ class Processor(ProcessesCompressed, Qwen2_5_VLMultiModalProcessor):
         whole, vision = _whole(hf_config, grid), hf_config.vision_config
         if config is None:
             return whole
+        require_patches(item, hf_config)
         seconds = float(item.get("second_per_grid_ts", 1.0))
         require_positions(int(grid[0] * seconds * vision.tokens_per_second), hf_config)
         return planned(whole, hf_config.video_token_id, config, grid, vision.spatial_merge_size)

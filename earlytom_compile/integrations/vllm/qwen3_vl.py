@@ -16,7 +16,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from ...config import EarlyTomConfig
 from ...families.qwen_vl import Qwen3_VL
 from .processing import PlansCompressed, ProcessesCompressed
-from .qwen_vl import ServesPlaces, planned, require_positions
+from .qwen_vl import ServesPlaces, planned, require_patches, require_positions
 
 _FAMILY = Qwen3_VL()
 
@@ -56,6 +56,7 @@ class Processor(ProcessesCompressed, Qwen3VLMultiModalProcessor):
         token, block = hf_config.video_token_id, hf_config.vision_config.spatial_merge_size
         if config is None:
             return PromptUpdateDetails.select_token_id(whole, token)
+        require_patches(item, hf_config)
         text = sum(each != token for each in whole)
         require_positions(text + int(grid[0] * grid[1:].max()) // block, hf_config)
         return PromptUpdateDetails.from_seq(planned(whole, token, config, grid, block))

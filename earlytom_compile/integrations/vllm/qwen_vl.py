@@ -29,6 +29,7 @@ from vllm.multimodal.inputs import (
 from ...config import EarlyTomConfig
 from ...errors import EarlyTomConfigError
 from ...families.base import Video
+from ...families.qwen_vl import checked_grids
 from ..video_encoder import EncodedVideo
 from .models import ServesCompressed
 from .options import unpacked
@@ -47,6 +48,12 @@ def planned(whole: Sequence[int], token: int, config: EarlyTomConfig, grid: Tens
     frames, height, width = grid.tolist()
     rows = config.token_budget(frames, height * width // block**2)
     return [token] * rows + [each for each in whole if each != token]
+
+
+def require_patches(item: Mapping[str, Any], hf_config: Any) -> None:
+    """Raise :class:`EarlyTomConfigError` for patches of another size than the tower's, as ``patch_size`` and the like in
+    a request make them: they would be the end of a worker."""
+    checked_grids(item["pixel_values_videos"], item["video_grid_thw"][None], hf_config.vision_config)
 
 
 def require_positions(last: int, hf_config: Any) -> None:
