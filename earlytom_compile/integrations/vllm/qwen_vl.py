@@ -51,8 +51,8 @@ def planned(whole: Sequence[int], token: int, config: EarlyTomConfig, grid: Tens
 
 
 def require_patches(item: Mapping[str, Any], hf_config: Any) -> None:
-    """Raise :class:`EarlyTomConfigError` for patches of another size than the tower's, as ``patch_size`` and the like in
-    a request make them: they would be the end of a worker."""
+    """Raise :class:`EarlyTomConfigError` for patches of another size than the tower's, as ``patch_size`` and the like
+    in a request make them: they would be the end of a worker."""
     checked_grids(item["pixel_values_videos"], item["video_grid_thw"][None], hf_config.vision_config)
 
 
