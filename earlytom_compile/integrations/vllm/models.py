@@ -51,16 +51,14 @@ class ServesCompressed:
             eager = vllm_config.model_config.enforce_eager
             self._video_path = VideoPath(vllm_config.model_config.hf_config, self.family, eager=eager)
         self._options = of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs)
+        self._has_random_weights = vllm_config.load_config.load_format == "dummy"
         self.forward = self._first_forward
         logger.info("Videos are compressed inside the %s vision encoder: %s", self.family.name, self._options)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's own, and those of the video path."""
         path = self._video_path
-        loaded = super().load_weights(weights if path is None else path.taking(weights))  # type: ignore[misc]
-        if path is not None:
-            path.require_all()
-        return loaded
+        return super().load_weights(weights if path is None else path.taking(weights))  # type: ignore[misc]
 
     def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compile before the first request comes, and stop a server that cannot compress before it starts. vLLM warms
@@ -69,6 +67,8 @@ class ServesCompressed:
         del self.forward
         if (path := self._video_path) is not None and self._options is not None:
             start = time.perf_counter()
+            if not self._has_random_weights:
+                path.require_all()  # here: not all of vLLM's loaders call load_weights()
             options = self._options if self.one_size else {**self._options, "lowering": "eager"}
             path.encode(path.blank_video(self.some_frame_size()), options)
             logger.info("A video was compressed, compiling included, in %.1f s", time.perf_counter() - start)

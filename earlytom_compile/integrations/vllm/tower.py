@@ -85,7 +85,8 @@ class VideoPath:
             some = ", ".join(sorted(self._missing)[:3])
             raise EarlyTomError(
                 f"{len(self._missing)} weights of the {self.family.name} vision path are not in the checkpoint: {some} "
-                "... Serve a complete checkpoint, or leave 'earlytom' out of --mm-processor-kwargs."
+                "... Serve a complete checkpoint by a --load-format that reads it as it was published (auto, "
+                "safetensors), or leave 'earlytom' out of --mm-processor-kwargs."
             )
 
     # --- Videos ---------------------------------------------------------------------------------------
