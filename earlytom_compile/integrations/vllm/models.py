@@ -58,7 +58,10 @@ class ServesCompressed:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """vLLM's own, and those of the video path."""
         path = self._video_path
-        return super().load_weights(weights if path is None else path.taking(weights))  # type: ignore[misc]
+        loaded = super().load_weights(weights if path is None else path.taking(weights))  # type: ignore[misc]
+        if path is not None:
+            path.require_all()
+        return loaded
 
     def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compile before the first request comes, and stop a server that cannot compress before it starts. vLLM warms
@@ -68,7 +71,7 @@ class ServesCompressed:
         if (path := self._video_path) is not None and self._options is not None:
             start = time.perf_counter()
             if not self._has_random_weights:
-                path.require_all()  # here: not all of vLLM's loaders call load_weights()
+                path.require_all()  # once more: not all of vLLM's loaders call load_weights()
             options = self._options if self.one_size else {**self._options, "lowering": "eager"}
             path.encode(path.blank_video(self.some_frame_size()), options)
             logger.info("A video was compressed, compiling included, in %.1f s", time.perf_counter() - start)
