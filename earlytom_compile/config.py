@@ -371,7 +371,12 @@ def is_whole_number(value: Any) -> bool:
 
 
 def _float(value: Any) -> float:
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # of whole numbers beyond the largest float
+        return math.nan
 
 
 def bad_option(name: str, value: Any, allowed: str) -> EarlyTomConfigError:

@@ -20,6 +20,8 @@ from earlytom_compile.presets import PRESETS
         {"retain_ratio": 0},
         {"retain_ratio": True},
         {"retain_ratio": float("nan")},
+        {"retain_ratio": 10**400},
+        {"tau_seg": 10**400},
         {"variant": "Paper"},
         {"variant": "plus "},
         {"merge_layers": "6"},

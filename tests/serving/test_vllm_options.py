@@ -64,6 +64,14 @@ class TestRequest:
         assert of_request(server, {"earlytom": {"retain_ratio": own}}) == {"retain_ratio": own, "variant": "plus"}
         assert server == {"retain_ratio": servers, "variant": "plus"}
 
+    def test_that_say_the_same_have_one_order(self):
+        """vLLM's hash tells orders apart."""
+        server = of_server({"earlytom": {"tau_seg": 0.5, "retain_ratio": 0.1}})
+        one = of_request(server, {"earlytom": {"tau_merge": 0.8, "alpha": 0.7}})
+        other = of_request(server, {"earlytom": {"alpha": 0.7, "tau_merge": 0.8, "retain_ratio": 0.1}})
+        assert list(one.items()) == list(other.items())
+        assert list(of_request(server, {"earlytom": {}})) == list(server)
+
     @pytest.mark.parametrize("off", [False, None])
     def test_may_be_left_alone(self, off):
         assert of_request({"retain_ratio": 0.1}, {"earlytom": off}) is None

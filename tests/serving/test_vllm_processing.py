@@ -1,19 +1,27 @@
 """What vLLM's front end plans of a video before anything is encoded."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm.config", reason="vLLM is not installed: make test-vllm")
 
+from transformers import AutoConfig
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from earlytom_compile import EarlyTomConfigError
+from earlytom_compile import EarlyTomConfig, EarlyTomConfigError, EarlyTomError
+from earlytom_compile.families.llava_onevision import LlavaOnevision
 from earlytom_compile.integrations.vllm import register
+from earlytom_compile.integrations.vllm.llava_onevision import EarlyTomLlavaOnevision
+from earlytom_compile.integrations.vllm.models import ServesCompressed
 from earlytom_compile.integrations.vllm.options import unpacked
 from earlytom_compile.integrations.vllm.processing import FIELD
+from earlytom_compile.integrations.vllm.tower import VideoPath
 
 VIDEO, TOKENS = 4, 16  # its id; of a frame
 ratios = st.floats(0.01, 1.0)
@@ -104,3 +112,29 @@ def test_a_video_without_frames_is_refused(planning):
     items = planning.info.parse_mm_data({"video": [np.zeros((0, 96, 96, 3), np.uint8)]})
     with pytest.raises(EarlyTomConfigError, match="video 0 of the request: vLLM's decoder read no frame of it"):
         planning([5, VIDEO], items)
+
+
+@pytest.mark.parametrize("made_by", [{"rescale_factor": 1e30}, {"rescale_factor": float("nan")}])
+def test_pixels_without_a_similarity_are_refused(planning, made_by):
+    with pytest.raises(EarlyTomConfigError, match="the pixels of a video go from .* Look at .* rescale_factor"):
+        planned(planning, 8, **made_by)
+    assert placeholders(planned(planning, 8, earlytom=False, **made_by)) == [8 * TOKENS + 1]
+
+
+@pytest.mark.parametrize(("image", "patch"), [(384, 14), (96, 12), (70, 16)])
+def test_rows_of_the_worker_are_those_of_sizes_without_a_whole_number_of_patches(image, patch):
+    side = -(-(image // patch) // 2)
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(image_size=image, patch_size=patch), text_config=SimpleNamespace(hidden_size=64)
+    )
+    video = SimpleNamespace(pixels=torch.zeros(8, 1))
+    shape = EarlyTomLlavaOnevision.planned_shape(SimpleNamespace(config=config), video, EarlyTomConfig(retain_ratio=1))
+    assert shape == (8 * side**2 + 1, 64)
+
+
+def test_a_worker_whose_weights_were_not_loaded_does_not_start(toy):
+    """Not all loaders of vLLM's call load_weights()."""
+    path = VideoPath(AutoConfig.from_pretrained(toy), LlavaOnevision(), eager=True)
+    model = SimpleNamespace(_video_path=path, _options={}, _has_random_weights=False, forward=None)
+    with pytest.raises(EarlyTomError, match=r"weights of the LLaVA-OneVision vision path .* --load-format"):
+        ServesCompressed._first_forward(model)

@@ -54,6 +54,19 @@ def clip(frames, seed=0):
     return video
 
 
+def test_tensors_of_both_kinds_have_one_graph(checkpoint):
+    """Those that were made in inference mode, and others."""
+    path = path_with(checkpoint)
+    with torch.inference_mode():
+        (made_inside,) = path.videos({"pixel_values_videos": clip(8)[None] + 0})
+        assert made_inside.pixels.is_inference()
+        path.encode(made_inside, OPTIONS)
+    (made_outside,) = path.videos({"pixel_values_videos": clip(5)[None]})
+    with torch.inference_mode():
+        path.encode(made_outside, OPTIONS)
+    assert len(path.records()) == 1
+
+
 @pytest.mark.parametrize("frames", [1, 2, 8, 13])
 def test_rows_are_those_of_the_model_in_transformers(path, model, one_trace, frames):
     for seed in range(3):

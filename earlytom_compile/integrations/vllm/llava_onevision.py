@@ -65,5 +65,5 @@ class EarlyTomLlavaOnevision(ServesCompressed, LlavaOnevisionForConditionalGener
 
     def planned_shape(self, video: Video, config: EarlyTomConfig) -> tuple[int, int]:
         """[K + 1, C]."""
-        side = -(-self.config.vision_config.image_size // self.config.vision_config.patch_size // 2)
-        return config.token_budget(len(video.pixels), side**2) + 1, self.config.text_config.hidden_size
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return config.token_budget(len(video.pixels), ((side + 1) // 2) ** 2) + 1, self.config.text_config.hidden_size

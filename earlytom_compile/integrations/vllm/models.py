@@ -51,6 +51,7 @@ class ServesCompressed:
             eager = vllm_config.model_config.enforce_eager
             self._video_path = VideoPath(vllm_config.model_config.hf_config, self.family, eager=eager)
         self._options = of_server(vllm_config.model_config.get_multimodal_config().mm_processor_kwargs)
+        self._has_random_weights = vllm_config.load_config.load_format == "dummy"
         self.forward = self._first_forward
         logger.info("Videos are compressed inside the %s vision encoder: %s", self.family.name, self._options)
 
@@ -69,6 +70,8 @@ class ServesCompressed:
         del self.forward
         if (path := self._video_path) is not None and self._options is not None:
             start = time.perf_counter()
+            if not self._has_random_weights:
+                path.require_all()  # once more: not all of vLLM's loaders call load_weights()
             options = self._options if self.one_size else {**self._options, "lowering": "eager"}
             path.encode(path.blank_video(self.some_frame_size()), options)
             logger.info("A video was compressed, compiling included, in %.1f s", time.perf_counter() - start)

@@ -66,7 +66,7 @@ def of_request(server: Options | None, mm_processor_kwargs: Mapping[str, Any]) -
                 f"compiled while all requests wait. A request may choose {', '.join(OF_REQUESTS)}; give {name} to the "
                 "server's --mm-processor-kwargs."
             )
-    options = {**server, **own}
+    options = _sorted({**server, **own})
     check(options)
     return options
 
@@ -81,7 +81,12 @@ def _options(given: Any) -> Options | None:
             f"{KEY}={given!r} in mm_processor_kwargs: must be a mapping of options, such as "
             '{"retain_ratio": 0.1}, true for the defaults, or false.'
         )
-    return dict(given)
+    return _sorted(given)
+
+
+def _sorted(options: Mapping[str, Any]) -> Options:
+    """One order for all that say the same: vLLM's hash tells orders apart."""
+    return dict(sorted(options.items(), key=lambda item: str(item[0])))
 
 
 def check(options: Options) -> None:

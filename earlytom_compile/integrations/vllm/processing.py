@@ -24,6 +24,7 @@ from .options import KEY, Options, config_of, of_request, of_server, packed, unp
 
 FIELD = "earlytom_options"
 """Of a video beside its pixels: its options, as :func:`~.options.packed`."""
+_LARGEST_PIXEL = 1e4  # far beyond what is normalised, or left at 0 to 255; norms stay far from overflow
 
 
 class PlansCompressed:
@@ -79,6 +80,8 @@ class ProcessesCompressed:
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))  # type: ignore[misc]
         if KEY in hf_kwargs and "pixel_values_videos" in processed:
+            if hf_kwargs[KEY] is not None:
+                _require_usual_pixels(processed["pixel_values_videos"])
             processed[FIELD] = [packed(hf_kwargs[KEY])] * mm_items.get_count("video")
         return processed
 
@@ -122,6 +125,19 @@ def _require_frames(items: Mapping[str, Any]) -> None:
             raise EarlyTomConfigError(
                 f"video {index} of the request: vLLM's decoder read no frame of it. The file is damaged or has a "
                 "single frame: send at least two, or one as an image."
+            )
+
+
+def _require_usual_pixels(videos: Any) -> None:
+    """Raise :class:`EarlyTomConfigError` for pixels, one tensor or a list of them, that no image processor's own
+    settings make: frames without a similarity to others would be the end of the server."""
+    for pixels in [videos] if isinstance(videos, Tensor) else videos:
+        least, most = map(float, pixels.aminmax())  # NaN if any is
+        if not -_LARGEST_PIXEL <= least <= most <= _LARGEST_PIXEL:
+            raise EarlyTomConfigError(
+                f"the pixels of a video go from {least:g} to {most:g}, and a video that is compressed may have those "
+                f"between {-_LARGEST_PIXEL:g} and {_LARGEST_PIXEL:g}. Look at the video, and at rescale_factor, "
+                "image_std and the like in mm_processor_kwargs."
             )
 
 

@@ -12,6 +12,7 @@ attention of all heads, and is the same everywhere. So is its answer: it is the 
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -85,7 +86,8 @@ class VideoPath:
             some = ", ".join(sorted(self._missing)[:3])
             raise EarlyTomError(
                 f"{len(self._missing)} weights of the {self.family.name} vision path are not in the checkpoint: {some} "
-                "... Serve a complete checkpoint, or leave 'earlytom' out of --mm-processor-kwargs."
+                "... Serve a complete checkpoint by a --load-format that reads it as it was published (auto, "
+                "safetensors), or leave 'earlytom' out of --mm-processor-kwargs."
             )
 
     # --- Videos ---------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class VideoPath:
         with torch.inference_mode(False), torch.no_grad():
             if reason := encoder.reason_against_placement():
                 raise EarlyTomCompileError(f"the video cannot be compressed: {reason[0]}. {reason[1]}.")
-            encoded = encoder.encode(video)
+            encoded = encoder.encode(_of_no_mode(video))
         if encoded.counts is None:
             raise EarlyTomCompileError(
                 f"the video ({video.size or list(video.pixels.shape)}) cannot be compressed: Dynamo did not trace its "
@@ -149,6 +151,17 @@ def _without_language_model(hf_config: Any, family: Family) -> Any:
     config._attn_implementation = "sdpa"
     with torch.inference_mode(False):
         return family.model_class()(config).eval().requires_grad_(False)
+
+
+def _of_no_mode(video: Video) -> Video:
+    """Tensors made in inference mode are of another kind to Dynamo, and vLLM hands out both kinds: a video that comes
+    alone is as it was read, several are put together in that mode."""
+
+    def plain(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    arguments = {name: plain(value) for name, value in video.arguments.items()}
+    return dataclasses.replace(video, pixels=plain(video.pixels), arguments=arguments)
 
 
 def _is_language(name: str) -> bool:
