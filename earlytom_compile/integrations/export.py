@@ -13,6 +13,7 @@ what goes in and comes out has fixed sizes. Our operators are taken apart into t
 import importlib.metadata
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -90,11 +91,12 @@ def package(program: ExportedProgram, path: str | Path) -> dict[str, str]:
     if metadata is None:
         raise EarlyTomConfigError("package() takes what earlytom_compile.export() returned, as it is.")
     require_package_name(path)
-    unfinished = Path(path).with_suffix(".new.pt2")
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(unfinished), inductor_configs={"aot_inductor.metadata": dict(metadata)}
-    )
-    os.replace(unfinished, path)
+    with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent, prefix=".earlytom-") as folder:
+        unfinished = Path(folder) / "package.pt2"
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(unfinished), inductor_configs={"aot_inductor.metadata": dict(metadata)}
+        )
+        os.replace(unfinished, path)
     return dict(metadata)
 
 

@@ -116,3 +116,9 @@ def test_options_travel_as_a_tensor(options):
     tensor = packed(options)
     assert tensor.dtype == torch.uint8 and tensor.dim() == 1
     assert unpacked(tensor.clone()) == options
+
+
+@pytest.mark.parametrize("of", [lambda kwargs: of_server(kwargs), lambda kwargs: of_request({}, kwargs)])
+def test_options_among_those_of_transformers_are_refused(of):
+    with pytest.raises(EarlyTomConfigError, match="inside videos_kwargs .* would be left unread"):
+        of({"videos_kwargs": {"earlytom": {"retain_ratio": 0.1}}})

@@ -61,21 +61,27 @@ class ServesCompressed:
         loaded = super().load_weights(weights if path is None else path.taking(weights))  # type: ignore[misc]
         if path is not None:
             path.require_all()
+            if path.eager:  # then vLLM warms nothing up on a CPU
+                self._compress_one(path)
         return loaded
 
     def _first_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compile before the first request comes, and stop a server that cannot compress before it starts. vLLM warms
-        its models up by a forward() in the very state that requests meet: threads, modes and default dtype, for each
-        of which Dynamo would trace anew."""
+        """Compile before the first request comes. vLLM warms its models up by a forward() in the very state that
+        requests meet: threads, modes and default dtype, for each of which Dynamo would trace anew."""
         del self.forward
-        if (path := self._video_path) is not None and self._options is not None:
-            start = time.perf_counter()
+        if (path := self._video_path) is not None:
             if not self._has_random_weights:
                 path.require_all()  # once more: not all of vLLM's loaders call load_weights()
-            options = self._options if self.one_size else {**self._options, "lowering": "eager"}
-            path.encode(path.blank_video(self.some_frame_size()), options)
-            logger.info("A video was compressed, compiling included, in %.1f s", time.perf_counter() - start)
+            self._compress_one(path)
         return self.forward(*args, **kwargs)
+
+    def _compress_one(self, path: VideoPath) -> None:
+        """Raise now, before the server starts, where videos cannot be compressed."""
+        assert self._options is not None
+        start = time.perf_counter()
+        options = self._options if self.one_size else {**self._options, "lowering": "eager"}
+        path.encode(path.blank_video(self.some_frame_size()), options)
+        logger.info("A video was compressed, compiling included, in %.1f s", time.perf_counter() - start)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Rows [K, C] of each video or image of a call, which are all of one kind."""

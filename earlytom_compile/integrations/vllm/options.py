@@ -37,7 +37,7 @@ def of_server(mm_processor_kwargs: Mapping[str, Any] | None) -> Options | None:
     """The options a server was started with; None where it leaves videos uncompressed.
 
     Raises :class:`EarlyTomConfigError` for what no server can do."""
-    options = _options((mm_processor_kwargs or {}).get(KEY))
+    options = _options(_given(mm_processor_kwargs or {}))
     if options is not None:
         check(options)
     return options
@@ -48,9 +48,10 @@ def of_request(server: Options | None, mm_processor_kwargs: Mapping[str, Any]) -
 
     Raises :class:`EarlyTomConfigError` for options that a request may not choose, or that its server could not follow.
     """
+    given = _given(mm_processor_kwargs)
     if KEY not in mm_processor_kwargs:
         return server
-    own = _options(mm_processor_kwargs[KEY])
+    own = _options(given)
     if own is None:
         return None
     if server is None:
@@ -69,6 +70,17 @@ def of_request(server: Options | None, mm_processor_kwargs: Mapping[str, Any]) -
     options = _sorted({**server, **own})
     check(options)
     return options
+
+
+def _given(mm_processor_kwargs: Mapping[str, Any]) -> Any:
+    """What stands under :data:`KEY`; raises :class:`EarlyTomConfigError` for it among those of transformers' parts."""
+    for name, part in mm_processor_kwargs.items():
+        if isinstance(part, Mapping) and name != KEY and KEY in part:
+            raise EarlyTomConfigError(
+                f"{KEY} inside {name} of mm_processor_kwargs would be left unread: it stands beside {name}, as in "
+                '{"earlytom": {"retain_ratio": 0.1}}.'
+            )
+    return mm_processor_kwargs.get(KEY)
 
 
 def _options(given: Any) -> Options | None:

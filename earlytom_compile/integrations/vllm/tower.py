@@ -43,7 +43,7 @@ class VideoPath:
         family.prepare()
         prepare_libraries()
         self.model: Any = _without_language_model(hf_config, family)
-        self._eager = eager
+        self.eager = eager
         self._expected = {
             _common(name): weight for name, weight in self.model.named_parameters() if not _is_language(name)
         }
@@ -125,7 +125,7 @@ class VideoPath:
     def config_of(self, options: Options, frames: int = 2) -> EarlyTomConfig:
         """Options as one object. A video of one frame needs code of its own, which is not worth it that all requests
         wait for a compiler: its graph is run as it is."""
-        config = config_of(options, self.family, eager=self._eager)
+        config = config_of(options, self.family, eager=self.eager)
         return config if frames > 1 else config.not_compiled()
 
     def _encoder(self, config: EarlyTomConfig) -> VideoEncoder:
