@@ -122,4 +122,19 @@ def _graphs(model: Any) -> list[str]:
     return [record.cause for record in model._video_path.records()]
 
 
-_LOOKS = {"class": _class, "graphs": _graphs}
+def _count(model: Any) -> None:
+    """From now on, how many videos each step encodes."""
+    embed, model.counted = model.embed_multimodal, []
+
+    def counting(**arguments: Any) -> Any:
+        model.counted.append(len(arguments["pixel_values_videos"]))
+        return embed(**arguments)
+
+    model.embed_multimodal = counting
+
+
+def _counted(model: Any) -> list[int]:
+    return model.counted
+
+
+_LOOKS = {"class": _class, "graphs": _graphs, "count": _count, "counted": _counted}

@@ -19,8 +19,7 @@ from earlytom_compile.families.llava_onevision import LlavaOnevision
 from earlytom_compile.integrations.vllm import register
 from earlytom_compile.integrations.vllm.llava_onevision import EarlyTomLlavaOnevision
 from earlytom_compile.integrations.vllm.models import ServesCompressed
-from earlytom_compile.integrations.vllm.options import unpacked
-from earlytom_compile.integrations.vllm.processing import FIELD
+from earlytom_compile.integrations.vllm.options import FIELD, unpacked
 from earlytom_compile.integrations.vllm.tower import VideoPath
 
 VIDEO, TOKENS = 4, 16  # its id; of a frame

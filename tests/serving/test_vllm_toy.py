@@ -247,6 +247,20 @@ class TestEngine:
             answers = engine.ask([request(*pair) for pair in some], tokens=2)
         assert words(answers) == of_transformers(toy, some, {"retain_ratio": 0.5})
 
+    def test_encodes_as_many_in_a_step_as_without_compression(self, toy, questions):
+        """8 videos of 14 tokens fit into a budget of 300 tokens; at what they would have had, 129, three begin."""
+        videos = [request(np.roll(questions[0][0], shift, axis=2), questions[0][1]) for shift in range(8)]
+        with Engine(
+            model=str(toy),
+            mm_processor_kwargs={"earlytom": {"retain_ratio": 0.1}},
+            limit_mm_per_prompt={"video": 1, "image": 0},
+            max_num_batched_tokens=300,
+        ) as engine:
+            engine.look("count")
+            engine.ask(videos)
+            (steps,) = engine.look("counted")
+        assert sum(steps) == 8 and max(steps) == 3
+
     @pytest.mark.long
     def test_compiled(self, toy, questions):
         """Inductor's code in the vision path and vLLM's own compilation of the language model."""

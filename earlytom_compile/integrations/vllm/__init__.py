@@ -9,6 +9,7 @@ hand out vLLM's own (``models.py``). ``docs/serving.md`` says what to call.
     options.py         what --mm-processor-kwargs may say, of a server and of a request
     tower.py           transformers' video path of a checkpoint, without its language model, and its weights
     processing.py      placeholders: K a video, planned before anything is encoded
+    scheduling.py      what a video costs the scheduler
     models.py          vLLM's models with that video path in the place of their own
     llava_onevision.py, qwen2_5_vl.py, qwen3_vl.py    what is special about one of them
     qwen_vl.py         what the models of Qwen share: places and positions of what is kept

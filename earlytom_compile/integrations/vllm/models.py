@@ -18,8 +18,8 @@ from ...config import EarlyTomConfig
 from ...errors import EarlyTomCompileError, EarlyTomConfigError
 from ...families.base import Family, Video
 from ..video_encoder import EncodedVideo
-from .options import Options, of_server
-from .processing import FIELD, options_of_videos
+from .options import FIELD, Options, of_server
+from .processing import options_of_videos
 from .tower import VideoPath
 
 logger = init_logger("vllm.earlytom")

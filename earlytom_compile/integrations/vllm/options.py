@@ -21,6 +21,8 @@ from ...families.base import Family
 
 KEY = "earlytom"
 """Among vLLM's ``mm_processor_kwargs``, which are part of the hash by which it caches what it made of a video."""
+FIELD = "earlytom_options"
+"""Of a video beside its pixels, on its way to the workers: its options, as :func:`packed`."""
 OF_REQUESTS = ("retain_ratio", "tau_seg", "alpha", "tau_merge", "tau_reuse", "encode_ratio")
 """What a request may choose otherwise than its server: numbers. All else is another graph, which is compiled while all
 requests wait, and of which nobody knows yet whether it can be."""

@@ -20,10 +20,9 @@ from vllm.multimodal.processing import InputProcessingContext, PromptReplacement
 from ...config import EarlyTomConfig
 from ...errors import EarlyTomConfigError
 from ...families.base import Family
-from .options import KEY, Options, config_of, of_request, of_server, packed, unpacked
+from .options import FIELD, KEY, Options, config_of, of_request, of_server, packed, unpacked
+from .scheduling import charge_in_full
 
-FIELD = "earlytom_options"
-"""Of a video beside its pixels: its options, as :func:`~.options.packed`."""
 _LARGEST_PIXEL = 1e4  # far beyond what is normalised, or left at 0 to 255; norms stay far from overflow
 
 
@@ -39,6 +38,8 @@ class PlansCompressed:
         multimodal.mm_processor_kwargs = _without_ours(multimodal.mm_processor_kwargs or {})
         model_config = copy.copy(ctx.model_config)
         model_config.multimodal_config = multimodal
+        if self.server_options is not None:
+            charge_in_full()
         super().__init__(replace(ctx, model_config=model_config))  # type: ignore[call-arg]
 
     @cached_property

@@ -32,8 +32,7 @@ from ...families.base import Video
 from ...families.qwen_vl import checked_grids
 from ..video_encoder import EncodedVideo
 from .models import ServesCompressed
-from .options import unpacked
-from .processing import FIELD
+from .options import FIELD, unpacked
 
 DIGITS = 3
 """Channels of a number, to the base of 256: bfloat16 is exact up to there."""
