@@ -18,8 +18,7 @@ from ...config import EarlyTomConfig
 from ...errors import EarlyTomCompileError, EarlyTomConfigError
 from ...families.base import Family, Video
 from ..video_encoder import EncodedVideo
-from .options import FIELD, Options, of_server
-from .processing import options_of_videos
+from .options import FIELD, Options, of_server, unpacked
 from .tower import VideoPath
 
 logger = init_logger("vllm.earlytom")
@@ -72,7 +71,8 @@ class ServesCompressed:
         if (path := self._video_path) is not None:
             if not self._has_random_weights:
                 path.require_all()  # once more: not all of vLLM's loaders call load_weights()
-            self._compress_one(path)
+            if not path.eager:
+                self._compress_one(path)
         return self.forward(*args, **kwargs)
 
     def _compress_one(self, path: VideoPath) -> None:
@@ -88,7 +88,7 @@ class ServesCompressed:
         options = kwargs.pop(FIELD, None)
         if options is None or kwargs.get("pixel_values_videos") is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
-        return self._embed_videos(kwargs, options_of_videos(options))
+        return self._embed_videos(kwargs, [unpacked(each) for each in options])
 
     def _embed_videos(self, kwargs: dict[str, Any], options: Sequence[Options | None]) -> list[Tensor]:
         """One at a time: a video's rows do not depend on its batch, and as many would take as much memory at once."""

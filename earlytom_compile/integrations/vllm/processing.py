@@ -7,7 +7,7 @@ Both serve all calls of their model, and do as vLLM's own where videos are left 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from vllm.multimodal.processing import InputProcessingContext, PromptReplacement
 from ...config import EarlyTomConfig
 from ...errors import EarlyTomConfigError
 from ...families.base import Family
-from .options import FIELD, KEY, Options, config_of, of_request, of_server, packed, unpacked
+from .options import FIELD, KEY, Options, config_of, of_request, of_server, packed
 from .scheduling import charge_in_full
 
 _LARGEST_PIXEL = 1e4  # far beyond what is normalised, or left at 0 to 255; norms stay far from overflow
@@ -107,11 +107,6 @@ class ProcessesCompressed:
             PromptReplacement("video", update.target, placeholders) if update.modality == "video" else update
             for update in updates
         ]
-
-
-def options_of_videos(given: Tensor | Sequence[Tensor]) -> list[Options | None]:
-    """What came with each of a batch's videos in :data:`FIELD`."""
-    return [unpacked(each) for each in given]
 
 
 def _require_frames(items: Mapping[str, Any]) -> None:
