@@ -6,6 +6,8 @@ conftest.py has the profiles. ``pytest -m "hypothesis and not long" --hypothesis
 draws as many inputs as the quick one, but those of a seed.
 """
 
+from itertools import cycle, islice, product
+
 import pytest
 from hypothesis import settings
 
@@ -26,3 +28,13 @@ def cases(*quick, among):
     """
     assert all(case in among for case in quick)
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.long) for case in among]
+
+
+def diagonal(*axes):
+    """Parameters: all combinations, of which the quick suite runs as few as have each value of each axis.
+
+    parametrize("layout, variant", diagonal(LAYOUTS, VARIANTS))
+    """
+    axes = [list(axis) for axis in axes]
+    longest = max(map(len, axes))
+    return cases(*zip(*(islice(cycle(axis), longest) for axis in axes), strict=True), among=list(product(*axes)))
