@@ -13,6 +13,7 @@ from earlytom_compile.cli import comparison, demo, run, toolchain
 from earlytom_compile.cli.comparison import full_model
 from earlytom_compile.cli.loading import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("sharing")
 EAGER = ["--lowering", "eager"]
 FRAMES, TOKENS = 8, 9  # of each frame: a 6x6 grid, pooled to 3x3
 BEFORE, KEPT = FRAMES * TOKENS, round(0.1 * FRAMES * TOKENS)
@@ -131,7 +132,7 @@ def test_explain_prints_the_report(earlytom, checkpoint, clip):
 
 
 def test_explain_without_a_checkpoint_takes_the_demos(earlytom):
-    status, output, _ = earlytom("explain", "--frames", 4, *EAGER)
+    status, output, _ = earlytom("explain", "--frames", FRAMES, *EAGER)
     assert status == 0
     assert "vision_tower" in output
 

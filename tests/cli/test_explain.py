@@ -24,6 +24,7 @@ from earlytom_compile.integrations.caches import cache_of
 from earlytom_compile.picture import Asked
 from earlytom_compile.shapes import ModelShape
 
+pytestmark = pytest.mark.usefixtures("sharing")
 FRAMES, TOKENS = 8, 9  # of each frame: a 6x6 grid, pooled to 3x3
 PARTS = ["What you gain", "What was found", "What the words mean", "What the compiler says"]
 

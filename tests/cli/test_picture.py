@@ -18,6 +18,7 @@ from earlytom_compile.cli.picture import Answered
 from earlytom_compile.integrations.preprocess import PixelSettings, load_processor
 from earlytom_compile.picture.frames import frames_seen
 
+pytestmark = pytest.mark.usefixtures("sharing")
 EAGER = ["--lowering", "eager"]
 
 

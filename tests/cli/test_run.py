@@ -40,7 +40,7 @@ def ask(checkpoint, clip, *more):
 
 
 @pytest.fixture(scope="module")
-def answered(checkpoint, clip, tmp_path_factory):
+def answered(checkpoint, clip, tmp_path_factory, shared):
     """One call for all that look at its output: two questions about two videos, as JSON and on the screen."""
     import contextlib
     import io
@@ -48,7 +48,7 @@ def answered(checkpoint, clip, tmp_path_factory):
     file, out, err = tmp_path_factory.mktemp("run") / "run.json", io.StringIO(), io.StringIO()
     words = [*ask(checkpoint, clip, "--retain-ratio", "0.1", "--max-new-tokens", "3", "--json", file)]
     words += ["--video", clip, "--prompt", "Who is it, and where?", "--frames", FRAMES]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with shared(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert cli.main(list(map(str, words))) == 0
     return json.loads(file.read_text()), out.getvalue(), err.getvalue()
 
@@ -98,6 +98,7 @@ def test_json_on_the_standard_output_is_all_there_is(earlytom, checkpoint, clip,
     assert answer["video_tokens"] is None and answer["frames"] == [8]
 
 
+@pytest.mark.usefixtures("sharing")
 def test_the_full_model_keeps_all_tokens_for_every_question(earlytom, checkpoint, clip, tmp_path):
     questions, file = ["What is it?", "Who is it, and where?", "Why?"], tmp_path / "both.json"
     prompts = [word for question in questions[1:] for word in ("--prompt", question)]
