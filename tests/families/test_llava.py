@@ -2,11 +2,9 @@
 
 ``make test-llava`` runs the same with the real one (tests/llava)."""
 
-from itertools import product
-
 import pytest
 import torch
-from effort import cases, examples
+from effort import cases, diagonal, examples
 from generating import trace_of_video_rows
 from handwritten_llava import handwritten_llava
 from hypothesis import HealthCheck, given, settings
@@ -50,7 +48,7 @@ def any_version(monkeypatch):
     monkeypatch.setattr(Llava, "requires", {})
 
 
-@pytest.fixture(scope="module", params=POOLS)
+@pytest.fixture(scope="module")
 def pooled(request):
     return handwritten_llava(pool=request.param)
 
@@ -89,18 +87,13 @@ def test_a_version_of_transformers_that_llava_does_not_run_on(model, monkeypatch
 
 
 class TestRows:
-    @pytest.mark.parametrize(
-        "newline, variant",
-        cases(
-            ("grid", "paper"), ("frame", "released"), ("one_token", "plus"), ("no_token", "paper"), ("grid", "plus"),
-            among=list(product(NEWLINES, VARIANTS)),
-        ),
-    )  # fmt: skip
+    @pytest.mark.parametrize("pooled, newline, variant", diagonal(POOLS, NEWLINES, VARIANTS), indirect=["pooled"])
     def test_they_are_those_of_the_oracle(self, each_pooling, newline, variant):
         each_pooling.config.mm_newline_position = newline
         check_rows(each_pooling, clip(each_pooling, 8), variant=variant)
 
-    @settings(examples(8), suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @pytest.mark.parametrize("pooled", POOLS, indirect=True)
+    @settings(examples(3), suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         newline=st.sampled_from(NEWLINES),
         merge=st.sampled_from(["spatial_unpad", "flat"]),
@@ -115,7 +108,7 @@ class TestRows:
         pixels = clip(each_pooling, frames, scenes=scenes, seed=seed)
         check_rows(each_pooling, pixels, variant=variant, retain_ratio=ratio)
 
-    @pytest.mark.parametrize("newline", NEWLINES)
+    @pytest.mark.parametrize("pooled, newline", diagonal(POOLS, NEWLINES), indirect=["pooled"])
     def test_a_video_that_keeps_everything_is_the_models_own(self, each_pooling, newline):
         each_pooling.config.mm_newline_position = newline
         pixels, ids = clip(each_pooling, 4), torch.tensor([[5, -200, 7]])
@@ -223,13 +216,7 @@ class TestLeftAlone:
 class TestReuse:
     """Of unchanged patches, instead of merging frames; a newline still ends a line that has a token."""
 
-    @pytest.mark.parametrize(
-        "newline, way",
-        cases(
-            ("grid", "plus"), ("frame", "released and reuse"), ("one_token", "plus"), ("no_token", "paper and reuse"),
-            among=list(product(NEWLINES, WAYS_TO_REUSE)),
-        ),
-    )  # fmt: skip
+    @pytest.mark.parametrize("pooled, newline, way", diagonal(POOLS, NEWLINES, WAYS_TO_REUSE), indirect=["pooled"])
     def test_rows(self, each_pooling, newline, way):
         each_pooling.config.mm_newline_position = newline
         computed = []
@@ -239,7 +226,8 @@ class TestReuse:
             computed.append(sum(told["patches"]["by_frame"]))
         assert computed[0] == 49 < computed[1] < 8 * 49 == computed[2]
 
-    @settings(examples(8), suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @pytest.mark.parametrize("pooled", POOLS, indirect=True)
+    @settings(examples(3), suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         newline=st.sampled_from(NEWLINES),
         way=st.sampled_from(list(WAYS_TO_REUSE)),

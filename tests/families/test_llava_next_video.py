@@ -4,6 +4,7 @@ no newline."""
 import pytest
 import torch
 import transformers
+from effort import cases, diagonal
 from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens
 from oracle import compressed_forward, compressed_videos
 from tiny_models import tiny_llava_next_video, tokens_per_frame, video_inputs
@@ -20,7 +21,10 @@ pytestmark = pytest.mark.skipif(
 VARIANTS = ("paper", "released", "plus")
 
 
-@pytest.fixture(scope="module", params=["average", "max", "conv"])
+POOLINGS = "average", "max", "conv"
+
+
+@pytest.fixture(scope="module")
 def pooled(request):
     return tiny_llava_next_video(pooling=request.param)
 
@@ -44,6 +48,7 @@ def test_its_family(model):
     assert family.language_model(model) is model.model.language_model
 
 
+@pytest.mark.parametrize("pooled", POOLINGS, indirect=True)
 @pytest.mark.parametrize("frames", [1, 5])
 def test_the_rows_are_those_of_the_model_itself(pooled, frames):
     inputs = video_inputs(pooled, frames)
@@ -79,7 +84,7 @@ def test_a_call_without_a_video_runs_its_own_code(model):
 class TestCompressed:
     """Pooling is in front of the projector, and a class token is cut off."""
 
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("pooled, variant", diagonal(POOLINGS, VARIANTS), indirect=["pooled"])
     def test_every_pooling_gives_the_tokens_of_the_oracle(self, pooled, variant):
         inputs = video_inputs(pooled, 12)
         expected = oracle_tokens(pooled, inputs, variant=variant)
@@ -103,13 +108,12 @@ class TestCompressed:
         torch.testing.assert_close(logits[seen], expected.logits[seen], atol=1e-4, rtol=1e-4)
 
     def test_one_compilation_for_all_lengths(self, model):
+        calls = [video_inputs(model, frames) for frames in (12, 7, 9, 20)]
+        expected = [oracle_tokens(model, inputs, variant="paper") for inputs in calls]
         compiled(model, variant="paper")
-        for frames in (12, 7, 9, 20):
-            inputs = video_inputs(model, frames)
-            got = new_tokens(model, inputs)
-            assert sum(graph["compressed"] for graph in report(model).to_dict()["compilations"]) == 1
-            assert torch.equal(got, oracle_tokens(model, inputs, variant="paper"))
-            compiled(model, variant="paper")
+        for inputs, tokens in zip(calls, expected, strict=True):
+            assert torch.equal(new_tokens(model, inputs), tokens)
+        assert sum(graph["compressed"] for graph in report(model).to_dict()["compilations"]) == 1
 
     def test_lowered(self, model):
         inputs = video_inputs(model, 12)
@@ -144,7 +148,7 @@ def rows(model, inputs):
 class TestReused:
     """Patches that do not change are computed once; the class token, which sees all of them, in every frame."""
 
-    @pytest.mark.parametrize("variant", REUSE)
+    @pytest.mark.parametrize("pooled, variant", diagonal(POOLINGS, REUSE), indirect=["pooled"])
     def test_every_pooling_gives_the_tokens_of_the_oracle(self, pooled, variant):
         inputs = video_inputs(pooled, 6, videos_per_row=(1, 1), changing=0.3)
         expected = oracle_tokens(pooled, inputs, **REUSE[variant])
@@ -155,14 +159,13 @@ class TestReused:
             first, *others = video["patches"]["by_frame"]
             assert first == PLACES and all(1 < count < PLACES for count in others) and video["frames"] == [6]
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("layout", cases(("left padding",), among=[(layout,) for layout in LAYOUTS]))
     def test_layouts(self, model, layout):
         inputs = video_inputs(model, 5, changing=0.3, **LAYOUTS[layout])
         expected = oracle_tokens(model, inputs, **REUSE["plus"])
         assert torch.equal(new_tokens(compiled(model, **REUSE["plus"]), inputs), expected)
 
-    @pytest.mark.parametrize("full_layers", [(), (1,), (0, 1, 2, 3)])
-    @pytest.mark.parametrize("variant", REUSE)
+    @pytest.mark.parametrize("full_layers, variant", diagonal([(), (1,), (0, 1, 2, 3)], REUSE))
     def test_any_layers_in_full(self, model, variant, full_layers):
         inputs, options = video_inputs(model, 5, changing=0.3), {**REUSE[variant], "full_layers": full_layers}
         got, _ = rows(compiled(model, **options), inputs)
@@ -172,11 +175,12 @@ class TestReused:
     @pytest.mark.parametrize("encode_ratio, places", [(0.01, PLACES + 5), (0.5, 111), (1.0, 6 * PLACES)])
     def test_a_budget_has_room_for_the_class_token_of_every_frame(self, model, encode_ratio, places):
         options = {**REUSE["plus"], "encode_ratio": encode_ratio}
-        for changing in (0.0, 0.3, 1.0):
-            inputs = video_inputs(model, 6, changing=changing)
-            got, computed = rows(compiled(model, **options), inputs)
+        calls = [video_inputs(model, 6, changing=changing) for changing in (0.0, 0.3, 1.0)]
+        oracles = [compressed_videos(model, inputs, **{**OPTIONS, **options}) for inputs in calls]
+        compiled(model, **options)
+        for inputs, (oracle,) in zip(calls, oracles, strict=True):
+            got, computed = rows(model, inputs)
             assert sum(computed) == places
-            (oracle,) = compressed_videos(earlytom_compile.restore(model), inputs, **{**OPTIONS, **options})
             torch.testing.assert_close(got, oracle.features, atol=1e-5, rtol=1e-5)
 
     def test_a_video_that_stands_still(self, model):

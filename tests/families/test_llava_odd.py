@@ -42,7 +42,7 @@ def subclass(model, **methods):
 
 
 class TestHooks:
-    @pytest.mark.parametrize("place", ["tower", "projector"])
+    @pytest.mark.parametrize("place", ["tower", pytest.param("projector", marks=pytest.mark.long)])
     def test_one_that_comes_later_is_seen(self, model, place):
         call = Call.of(model, ONE)
         logits(compiled(model, **EVERYTHING), call)

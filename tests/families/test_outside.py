@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from effort import diagonal
 from handwritten import PATCH, SIDE, VIDEO, HandWritten, VideoModel
 from oracle import MergingEncoder, Options, encoder_of
 from scenes import standing_camera
@@ -153,8 +154,7 @@ REUSE = {
 }
 
 
-@pytest.mark.parametrize("variant", REUSE)
-@pytest.mark.parametrize("more", [{}, {"encode_ratio": 0.5}, {"full_layers": (1,)}])
+@pytest.mark.parametrize("variant, more", diagonal(REUSE, [{}, {"encode_ratio": 0.5}, {"full_layers": (1,)}]))
 def test_patches_are_reused_in_it_too(model, variant, more):
     camera = {"patch": PATCH, "changing": 0.3, "generator": torch.Generator().manual_seed(0)}
     clip = standing_camera(6, SIDE, **camera)

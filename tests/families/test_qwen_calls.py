@@ -281,7 +281,7 @@ def test_without_the_kinds_of_tokens_it_runs_uncompressed(model, twin, call):
         getattr(compressing(model, strict=True, **LAYERS), call)(**inputs)
 
 
-@pytest.mark.parametrize("variant", ["plus", "paper"])
+@pytest.mark.parametrize("variant", ["plus", pytest.param("paper", marks=pytest.mark.long)])
 def test_reuse_of_patches_is_refused_with_its_cure(kind, twin, variant):
     """Places of these towers are no raster of patches."""
     model, inputs = small(kind), prompt_of(twin, "one video")

@@ -33,7 +33,7 @@ from earlytom_compile import report, reporting
 VARIANTS = ("paper", "released", "plus")
 
 
-@pytest.fixture(scope="module", params=supported(PLAIN_KINDS))
+@pytest.fixture(scope="module", params=supported(PLAIN_KINDS, long=("qwen3_5",)))
 def kind(request, sharing):
     yield request.param
     earlytom_compile.restore(model_of(request.param))

@@ -28,15 +28,21 @@ def kind(request, one_trace, monkeypatch):
 
 
 @torch.no_grad()
-def test_pictures_of_few_patches_at_both_ends_of_a_prompt(kind):
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[Clip(5, 2, 10), 1, Clip(5, 14, 2)], [1, Still(2, 4), Clip(1, 2, 2), 4]],
+        pytest.param([[Clip(2, 2, 6), 1, Clip(6, 2, 2)]], marks=pytest.mark.long),
+    ],
+)
+def test_pictures_of_few_patches_at_both_ends_of_a_prompt(kind, rows):
     model = compressing(small(kind), **LAYERS)
-    rows = [[Clip(5, 2, 10), 1, Clip(5, 14, 2)], [1, Still(2, 4), Clip(1, 2, 2), 4], [Clip(2, 2, 6), 1, Clip(6, 2, 2)]]
     assert_as_the_oracle(model, small(kind), qwen_inputs(model, rows), **LAYERS)
     assert report(model).to_dict()["last_call"] == "compressed"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 def test_half_precision_with_pixels_as_the_processor_gives_them(kind, dtype):
     """float32: the model casts them."""
     model, twin = small(kind, dtype=dtype), small(kind, dtype=dtype)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from effort import cases
 from generating import new_tokens
 from qwen_calls import SMALL, supported
 from tiny_qwen import Clip, qwen_inputs, tiny_qwen
@@ -32,7 +33,7 @@ HOOKED = {
 }
 
 
-@pytest.mark.parametrize("where", HOOKED)
+@pytest.mark.parametrize("where", cases(("attention",), ("the tower",), among=[(where,) for where in HOOKED]))
 def test_hooks_on_what_is_only_opened(model, inputs, where):
     """They would not run, so the call does not compress; on the layers inside they are part of the path."""
     plain, called = new_tokens(model, inputs), []
@@ -100,7 +101,7 @@ def test_a_tower_that_packs_its_frames(kind):
         earlytom_compile.compile_tower(model.model.visual)
 
 
-@pytest.mark.parametrize("kind", supported(["qwen2_5_vl", "qwen3_vl"]))
+@pytest.mark.parametrize("kind", supported(["qwen2_5_vl", "qwen3_vl"], long=["qwen2_5_vl"]))
 def test_weights_that_are_offloaded_compress(kind):
     """They are in place while the path is traced, which is when the map from patches to tokens is tried out."""
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")

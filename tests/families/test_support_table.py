@@ -147,18 +147,27 @@ FAMILIES = {
     "Qwen3.5": of_qwen("qwen3_5", not_inside="some of its layers have linear attention"),
 }
 MARKS = {
-    "LLaVA-OneVision": pytest.mark.long,  # tests/in_place and tests/test_backend.py are about it
     "LLaVA-NeXT-Video": pytest.mark.skipif(
         TorchVersion(transformers.__version__) < "5.21", reason="LLaVA-NeXT-Video needs transformers 5.21"
     ),
     "Qwen3-VL": takes_features,
 }
+"""LLaVA-OneVision needs none of it: tests/in_place and tests/test_backend.py are about it."""
 
 
-@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, ())) for name in FAMILIES])
+@pytest.fixture
 def family(request, monkeypatch):
     monkeypatch.setattr(Llava, "requires", {})  # an old transformers, which what is written by hand does not need
     return FAMILIES[request.param]
+
+
+def of_each_family(*quick):
+    """The quick suite runs those that ``quick`` names, of each kind of tower and of prompt; the long one runs all."""
+    every = [
+        pytest.param(name, marks=[MARKS.get(name, ()), *([] if name in quick else [pytest.mark.long])])
+        for name in FAMILIES
+    ]
+    return pytest.mark.parametrize("family", every, indirect=True)
 
 
 def compiled(model, **options):
@@ -177,6 +186,7 @@ def check(family, model, reference):
     assert torch.equal(family.tokens(model), tokens)
 
 
+@of_each_family("Video-LLaVA", "Qwen2.5-VL")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_lora(family):
     peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
@@ -187,6 +197,7 @@ def test_lora(family):
     check(family, wrapped.get_base_model(), merged)
 
 
+@of_each_family("LLaVA-NeXT-Video", "LLaVA", "Qwen3.5")
 def test_quantised(family):
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install torchao")
     model = family.make()
@@ -194,6 +205,7 @@ def test_quantised(family):
     check(family, model, model)
 
 
+@of_each_family("LLaVA", "Qwen2.5-VL", "Qwen3.5")
 def test_inner_merging(family):
     model = family.make(text_layers=3, seed=3)
     everything = family.tokens(compiled(model))
@@ -211,6 +223,7 @@ def test_inner_merging(family):
     assert step["layer"] == 1
 
 
+@of_each_family("LLaVA-NeXT-Video", "LLaVA", "Qwen2.5-VL")
 def test_torch_compile(family):
     """``forward()`` in one graph, where its code lets a graph be understood, and uncompressed with a reason else."""
     model = family.make()
@@ -231,6 +244,7 @@ def test_torch_compile(family):
     torch.testing.assert_close(logits[seen], wanted.logits[seen], atol=1e-4, rtol=1e-4)
 
 
+@of_each_family("LLaVA", "Qwen3-VL")
 def test_cuda_graphs(family):
     """Of a device that is made up: layers of the encoder and the pass over the prompt are replayed, and answers stay
     what they are."""
