@@ -13,6 +13,7 @@ import earlytom_compile
 from earlytom_compile.cli import loading
 from earlytom_compile.cli.main import main
 from earlytom_compile.integrations import observe
+from earlytom_compile.integrations.vision_path import traced_arguments
 
 SMALL = TinySize(image=48, patch=8, vision_layers=4, vision_width=64, text_layers=2, text_width=64)
 
@@ -51,6 +52,7 @@ def shared(one_trace):
         with pytest.MonkeyPatch.context() as patch:
             share_vision_paths(one_trace, patch)
             patch.setattr(observe, "torch", traced)
+            patch.setattr(observe, "traced_arguments", lambda video, any_length: traced_arguments(video, True))
             patch.setattr(loading, "_read_weights", read_once)
             yield
 
