@@ -51,6 +51,7 @@ class OneTrace:
                     for enter, context in contexts:
                         stack.enter_context(enter(context))
                     graph = GraphModule(untouched, copy.deepcopy(untouched.graph))
+                    graph.meta["traced"] = untouched
                     last = self._backend, self._backend(graph, example_inputs)
             return last[1](*args)
 
