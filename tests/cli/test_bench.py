@@ -27,7 +27,7 @@ from earlytom_compile.shapes import ModelShape, config_of, shape_of
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    size = TinySize(image=64, patch=16, vision_layers=4, vision_width=32, text_layers=1, text_width=64)
+    size = TinySize(image=64, patch=16, vision_layers=2, vision_width=32, text_layers=1, text_width=64)
     return str(write_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", size))
 
 
@@ -35,6 +35,16 @@ def checkpoint(tmp_path_factory):
 def compiler(request, monkeypatch):
     if request.param == "Dynamo":
         leave_graphs_as_they_are(monkeypatch)
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.long)], ids=["in place", "both spellings"])
+def plain_too(request, monkeypatch):
+    """Whether arms are also compiled by plain torch.compile, which traces the whole model and takes longest."""
+    if not request.param:
+        chosen = bench.choose
+        in_place = lambda *asked: [arm for arm in chosen(*asked) if not arm.name.endswith("(backend)")]  # noqa: E731
+        monkeypatch.setattr(bench, "choose", in_place)
+    return request.param
 
 
 def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, tmp_path, capsys):
@@ -73,34 +83,33 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
     assert re.search(r"8 frames: 4 arms, a first call and 2 rounds of each, (about|less than) ", told)
 
 
-def test_other_papers_methods_beside_earlytom(monkeypatch, tmp_path, capsys):
+def test_other_papers_methods_beside_earlytom(plain_too, monkeypatch, tmp_path, capsys):
     """Tokens, operations and first tokens of each, by the real numbers of its calls."""
     leave_graphs_as_they_are(monkeypatch)
-    size = TinySize(image=64, patch=16, vision_layers=4, vision_width=32, text_layers=4, text_width=64)
+    size = TinySize(image=64, patch=16, vision_layers=2, vision_width=32, text_layers=3, text_width=64)
     checkpoint, file = str(write_checkpoint(tmp_path / "tiny", size)), tmp_path / "bench.json"
     arms = "transformers,earlytom 0.25,visionzip 0.25,fastv 0.25"
     words = ["bench", "--model", checkpoint, "--frames", "8", "--repeats", "1", "--decode-tokens", "1", "--arms", arms]
     assert main([*words, "--lowering", "eager", "--retain-ratios", "0.25", "--strict", "--json", str(file)]) == 0
     (workload,) = json.loads(file.read_text())["workloads"]
     found = {result["name"]: result for result in workload["results"]}
-    assert list(found) == [
-        "transformers", "earlytom 0.25", "earlytom 0.25 (backend)", "visionzip 0.25", "fastv 0.25",
-    ]  # fmt: skip
-    assert [result["video_tokens"] for result in found.values()] == [32, 8, 8, 8, 32]
-    # FastV: 33 rows of the video, newline included, in two layers, and a quarter of them in the other two.
+    ours = ["earlytom 0.25", *(["earlytom 0.25 (backend)"] if plain_too else [])]
+    assert list(found) == ["transformers", *ours, "visionzip 0.25", "fastv 0.25"]
+    assert [result["video_tokens"] for result in found.values()] == [32, *(8 for _ in ours), 8, 32]
+    # FastV: 33 rows of the video, newline included, in two layers, and a quarter of them in the other one.
     of_a_layer = [result["video_tokens_of_a_layer"] for result in found.values()]
-    assert of_a_layer == [32, 8, 8, 8, (2 * 32 + 2 * 8) / 4]
+    assert of_a_layer == [32, *(8 for _ in ours), 8, (2 * 32 + 8) / 3]
     shape = ModelShape.from_config(AutoConfig.from_pretrained(checkpoint))
 
     def exact(prompt, frames=(8,), **more):
         return count(shape, protocol="exact", frames_schedule=frames, llm_tokens=prompt, **more).total
 
     zipped = exact(8 + 33, method="visionzip", kept=8)
-    (step,) = EarlyTomConfig(method="fastv", retain_ratio=0.25).steps_inside(4)
+    (step,) = EarlyTomConfig(method="fastv", retain_ratio=0.25).steps_inside(3)
     assert step[:3] == (2, 0.25, "drop")
     inside = exact({0: 65, 2: 8 + 32}, method="fastv", kept=32) + 2 * (65 if step.scores == "all" else 1) * 65 * 64
     merged = exact(8 + 33, found["earlytom 0.25"]["frames"][0], merge_layers=found["earlytom 0.25"]["merge_layers"])
-    expected = [exact(65), merged, merged, zipped, inside]
+    expected = [exact(65), *(merged for _ in ours), zipped, inside]
     assert [result["floor"]["exact_flops"] for result in found.values()] == expected
     printed = capsys.readouterr()
     assert "fastv 0.25" in printed.out and "warning" not in printed.err
@@ -185,7 +194,7 @@ def test_a_model_whose_work_cannot_be_counted_has_no_floor(capsys, monkeypatch):
         pytest.param("qwen3.5", 9 * 5, marks=pytest.mark.long),
     ],
 )
-def test_a_model_of_qwen_is_timed_with_pictures_of_any_size(monkeypatch, tmp_path, capsys, name, beside):
+def test_a_model_of_qwen_is_timed_with_pictures_of_any_size(plain_too, monkeypatch, tmp_path, capsys, name, beside):
     leave_graphs_as_they_are(monkeypatch)
     monkeypatch.setattr(bench, "_ceilings", lambda session: {"matmul": 1e12, "copy": 1e11})
     file = tmp_path / "bench.json"
@@ -205,6 +214,7 @@ def test_a_model_of_qwen_is_timed_with_pictures_of_any_size(monkeypatch, tmp_pat
     assert full["floor"]["exact_flops"] == pytest.approx(counted.total)
     assert full["floor"]["encoder_flops"] == counted.encoder
     assert ours["floor"]["exact_flops"] < full["floor"]["exact_flops"]
+    assert len(workload["results"]) == 2 + plain_too
     for other in workload["results"][2:]:  # the plain spelling: transformers encodes the video outside the graph
         assert (other["cache_tokens"], other["frames"], other["kept"]) == (prompt, [], [])
 

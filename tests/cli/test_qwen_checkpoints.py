@@ -179,7 +179,7 @@ def test_explain_counts_what_the_model_does(earlytom, checkpoint, clip):
 @pytest.mark.parametrize("checkpoint", [pytest.param("2.5", marks=pytest.mark.long), "3"], indirect=True)
 def test_compare_scores_the_answers_of_the_full_model(earlytom, checkpoint, clip, tmp_path):
     file, questions = tmp_path / "compare.json", tmp_path / "questions.csv"
-    questions.write_text("video,question\nclip.mp4,what happens ?\n")
+    questions.write_text("video,question\nclip.mp4,what happens ?\nclip.mp4,who is it ?\n")
     status, out, err = earlytom(
         "compare", "--model", checkpoint, "--videos", clip.parent, "--questions", questions, "--frames", 8,
         "--retain-ratios", "1,0.25", "--variants", "paper", "--max-new-tokens", 3, "--json", file,
