@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 from effort import examples
+from generating import trace_of_video_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle_reuse import ReusingEncoder
 from scenes import standing_camera, video
+from shared_towers import share_towers
 from transformers import Dinov2Config, Dinov2Model
 
 from earlytom_compile.benchmarks.fidelity import (
@@ -39,8 +41,14 @@ def tower():
     return Tower("tiny", module, LAYERS)
 
 
+@pytest.fixture(scope="module")
+def one_trace():
+    return trace_of_video_rows()
+
+
 @pytest.fixture
-def measured(tower):
+def measured(tower, one_trace, monkeypatch):
+    share_towers(one_trace, monkeypatch)
     encoders = {}
 
     def measured(pixels, arm):

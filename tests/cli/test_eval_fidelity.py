@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from shared_towers import share_towers
 from transformers import CLIPConfig, CLIPModel, SiglipVisionConfig, SiglipVisionModel
 
 from earlytom_compile.benchmarks import fidelity, pretrained
@@ -37,6 +38,12 @@ def words(encoder, clip):
 
 
 @pytest.fixture
+def traced_once(one_trace, monkeypatch):
+    """All encoders of a command trace the tower together."""
+    share_towers(one_trace, monkeypatch)
+
+
+@pytest.fixture
 def stand_in(monkeypatch):
     """Measures nothing: rows are made up. ``stand_in.stop_at`` is where Ctrl-C comes."""
 
@@ -57,6 +64,7 @@ def stand_in(monkeypatch):
     return measured
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_real_run_writes_the_same_numbers_everywhere(words, clip, tmp_path, earlytom):
     files = ["--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md", "--plot", tmp_path / "plots"]
     short = [word for word in words if word not in ("--encode-ratios", "0.5", "last1,none", "--full-layer-sets")]
@@ -113,6 +121,7 @@ def test_files_of_one_name_are_not_mistaken_for_each_other(stand_in, words, clip
     assert status == 2 and "rows of both do not belong into one table" in " ".join(err.split())
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_half_precision(words, earlytom):
     short = [word for word in words if word not in ("--encode-ratios", "0.5", "0.02,0.1", "--tau-reuses")]
     status, out, err = earlytom(*short[:-1], "last1", "--tau-reuses", "0.1", "--dtype", "bfloat16")

@@ -1,0 +1,15 @@
+"""Towers that are compiled alone trace through one function, as whole models do with generating.share_vision_paths."""
+
+from earlytom_compile.integrations import tower
+from earlytom_compile.integrations.vision_path import VisionPath
+
+
+def share_towers(one_trace, monkeypatch):
+    """``compile_tower()`` traces a tower through ``one_trace``, whatever the options; each still compiles with its own."""
+
+    class SharedPath(VisionPath):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._compiled = one_trace.through(self._backend)
+
+    monkeypatch.setattr(tower, "VisionPath", SharedPath)
