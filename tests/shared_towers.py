@@ -5,7 +5,7 @@ from earlytom_compile.integrations.vision_path import VisionPath
 
 
 def share_towers(one_trace, monkeypatch):
-    """``compile_tower()`` traces a tower through ``one_trace``, whatever the options; each still compiles with its own."""
+    """``compile_tower()`` traces through ``one_trace``, whatever the options; each still compiles with its own."""
 
     class SharedPath(VisionPath):
         def __init__(self, *args, **kwargs):

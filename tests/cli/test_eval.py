@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
-from effort import examples
+from effort import cases, examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -236,7 +236,10 @@ def test_a_row_comes_back_as_it_was(seed, videos):
 TIMED = [Arm(ALL_TOKENS), Arm(SUBSAMPLING, 0.25), Arm(SUBSAMPLING, 0.1)]
 
 
-@pytest.mark.parametrize("stop_at", range(VIDEOS * len(TIMED) + 1))
+# Before the first, between two rows of a video, between two videos, and never.
+@pytest.mark.parametrize(
+    "stop_at", cases((0,), (4,), (6,), (12,), among=[(n,) for n in range(VIDEOS * len(TIMED) + 1)])
+)
 def test_wherever_timing_is_stopped_the_rest_is_timed_and_nothing_twice(stop_at, counted, tmp_path, capsys):
     file, whole, calls = tmp_path / "eval.json", stop_at // len(TIMED), VIDEOS * len(TIMED)
     words = [*TOY, "--methods", "frame", "--retain-ratios", "0.25,0.1", "--json", str(file)]

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,14 @@ def help_of(capsys, *words):
     return capsys.readouterr().out
 
 
-def flags_of(command):
+@cache
+def parser_of(command):
     (commands,) = (action for action in build_parser()._actions if action.choices and command in action.choices)
-    return sorted(flag for flag in commands.choices[command]._option_string_actions if flag.startswith("--"))
+    return commands.choices[command]
+
+
+def flags_of(command):
+    return sorted(flag for flag in parser_of(command)._option_string_actions if flag.startswith("--"))
 
 
 @pytest.mark.parametrize(
@@ -90,8 +96,7 @@ def test_a_slip_of_the_finger_is_put_right(data):
     wrong = data.draw(st.sampled_from(slips))
     if wrong in flags_of(command):
         return
-    (commands,) = (action for action in build_parser()._actions if action.choices and command in action.choices)
-    hint = commands.choices[command]._hint(wrong)
+    hint = parser_of(command)._hint(wrong)
     # --retain-ratio and --retain-ratios are one option.
     assert hint.removeprefix("; did you mean ").rstrip("?").rstrip("s") == flag.rstrip("s")
 
