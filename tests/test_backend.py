@@ -129,8 +129,8 @@ ROWS = {
 @pytest.mark.parametrize(
     "rows, variant, lowering",
     cases(
-        ("one", "plus", "eager"), *product(["two and two"], VARIANTS, ["eager", "staged"]),
-        *product(["ragged and padded"], VARIANTS, ["eager"]),
+        ("one", "plus", "eager"), ("two and two", "paper", "staged"), ("two and two", "released", "eager"),
+        ("ragged and padded", "paper", "eager"), ("ragged and padded", "plus", "eager"),
         among=list(product(ROWS, VARIANTS, ["eager", "staged"])),
     ),
 )  # fmt: skip
@@ -299,7 +299,7 @@ def test_longer_prompts_become_dynamic_not_wrong(model):
 def test_inductor_with_a_symbolic_prompt_length(model, variant, lowering):
     compiled = compress(model, lowering=lowering, retain_ratio=0.2, variant=variant)
     frames = set()
-    for seed in range(12):
+    for seed in range(9):
         after = (4, 9, 6)[seed % 3]
         inputs = video_inputs(model, 12, after=after, seed=seed, scenes=1 + seed % 5, drift=0.1 * (seed % 7))
         for name in ("input_ids", "attention_mask"):

@@ -3,6 +3,7 @@ there is, and a clear word where it cannot be done."""
 
 import pytest
 import torch
+from effort import diagonal
 from generating import LAYOUTS, OPTIONS
 from oracle import reduced_rows
 from tiny_models import tiny_llava_onevision, video_inputs
@@ -45,8 +46,7 @@ def assert_equals_oracle(model, inputs, logits, steps, **options):
         torch.testing.assert_close(logits[row, -len(expected) :], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["paper", "plus"])
-@pytest.mark.parametrize("layout", ["one", "two videos in a row", "left padding"])
+@pytest.mark.parametrize("layout, variant", diagonal(["one", "two videos in a row", "left padding"], ["paper", "plus"]))
 def test_logits_equal_the_oracle(model, layout, variant):
     inputs = video_inputs(model, 8, **LAYOUTS[layout])
     logits = logits_of(model, inputs, variant=variant, **INNER)
@@ -55,7 +55,8 @@ def test_logits_equal_the_oracle(model, layout, variant):
     assert_equals_oracle(model, inputs, logits, [MEAN], variant=variant)
 
 
-@pytest.mark.parametrize("lowering", ["staged", pytest.param("whole", marks=pytest.mark.long)])
+@pytest.mark.long  # in_place/test_inner_steps.py has it in the quick suite
+@pytest.mark.parametrize("lowering", ["staged", "whole"])
 def test_inductor_gives_the_same_logits(lowering):
     model = tiny_llava_onevision(vision_layers=2, text_layers=3)
     inputs = video_inputs(model, 8, **LAYOUTS["left padding"])

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from effort import cases
+from effort import cases, diagonal
 from one_trace import OneTrace
 from oracle import compressed_forward, compressed_videos
 from tiny_models import tiny_llava_onevision, tokens_per_frame, video_inputs
@@ -88,8 +88,7 @@ def test_new_videos_equal_the_oracle(model, compressed, way):
     assert_equals_oracle(model, compiled, inputs, **WAYS[way])
 
 
-@pytest.mark.parametrize("full_layers", [(), (0,), (3,), (0, 1, 2, 3)])
-@pytest.mark.parametrize("way", cases(("plus",), ("paper and reuse",), among=[(way,) for way in WAYS]))
+@pytest.mark.parametrize("way, full_layers", diagonal(WAYS, [(), (0,), (3,), (0, 1, 2, 3)]))
 def test_any_layers_in_full(model, compressed, way, full_layers):
     options = {**WAYS[way], "full_layers": full_layers}
     (computed,) = assert_equals_oracle(model, compressed(**options), video_inputs(model, 6, changing=0.3), **options)
@@ -142,8 +141,7 @@ def test_rows_with_different_numbers_of_videos(model, compressed, videos, way):
     assert_equals_oracle(model, compressed(**WAYS[way]), inputs, **WAYS[way])
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("encode_ratio", [0.01, 0.4, 1.0])
+@pytest.mark.parametrize("way, encode_ratio", diagonal(WAYS, [0.01, 0.4, 1.0]))
 def test_a_budget_is_kept_exactly(model, compressed, way, encode_ratio):
     options = {**WAYS[way], "encode_ratio": encode_ratio}
     compiled = compressed(**options)

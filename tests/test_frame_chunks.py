@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from effort import examples
+from effort import cases, diagonal, examples
 from frame_memory import RESET, hidden_bytes, peak_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,21 +94,20 @@ def rows(monkeypatch, model, frames, places_at_once, **options):
     return found, video["frames"]
 
 
-@pytest.mark.parametrize("lowering", ["staged", "eager"])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way, lowering", diagonal(WAYS, ["staged", "eager"]))
 def test_chunks_change_nothing(monkeypatch, seen, way, lowering):
     leave_pieces_as_they_are(monkeypatch)
     model = tiny_llava_onevision()
-    expected, counts = rows(monkeypatch, model, FRAMES, 10**9, lowering=lowering, **way)
+    expected, counts = rows(monkeypatch, model, FRAMES, 10**9, lowering=lowering, **WAYS[way])
     whole = seen.copy()
     seen.clear()
-    found, _ = rows(monkeypatch, model, FRAMES, 8 * PLACES, lowering=lowering, **way)
+    found, _ = rows(monkeypatch, model, FRAMES, 8 * PLACES, lowering=lowering, **WAYS[way])
     assert torch.equal(found, expected)
     assert max(whole) == counts[0] == FRAMES and max(seen) == 8
     assert sum(seen) == sum(whole)  # each run got all of its frames
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("kind", cases(("qwen2_5_vl",), among=[("qwen2_5_vl",), ("qwen3_vl",), ("qwen3_5",)]))
 def test_towers_of_qwen_go_through_in_chunks_from_pixels_to_tokens(monkeypatch, seen, kind):
     leave_pieces_as_they_are(monkeypatch)
     inputs, found = qwen_inputs(tiny_qwen(kind), [[3, Clip(FRAMES, 6, 10), 4]]), []
@@ -123,7 +122,7 @@ def test_towers_of_qwen_go_through_in_chunks_from_pixels_to_tokens(monkeypatch, 
     assert sum(seen) == sum(video["frames"])  # before each merge, and behind the last: three runs
 
 
-@pytest.mark.parametrize("variant", ["paper", "plus"])
+@pytest.mark.parametrize("variant", ["paper", pytest.param("plus", marks=pytest.mark.long)])
 def test_inductor_makes_code_for_chunks(monkeypatch, seen, variant):
     model = tiny_llava_onevision()
     options = WAYS[variant] | {"merge_layers": OPTIONS["merge_layers"] if variant == "paper" else None}

@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from effort import diagonal, examples
 from hypothesis import given
 from oracle_reuse import ReusingEncoder
 from scenes import standing_camera
@@ -75,8 +76,7 @@ def standing(frames, changing, seed=0):
     return standing_camera(frames, 26, patch=4, changing=changing, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", TOWERS)
-@pytest.mark.parametrize("full_layers", [(), (4,), (0,), (1, 3), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("name, full_layers", diagonal(TOWERS, [(), (4,), (0,), (1, 3), (0, 1, 2, 3, 4)]))
 def test_any_layers_in_full(towers, name, full_layers):
     for frames, changing in ((6, 0.3), (3, 0.1), (2, 0.0)):
         pixels = standing(frames, changing, seed=frames)
@@ -89,6 +89,7 @@ def test_any_layers_in_full(towers, name, full_layers):
 
 
 @pytest.mark.parametrize("name", TOWERS)
+@examples(25)
 @given(
     frames=st.integers(2, 7),
     changing=st.floats(0, 0.7),
@@ -116,7 +117,7 @@ def test_everything_active_is_the_tower_itself(towers, name):
     torch.testing.assert_close(got.hidden, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("lowering", ["staged", "whole"])
+@pytest.mark.parametrize("lowering", ["staged", pytest.param("whole", marks=pytest.mark.long)])
 def test_inductor_computes_the_same_for_all_lengths(towers, lowering):
     options = {"full_layers": (2, 4), "lowering": lowering, "variant": "plus", "reuse": None}
     for frames, changing in ((6, 0.3), (4, 0.1), (2, 0.9)):

@@ -19,8 +19,13 @@ def one_trace():
 
 
 @pytest.fixture
-def model(pristine, one_trace, monkeypatch):
+def shared_vision(one_trace, monkeypatch):
+    """Whatever is compiled shares traces, and what comes of them."""
     share_vision_paths(one_trace, monkeypatch)
+
+
+@pytest.fixture
+def model(pristine, shared_vision):
     yield pristine
     earlytom_compile.restore(pristine)
     reporting._RESTORED.clear()

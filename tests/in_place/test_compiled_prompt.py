@@ -46,11 +46,6 @@ from earlytom_compile.integrations.video_encoder import VideoEncoder
 
 
 @pytest.fixture
-def shared_vision(one_trace, monkeypatch):
-    share_vision_paths(one_trace, monkeypatch)
-
-
-@pytest.fixture
 def model(pristine, one_trace, monkeypatch):
     share_vision_paths(one_trace, monkeypatch, lowering="eager")  # what Inductor compiles here is the prompt alone
     yield pristine

@@ -9,11 +9,21 @@ import pytest
 import torch
 import transformers
 from effort import cases
-from generating import LAYOUTS, NEW, OPTIONS, compiled, graphs_compiled, new_tokens, oracle_tokens
+from generating import (
+    LAYOUTS,
+    NEW,
+    OPTIONS,
+    compiled,
+    graphs_compiled,
+    new_tokens,
+    oracle_tokens,
+    share_vision_paths,
+)
 from oracle import reduced_rows
 from oracle_inner import reduced_logits
 from tiny_models import tiny_llava_next_video, tiny_llava_onevision, video_inputs
 from torch.torch_version import TorchVersion
+from without_inductor import leave_pieces_as_they_are
 
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning, report
@@ -43,9 +53,21 @@ def known(monkeypatch):
     monkeypatch.setitem(registry._registered, THREE_STEPS.name, THREE_STEPS)
 
 
+def tiny(**options):
+    return tiny_llava_onevision(vision_layers=4, text_layers=4, **options)
+
+
 @pytest.fixture(scope="module")
 def pristine():
-    return tiny_llava_onevision(vision_layers=4, text_layers=4)
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def inner(one_trace):
+    """The same model, compiled once for all tests: most of their time is Dynamo's, in the language model."""
+    with pytest.MonkeyPatch.context() as patch:
+        share_vision_paths(one_trace, patch)
+        yield compiled(tiny(), strict=True, **INNER)
 
 
 def steps_of(variant):
@@ -55,26 +77,26 @@ def steps_of(variant):
 @pytest.mark.parametrize(
     "layout, variant",
     cases(
-        ("one", "paper"), ("batch of different prompts", "plus"), ("two videos in a row", "released"),
-        ("different numbers of videos", "paper"), ("different numbers of videos", "released"),
-        ("left padding", "paper"), ("images beside videos", "plus"),
+        *product(LAYOUTS, ["paper"]), ("different numbers of videos", "released"),
+        ("batch of different prompts", "plus"),
         among=list(product(LAYOUTS, ["paper", "released", "plus"])),
     ),
 )  # fmt: skip
-def test_greedy_tokens_equal_the_oracle(model, layout, variant):
+def test_greedy_tokens_equal_the_oracle(model, inner, layout, variant):
     inputs = video_inputs(model, 12, **LAYOUTS[layout])
-    got = new_tokens(compiled(model, variant=variant, strict=True, **INNER), inputs)
-    inside = report(model).to_dict()["inside"]
+    fast = inner if variant == "paper" else compiled(model, variant=variant, strict=True, **INNER)
+    got = new_tokens(fast, inputs)
+    inside = report(fast).to_dict()["inside"]
     expected = oracle_tokens(model, inputs, variant=variant, retain_ratio=0.5, steps=steps_of(variant))
     assert torch.equal(got, expected)
     assert [step["layer"] for step in inside] == [LAYER]
 
 
-def test_what_happens_inside_changes_the_answers(model):
+def test_what_happens_inside_changes_the_answers(model, inner):
     """Else all the others could pass without it."""
     inputs = video_inputs(model, 12, **LAYOUTS["batch of different prompts"])
     with_all = new_tokens(compiled(model, retain_ratio=0.5), inputs)
-    assert not torch.equal(with_all, new_tokens(compiled(model, **INNER), inputs))
+    assert not torch.equal(with_all, new_tokens(inner, inputs))
     earlytom_compile.restore(model)
     options = {**OPTIONS, "variant": "paper", "retain_ratio": 0.5}
     ways = [
@@ -83,10 +105,21 @@ def test_what_happens_inside_changes_the_answers(model):
     assert all((one - other).abs().max() > 1e-2 for one, other in zip(ways, ways[1:], strict=False))
 
 
-@pytest.mark.parametrize("layout", ["two videos in a row", "different numbers of videos", "left padding"])
-def test_methods_with_several_steps_equal_the_oracle(model, layout):
+@pytest.mark.parametrize(
+    "layout, lowering",
+    cases(
+        ("left padding", "staged"),
+        among=list(
+            product(["two videos in a row", "different numbers of videos", "left padding"], ["eager", "staged"])
+        ),
+    ),
+)
+def test_methods_with_several_steps_equal_the_oracle(model, monkeypatch, layout, lowering):
+    """In pieces, too, which Inductor would compile."""
+    leave_pieces_as_they_are(monkeypatch)
     inputs = video_inputs(model, 6, **LAYOUTS[layout])
-    got = new_tokens(compiled_method(model, THREE_STEPS.name, retain_ratio=0.3), inputs)
+    options = {"lowering": lowering, "strict": True, "retain_ratio": 0.3}
+    got = new_tokens(earlytom_compile.compile(model, method=THREE_STEPS.name, **options), inputs)
     inside = report(model).to_dict()["inside"]
     assert [step["layer"] for step in inside] == [1, 2, 3]
     if layout != "different numbers of videos":  # of which the row without one stays as long as it was
@@ -95,31 +128,25 @@ def test_methods_with_several_steps_equal_the_oracle(model, layout):
     assert torch.equal(got, oracle_tokens(model, inputs, **{**ALL, "steps": steps, "merge_layers": (0,), "tau_seg": 2}))
 
 
-def compiled_method(model, method, **options):
-    return earlytom_compile.compile(model, lowering="eager", method=method, strict=True, **options)
-
-
-def test_each_row_equals_that_row_alone(model):
-    inputs = video_inputs(model, 12, **LAYOUTS["different numbers of videos"])
-    together = new_tokens(compiled(model, **INNER), inputs)
+def test_each_row_equals_that_row_alone(inner):
+    inputs = video_inputs(inner, 12, **LAYOUTS["different numbers of videos"])
+    together = new_tokens(inner, inputs)
     videos = iter(inputs["pixel_values_videos"].split([2, 1]))
     for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
         alone = {"input_ids": ids[None, mask.bool()], "attention_mask": mask[None, mask.bool()]}
         if row != 1:
             alone["pixel_values_videos"] = next(videos)
-        assert torch.equal(new_tokens(model, alone)[0], together[row])
+        assert torch.equal(new_tokens(inner, alone)[0], together[row])
 
 
 @pytest.mark.parametrize("layout", ["one", "left padding", "different numbers of videos"])
-def test_beams_have_the_scores_that_the_oracle_gives_them(model, layout):
+def test_beams_have_the_scores_that_the_oracle_gives_them(model, inner, layout):
     """Log-probabilities of the tokens of each beam, every one computed without a cache."""
     inputs = video_inputs(model, 8, **LAYOUTS[layout])
-    compiled(model, strict=True, **INNER)
     choices = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": NEW, "do_sample": False}
-    output = model.generate(
+    output = inner.generate(
         **inputs, **choices, pad_token_id=0, length_penalty=1.0, return_dict_in_generate=True, output_scores=True
     )
-    earlytom_compile.restore(model)
     prompts = _rows(model, inputs)
     for number, sequence in enumerate(output.sequences[:, inputs["input_ids"].shape[1] :]):
         embeddings, video_of = prompts[number // 2]
@@ -139,22 +166,20 @@ def _rows(model, inputs):
     return [(row.embeddings[m], row.video_of[m].tolist()) for row, m in zip(rows, masks, strict=True)]
 
 
-def test_samples_of_one_prompt(model):
-    inputs = video_inputs(model, 12, **LAYOUTS["different numbers of videos"])
-    greedy = new_tokens(compiled(model, **INNER), inputs)
-    samples = new_tokens(model, inputs, do_sample=True, top_k=1, num_return_sequences=2)
+def test_samples_of_one_prompt(inner):
+    inputs = video_inputs(inner, 12, **LAYOUTS["different numbers of videos"])
+    greedy = new_tokens(inner, inputs)
+    samples = new_tokens(inner, inputs, do_sample=True, top_k=1, num_return_sequences=2)
     assert torch.equal(samples, greedy.repeat_interleave(2, 0))
 
 
 @pytest.mark.parametrize("padding", [{"left_padding": (0, 5)}, {"right_padding": (5, 0)}])
-def test_logits_of_forward(model, padding):
+def test_logits_of_forward(model, inner, padding):
     inputs = video_inputs(model, 12, videos_per_row=(1, 1), **{"left_padding": 0, **_left(padding)})
     if "right_padding" in padding:
         inputs = _padded_on_the_right(inputs, padding["right_padding"])
-    compiled(model, strict=True, **INNER)
     with torch.no_grad():
-        logits = model(**inputs).logits
-    earlytom_compile.restore(model)
+        logits = inner(**inputs).logits
     expected = reduced_rows(model, inputs, variant="paper", steps=[MEAN], **{**OPTIONS, "retain_ratio": 0.5})
     for row, rows in enumerate(expected):
         places = slice(-len(rows), None) if "left_padding" in padding else slice(0, len(rows))
@@ -171,9 +196,9 @@ def _padded_on_the_right(inputs, counts):
     return {**inputs, "input_ids": torch.stack(pads), "attention_mask": torch.stack(masks)}
 
 
-def test_a_prompt_that_ends_in_its_video(model):
+def test_a_prompt_that_ends_in_its_video(model, inner):
     inputs = video_inputs(model, 12, after=0)
-    got = new_tokens(compiled(model, strict=True, **INNER), inputs)
+    got = new_tokens(inner, inputs)
     assert torch.equal(got, oracle_tokens(model, inputs, retain_ratio=0.5, steps=[MEAN]))
 
 
@@ -186,6 +211,7 @@ def test_llava_next_video():
     assert torch.equal(got, oracle_tokens(model, inputs, **options))
 
 
+@pytest.mark.long
 def test_nothing_dropped_is_nothing_changed(model):
     inputs = video_inputs(model, 12, **LAYOUTS["left padding"])
     plain = new_tokens(compiled(model, retain_ratio=0.5), inputs)
@@ -201,43 +227,42 @@ def test_a_call_without_a_video_runs_the_models_own_code(model):
     assert torch.equal(own, again) and report(model).to_dict()["inside"] == []
 
 
-def test_videos_that_were_encoded_before(model):
-    inputs = video_inputs(model, 12, videos_per_row=(1, 1), before=(2, 5))
-    at_once = new_tokens(compiled(model, **INNER), inputs)
-    rows = earlytom_compile.encode_videos(model, inputs["pixel_values_videos"])
+def test_videos_that_were_encoded_before(inner):
+    inputs = video_inputs(inner, 12, videos_per_row=(1, 1), before=(2, 5))
+    at_once = new_tokens(inner, inputs)
+    rows = earlytom_compile.encode_videos(inner, inputs["pixel_values_videos"])
     given = {**inputs, "pixel_values_videos": rows}
-    assert torch.equal(new_tokens(model, given), at_once)
+    assert torch.equal(new_tokens(inner, given), at_once)
 
 
-def test_later_layers_have_a_shorter_cache(model):
-    inputs = video_inputs(model, 12, **LAYOUTS["two videos in a row"])
-    compiled(model, **INNER)
-    output = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    first, later = report(model).to_dict()["prompt"][1], report(model).to_dict()["inside"][0]["prompt"]
+def test_later_layers_have_a_shorter_cache(inner):
+    inputs = video_inputs(inner, 12, **LAYOUTS["two videos in a row"])
+    output = inner.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    first, later = report(inner).to_dict()["prompt"][1], report(inner).to_dict()["inside"][0]["prompt"]
     lengths = [layer.keys.shape[2] for layer in cache_of(output).layers]
     assert lengths == [first + 2] * LAYER + [later + 2] * (4 - LAYER) and later < first
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", cases(("eager",), among=[("sdpa",), ("eager",)]))
 def test_both_attentions_that_compile(attention):
-    model = tiny_llava_onevision(vision_layers=4, text_layers=4, attn_implementation=attention)
+    model = tiny(attn_implementation=attention)
     inputs = video_inputs(model, 12, **LAYOUTS["left padding"])
     got = new_tokens(compiled(model, strict=True, **INNER), inputs)
     model.set_attn_implementation("sdpa")
     assert torch.equal(got, oracle_tokens(model, inputs, retain_ratio=0.5, steps=[MEAN]))
 
 
-def test_one_trace_serves_prompts_of_every_length(model):
-    compiled(model, strict=True, **INNER)
+def test_one_trace_serves_prompts_of_every_length(inner):
     for frames, after in ((8, 5), (9, 5)):
-        new_tokens(model, video_inputs(model, frames, after=after))
+        new_tokens(inner, video_inputs(inner, frames, after=after))
     before = graphs_compiled()
     for frames, after in ((12, 5), (7, 9), (16, 31)):
-        new_tokens(model, video_inputs(model, frames, after=after))
+        new_tokens(inner, video_inputs(inner, frames, after=after))
     assert graphs_compiled() == before
 
 
-@pytest.mark.parametrize("lowering", ["staged", pytest.param("whole", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("lowering", ["staged", "whole"])
 def test_inductor_gives_the_same_tokens(lowering):
     """Of all sorts of steps: each reads what compiled pieces leave."""
     model = tiny_llava_onevision(vision_layers=2, text_layers=4)
@@ -294,25 +319,25 @@ def test_restore_undoes_it_exactly(model):
     assert [module.__dict__ for module in (model.model.language_model, *layers)] == before
 
 
-def test_a_copy_goes_its_own_way(model):
-    inputs = video_inputs(model, 8, **LAYOUTS["left padding"])
-    expected = new_tokens(compiled(model, **INNER), inputs)
-    twin = copy.deepcopy(model)
+def test_a_copy_goes_its_own_way(inner):
+    inputs = video_inputs(inner, 8, **LAYOUTS["left padding"])
+    expected = new_tokens(inner, inputs)
+    twin = copy.deepcopy(inner)
     with torch.no_grad():
         twin.model.language_model.norm.weight.mul_(torch.linspace(-1, 1, 48))
     other = new_tokens(twin, inputs)
-    assert torch.equal(new_tokens(model, inputs), expected) and not torch.equal(other, expected)
+    assert torch.equal(new_tokens(inner, inputs), expected) and not torch.equal(other, expected)
     earlytom_compile.restore(twin)
     assert torch.equal(other, oracle_tokens(twin, inputs, retain_ratio=0.5, steps=[MEAN]))
 
 
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("fresh", cases((True,), among=[(True,), (False,)]))
 def test_a_layer_that_is_replaced_gets_the_mask_that_fits(fresh):
-    model = tiny_llava_onevision(vision_layers=4, text_layers=4)
+    model = tiny()
     inputs = video_inputs(model, 8, **LAYOUTS["different numbers of videos"])
     before = new_tokens(compiled(model, strict=True, **INNER), inputs)
     layers = model.model.language_model.layers
-    other = tiny_llava_onevision(vision_layers=4, text_layers=4, seed=1).model.language_model.layers[3]
+    other = tiny(seed=1).model.language_model.layers[3]
     layers[3] = other if fresh else copy.deepcopy(layers[3])
     got = new_tokens(model, inputs)
     assert torch.equal(got, before) != fresh
@@ -321,14 +346,13 @@ def test_a_layer_that_is_replaced_gets_the_mask_that_fits(fresh):
     assert torch.equal(got, oracle_tokens(model, inputs, retain_ratio=0.5, steps=[MEAN]))
 
 
-def test_threads_do_not_meet(model):
-    inputs = [video_inputs(model, frames, **LAYOUTS["left padding"], seed=frames) for frames in (6, 9, 12)]
-    compiled(model, strict=True, **INNER)
-    expected = [new_tokens(model, each) for each in inputs]
+def test_threads_do_not_meet(inner):
+    inputs = [video_inputs(inner, frames, **LAYOUTS["left padding"], seed=frames) for frames in (6, 9, 12)]
+    expected = [new_tokens(inner, each) for each in inputs]
     got = [None] * len(inputs)
 
     def answer(number):
-        got[number] = new_tokens(model, inputs[number])
+        got[number] = new_tokens(inner, inputs[number])
 
     threads = [threading.Thread(target=answer, args=(number,)) for number in range(len(inputs))]
     for thread in threads:

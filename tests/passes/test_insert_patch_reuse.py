@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from effort import cases, diagonal
 from hand_made import VideoModel, rewrite
 from oracle_reuse import ReusingEncoder
 from scenes import standing_camera
@@ -101,7 +102,17 @@ def check(tower, pixels, *, variant="plus", full_layers=(2,), any_length=False, 
     return graph
 
 
-@pytest.mark.parametrize("how", [how for how in SPELLINGS if how != "windows"])
+QUICK_SPELLINGS = (
+    "linear: dynamic int8", "qkv: grouped by head", "attention: bmm", "patches: conv3d", "patches: unfold",
+    "patches: F.unfold", "patches: view", "class token and registers", "RoPE", "an earlier layer beside",
+    "another order", "tokens: pixel shuffle", "joined: flatten", "all of it",
+)  # fmt: skip
+"""Where patches come from and where rows go; all are compressed in test_spelled_towers.py."""
+
+
+@pytest.mark.parametrize(
+    "how", cases(*((how,) for how in QUICK_SPELLINGS), among=[(how,) for how in SPELLINGS if how != "windows"])
+)
 def test_every_spelling(how):
     graph = check(Tower(**SPELLINGS[how]), pixels_of(6))
     assert graph.record.last_counts.reuse.computed.item() < 6 * 16
@@ -120,15 +131,23 @@ def test_attention_in_windows_is_left_alone():
             torch.testing.assert_close(run(pixels), tower(pixels))
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
-@pytest.mark.parametrize("full_layers", [(), (2,), (0, 3)])
-@pytest.mark.parametrize("how", ["linear: lora", "class token", "tokens: merger"])
+@pytest.mark.parametrize(
+    "how, full_layers, variant",
+    diagonal(["linear: lora", "class token", "tokens: merger"], [(), (2,), (0, 3)], ["paper", "released"]),
+)
 def test_selection_by_attention_knows_nothing_of_it(how, full_layers, variant):
     graph = check(Tower(**SPELLINGS[how]), pixels_of(5), variant=variant, full_layers=full_layers)
     assert graph.record.inserted.get("spread_places", 0) == (0 if 2 in full_layers else 2)
 
 
-@pytest.mark.parametrize("how", ["linear: dynamic int8", "class token", "joined: rows", "RoPE"])
+@pytest.mark.parametrize(
+    "how",
+    cases(
+        ("class token",),
+        ("joined: rows",),
+        among=[("linear: dynamic int8",), ("class token",), ("joined: rows",), ("RoPE",)],
+    ),
+)
 def test_several_videos_and_budgets(how):
     tower = Tower(**SPELLINGS[how])
     check(tower, pixels_of(5, videos=3))
@@ -137,14 +156,13 @@ def test_several_videos_and_budgets(how):
     check(tower, pixels_of(4, changing=1.0), full_layers=())
 
 
-@pytest.mark.parametrize("how", ["linear: addmm", "RoPE", "all of it"])
-@pytest.mark.parametrize("encode_ratio", [None, 0.4])
+@pytest.mark.parametrize("how, encode_ratio", diagonal(["linear: addmm", "RoPE", "all of it"], [None, 0.4]))
 def test_one_graph_for_videos_of_every_length(how, encode_ratio):
     assert check(Tower(**SPELLINGS[how]), pixels_of(6), any_length=True, encode_ratio=encode_ratio).any_length
 
 
 @pytest.mark.parametrize("how", ["linear: packed", pytest.param("all of it", marks=pytest.mark.long)])
-@pytest.mark.parametrize("lowering", ["staged", "whole"])
+@pytest.mark.parametrize("lowering", ["staged", pytest.param("whole", marks=pytest.mark.long)])
 def test_through_inductor(how, lowering):
     assert check(Tower(**SPELLINGS[how]), pixels_of(6), lowering=lowering).record.reasons == []
 
@@ -195,9 +213,10 @@ def test_what_leaves_a_layer_in_the_middle_is_of_all_places():
     assert state.inserted["return_places"] == 1
 
 
-@pytest.mark.parametrize("variant", ["plus", "paper"])
-@pytest.mark.parametrize("full_layers", [(2,), (0, 2, 3), (0, 1, 2, 3)])
-@pytest.mark.parametrize("how", ["class token", "RoPE", "joined: rows"])
+@pytest.mark.parametrize(
+    "how, full_layers, variant",
+    diagonal(["class token", "RoPE", "joined: rows"], [(2,), (0, 2, 3), (0, 1, 2, 3)], ["plus", "paper"]),
+)
 def test_frames_that_repeat_one_exactly_are_left_out_of_layers_in_full(how, full_layers, variant):
     """The result is that of the oracle, which computes them."""
     pixels = pixels_of(4, videos=2)[:, [0, 0, 1, 1, 1, 2, 3, 3]]

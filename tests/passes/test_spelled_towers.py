@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from effort import cases, diagonal
 from spelled_towers import LINEARS, MIXERS, Tower, expected_rows, video
 
 from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
@@ -80,16 +81,25 @@ def test_compresses(how):
 
 
 @pytest.mark.parametrize(
-    "how",
-    ["linear: packed", "patches: view", "class token", "tokens: merger", "joined: rows", "windows"]
-    + ["an earlier layer beside", "earlier layers beside, one that merges", "another order"],
+    "how, variant",
+    diagonal(
+        ["linear: packed", "patches: view", "class token", "tokens: merger", "joined: rows", "windows"]
+        + ["an earlier layer beside", "earlier layers beside, one that merges", "another order"],
+        ["plus", "released"],
+    ),
 )
-@pytest.mark.parametrize("variant", ["plus", "released"])
 def test_other_variants(how, variant):
     check(Tower(**SPELLINGS[how]), variant=variant)
 
 
-@pytest.mark.parametrize("how", ["linear: lora", "tokens: pixel shuffle", "class token", "joined: rows"])
+@pytest.mark.parametrize(
+    "how",
+    cases(
+        ("class token",),
+        ("joined: rows",),
+        among=[("linear: lora",), ("tokens: pixel shuffle",), ("class token",), ("joined: rows",)],
+    ),
+)
 def test_several_videos_and_single_frames(how):
     tower = Tower(**SPELLINGS[how])
     check(tower, videos=3)
@@ -103,7 +113,7 @@ def test_one_graph_for_videos_of_every_length(how):
 
 
 @pytest.mark.parametrize(
-    "how", ["linear: dynamic int8", "linear: packed", pytest.param("all of it", marks=pytest.mark.long)]
+    "how", cases(("linear: packed",), among=[("linear: dynamic int8",), ("linear: packed",), ("all of it",)])
 )
 def test_through_inductor(how):
     assert check(Tower(**SPELLINGS[how]), lowering="staged").record.reasons == []
@@ -161,9 +171,11 @@ SIDE_BRANCHES = {
 }
 
 
-@pytest.mark.parametrize("half, place", [("out", "output projection"), ("down", "MLP")])
-@pytest.mark.parametrize("how", SIDE_BRANCHES)
-def test_a_branch_beside_the_block(how, half, place):
+PLACES = {"out": "output projection", "down": "MLP"}
+
+
+@pytest.mark.parametrize("how, half", diagonal(SIDE_BRANCHES, PLACES))
+def test_a_branch_beside_the_block(how, half):
     tower, pixels = Tower(), video(8)
 
     def around(layer, forward):
@@ -178,7 +190,7 @@ def test_a_branch_beside_the_block(how, half, place):
         projection = getattr(layer, half)
         projection.forward = beside(layer, projection.forward, SIDE_BRANCHES[how])
     run, _ = compiled(tower)
-    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match=f"taken for a part of the {place}"):
+    with torch.no_grad(), pytest.warns(EarlyTomFallbackWarning, match=f"taken for a part of the {PLACES[half]}"):
         torch.testing.assert_close(run(pixels), tower(pixels))
 
 
