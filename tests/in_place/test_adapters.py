@@ -1,9 +1,11 @@
 """Adapters of PEFT on the vision tower, the projector and the language model: equal to a model with merged weights."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
+from effort import cases
 from generating import graphs_compiled, new_tokens, oracle_tokens
 from oracle import compressed_forward, compressed_videos
 from tiny_models import tiny_llava_onevision, video_inputs
@@ -114,7 +116,7 @@ MORE_KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", cases(("whole modules",), ("IA3",), among=[(kind,) for kind in KINDS]))
 def test_kinds(kind):
     check_kind(KINDS[kind]())
 
@@ -145,8 +147,10 @@ def test_through_inductor():
 REUSE = {"variant": "plus", "retain_ratio": 0.3, "full_layers": (2,)}
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "on some layers"])
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("staged", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kind, lowering",
+    cases(("DoRA", "eager"), among=list(product(["LoRA", "DoRA", "on some layers"], ["eager", "staged"]))),
+)
 def test_with_patches_reused(kind, lowering):
     """On layers that compute some of the places, on those that compute all, and on the projector behind them."""
     wrapped = adapted(KINDS[kind]())

@@ -245,7 +245,7 @@ NO_ROTARY = pytest.mark.xfail(
     "padded, inductor",
     [
         pytest.param(True, False, id="padded"),
-        pytest.param(False, False, id="not padded"),
+        pytest.param(False, False, id="not padded", marks=pytest.mark.long),
         # The sizes of the mask are what could be too much for it.
         pytest.param(True, True, id="padded through Inductor", marks=[pytest.mark.long, NO_ROTARY]),
     ],

@@ -202,6 +202,7 @@ def test_a_prompt_that_ends_in_its_video(model, inner):
     assert torch.equal(got, oracle_tokens(model, inputs, retain_ratio=0.5, steps=[MEAN]))
 
 
+@pytest.mark.long  # tests/families/test_support_table.py has each family
 @pytest.mark.skipif(TorchVersion(transformers.__version__) < "5.21", reason="LLaVA-NeXT-Video needs transformers 5.21")
 def test_llava_next_video():
     model = tiny_llava_next_video(text_layers=3)
@@ -331,7 +332,8 @@ def test_a_copy_goes_its_own_way(inner):
     assert torch.equal(other, oracle_tokens(twin, inputs, retain_ratio=0.5, steps=[MEAN]))
 
 
-@pytest.mark.parametrize("fresh", cases((True,), among=[(True,), (False,)]))
+@pytest.mark.long
+@pytest.mark.parametrize("fresh", [True, False])
 def test_a_layer_that_is_replaced_gets_the_mask_that_fits(fresh):
     model = tiny()
     inputs = video_inputs(model, 8, **LAYOUTS["different numbers of videos"])

@@ -5,6 +5,7 @@ The oracle runs the quantised model's own modules.
 
 import pytest
 import torch
+from effort import cases
 from generating import new_tokens
 from oracle import compressed_generate, compressed_videos
 from tiny_models import tiny_llava_onevision, video_inputs
@@ -87,7 +88,8 @@ ROUNDED = {"assert_close": assert_nearly_same, "retain_ratio": 5 / 8}
 REUSE_ROUNDED = {**ROUNDED, "retain_ratio": 1.0}
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
+# int8 is in test_quantised_after_compile.
+@pytest.mark.parametrize("kind", cases(("int4 weights",), among=[(kind,) for kind in WEIGHTS]))
 def test_weights_alone(kind):
     model = quantised(torchao(**WEIGHTS[kind]))
     check(model, video_inputs(model, 8))
@@ -152,7 +154,7 @@ def check_reuse(model, *, lowering="eager", assert_close=assert_same, **options)
     assert (plain.features - got).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("kind", cases(("float8 weights",), among=[(kind,) for kind in WEIGHTS]))
 def test_weights_alone_with_patches_reused(kind):
     check_reuse(quantised(torchao(**WEIGHTS[kind])))
 
@@ -237,7 +239,7 @@ def packed(how):
     return model
 
 
-@pytest.mark.parametrize("how", ["matmul_4bit", "dequantised"])
+@pytest.mark.parametrize("how", cases(("matmul_4bit",), among=[("matmul_4bit",), ("dequantised",)]))
 def test_opaque_linears(how):
     model = packed(how)
     inputs = video_inputs(model, 8)
@@ -246,7 +248,7 @@ def test_opaque_linears(how):
     assert torch.equal(new_tokens(compiled(model), inputs, max_new_tokens=3), tokens)
 
 
-@pytest.mark.parametrize("how", ["matmul_4bit", "dequantised"])
+@pytest.mark.parametrize("how", cases(("dequantised",), among=[("matmul_4bit",), ("dequantised",)]))
 def test_opaque_linears_with_patches_reused(how):
     check_reuse(packed(how))
 

@@ -173,8 +173,9 @@ def test_images_beside_videos_are_untouched_bit_for_bit(model):
 # --- Videos of every length ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("encode_ratio", cases((None,), (0.4,), among=[(None,), (0.4,)]))
+@pytest.mark.parametrize(
+    "way, encode_ratio", cases(("plus", 0.4), ("released and reuse", None), among=list(product(WAYS, [None, 0.4])))
+)
 def test_one_graph_serves_every_length(pristine, way, encode_ratio):
     options = {**WAYS[way], **({} if encode_ratio is None else {"encode_ratio": encode_ratio})}
     compiled(pristine, **options)

@@ -3,9 +3,12 @@
 With a class token, a merged frame's class token is merged with it, and only its patches go on.
 """
 
+from itertools import product
+
 import pytest
 import torch
 import transformers
+from effort import cases
 from generating import new_tokens
 from oracle import compressed_generate, compressed_videos
 from packaging.version import Version
@@ -57,7 +60,9 @@ newer = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", ["CLIP", pytest.param("DINOv2", marks=newer), pytest.param("ViT", marks=newer)])
+@pytest.mark.parametrize(
+    "name", ["CLIP", pytest.param("DINOv2", marks=newer), pytest.param("ViT", marks=[newer, pytest.mark.long])]
+)
 def test_towers(name):
     check(tiny(TOWERS[name]), tokens=True)
 
@@ -67,8 +72,20 @@ def test_without_importance():
     check(tiny(TOWERS["DINOv2"]), variant="plus", reuse=False)
 
 
-@pytest.mark.parametrize("name", ["CLIP", pytest.param("DINOv2", marks=newer), pytest.param("ViT", marks=newer)])
-@pytest.mark.parametrize("way", [{"variant": "plus"}, {"variant": "paper", "reuse": True}])
+BY_ATTENTION = {"variant": "paper", "reuse": True}
+
+
+@pytest.mark.parametrize(
+    "name, way",
+    [
+        ("CLIP", BY_ATTENTION),
+        pytest.param("ViT", {"variant": "plus"}, marks=newer),
+        pytest.param("CLIP", {"variant": "plus"}, marks=pytest.mark.long),
+        pytest.param("ViT", BY_ATTENTION, marks=[newer, pytest.mark.long]),
+        pytest.param("DINOv2", {"variant": "plus"}, marks=[newer, pytest.mark.long]),
+        pytest.param("DINOv2", BY_ATTENTION, marks=[newer, pytest.mark.long]),
+    ],
+)
 def test_towers_that_reuse_patches(name, way):
     """The class token is computed in every frame, and everything else when it changes."""
     check_reuse(tiny(TOWERS[name]), **way)
@@ -80,8 +97,9 @@ def test_towers_that_reuse_patches_through_inductor(name):
     check_reuse(tiny(TOWERS[name]), variant="plus", lowering="staged")
 
 
-@pytest.mark.parametrize("layer", [-2, pytest.param([-2, -1], id="two")])
-@pytest.mark.parametrize("full_layers", [(), (2,), None])
+@pytest.mark.parametrize(
+    "layer, full_layers", cases((-2, None), ([-2, -1], (2,)), among=list(product([-2, [-2, -1]], [(), (2,), None])))
+)
 def test_reused_patches_in_an_earlier_layer_and_in_several(layer, full_layers):
     """What leaves a layer in the middle of those that reuse is of all places, too."""
     check_reuse(tiny(CLIP, vision_feature_layer=layer), variant="plus", full_layers=full_layers)
@@ -113,12 +131,14 @@ def test_an_earlier_layer(tower):
     check(tiny(tower, vision_feature_layer=-2))
 
 
+@pytest.mark.usefixtures("shared_vision")
 def test_several_layers_behind_the_last_merge():
     model = tiny(CLIP, vision_feature_layer=[-2, -1])
     check(model)  # merges after the layers 0 and 2, whose output is the one before the last
     check(model, merge_layers=(0, 1))
 
 
+@pytest.mark.usefixtures("shared_vision")
 def test_layers_between_which_frames_merge():
     """What leaves the earlier ones merges as their frames do later, by the same weights."""
     model = tiny(CLIP, vision_feature_layer=[1, 3, -1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from effort import cases
-from generating import LAYOUTS, new_tokens
+from generating import LAYOUTS, new_tokens, share_vision_paths, trace_of_video_rows
 from oracle import compressed_forward, compressed_generate, compressed_videos
 from plain_visionzip import keep_in_python
 from tiny_models import (
@@ -53,6 +53,18 @@ def model(pristine):
     earlytom_compile.restore(pristine)
 
 
+@pytest.fixture(scope="module")
+def one_trace():
+    return trace_of_video_rows()
+
+
+@pytest.fixture
+def shared(model, one_trace, monkeypatch):
+    """The same model, whose vision is traced once for all tests that compile it in place."""
+    share_vision_paths(one_trace, monkeypatch)
+    return model
+
+
 @pytest.fixture
 def registered(monkeypatch):
     """``registered("mine", keep=...)``: known to this test alone."""
@@ -78,7 +90,10 @@ def equals_oracle(model, inputs, **options):
     return report(model).to_dict()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    cases(("different numbers of videos",), ("images beside videos",), among=[(layout,) for layout in LAYOUTS]),
+)
 def test_forward_equals_the_oracle(model, layout):
     inputs = video_inputs(model, FRAMES, **LAYOUTS[layout])
     content = equals_oracle(model, inputs)
@@ -90,19 +105,20 @@ def test_forward_equals_the_oracle(model, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_generate_equals_the_oracle_and_each_row_alone(model, layout):
-    inputs = video_inputs(model, FRAMES, **LAYOUTS[layout])
-    expected = compressed_generate(model, inputs, 6, **oracle_options(**ZIP))
-    own = new_tokens(model, inputs)
-    assert torch.equal(new_tokens(compiled(model), inputs), expected)
+def test_generate_equals_the_oracle_and_each_row_alone(shared, layout):
+    inputs = video_inputs(shared, FRAMES, **LAYOUTS[layout])
+    expected = compressed_generate(shared, inputs, 6, **oracle_options(**ZIP))
+    own = new_tokens(shared, inputs)
+    assert torch.equal(new_tokens(compiled(shared), inputs), expected)
     assert not torch.equal(own, expected), "half of the tokens do the same, which shows nothing"
-    earlytom_compile.restore(model)
-    assert torch.equal(new_tokens(model, inputs), own)
+    earlytom_compile.restore(shared)
+    assert torch.equal(new_tokens(shared, inputs), own)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 9])
-def test_one_compilation_serves_every_number_of_frames(model, frames):
+def test_one_compilation_serves_every_number_of_frames(shared, frames):
     """Of a graph for every length, K is computed in the graph."""
+    model = shared
     inputs = {count: video_inputs(model, count) for count in (4, frames)}
     expected = {n: compressed_videos(model, x, **oracle_options(**ZIP))[0].features for n, x in inputs.items()}
     compiled(model)
@@ -129,7 +145,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind",
+    cases(
+        *[("a class token",), ("features of two layers",), ("a class token among the tokens",), ("maxima",)],
+        among=[(kind,) for kind in MODELS],
+    ),
+)
 def test_attention_and_keys_are_carried_as_the_model_pools(kind):
     if kind in ("averages before the projector", "maxima") and TorchVersion(transformers.__version__) < "5.21":
         pytest.skip("LLaVA-NeXT-Video needs transformers 5.21")
@@ -140,7 +162,7 @@ def test_attention_and_keys_are_carried_as_the_model_pools(kind):
     torch.testing.assert_close(rows, expected.features, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", cases((torch.bfloat16,), among=[(torch.bfloat16,), (torch.float16,)]))
 def test_in_half_precision_tokens_have_its_dtype(dtype):
     model = tiny(dtype=dtype)
     inputs = video_inputs(model, FRAMES)
@@ -161,8 +183,8 @@ def halved(dtype):
 @pytest.mark.parametrize(
     "reuse",
     [
-        {"full_layers": ()},
-        {"full_layers": (0, 3)},
+        pytest.param({"full_layers": ()}, marks=pytest.mark.long),
+        pytest.param({"full_layers": (0, 3)}, marks=pytest.mark.long),
         {"full_layers": (), "encode_ratio": 0.5},
         {},
     ],
@@ -187,8 +209,9 @@ def test_lowered_by_inductor(model, lowering):
     equals_oracle(model, video_inputs(model, FRAMES, videos_per_row=(2,)), lowering=lowering)
 
 
-@pytest.mark.parametrize("ways", cases(("forward",), ("generate",), among=[("forward",), ("generate",)]))
-def test_with_every_token_nothing_changes(model, ways):
+@pytest.mark.parametrize("ways", cases(("generate",), among=[("forward",), ("generate",)]))
+def test_with_every_token_nothing_changes(shared, ways):
+    model = shared
     inputs = video_inputs(model, FRAMES, videos_per_row=(1, 1), left_padding=(0, 5))
     with torch.no_grad():
         own = model(**inputs).logits if ways == "forward" else new_tokens(model, inputs)
@@ -201,7 +224,8 @@ def test_with_every_token_nothing_changes(model, ways):
     assert report(model).to_dict()["inserted"]["keep_by_method"] == 1
 
 
-def test_a_method_without_keep_leaves_every_token_behind_the_encoder(model, registered):
+def test_a_method_without_keep_leaves_every_token_behind_the_encoder(shared, registered):
+    model = shared
     registered("inside_only", inside=lambda ratio, layers: ())
     inputs = video_inputs(model, FRAMES, videos_per_row=(2, 1), images_per_row=(0, 1))
     own = new_tokens(model, inputs)
@@ -220,36 +244,32 @@ def by_norm(video, budget):
     return Kept(video.features.flatten(0, 1)[place], torch.stack([place // size, place % size], dim=1))
 
 
-def test_a_method_gets_what_it_asks_for_of_the_layer_it_names(model, registered):
+@pytest.mark.parametrize("layer", cases((0,), (2,), among=[(0,), (2,), (-1,)]))
+def test_a_method_gets_what_it_asks_for_of_the_layer_it_names(model, registered, layer):
     """And nothing else is computed for it."""
-    inputs = video_inputs(model, FRAMES)
-    for layer in (0, 2, -1):
-        asked = []
+    inputs, asked, told = video_inputs(model, FRAMES), [], []
 
-        def keep(video, budget, asked=asked):
-            asked.append(video)
-            return by_norm(video, budget)
+    def keep(video, budget):
+        asked.append(video)
+        return by_norm(video, budget)
 
-        registered(f"layer {layer}", keep=keep, importance=True, keys=layer != 0, scored_layer=layer)
-        torch._dynamo.reset()
-        fast = torch.compile(model, backend="earlytom", options={**EAGER, "method": f"layer {layer}"})
-        with torch.no_grad():
-            fast(**inputs)
-        (got,) = asked
-        told = []
+    registered("asking", keep=keep, importance=True, keys=layer != 0, scored_layer=layer)
+    earlytom_compile.encode_videos(compiled(model, method="asking"), inputs["pixel_values_videos"])
+    earlytom_compile.restore(model)
+    (got,) = asked
 
-        def note(features, importance, keys, budget, told=told):
-            told.append((features, importance, keys))
-            return by_norm(FrameTokens(features, None, None), budget)
+    def note(features, importance, keys, budget):
+        told.append((features, importance, keys))
+        return by_norm(FrameTokens(features, None, None), budget)
 
-        compressed_videos(model, inputs, variant="paper", keep=note, scored_layer=layer, retain_ratio=0.2)
-        features, importance, keys = told[0]
-        torch.testing.assert_close(got.features, features, atol=2e-5, rtol=1e-4)
-        torch.testing.assert_close(got.importance, importance, atol=1e-6, rtol=1e-4)
-        if layer == 0:
-            assert got.keys is None
-        else:
-            torch.testing.assert_close(got.keys, keys, atol=1e-5, rtol=1e-4)
+    compressed_videos(model, inputs, variant="paper", keep=note, scored_layer=layer, retain_ratio=0.2)
+    features, importance, keys = told[0]
+    torch.testing.assert_close(got.features, features, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got.importance, importance, atol=1e-6, rtol=1e-4)
+    if layer == 0:
+        assert got.keys is None
+    else:
+        torch.testing.assert_close(got.keys, keys, atol=1e-5, rtol=1e-4)
 
 
 def test_a_layer_that_does_not_exist(model, registered):
@@ -258,7 +278,8 @@ def test_a_layer_that_does_not_exist(model, registered):
         compiled(model, method="deep")
 
 
-def test_another_method_takes_the_place_of_the_first(model, registered):
+def test_another_method_takes_the_place_of_the_first(shared, registered):
+    model = shared
     registered("by_norm", keep=by_norm)
     inputs = video_inputs(model, FRAMES)
     first = new_tokens(compiled(model), inputs)
@@ -269,7 +290,8 @@ def test_another_method_takes_the_place_of_the_first(model, registered):
     assert "select_tokens" in report(model).to_dict()["inserted"] and not torch.equal(plain, first)
 
 
-def test_what_a_method_does_wrong_reaches_the_caller(model, registered):
+def test_what_a_method_does_wrong_reaches_the_caller(shared, registered):
+    model = shared
     registered("greedy", keep=lambda video, budget: by_norm(video, budget + 1))
     with pytest.raises(ValueError, match="method 'greedy' returned tokens"):
         new_tokens(compiled(model, method="greedy"), video_inputs(model, FRAMES))

@@ -1,5 +1,6 @@
 """What is said of a method, wherever a variant would be named."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -43,9 +44,10 @@ def zipped(features, importance, keys, budget):
     return torch.tensor(tokens), torch.tensor(places)
 
 
-def observed(model, **options):
+@cache
+def observed(model, method, reuse=None):
     inputs = video_inputs(model, FRAMES)
-    (observation,) = observe(model, inputs["pixel_values_videos"], retain_ratio=0.4, **options)
+    (observation,) = observe(model, inputs["pixel_values_videos"], retain_ratio=0.4, method=method, reuse=reuse)
     return observation, inputs
 
 

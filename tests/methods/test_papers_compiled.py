@@ -27,7 +27,12 @@ FRAMES = 6
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_llava_onevision(vision_layers=4, text_layers=4, image_size=32)
+    return tiny_llava_onevision(vision_layers=4, text_layers=1, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def deeper():
+    return tiny_llava_onevision(vision_layers=2, text_layers=4, image_size=32)
 
 
 def rule(name):
@@ -42,7 +47,7 @@ def rule(name):
 @pytest.mark.parametrize(
     ("name", "ratio"),
     cases(
-        *[("dycoke", 0.1), ("prunevid", 0.3), ("fastvid", 0.1), ("holitom", 0.3), ("holitom", 0.9)],
+        *[("dycoke", 0.1), ("prunevid", 0.3), ("fastvid", 0.1), ("holitom", 0.9)],
         among=[(name, ratio) for name in RULES for ratio in (0.1, 0.3, 0.9)],
     ),
 )
@@ -79,7 +84,8 @@ def all_of_them(features, importance, keys, budget):
     ("name", "ratio"),
     cases(("fastv", 0.125), ("pyramiddrop", 0.6), among=[(name, ratio) for name in INSIDE for ratio in (0.125, 0.6)]),
 )
-def test_answers_what_the_oracle_answers_that_leaves_tokens_out_inside(model, name, ratio):
+def test_answers_what_the_oracle_answers_that_leaves_tokens_out_inside(deeper, name, ratio):
+    model = deeper
     inputs = video_inputs(model, FRAMES, videos_per_row=(1, 2), before=(5, 2))
     oracle = {"variant": "paper", "retain_ratio": ratio, "keep": all_of_them, "steps": INSIDE[name](ratio)}
     earlytom_compile.compile(model, method=name, retain_ratio=ratio, **EAGER)
