@@ -13,6 +13,8 @@ from earlytom_compile.methods.registry import method_names
 
 WHOLE = method_names()
 METHODS = [name for name in WHOLE if name != "earlytom"]
+NAMES = arm_names((0.25, 0.1), {}, METHODS)
+ARMS = [Arm(name, print) for name in NAMES]
 
 
 @examples(60)
@@ -21,14 +23,13 @@ def test_other_papers_methods_are_arms_where_somebody_asks_for_them(names, data)
     """Among the names of all arms, by their beginnings; ``all`` is every one."""
     assert asked_methods((0.25, 0.1), ()) == []
     assert asked_methods((0.25, 0.1), ("inductor", EVERY)) == METHODS
-    every = arm_names((0.25, 0.1), {}, METHODS)
-    words = [data.draw(st.sampled_from([arm for arm in every if arm.partition(" ")[0] == name])) for name in names]
+    words = [data.draw(st.sampled_from([arm for arm in NAMES if arm.partition(" ")[0] == name])) for name in names]
     beginnings = [word[: data.draw(st.integers(1, len(word)))] for word in words]
-    require_beginnings(every, beginnings)
+    require_beginnings(NAMES, beginnings)
     # A whole method's name is its own arms' beginning alone: fastv is not fastvid.
     begun = [
         arm
-        for arm in every
+        for arm in NAMES
         if any(
             arm[: len(beginning)] == beginning and (beginning not in WHOLE or arm[len(beginning)] == " ")
             for beginning in beginnings
@@ -37,9 +38,8 @@ def test_other_papers_methods_are_arms_where_somebody_asks_for_them(names, data)
     assert asked_methods((0.25, 0.1), beginnings) == [
         name for name in METHODS if name in {arm.partition(" ")[0] for arm in begun}
     ]
-    chosen = choose([Arm(name, print) for name in every], beginnings)
-    assert [arm.name for arm in chosen] == begun
-    assert choose([Arm(name, print) for name in every], (EVERY,)) == [Arm(name, print) for name in every]
+    assert [arm.name for arm in choose(ARMS, beginnings)] == begun
+    assert choose(ARMS, (EVERY,)) == ARMS
 
 
 @examples(60)

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from generating import trace_of_video_rows
+from shared_towers import share_towers
 
 from earlytom_compile.benchmarks import encoder
 from earlytom_compile.benchmarks.encoder import Row, cells, is_wrong, main, still_pixels, to_markdown
@@ -16,10 +18,17 @@ TINY = ["--shape", "cpu-tiny", "--device", "cpu", "--lowering", "eager"]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def one_trace():
+    return trace_of_video_rows()
+
+
+@pytest.fixture(scope="module")
+def measured(one_trace, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     files = [f"--{kind}={folder / kind}" for kind in ("json", "markdown")]
-    assert main([*TINY, "--frames", "6", "--ratios", "1", "0.5", "0.01", "--repeats", "2", *files]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        share_towers(one_trace, patch)
+        assert main([*TINY, "--frames", "6", "--ratios", "1", "0.5", "0.01", "--repeats", "2", *files]) == 0
     return json.loads((folder / "json").read_text()), (folder / "markdown").read_text()
 
 

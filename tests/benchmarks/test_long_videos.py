@@ -26,7 +26,7 @@ def test_the_table_has_a_row_for_each_number_of_frames():
     assert cells == [["16", "0.50", "31.2", "3", "0.5"], ["32", "2.00", "62.5", "unknown", "1.0"]]
 
 
-@pytest.mark.parametrize("shape", ["cpu-tiny", "cpu-tiny-qwen3"])
+@pytest.mark.parametrize("shape", [pytest.param("cpu-tiny", marks=pytest.mark.long), "cpu-tiny-qwen3"])
 def test_the_program_prints_both(monkeypatch, capsys, shape):
     leave_pieces_as_they_are(monkeypatch)
     assert long_videos.main(["--shape", shape, "--frames", "8,12", "--repeats", "1"]) == 0

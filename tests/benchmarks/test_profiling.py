@@ -18,7 +18,7 @@ from earlytom_compile.benchmarks.breakdown import LLM, OVERHEAD, STAGES, TOKENS,
 from earlytom_compile.benchmarks.profiling import profile_arms
 from earlytom_compile.benchmarks.workload import make_inputs
 
-VISION_LAYERS, TEXT_LAYERS, ROWS = 2, 1, 2
+VISION_LAYERS, TEXT_LAYERS, ROWS = 1, 1, 2
 PRODUCTS = {"aten::linear", "aten::addmm", "aten::mm", "aten::matmul"}
 ROTARY_IS_A_PRODUCT = " @ " in inspect.getsource(Qwen2RotaryEmbedding.forward)  # in transformers 5.17
 NEEDS_GPU = pytest.mark.gpu(only=True)

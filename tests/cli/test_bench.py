@@ -47,6 +47,7 @@ def plain_too(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.usefixtures("sharing")
 def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, tmp_path, capsys):
     files = {name: str(tmp_path / f"bench.{name}") for name in ("json", "markdown", "trace")}
     arguments = ["bench", "--model", checkpoint, "--frames", "8", "--repeats", "2", "--decode-tokens", "1"]
@@ -83,6 +84,7 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
     assert re.search(r"8 frames: 4 arms, a first call and 2 rounds of each, (about|less than) ", told)
 
 
+@pytest.mark.usefixtures("sharing")
 def test_other_papers_methods_beside_earlytom(plain_too, monkeypatch, tmp_path, capsys):
     """Tokens, operations and first tokens of each, by the real numbers of its calls."""
     leave_graphs_as_they_are(monkeypatch)

@@ -236,12 +236,13 @@ def test_a_row_comes_back_as_it_was(seed, videos):
 TIMED = [Arm(ALL_TOKENS), Arm(SUBSAMPLING, 0.25), Arm(SUBSAMPLING, 0.1)]
 
 
+CALLS = VIDEOS * len(TIMED)
+
+
 # Before the first, between two rows of a video, between two videos, and never.
-@pytest.mark.parametrize(
-    "stop_at", cases((0,), (4,), (6,), (12,), among=[(n,) for n in range(VIDEOS * len(TIMED) + 1)])
-)
+@pytest.mark.parametrize("stop_at", cases((0,), (4,), (6,), (CALLS,), among=[(call,) for call in range(CALLS + 1)]))
 def test_wherever_timing_is_stopped_the_rest_is_timed_and_nothing_twice(stop_at, counted, tmp_path, capsys):
-    file, whole, calls = tmp_path / "eval.json", stop_at // len(TIMED), VIDEOS * len(TIMED)
+    file, whole, calls = tmp_path / "eval.json", stop_at // len(TIMED), CALLS
     words = [*TOY, "--methods", "frame", "--retain-ratios", "0.25,0.1", "--json", str(file)]
     counted.stop_at_call = stop_at
     assert main(words) == (130 if stop_at < calls else 0)
