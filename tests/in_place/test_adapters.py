@@ -116,7 +116,7 @@ MORE_KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", cases(("whole modules",), ("IA3",), among=[(kind,) for kind in KINDS]))
+@pytest.mark.parametrize("kind", cases(("whole modules",), among=[(kind,) for kind in KINDS]))
 def test_kinds(kind):
     check_kind(KINDS[kind]())
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from effort import cases
 from generating import OPTIONS, compiled, new_tokens, oracle_tokens
 from oracle import compressed_videos
 from tiny_models import tiny_llava_onevision, video_inputs
@@ -82,7 +83,7 @@ def wanted():
 @torch.no_grad()
 @pytest.mark.parametrize(
     "tower",
-    ["earlytom_test_operator", "flash_attention_2", pytest.param("flash_attention_3", marks=pytest.mark.long)],
+    cases(("flash_attention_3",), among=[("earlytom_test_operator",), ("flash_attention_2",), ("flash_attention_3",)]),
 )
 def test_videos_are_compressed_as_under_sdpa_and_images_have_the_own_attention(tower, wanted):
     inputs, tokens, logits = wanted

@@ -443,7 +443,8 @@ def test_decoding_that_transformers_compiles_itself_stays_compiled(model):
     assert graphs[0] < graphs[1] < graphs[2] == graphs[3]
 
 
-@pytest.mark.parametrize("inductor", cases((False,), among=[(False,), (True,)]), ids=["Dynamo", "Inductor"])
+@pytest.mark.long  # the test before has static caches behind prompts in pieces, too
+@pytest.mark.parametrize("inductor", [False, True], ids=["Dynamo", "Inductor"])
 def test_a_static_cache_and_a_compiled_prompt(model, monkeypatch, inductor):
     if not inductor:
         leave_pieces_as_they_are(monkeypatch)

@@ -244,7 +244,8 @@ def test_later_layers_have_a_shorter_cache(inner):
     assert lengths == [first + 2] * LAYER + [later + 2] * (4 - LAYER) and later < first
 
 
-@pytest.mark.parametrize("attention", cases(("eager",), among=[("sdpa",), ("eager",)]))
+@pytest.mark.long
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_both_attentions_that_compile(attention):
     model = tiny(attn_implementation=attention)
     inputs = video_inputs(model, 12, **LAYOUTS["left padding"])
@@ -320,6 +321,7 @@ def test_restore_undoes_it_exactly(model):
     assert [module.__dict__ for module in (model.model.language_model, *layers)] == before
 
 
+@pytest.mark.long  # test_compiled_prompt.py copies a model, too
 def test_a_copy_goes_its_own_way(inner):
     inputs = video_inputs(inner, 8, **LAYOUTS["left padding"])
     expected = new_tokens(inner, inputs)

@@ -174,6 +174,7 @@ def test_text_is_all_that_comes_of_any_to_any(reads_files):
         reads_files.post_process_multimodal_output(ids, generation_mode="audio")
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_qwen(tmp_path, one_trace, monkeypatch):
     pytest.importorskip("torchvision", reason="Qwen's processors need torchvision")

@@ -71,7 +71,7 @@ PLACED = {
 @pytest.mark.parametrize(
     "placed, when",
     cases(
-        ("tower on disk", "before"), ("cpu_offload", "after the first call"),
+        ("tower on disk", "before"),
         among=list(product(PLACED, ["before", "after the first call"])),
     ),
 )  # fmt: skip
@@ -97,6 +97,7 @@ def test_models_that_accelerate_has_placed_compress(placed, when, inputs, wanted
     assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1], "the model's own"
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_hooks_of_accelerate_that_go_again(inputs, wanted):
     model = compiled(tiny())
@@ -222,8 +223,9 @@ class Scaled(nn.Module):
         return weight.tanh()
 
 
+@pytest.mark.long
 @torch.no_grad()
-@pytest.mark.parametrize("when", cases(("after the first call",), among=[("before",), ("after the first call",)]))
+@pytest.mark.parametrize("when", ["before", "after the first call"])
 def test_parametrized_weights(when, inputs, wanted):
     model = tiny()
     if when != "before":
@@ -322,12 +324,16 @@ CHANGES = {
 }
 
 
+FEW_CHANGES = ("in place", "another module", "float64")
+
+
 @torch.no_grad()
-def test_weights_that_change_after_compiling(inputs):
+@pytest.mark.parametrize("names", [FEW_CHANGES, pytest.param(CHANGES, marks=pytest.mark.long)], ids=["few", "all"])
+def test_weights_that_change_after_compiling(inputs, names):
     model = compiled(tiny())
-    for name, change in CHANGES.items():
+    for name in names:
         before = model(**inputs).logits
-        change(model)
+        CHANGES[name](model)
         got = model(**{**inputs, "pixel_values_videos": inputs["pixel_values_videos"].to(model.dtype)}).logits
         assert (report(model).last_call, got.dtype) == ("compressed", model.dtype), name
         model.float()
@@ -336,8 +342,9 @@ def test_weights_that_change_after_compiling(inputs):
         torch.testing.assert_close(got.float(), oracle_logits(copy.deepcopy(model), inputs), **CLOSE)
 
 
+@pytest.mark.long
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", cases((torch.bfloat16,), among=[(torch.bfloat16,), (torch.float16,)]))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_after_compiling(dtype, inputs):
     """Compared with a model compiled in it: rounding decides which frames merge."""
     these = {**inputs, "pixel_values_videos": inputs["pixel_values_videos"].to(dtype)}

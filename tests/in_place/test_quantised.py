@@ -154,7 +154,7 @@ def check_reuse(model, *, lowering="eager", assert_close=assert_same, **options)
     assert (plain.features - got).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", cases(("float8 weights",), among=[(kind,) for kind in WEIGHTS]))
+@pytest.mark.parametrize("kind", cases(("int8 weights",), among=[(kind,) for kind in WEIGHTS]))
 def test_weights_alone_with_patches_reused(kind):
     check_reuse(quantised(torchao(**WEIGHTS[kind])))
 
@@ -248,7 +248,8 @@ def test_opaque_linears(how):
     assert torch.equal(new_tokens(compiled(model), inputs, max_new_tokens=3), tokens)
 
 
-@pytest.mark.parametrize("how", cases(("dequantised",), among=[("matmul_4bit",), ("dequantised",)]))
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["matmul_4bit", "dequantised"])
 def test_opaque_linears_with_patches_reused(how):
     check_reuse(packed(how))
 

@@ -61,13 +61,19 @@ newer = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "name", ["CLIP", pytest.param("DINOv2", marks=newer), pytest.param("ViT", marks=[newer, pytest.mark.long])]
+    "name",
+    [
+        pytest.param("CLIP", marks=pytest.mark.long),
+        pytest.param("DINOv2", marks=newer),
+        pytest.param("ViT", marks=[newer, pytest.mark.long]),
+    ],
 )
 def test_towers(name):
     check(tiny(TOWERS[name]), tokens=True)
 
 
 @newer
+@pytest.mark.long
 def test_without_importance():
     check(tiny(TOWERS["DINOv2"]), variant="plus", reuse=False)
 
@@ -98,7 +104,7 @@ def test_towers_that_reuse_patches_through_inductor(name):
 
 
 @pytest.mark.parametrize(
-    "layer, full_layers", cases((-2, None), ([-2, -1], (2,)), among=list(product([-2, [-2, -1]], [(), (2,), None])))
+    "layer, full_layers", cases(([-2, -1], (2,)), among=list(product([-2, [-2, -1]], [(), (2,), None])))
 )
 def test_reused_patches_in_an_earlier_layer_and_in_several(layer, full_layers):
     """What leaves a layer in the middle of those that reuse is of all places, too."""
@@ -124,9 +130,8 @@ def test_through_inductor():
     check(tiny(TOWERS["DINOv2"]), lowering="staged")
 
 
-@pytest.mark.parametrize(
-    "tower", [pytest.param(None, marks=pytest.mark.long, id="SigLIP"), pytest.param(CLIP, id="CLIP")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("tower", [None, CLIP], ids=["SigLIP", "CLIP"])
 def test_an_earlier_layer(tower):
     check(tiny(tower, vision_feature_layer=-2))
 

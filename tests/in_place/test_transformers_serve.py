@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from effort import cases
 from generating import share_vision_paths
 from tiny_qwen_checkpoint import write_qwen_checkpoint
 from transformers import AutoProcessor
@@ -131,7 +132,10 @@ def test_two_clients_at_once_and_one_without_a_video(client, served, film):
     assert report(served[0]).last_call != "compressed"
 
 
-@pytest.mark.parametrize("url, told", [("missing.mp4", "no video file at"), ("corrupt.mp4", "corrupt.mp4")])
+@pytest.mark.parametrize(
+    "url, told",
+    cases(("corrupt.mp4", "corrupt.mp4"), among=[("missing.mp4", "no video file at"), ("corrupt.mp4", "corrupt.mp4")]),
+)
 def test_a_video_that_cannot_be_read(url, told, client, film, tmp_path):
     path, questions = film
     (tmp_path / "corrupt.mp4").write_bytes(path.read_bytes()[: path.stat().st_size // 8])

@@ -42,7 +42,7 @@ def expected_features(model, frames, variant, retain_ratio, seed=0):
     return video
 
 
-@pytest.mark.parametrize("variant", cases(("released",), ("plus",), among=[(variant,) for variant in VARIANTS]))
+@pytest.mark.parametrize("variant", cases(("released",), among=[(variant,) for variant in VARIANTS]))
 def test_one_graph_serves_every_length(model, variant):
     lengths = (9, 2, 3, 4, 5, 16, 33, 7)
     compiled(model, variant=variant, retain_ratio=0.3, **OPTIONS)
@@ -64,6 +64,7 @@ def test_thirty_two_lengths_are_two_compilations(model):
     assert content["graphs"] == 2 and content["recompiles"] == 0
 
 
+@pytest.mark.usefixtures("shared_vision")
 def test_pieces_serve_every_length(model, monkeypatch):
     """The layers before the first merge are of one kind with those behind it."""
     lowered = []
@@ -135,6 +136,7 @@ class TestCompilingAgain:
         assert model.model.language_model.forward == own and "forward" not in model.model.language_model.__dict__
 
 
+@pytest.mark.usefixtures("shared_vision")
 @pytest.mark.parametrize("positions, graphs", [(127, 1), (128, 2)])
 def test_short_prompts_are_not_compiled_on_a_cpu(model, monkeypatch, positions, graphs):
     monkeypatch.setattr(prefill, "FEWEST_POSITIONS_ON_CPU", 128)
