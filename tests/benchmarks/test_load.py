@@ -27,7 +27,7 @@ from earlytom_compile.benchmarks.load import (
 from earlytom_compile.benchmarks.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from earlytom_compile.cli.main import main
 
-EAGER = {"lowering": "eager", "merge_layers": (0, 2), "tau_seg": 0.3}
+EAGER = {"lowering": "eager", "merge_layers": (0, 1), "tau_seg": 0.3}
 
 
 class FakeServer:
@@ -222,7 +222,7 @@ def test_counts_what_is_compiled_after_the_first_round():
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_llava_onevision(vision_layers=4, text_layers=1)
+    return tiny_llava_onevision(vision_layers=2, text_layers=1)
 
 
 @pytest.fixture(scope="module")

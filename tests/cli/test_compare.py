@@ -53,6 +53,7 @@ def compare(earlytom, videos, *more, model=WEIGHTS):
 # --- The numbers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("sharing")
 @torch.no_grad()
 def test_log_probabilities_are_those_of_transformers_on_the_same_cut_prompt(videos):
     loaded = load_checkpoint(str(WEIGHTS), device="cpu")
@@ -76,6 +77,7 @@ def test_log_probabilities_are_those_of_transformers_on_the_same_cut_prompt(vide
     assert got == pytest.approx(expected, abs=1e-4) and pixels == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.usefixtures("sharing")
 def test_all_tokens_lose_nothing_and_fewer_are_counted_right(earlytom, videos, tmp_path):
     file = tmp_path / "out.json"
     status, output, _ = compare(

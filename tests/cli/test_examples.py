@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaOnevisionForConditionalGeneration
 
 import earlytom_compile
 from earlytom_compile.integrations import video
@@ -14,10 +15,16 @@ from earlytom_compile.integrations import video
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint)
+
+
+@pytest.mark.usefixtures("sharing")
 @pytest.mark.parametrize(
     "name, questions", [("generate", ["What?"]), ("forward", ["What?"]), ("follow_up", ["What?", "And then?"])]
 )
-def test_an_example(name, questions, checkpoint, clip, tmp_path, monkeypatch, capsys):
+def test_an_example(name, questions, model, checkpoint, clip, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
     settings = folder / "video_preprocessor_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_frames": 5}))
@@ -38,6 +45,8 @@ def test_an_example(name, questions, checkpoint, clip, tmp_path, monkeypatch, ca
         taken.append(read_video(*arguments, **options))
         return taken[-1]
 
+    as_it_was = earlytom_compile.restore(model)  # traced once for all that compile it in place
+    monkeypatch.setattr(type(model), "from_pretrained", lambda folder: as_it_was)
     monkeypatch.setattr(earlytom_compile, "compile", uncompiled)
     monkeypatch.setattr(torch, "compile", uncompiled_too)
     monkeypatch.setattr(video, "read_video", noted)
