@@ -261,6 +261,7 @@ def test_hooks_that_change_values_come_and_go(inputs, wanted):
     assert not torch.equal(hooked, wanted[0])
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_hooks_that_are_new_in_every_call_are_not_compiled_forever(inputs, wanted, monkeypatch):
     monkeypatch.setattr(video_encoder, "MOST_SETS_OF_HOOKS", 2)
@@ -274,6 +275,7 @@ def test_hooks_that_are_new_in_every_call_are_not_compiled_forever(inputs, wante
     assert report(model).to_dict()["graphs"] == 2
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_hook_that_breaks_the_graph_is_named(inputs):
     model = tiny()
@@ -286,6 +288,16 @@ def test_a_hook_that_breaks_the_graph_is_named(inputs):
     assert torch.equal(got, new_tokens(model, inputs))
 
 
+def test_language_models_that_are_not_compiled_are_told():
+    model = tiny()
+    with model.model.language_model.layers[0].mlp.register_forward_hook(doubling):
+        compiled(model, lowering="staged")
+        assert report(model).to_dict()["reasons"][-1].endswith("not compiled: it has hooks")
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert report(model).to_dict()["reasons"][-1].endswith("not compiled: it is placed by accelerate or FSDP")
+
+
+@pytest.mark.long
 @torch.no_grad()
 def test_prompts_of_a_language_model_with_hooks(inputs, wanted, monkeypatch):
     leave_pieces_as_they_are(monkeypatch)
