@@ -89,7 +89,7 @@ def test_any_layers_in_full(towers, name, full_layers):
 
 
 @pytest.mark.parametrize("name", TOWERS)
-@examples(25)
+@examples(8)
 @given(
     frames=st.integers(2, 7),
     changing=st.floats(0, 0.7),
