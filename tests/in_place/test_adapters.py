@@ -167,6 +167,7 @@ def test_with_patches_reused(kind, lowering):
         torch.testing.assert_close(rows(model, inputs), plain.features, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_torch_compile_of_the_wrapper():
     wrapped = adapted(lora(EVERYWHERE))
     reference, inputs = merged(wrapped), video_inputs(wrapped.get_base_model(), 8)

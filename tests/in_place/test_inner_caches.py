@@ -67,7 +67,9 @@ def next_turn(model, cache, mask, last):
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **with_cache(model, cache)).logits
 
 
-@pytest.mark.parametrize("layout", ["different numbers of videos", "left padding"])
+@pytest.mark.parametrize(
+    "layout", ["different numbers of videos", pytest.param("left padding", marks=pytest.mark.long)]
+)
 def test_a_second_turn_is_as_if_it_had_been_one(inner, layout):
     """The second turn's tokens in one piece, and one after another, as generate() has them."""
     cache, mask, last = first_turn(inner, layout)

@@ -78,7 +78,6 @@ def steps_of(variant):
     "layout, variant",
     cases(
         *product(LAYOUTS, ["paper"]), ("different numbers of videos", "released"),
-        ("batch of different prompts", "plus"),
         among=list(product(LAYOUTS, ["paper", "released", "plus"])),
     ),
 )  # fmt: skip

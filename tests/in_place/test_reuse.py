@@ -253,7 +253,8 @@ def test_a_deeper_encoder_has_more_pieces_but_no_more_to_compile(monkeypatch):
     assert more > pieces and more_kinds == kinds == 4, "embeddings, a packed layer, one in full, what follows"
 
 
-@pytest.mark.parametrize("way", cases(("plus",), among=[(way,) for way in WAYS]))
+@pytest.mark.long
+@pytest.mark.parametrize("way", WAYS)
 def test_inductor_serves_every_length(way):
     model = compiled(tiny(vision_layers=3), **WAYS[way], lowering="staged")
     lengths = {5: 0.3, 2: 0.0, 9: 1.0, 4: 0.1}
