@@ -216,9 +216,9 @@ def test_chunks_of_the_prompt_are_a_reason(model):
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_the_compiled_prompt_is_in_the_report(model):
-    new_tokens(compiled(model, lowering="staged"), video_inputs(model, 12))
-    content = report(model).to_dict()
+def test_the_compiled_prompt_is_in_the_report(unshared):
+    new_tokens(compiled(unshared, lowering="staged"), video_inputs(unshared, 12))
+    content = report(unshared).to_dict()
     assert content["graphs"] == 2 and content["recompiles"] == 0 and content["reasons"] == []
 
 
