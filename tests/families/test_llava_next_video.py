@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from effort import cases, diagonal
-from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens
+from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens, share_vision_paths
 from oracle import compressed_forward, compressed_videos
 from tiny_models import tiny_llava_next_video, tokens_per_frame, video_inputs
 from torch.torch_version import TorchVersion
@@ -35,7 +35,16 @@ def pristine():
 
 
 @pytest.fixture
-def model(pristine):
+def model(pristine, one_trace, monkeypatch):
+    """Traced once for all tests."""
+    share_vision_paths(one_trace, monkeypatch)
+    yield pristine
+    earlytom_compile.restore(pristine)
+
+
+@pytest.fixture
+def unshared(pristine):
+    """The same model, which traces for itself."""
     yield pristine
     earlytom_compile.restore(pristine)
 
@@ -107,18 +116,18 @@ class TestCompressed:
         seen = expected.cut_attention_mask.bool()
         torch.testing.assert_close(logits[seen], expected.logits[seen], atol=1e-4, rtol=1e-4)
 
-    def test_one_compilation_for_all_lengths(self, model):
-        calls = [video_inputs(model, frames) for frames in (12, 7, 9, 20)]
-        expected = [oracle_tokens(model, inputs, variant="paper") for inputs in calls]
-        compiled(model, variant="paper")
+    def test_one_compilation_for_all_lengths(self, unshared):
+        calls = [video_inputs(unshared, frames) for frames in (12, 7, 9, 20)]
+        expected = [oracle_tokens(unshared, inputs, variant="paper") for inputs in calls]
+        compiled(unshared, variant="paper")
         for inputs, tokens in zip(calls, expected, strict=True):
-            assert torch.equal(new_tokens(model, inputs), tokens)
-        assert sum(graph["compressed"] for graph in report(model).to_dict()["compilations"]) == 1
+            assert torch.equal(new_tokens(unshared, inputs), tokens)
+        assert sum(graph["compressed"] for graph in report(unshared).to_dict()["compilations"]) == 1
 
-    def test_lowered(self, model):
-        inputs = video_inputs(model, 12)
-        expected = oracle_tokens(model, inputs, variant="paper")
-        assert torch.equal(new_tokens(compiled(model, variant="paper", lowering="staged"), inputs), expected)
+    def test_lowered(self, unshared):
+        inputs = video_inputs(unshared, 12)
+        expected = oracle_tokens(unshared, inputs, variant="paper")
+        assert torch.equal(new_tokens(compiled(unshared, variant="paper", lowering="staged"), inputs), expected)
 
     def test_observed(self, model):
         inputs = video_inputs(model, 12)
@@ -188,7 +197,7 @@ class TestReused:
         _, computed = rows(compiled(model, **REUSE["plus"]), inputs)
         assert computed == (PLACES, 1, 1, 1, 1, 1)
 
-    def test_lowered(self, model):
-        inputs = video_inputs(model, 6, changing=0.3)
-        expected = oracle_tokens(model, inputs, **REUSE["plus"])
-        assert torch.equal(new_tokens(compiled(model, lowering="staged", **REUSE["plus"]), inputs), expected)
+    def test_lowered(self, unshared):
+        inputs = video_inputs(unshared, 6, changing=0.3)
+        expected = oracle_tokens(unshared, inputs, **REUSE["plus"])
+        assert torch.equal(new_tokens(compiled(unshared, lowering="staged", **REUSE["plus"]), inputs), expected)

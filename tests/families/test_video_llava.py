@@ -3,7 +3,7 @@
 import pytest
 import torch
 from effort import cases, diagonal
-from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens
+from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens, share_vision_paths
 from oracle import Options, _compress, compressed_forward, compressed_videos
 from tiny_models import image_argument, tiny_video_llava, tokens_per_frame, video_inputs
 
@@ -22,7 +22,16 @@ def pristine():
 
 
 @pytest.fixture
-def model(pristine):
+def model(pristine, one_trace, monkeypatch):
+    """Traced once for all tests."""
+    share_vision_paths(one_trace, monkeypatch)
+    yield pristine
+    earlytom_compile.restore(pristine)
+
+
+@pytest.fixture
+def unshared(pristine):
+    """The same model, which traces for itself."""
     yield pristine
     earlytom_compile.restore(pristine)
 
@@ -179,13 +188,14 @@ class TestCompressed:
                 class_tokens[(frame, 0) in kept] += 1
         assert min(class_tokens.values()) > 0
 
-    def test_one_compilation_for_all_lengths(self, model):
-        for frames in (12, 7, 9, 20):
-            inputs = video_inputs(model, frames)
-            (got,) = rows_of_videos(model, inputs, variant="paper")
-            assert sum(graph["compressed"] for graph in report(model).to_dict()["compilations"]) == 1
-            (oracle,) = compressed_videos(model, inputs, **{**OPTIONS, "variant": "paper"})
+    def test_one_compilation_for_all_lengths(self, unshared):
+        calls = [video_inputs(unshared, frames) for frames in (12, 7, 9, 20)]
+        oracles = [compressed_videos(unshared, inputs, **{**OPTIONS, "variant": "paper"}) for inputs in calls]
+        compiled(unshared, variant="paper", strict=True)
+        for inputs, (oracle,) in zip(calls, oracles, strict=True):
+            (got,) = earlytom_compile.encode_videos(unshared, inputs["pixel_values_videos"])
             torch.testing.assert_close(got, oracle.features, atol=1e-5, rtol=1e-5)
+        assert sum(graph["compressed"] for graph in report(unshared).to_dict()["compilations"]) == 1
 
     def test_features_of_several_layers(self):
         model = tiny_video_llava(vision_feature_layer=[-2, -1])
@@ -194,10 +204,10 @@ class TestCompressed:
         (rows,) = rows_of_videos(model, inputs, variant="paper")
         torch.testing.assert_close(rows, oracle.features, atol=1e-5, rtol=1e-5)
 
-    def test_lowered(self, model):
-        inputs = video_inputs(model, 12)
-        (oracle,) = compressed_videos(model, inputs, **{**OPTIONS, "variant": "paper"})
-        (rows,) = rows_of_videos(model, inputs, variant="paper", lowering="staged")
+    def test_lowered(self, unshared):
+        inputs = video_inputs(unshared, 12)
+        (oracle,) = compressed_videos(unshared, inputs, **{**OPTIONS, "variant": "paper"})
+        (rows,) = rows_of_videos(unshared, inputs, variant="paper", lowering="staged")
         torch.testing.assert_close(rows, oracle.features, atol=1e-5, rtol=1e-4)
 
     def test_beams_of_a_model_that_keeps_everything_are_its_own(self, model):
@@ -224,11 +234,11 @@ class TestCompressed:
                 likely = model.lm_head(hidden)[0, -len(tokens) :].log_softmax(-1).gather(1, tokens[:, None])
             torch.testing.assert_close(output.sequences_scores[number], likely.mean(), atol=1e-4, rtol=0)
 
-    def test_restored_it_is_what_it_was(self, model):
-        inputs = video_inputs(model, 6)
-        own = new_tokens(model, inputs)
-        assert not torch.equal(new_tokens(compiled(model), inputs), own)
-        assert torch.equal(new_tokens(earlytom_compile.restore(model), inputs), own)
+    def test_restored_it_is_what_it_was(self, unshared):
+        inputs = video_inputs(unshared, 6)
+        own = new_tokens(unshared, inputs)
+        assert not torch.equal(new_tokens(compiled(unshared), inputs), own)
+        assert torch.equal(new_tokens(earlytom_compile.restore(unshared), inputs), own)
 
 
 PLACES = 37  # 36 patches and a class token, which is computed in every frame
@@ -250,11 +260,11 @@ def test_unchanged_patches_are_reused_and_class_tokens_never(model, way):
 
 
 @pytest.mark.parametrize("layout, variant", diagonal(["one", "images beside videos", "two videos in a row"], VARIANTS))
-def test_torch_compile(model, layout, variant):
+def test_torch_compile(unshared, layout, variant):
     """Its code never makes frames and tokens one axis: features go into the prompt as they leave the projector."""
-    inputs, options = video_inputs(model, 12, **LAYOUTS[layout]), {**OPTIONS, "variant": variant}
-    expected = compressed_forward(model, inputs, **options)
-    fast = torch.compile(model, backend="earlytom", options={"lowering": "eager", "strict": True, **options})
+    inputs, options = video_inputs(unshared, 12, **LAYOUTS[layout]), {**OPTIONS, "variant": variant}
+    expected = compressed_forward(unshared, inputs, **options)
+    fast = torch.compile(unshared, backend="earlytom", options={"lowering": "eager", "strict": True, **options})
     with torch.no_grad():
         logits = fast(**inputs).logits
     seen = expected.cut_attention_mask.bool()
@@ -264,32 +274,32 @@ def test_torch_compile(model, layout, variant):
 
 
 @pytest.mark.parametrize("images", cases((2,), among=[(1,), (2,), (5,)]))
-def test_torch_compile_leaves_images_alone(model, images):
+def test_torch_compile_leaves_images_alone(unshared, images):
     """In the graph nothing but their four axes tells them from frames."""
-    inputs = video_inputs(model, 4, videos_per_row=(0,), images_per_row=(images,))
-    fast = torch.compile(model, backend="earlytom", options={"lowering": "eager", **OPTIONS})
+    inputs = video_inputs(unshared, 4, videos_per_row=(0,), images_per_row=(images,))
+    fast = torch.compile(unshared, backend="earlytom", options={"lowering": "eager", **OPTIONS})
     with torch.no_grad(), pytest.warns(earlytom_compile.EarlyTomFallbackWarning, match="Images.* are never compressed"):
-        torch.testing.assert_close(fast(**inputs).logits, model(**inputs).logits)
+        torch.testing.assert_close(fast(**inputs).logits, unshared(**inputs).logits)
 
 
-def test_its_tower_alone(model):
-    pixels = video_inputs(model, 12)["pixel_values_videos"][0]
+def test_its_tower_alone(unshared):
+    pixels = video_inputs(unshared, 12)["pixel_values_videos"][0]
     encode = earlytom_compile.compile_tower(
-        model.model.video_tower, hidden=lambda tower, x: tower(x, output_hidden_states=True).hidden_states[-2],
+        unshared.model.video_tower, hidden=lambda tower, x: tower(x, output_hidden_states=True).hidden_states[-2],
         lowering="eager", strict=True, **OPTIONS,
     )  # fmt: skip
     merged = encode(pixels)
-    (oracle,) = compressed_videos(model, video_inputs(model, 12), **{**OPTIONS, "variant": "paper"})
+    (oracle,) = compressed_videos(unshared, video_inputs(unshared, 12), **{**OPTIONS, "variant": "paper"})
     with torch.no_grad():
-        features = model.model.multi_modal_projector(merged.hidden)
+        features = unshared.model.multi_modal_projector(merged.hidden)
     torch.testing.assert_close(features[oracle.kept[:, 0], oracle.kept[:, 1]], oracle.features, atol=1e-5, rtol=1e-4)
     assert merged.hidden.shape == (oracle.frames_after[-1], PLACES, 32) and merged.frame_counts[0] == 12
 
 
-def test_observed(model):
+def test_observed(unshared):
     """A class token has no place in the picture, so that tokens are a row."""
-    inputs, options = video_inputs(model, 12), {**OPTIONS, "variant": "paper"}
-    (oracle,) = compressed_videos(model, inputs, **options)
-    (observation,) = observe(model, inputs["pixel_values_videos"], **options)
+    inputs, options = video_inputs(unshared, 12), {**OPTIONS, "variant": "paper"}
+    (oracle,) = compressed_videos(unshared, inputs, **options)
+    (observation,) = observe(unshared, inputs["pixel_values_videos"], **options)
     assert observation.grid == (1, PLACES)
     assert [(frame, token) for frame, _, token in observation.kept] == [tuple(place) for place in oracle.kept.tolist()]
