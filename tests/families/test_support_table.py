@@ -147,10 +147,12 @@ FAMILIES = {
     "Qwen3.5": of_qwen("qwen3_5", not_inside="some of its layers have linear attention"),
 }
 MARKS = {
-    "LLaVA-NeXT-Video": pytest.mark.skipif(
-        TorchVersion(transformers.__version__) < "5.21", reason="LLaVA-NeXT-Video needs transformers 5.21"
-    ),
-    "Qwen3-VL": takes_features,
+    "LLaVA-NeXT-Video": [
+        pytest.mark.skipif(
+            TorchVersion(transformers.__version__) < "5.21", reason="LLaVA-NeXT-Video needs transformers 5.21"
+        )
+    ],
+    "Qwen3-VL": [takes_features],
 }
 """LLaVA-OneVision needs none of it: tests/in_place and tests/test_backend.py are about it."""
 
@@ -163,10 +165,8 @@ def family(request, monkeypatch):
 
 def of_each_family(*quick):
     """The quick suite runs those that ``quick`` names, of each kind of tower and of prompt; the long one runs all."""
-    every = [
-        pytest.param(name, marks=[MARKS.get(name, ()), *([] if name in quick else [pytest.mark.long])])
-        for name in FAMILIES
-    ]
+    marks = {name: MARKS.get(name, []) + [pytest.mark.long] * (name not in quick) for name in FAMILIES}
+    every = [pytest.param(name, marks=marks[name]) for name in FAMILIES]
     return pytest.mark.parametrize("family", every, indirect=True)
 
 
