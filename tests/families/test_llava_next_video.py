@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from effort import cases, diagonal
-from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens, share_vision_paths
+from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens
 from oracle import compressed_forward, compressed_videos
 from tiny_models import tiny_llava_next_video, tokens_per_frame, video_inputs
 from torch.torch_version import TorchVersion
@@ -32,21 +32,6 @@ def pooled(request):
 @pytest.fixture(scope="module")
 def pristine():
     return tiny_llava_next_video()
-
-
-@pytest.fixture
-def model(pristine, one_trace, monkeypatch):
-    """Traced once for all tests."""
-    share_vision_paths(one_trace, monkeypatch)
-    yield pristine
-    earlytom_compile.restore(pristine)
-
-
-@pytest.fixture
-def unshared(pristine):
-    """The same model, which traces for itself."""
-    yield pristine
-    earlytom_compile.restore(pristine)
 
 
 def test_its_family(model):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from effort import cases, diagonal
-from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens, share_vision_paths
+from generating import LAYOUTS, OPTIONS, compiled, new_tokens, oracle_tokens
 from oracle import Options, _compress, compressed_forward, compressed_videos
 from tiny_models import image_argument, tiny_video_llava, tokens_per_frame, video_inputs
 
@@ -19,21 +19,6 @@ NOTHING_MERGES = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
 @pytest.fixture(scope="module")
 def pristine():
     return tiny_video_llava(text_layers=2, seed=1)
-
-
-@pytest.fixture
-def model(pristine, one_trace, monkeypatch):
-    """Traced once for all tests."""
-    share_vision_paths(one_trace, monkeypatch)
-    yield pristine
-    earlytom_compile.restore(pristine)
-
-
-@pytest.fixture
-def unshared(pristine):
-    """The same model, which traces for itself."""
-    yield pristine
-    earlytom_compile.restore(pristine)
 
 
 def rows_of_videos(model, inputs, **options):
