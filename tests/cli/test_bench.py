@@ -41,8 +41,11 @@ def compiler(request, monkeypatch):
 def plain_too(request, monkeypatch):
     """Whether arms are also compiled by plain torch.compile, which traces the whole model and takes longest."""
     if not request.param:
-        chosen = bench.choose
-        in_place = lambda *asked: [arm for arm in chosen(*asked) if not arm.name.endswith("(backend)")]  # noqa: E731
+        choose = bench.choose
+
+        def in_place(*asked):
+            return [arm for arm in choose(*asked) if not arm.name.endswith("(backend)")]
+
         monkeypatch.setattr(bench, "choose", in_place)
     return request.param
 

@@ -154,8 +154,7 @@ def check_reuse(model, *, lowering="eager", assert_close=assert_same, **options)
     assert (plain.features - got).abs().max() > 1e-3
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("kind", cases(("int8 weights",), among=[(kind,) for kind in WEIGHTS]))
 def test_weights_alone_with_patches_reused(kind):
     check_reuse(quantised(torchao(**WEIGHTS[kind])))
 

@@ -118,17 +118,16 @@ def test_generate_equals_the_oracle_and_each_row_alone(shared, layout):
 @pytest.mark.parametrize("frames", [1, 2, 9])
 def test_one_compilation_serves_every_number_of_frames(shared, frames):
     """Of a graph for every length, K is computed in the graph."""
-    model = shared
-    inputs = {count: video_inputs(model, count) for count in (4, frames)}
-    expected = {n: compressed_videos(model, x, **oracle_options(**ZIP))[0].features for n, x in inputs.items()}
-    compiled(model)
+    inputs = {count: video_inputs(shared, count) for count in (4, frames)}
+    expected = {n: compressed_videos(shared, x, **oracle_options(**ZIP))[0].features for n, x in inputs.items()}
+    compiled(shared)
     for count in (4, frames):
-        (rows,) = earlytom_compile.encode_videos(model, inputs[count]["pixel_values_videos"])
-        (video,) = report(model).to_dict()["videos"]
-        every = count * tokens_per_frame(model)
+        (rows,) = earlytom_compile.encode_videos(shared, inputs[count]["pixel_values_videos"])
+        (video,) = report(shared).to_dict()["videos"]
+        every = count * tokens_per_frame(shared)
         assert video["tokens"] == [every, round(0.5 * every)] and len(rows) == round(0.5 * every) + 1
         torch.testing.assert_close(rows, expected[count], atol=2e-5, rtol=1e-4)
-    assert report(model).to_dict()["graphs"] == 1 + (frames == 1)  # one picture has a graph of its own
+    assert report(shared).to_dict()["graphs"] == 1 + (frames == 1)  # one picture has a graph of its own
 
 
 CLIP = CLIPVisionConfig(
@@ -211,28 +210,26 @@ def test_lowered_by_inductor(model, lowering):
 
 @pytest.mark.parametrize("ways", cases(("generate",), among=[("forward",), ("generate",)]))
 def test_with_every_token_nothing_changes(shared, ways):
-    model = shared
-    inputs = video_inputs(model, FRAMES, videos_per_row=(1, 1), left_padding=(0, 5))
+    inputs = video_inputs(shared, FRAMES, videos_per_row=(1, 1), left_padding=(0, 5))
     with torch.no_grad():
-        own = model(**inputs).logits if ways == "forward" else new_tokens(model, inputs)
+        own = shared(**inputs).logits if ways == "forward" else new_tokens(shared, inputs)
         if ways == "generate":
-            assert torch.equal(new_tokens(compiled(model, retain_ratio=1.0), inputs), own)
+            assert torch.equal(new_tokens(compiled(shared, retain_ratio=1.0), inputs), own)
             return
-        fast = torch.compile(model, backend="earlytom", options={**EAGER, **ZIP, "retain_ratio": 1})
+        fast = torch.compile(shared, backend="earlytom", options={**EAGER, **ZIP, "retain_ratio": 1})
         mask = inputs["attention_mask"].bool()
         torch.testing.assert_close(fast(**inputs).logits[mask], own[mask], atol=1e-4, rtol=1e-4)
-    assert report(model).to_dict()["inserted"]["keep_by_method"] == 1
+    assert report(shared).to_dict()["inserted"]["keep_by_method"] == 1
 
 
 def test_a_method_without_keep_leaves_every_token_behind_the_encoder(shared, registered):
-    model = shared
     registered("inside_only", inside=lambda ratio, layers: ())
-    inputs = video_inputs(model, FRAMES, videos_per_row=(2, 1), images_per_row=(0, 1))
-    own = new_tokens(model, inputs)
-    compiled(model, method="inside_only", retain_ratio=0.1)
-    assert torch.equal(new_tokens(model, inputs), own)
-    every = FRAMES * tokens_per_frame(model)
-    content = report(model).to_dict()
+    inputs = video_inputs(shared, FRAMES, videos_per_row=(2, 1), images_per_row=(0, 1))
+    own = new_tokens(shared, inputs)
+    compiled(shared, method="inside_only", retain_ratio=0.1)
+    assert torch.equal(new_tokens(shared, inputs), own)
+    every = FRAMES * tokens_per_frame(shared)
+    content = report(shared).to_dict()
     assert [video["tokens"] for video in content["videos"]] == [[every, every]] * 3
     assert content["prompt"][0] == content["prompt"][1]
 
@@ -279,22 +276,20 @@ def test_a_layer_that_does_not_exist(model, registered):
 
 
 def test_another_method_takes_the_place_of_the_first(shared, registered):
-    model = shared
     registered("by_norm", keep=by_norm)
-    inputs = video_inputs(model, FRAMES)
-    first = new_tokens(compiled(model), inputs)
-    second = new_tokens(compiled(model, method="by_norm"), inputs)
+    inputs = video_inputs(shared, FRAMES)
+    first = new_tokens(compiled(shared), inputs)
+    second = new_tokens(compiled(shared, method="by_norm"), inputs)
     assert not torch.equal(first, second)
-    assert torch.equal(new_tokens(compiled(model), inputs), first)
-    plain = new_tokens(compiled(model, method="earlytom"), inputs)
-    assert "select_tokens" in report(model).to_dict()["inserted"] and not torch.equal(plain, first)
+    assert torch.equal(new_tokens(compiled(shared), inputs), first)
+    plain = new_tokens(compiled(shared, method="earlytom"), inputs)
+    assert "select_tokens" in report(shared).to_dict()["inserted"] and not torch.equal(plain, first)
 
 
 def test_what_a_method_does_wrong_reaches_the_caller(shared, registered):
-    model = shared
     registered("greedy", keep=lambda video, budget: by_norm(video, budget + 1))
     with pytest.raises(ValueError, match="method 'greedy' returned tokens"):
-        new_tokens(compiled(model, method="greedy"), video_inputs(model, FRAMES))
+        new_tokens(compiled(shared, method="greedy"), video_inputs(shared, FRAMES))
 
 
 def test_a_tower_alone_selects_nothing(model):

@@ -85,16 +85,15 @@ def all_of_them(features, importance, keys, budget):
     cases(("pyramiddrop", 0.6), among=[(name, ratio) for name in INSIDE for ratio in (0.125, 0.6)]),
 )
 def test_answers_what_the_oracle_answers_that_leaves_tokens_out_inside(deeper, name, ratio):
-    model = deeper
-    inputs = video_inputs(model, FRAMES, videos_per_row=(1, 2), before=(5, 2))
+    inputs = video_inputs(deeper, FRAMES, videos_per_row=(1, 2), before=(5, 2))
     oracle = {"variant": "paper", "retain_ratio": ratio, "keep": all_of_them, "steps": INSIDE[name](ratio)}
-    earlytom_compile.compile(model, method=name, retain_ratio=ratio, **EAGER)
+    earlytom_compile.compile(deeper, method=name, retain_ratio=ratio, **EAGER)
     try:
-        found = new_tokens(model, inputs, max_new_tokens=6)
+        found = new_tokens(deeper, inputs, max_new_tokens=6)
         with torch.no_grad():
-            logits = model(**inputs).logits[:, -1]
+            logits = deeper(**inputs).logits[:, -1]
     finally:
-        earlytom_compile.restore(model)
-    expected = torch.stack([row[-1] for row in reduced_rows(model, inputs, **oracle)])
+        earlytom_compile.restore(deeper)
+    expected = torch.stack([row[-1] for row in reduced_rows(deeper, inputs, **oracle)])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    assert torch.equal(found, compressed_generate(model, inputs, 6, **oracle))
+    assert torch.equal(found, compressed_generate(deeper, inputs, 6, **oracle))
