@@ -20,9 +20,8 @@ _MODULE = "vllm.v1.core.sched.scheduler"
 def charge_in_full() -> None:
     """Where vLLM's scheduler is in this process; does nothing the second time."""
     scheduler = getattr(sys.modules.get(_MODULE), "Scheduler", None)
-    spend = getattr(scheduler, "_try_schedule_encoder_inputs", None)
-    if scheduler is not None and not hasattr(spend, "__wrapped__"):
-        scheduler._try_schedule_encoder_inputs = charging(spend)
+    if scheduler is not None and not hasattr(scheduler._try_schedule_encoder_inputs, "__wrapped__"):
+        scheduler._try_schedule_encoder_inputs = charging(scheduler._try_schedule_encoder_inputs)
 
 
 def charging(spend: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
