@@ -349,7 +349,7 @@ def test_a_budget_of_patches_lets_layers_that_reuse_be_replayed(model, one_trace
     assert any("encode_ratio" in reason for reason in report(model).to_dict()["reasons"])
 
 
-@pytest.mark.parametrize("encode_ratio", [None, 0.5])
+@pytest.mark.parametrize("encode_ratio", [None, pytest.param(0.5, marks=pytest.mark.long)])
 def test_graphs_of_reused_patches_keep_a_length_each(model, encode_ratio):
     """In place, where plans differ from video to video: layers in full are replayed in any case, others with a budget
     only."""

@@ -77,7 +77,10 @@ def reuse_attention_flops(query, key, value, rows, offsets, scale, *, out_shape=
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"full_layers": ()}, {"full_layers": (0, 2), "encode_ratio": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.long), {"full_layers": ()}, {"full_layers": (0, 2), "encode_ratio": 0.5}],
+)
 def test_exact_is_torchs_count_of_the_compressed_model(options):
     """What the compiler makes of a model, whatever it reports to have computed."""
     model = tiny_llava_onevision(vision_layers=4, text_layers=1, vision_hidden=48, vision_intermediate=200)

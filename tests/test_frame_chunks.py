@@ -158,8 +158,9 @@ def test_a_video_that_fits_goes_through_as_a_whole(monkeypatch, seen):
     assert seen == list(counts)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not RESET.exists(), reason="needs Linux, which sets the peak of a process back")
-@pytest.mark.parametrize(("model", "states"), [pytest.param("llava", 3, marks=pytest.mark.long), ("qwen2_5_vl", 4)])
+@pytest.mark.parametrize(("model", "states"), [("llava", 3), ("qwen2_5_vl", 4)])
 def test_memory_of_768_frames_grows_as_their_hidden_state(model, states):
     few, many, places = 384, 768, 2048
     more_hidden = hidden_bytes(many) - hidden_bytes(few)

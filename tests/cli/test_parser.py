@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from effort import examples
+from effort import diagonal, examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -222,8 +222,10 @@ FULL = Path("/dev/full")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
-@pytest.mark.parametrize("buffered", [True, False])
-@pytest.mark.parametrize("words", [["flops"], ["flops", "--json", "-"], ["--help"], ["flops", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    ("words", "buffered"),
+    diagonal([["flops"], ["flops", "--json", "-"], ["--help"], ["flops", "--help"], ["--version"]], [True, False]),
+)
 def test_output_that_cannot_be_written_is_said_and_is_2(words, buffered):
     environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
     with FULL.open("w") as full:

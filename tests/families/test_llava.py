@@ -140,6 +140,7 @@ class TestPrompts:
         model.config.tokenizer_padding_side = "left"
         check_generate(model, Call.of(model, LAYOUTS[layout], left=True))
 
+    @pytest.mark.long
     def test_generate_lowered(self, model):
         check_generate(model, Call.of(model, [[TEXT, VIDEO, TEXT]]), lowering="staged")
 

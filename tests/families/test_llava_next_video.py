@@ -109,6 +109,7 @@ class TestCompressed:
             assert torch.equal(new_tokens(unshared, inputs), tokens)
         assert sum(graph["compressed"] for graph in report(unshared).to_dict()["compilations"]) == 1
 
+    @pytest.mark.long
     def test_lowered(self, unshared):
         inputs = video_inputs(unshared, 12)
         expected = oracle_tokens(unshared, inputs, variant="paper")

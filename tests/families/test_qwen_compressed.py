@@ -76,7 +76,7 @@ def test_any_video(kind, frames, scenes, drift, still, grid, seed):
     "clip",
     [
         Clip(1, *SMALL),
-        Clip(9, 6, 14, scenes=2),
+        pytest.param(Clip(9, 6, 14, scenes=2), marks=pytest.mark.long),
         Clip(9, 6, 6, scenes=2),  # a square whose side is no multiple of the patches of a token
         pytest.param(Clip(9, 2, 6), marks=pytest.mark.long),
         pytest.param(Clip(1, 2, 4), marks=pytest.mark.long),

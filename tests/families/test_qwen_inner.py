@@ -16,7 +16,7 @@ import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomFallbackWarning, report
 
 
-@pytest.fixture(scope="module", params=supported(("qwen2_5_vl", "qwen3_vl")))
+@pytest.fixture(scope="module", params=supported(("qwen2_5_vl", "qwen3_vl"), long=("qwen2_5_vl",)))
 def kind(request, sharing):
     """A prompt of Qwen2.5-VL has each video in one run, one of Qwen3-VL a run for each frame."""
     yield request.param

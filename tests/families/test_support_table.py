@@ -186,7 +186,7 @@ def check(family, model, reference):
     assert torch.equal(family.tokens(model), tokens)
 
 
-@of_each_family("Video-LLaVA", "Qwen2.5-VL")
+@of_each_family("Qwen2.5-VL")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_lora(family):
     peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
@@ -205,7 +205,7 @@ def test_quantised(family):
     check(family, model, model)
 
 
-@of_each_family("LLaVA", "Qwen2.5-VL", "Qwen3.5")
+@of_each_family("Qwen2.5-VL", "Qwen3.5")
 def test_inner_merging(family):
     model = family.make(text_layers=3, seed=3)
     everything = family.tokens(compiled(model))
@@ -223,7 +223,7 @@ def test_inner_merging(family):
     assert step["layer"] == 1
 
 
-@of_each_family("LLaVA-NeXT-Video", "LLaVA", "Qwen2.5-VL")
+@of_each_family("LLaVA-NeXT-Video", "LLaVA")
 def test_torch_compile(family):
     """``forward()`` in one graph, where its code lets a graph be understood, and uncompressed with a reason else."""
     model = family.make()

@@ -95,7 +95,6 @@ def test_other_variants(how, variant):
 @pytest.mark.parametrize(
     "how",
     cases(
-        ("class token",),
         ("joined: rows",),
         among=[("linear: lora",), ("tokens: pixel shuffle",), ("class token",), ("joined: rows",)],
     ),
@@ -107,7 +106,7 @@ def test_several_videos_and_single_frames(how):
     check(tower, frames=1, videos=2)
 
 
-@pytest.mark.parametrize("how", ["linear: addmm", "tokens: merger", "all of it"])
+@pytest.mark.parametrize("how", ["linear: addmm", "tokens: merger", pytest.param("all of it", marks=pytest.mark.long)])
 def test_one_graph_for_videos_of_every_length(how):
     assert check(Tower(**SPELLINGS[how]), any_length=True).any_length
 
@@ -371,9 +370,11 @@ def flex(score_mod=None):
     return lambda q, k, v, scale: flex_attention(q, k, v, score_mod=score_mod, scale=scale)
 
 
-def test_flex_attention_that_only_attends():
-    check(Tower(attention=flex()))
-    check(Tower(attention=flex(lambda score, b, h, i, j: score)))
+@pytest.mark.parametrize(
+    "score_mod", [lambda score, b, h, i, j: score, pytest.param(None, marks=pytest.mark.long)], ids=["as it is", "none"]
+)
+def test_flex_attention_that_only_attends(score_mod):
+    check(Tower(attention=flex(score_mod)))
 
 
 def test_flex_attention_that_scores_by_itself():
