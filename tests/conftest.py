@@ -3,11 +3,13 @@
 import gc
 import os
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from effort import LONG, QUICK
 from hypothesis import settings
+from room_for_calls import with_room
 
 # A suite that draws other inputs every time is green on one machine and red on the next. What `make test` draws is
 # always the same; `make test-all` goes and looks for what nobody has seen yet.
@@ -38,6 +40,8 @@ def shares_a_trace(item):
 
 def pytest_collection_modifyitems(items):
     """``gpu(only=True)``: of no use without one. In each file, those that share a trace go before those that reset."""
+    for item in items:
+        item.setup, item.runtest = partial(with_room, item.setup), partial(with_room, item.runtest)
     files = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in items))}
     items.sort(key=lambda item: (files[item.path], not shares_a_trace(item)))
     if not torch.cuda.is_available():

@@ -36,7 +36,7 @@ FIRST_TEXT_TOKEN = 3  # smaller ids are left for padding and the like; the last 
 
 
 def tiny_llava_onevision(
-    vision_layers: int = 4,
+    vision_layers: int = 6,
     vision_hidden: int = 32,
     vision_heads: int = 4,
     image_size: int = 24,
