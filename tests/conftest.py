@@ -38,10 +38,12 @@ def shares_a_trace(item):
     return "one_trace" in item.fixturenames
 
 
+def pytest_itemcollected(item):
+    item.setup, item.runtest = partial(with_room, item.setup), partial(with_room, item.runtest)
+
+
 def pytest_collection_modifyitems(items):
     """``gpu(only=True)``: of no use without one. In each file, those that share a trace go before those that reset."""
-    for item in items:
-        item.setup, item.runtest = partial(with_room, item.setup), partial(with_room, item.runtest)
     files = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in items))}
     items.sort(key=lambda item: (files[item.path], not shares_a_trace(item)))
     if not torch.cuda.is_available():
