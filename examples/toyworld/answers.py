@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from earlytom_compile.toyworld.batches import AFTER, BEFORE, IDS, IGNORED, Rows
+from earlytom_compile.toyworld.model import VIDEO_TOKENS
 from earlytom_compile.toyworld.questions import Question
 
 _PREFIX, _NOT_THERE = -2, -3  # beside the numbers of the questions
@@ -29,11 +30,16 @@ def normalized(frames: torch.Tensor) -> torch.Tensor:
 
 
 def answer_logits(
-    model: LlavaOnevisionForConditionalGeneration, videos: Sequence[torch.Tensor], rows: Rows
+    model: LlavaOnevisionForConditionalGeneration,
+    videos: Sequence[torch.Tensor],
+    rows: Rows,
+    places: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [A, words], labels [A]) of all labelled positions, row by row.
 
-    ``videos``: the tokens of each row's video, [K, C], without the newline; K may differ.
+    ``videos``: the tokens of each row's video, [K, C], without the newline; K may differ. ``places``: for each of them
+    the place, int64 [K], that it has among all tokens of the video, if it is to keep the position of that place; None:
+    positions are numbered anew.
     """
     inner, device = model.model, rows.ids.device
     embed = model.get_input_embeddings()
@@ -41,16 +47,25 @@ def answer_logits(
     prefixes = [torch.cat([before, tokens, inner.image_newline[None]]) for tokens in videos]
     lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
     prefix = pad_sequence(prefixes, batch_first=True)
+    positions = torch.arange(prefix.shape[1], device=device).expand(len(videos), -1)
+    ends = lengths
+    if places is not None:
+        positions = pad_sequence([_kept_positions(len(before), at) for at in places], batch_first=True)
+        ends = torch.full_like(lengths, len(before) + VIDEO_TOKENS + 1)
     hidden = inner.language_model(
         inputs_embeds=torch.cat([prefix, embed(rows.ids)], 1),
         attention_mask=_mask(lengths, rows.question, prefix.dtype)[:, None],
-        position_ids=torch.cat(
-            [torch.arange(prefix.shape[1], device=device).expand(len(videos), -1), lengths[:, None] + rows.position], 1
-        ),
+        position_ids=torch.cat([positions, ends[:, None] + rows.position], 1),
         use_cache=False,
     ).last_hidden_state[:, prefix.shape[1] :]
     labelled = rows.labels != IGNORED
     return model.lm_head(hidden[labelled]), rows.labels[labelled]
+
+
+def _kept_positions(before: int, places: torch.Tensor) -> torch.Tensor:
+    """Of the words in front, the tokens of a video, and the newline behind all its places."""
+    first, last = places.new_tensor([*range(before)]), places.new_tensor([before + VIDEO_TOKENS])
+    return torch.cat([first, before + places, last])
 
 
 def _mask(lengths: torch.Tensor, question: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -44,6 +44,8 @@ _MOST_NOISE = 6.0  # standard deviation, in grey levels of 255
 _FEWEST_TOKENS = 0.08
 _WARM_UP = 50  # steps
 _LAST_RATE = 0.05  # of the highest
+RENUMBERED, BOTH = "renumbered", "both"
+"""Positions of the tokens that are left where some are dropped: numbered anew, or in half of these batches as before."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +119,19 @@ class _CellHeads(nn.Module):
 class AnswerTrainee(nn.Module):
     """The whole model on rows of questions; the encoder only runs forward where it is frozen."""
 
-    def __init__(self, model: LlavaOnevisionForConditionalGeneration, phase: Phase) -> None:
+    def __init__(self, model: LlavaOnevisionForConditionalGeneration, phase: Phase, positions: str = RENUMBERED) -> None:
         super().__init__()
-        self.model, self.phase = model, phase
+        self.model, self.phase, self.positions = model, phase, positions
         model.model.vision_tower.requires_grad_(phase.encoder)
 
     def forward(self, batch: QuestionBatch) -> dict[str, torch.Tensor]:
-        tokens = video_tokens(self.model, noisy(batch.frames), batch.index)
+        tokens, places = video_tokens(self.model, noisy(batch.frames), batch.index), None
         if torch.rand(()) < self.phase.drop:
             share = _FEWEST_TOKENS + (1 - _FEWEST_TOKENS) * torch.rand(()).item()
-            tokens = some_of(tokens, round(VIDEO_TOKENS * share))
-        logits, labels = answer_logits(self.model, list(tokens), batch.rows)
+            tokens, kept = some_of(tokens, round(VIDEO_TOKENS * share))
+            if self.positions == BOTH and torch.rand(()) < 0.5:
+                places = list(kept)
+        logits, labels = answer_logits(self.model, list(tokens), batch.rows, places)
         return {"answers": F.cross_entropy(logits, labels)}
 
 
@@ -147,10 +151,10 @@ def video_tokens(
     return pooled[index].flatten(1, 2)
 
 
-def some_of(tokens: torch.Tensor, keep: int) -> torch.Tensor:
-    """``keep`` of each row's tokens [V, T, C], at random, in their order."""
+def some_of(tokens: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``keep`` of each row's tokens [V, T, C], at random, in their order, and their places, int64 [V, keep]."""
     order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(1)[:, :keep].sort(1).values
-    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1]))
+    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[-1])), order
 
 
 @torch.no_grad()
@@ -229,7 +233,9 @@ class Run:
             print(json.dumps(values), flush=True)
 
 
-def train(folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: bool = False) -> Path:
+def train(
+    folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: bool = False, positions: str = RENUMBERED
+) -> Path:
     """Run what is left of ``phases`` and return the checkpoint's folder."""
     # The vision tower's last norm is no part of what reaches the projector, and gets no gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -240,7 +246,8 @@ def train(folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: b
     # Its matrix products run in the precision of the others; the fused kernels of a CPU are slower in bfloat16.
     model.set_attn_implementation("eager")
     while run.phase < len(phases):
-        _run_phase(run, model, phases[run.phase], sum(p.steps * p.videos for p in phases[: run.phase]))
+        first_seed = sum(p.steps * p.videos for p in phases[: run.phase])
+        _run_phase(run, model, phases[run.phase], first_seed, positions)
         run.phase, run.step = run.phase + 1, 0
     if accelerator.is_main_process:
         save(model.eval(), folder / "checkpoint")
@@ -249,9 +256,11 @@ def train(folder: Path, seed: int, phases: tuple[Phase, ...] = PHASES, *, cpu: b
     return folder / "checkpoint"
 
 
-def _run_phase(run: Run, model: LlavaOnevisionForConditionalGeneration, phase: Phase, first_seed: int) -> None:
+def _run_phase(
+    run: Run, model: LlavaOnevisionForConditionalGeneration, phase: Phase, first_seed: int, positions: str
+) -> None:
     accelerator = run.accelerator
-    trainee = PatchTrainee(model) if phase.weights is None else AnswerTrainee(model, phase)
+    trainee = PatchTrainee(model) if phase.weights is None else AnswerTrainee(model, phase, positions)
     trainee, *optimizers = accelerator.prepare(trainee, *_optimizers(trainee))
     run.begin_phase()
     for batch in _batches(run, phase, first_seed):
@@ -392,8 +401,16 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of what is random in training (0)")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    parser.add_argument(
+        "--positions",
+        choices=(RENUMBERED, BOTH),
+        default=RENUMBERED,
+        help="of the tokens that are left where some are dropped: numbered anew, or kept in half of these batches "
+        "(%(default)s)",
+    )
     arguments = parser.parse_args()
-    print(f"checkpoint in {train(arguments.output, arguments.seed, cpu=arguments.cpu)}")
+    folder = train(arguments.output, arguments.seed, cpu=arguments.cpu, positions=arguments.positions)
+    print(f"checkpoint in {folder}")
 
 
 if __name__ == "__main__":

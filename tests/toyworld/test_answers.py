@@ -124,3 +124,23 @@ def test_a_prompt_is_that_of_the_processor(processor, videos):
             question, VIDEO_TOKENS + 1
         )
         assert prompt_length(question, 13) == len(prompt_ids(question, 14)) == len(prompt_ids(question, 0)) + 14
+
+
+@torch.no_grad()
+def test_kept_positions_are_those_of_all_tokens(model, videos):
+    """A video that loses its first and last frames is answered as the whole one with these masked."""
+    asked = [all_questions(videos[0])[:3]]
+    tokens = tokens_of(model, videos[0])
+    every = torch.arange(VIDEO_TOKENS)
+    whole, _ = answer_logits(model, [tokens], rows_of(asked))
+    torch.testing.assert_close(answer_logits(model, [tokens], rows_of(asked), [every])[0], whole)
+
+    kept = every[20:100]
+    question = asked[0][0]
+    words = model.get_input_embeddings()(torch.tensor(prompt_ids(question, 1)))
+    before = prompt_ids(question, 1).index(IDS["<video>"])
+    rows = torch.cat([words[:before], tokens[kept], model.model.image_newline[None], words[before + 1 :]])
+    places = torch.cat([torch.arange(before), before + kept, before + torch.arange(VIDEO_TOKENS, 200)])[: len(rows)]
+    hidden = model.model.language_model(inputs_embeds=rows[None], position_ids=places[None]).last_hidden_state
+    logits, _ = answer_logits(model, [tokens[kept]], rows_of(asked), [kept])
+    torch.testing.assert_close(logits[0], model.lm_head(hidden[0, -1]), rtol=1e-4, atol=1e-5)

@@ -203,7 +203,8 @@ def test_losses_fall_on_one_batch(kind):
 
 def test_dropped_tokens_keep_their_order():
     tokens = torch.arange(50.0).expand(3, 50)[..., None]
-    kept = train.some_of(tokens, 7)
+    kept, places = train.some_of(tokens, 7)
     assert kept.shape == (3, 7, 1)
+    assert torch.equal(tokens[torch.arange(3)[:, None], places], kept)
     assert (kept.diff(dim=1) > 0).all()
     assert not torch.equal(kept[0], kept[1])
