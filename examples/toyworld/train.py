@@ -45,7 +45,7 @@ _FEWEST_TOKENS = 0.08
 _WARM_UP = 50  # steps
 _LAST_RATE = 0.05  # of the highest
 RENUMBERED, BOTH = "renumbered", "both"
-"""Positions of the tokens that are left where some are dropped: numbered anew, or in half of these batches as before."""
+"""Positions of the tokens that are left where some are dropped: numbered anew, or kept in half of these batches."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ class _CellHeads(nn.Module):
 class AnswerTrainee(nn.Module):
     """The whole model on rows of questions; the encoder only runs forward where it is frozen."""
 
-    def __init__(self, model: LlavaOnevisionForConditionalGeneration, phase: Phase, positions: str = RENUMBERED) -> None:
+    def __init__(
+        self, model: LlavaOnevisionForConditionalGeneration, phase: Phase, positions: str = RENUMBERED
+    ) -> None:
         super().__init__()
         self.model, self.phase, self.positions = model, phase, positions
         model.model.vision_tower.requires_grad_(phase.encoder)
