@@ -18,7 +18,7 @@ _NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selectio
 """Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
 _KINDS = ("toy", "tasks", "fidelity")
 _NOT_WITH_ALL: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("methods", "videos", "split", "first", "try_", "encoded", "noise", "repeats"), ("toy",)),
+    **dict.fromkeys(("methods", "pareto", "videos", "split", "first", "try_", "encoded", "noise", "repeats"), ("toy",)),
     **dict.fromkeys(("batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS), ("tasks",)),
     **dict.fromkeys(eval_fidelity.OPTIONS, ("fidelity",)),
     **dict.fromkeys(("frames", "dtype"), ("tasks", "fidelity")),
@@ -31,6 +31,8 @@ _NOT_WITH_ALL: dict[str, tuple[str, ...]] = {
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Evaluate what is asked for; print and write what came out."""
     _check(arguments)
+    if not arguments.toy:
+        arguments.model = _only_model(arguments.model)
     if arguments.fidelity:
         eval_fidelity.execute(arguments, options)
     elif arguments.tasks:
@@ -38,6 +40,14 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     else:
         not_here = (*_NOT_OF_METHODS, "variant")  # which says what rows there are
         eval_toy.execute(arguments, {name: value for name, value in options.items() if name not in not_here})
+
+
+def _only_model(given: list[str] | None) -> str | None:
+    if given and len(given) > 1:
+        raise EarlyTomConfigError(
+            f"model={given[1]!r}: a second one goes with --toy, for models of several training seeds; name one."
+        )
+    return given[0] if given else None
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -78,6 +88,10 @@ def _check_toy(arguments: argparse.Namespace) -> None:
         )
     if not 0 <= arguments.noise < math.inf:
         raise bad_option("noise", arguments.noise, "a number that is not negative, such as 0.05")
+    models = arguments.model or []
+    twice = next((name for place, name in enumerate(models) if name in models[:place]), None)
+    if twice is not None:
+        raise EarlyTomConfigError(f"model={twice!r} is given twice: each is asked once.")
     if "variant" in arguments.given and arguments.methods:
         raise EarlyTomConfigError(
             f"variant={arguments.variant!r} with --methods: give one, such as --methods 'earlytom {arguments.variant}'."

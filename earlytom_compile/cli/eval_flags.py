@@ -30,9 +30,10 @@ def add_eval(parser: CommandParser) -> None:
     parser.add_argument("--fidelity", action="store_true", help="features of a vision encoder, without questions")
     parser.add_argument(
         "--model",
+        action="append",
         metavar="PATH_OR_HUB_ID",
-        help="with --tasks: the checkpoint; with --toy: one trained on it; with --fidelity: one that is or has a "
-        "vision encoder (default: DINOv2 ViT-S/14)",
+        help="with --tasks: the checkpoint; with --toy: one trained on it, several (repeated) for the mean over "
+        "training seeds; with --fidelity: one that is or has a vision encoder (default: DINOv2 ViT-S/14)",
     )
     parser.add_argument(
         "--video",
@@ -52,6 +53,11 @@ def add_eval(parser: CommandParser) -> None:
         default=argparse.SUPPRESS,
         choices=("paper", "released", "plus"),
         help="with --toy: the same as --methods 'earlytom VARIANT'; with --tasks: EarlyTom's (paper)",
+    )
+    parser.add_argument(
+        "--pareto",
+        action="store_true",
+        help="with --toy: what accuracy costs, with other layers, thresholds, baselines; and which rows nothing beats",
     )
     add_retain_ratios(parser, (0.25, 0.2, 0.15, 0.1), "shares of the video tokens")
     parser.add_argument(

@@ -26,40 +26,80 @@ from .options import read_settings
 from .outputs import STANDARD_OUTPUT, output_console, write_text
 from .resume import saved_content, stopped
 
+_OURS = "the one that comes along"
 _FILE_WIDTH = 190  # columns, where nobody watches
 _PIECE = 20  # videos that are asked about to say how long all take
 _PROMPT_TRACED = 2.0  # seconds for each kind of prompt whose tokens go inside: of one question, and of several
 
 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Every method at every ratio."""
+    """Every method at every ratio, or what ``--pareto`` chooses, of every model."""
     try:
-        from ..toyworld import evaluate, plots, report
         from ..toyworld.model import WEIGHTS
     except ImportError as error:
         raise EarlyTomConfigError(f"{error}: pip install '.[toy]' in the repository brings what it needs.") from error
     progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
-    settings = [read_settings(text) for text in arguments.try_]
-    arms = evaluate.arms(arguments.retain_ratios, _methods(arguments), settings)
+    arms = _arms(arguments, [read_settings(text) for text in arguments.try_])
     _refuse_what_does_nothing(arguments, options, arms)
-    checkpoint = open_checkpoint(str(arguments.model or WEIGHTS), device=arguments.device)
-    _require_layers(checkpoint.config, arms, options)
-    about = {**environment(checkpoint.device), **_asked(arguments, options)}
-    rows = _Rows(arguments, arms, about, saved_content(arguments, about, progress_on))
-    model: Any = checkpoint.load(progress_on).model
+    models = {
+        name or _OURS: open_checkpoint(str(name or WEIGHTS), device=arguments.device)
+        for name in arguments.model or [None]
+    }
+    for checkpoint in models.values():
+        _require_layers(checkpoint.config, arms, options)
+    about = {**environment(next(iter(models.values())).device), **_asked(arguments, options)}
+    rows = _Rows(arguments, arms, list(models), about, saved_content(arguments, about, progress_on))
     try:
-        questions = _draw(arguments, progress_on)
-        rows.questions = questions
-        _count(arguments, model, questions, rows, options, progress_on)
-        _time(arguments, model, questions, rows, options, progress_on)
+        rows.questions = _draw(arguments, progress_on)
+        for name, checkpoint in models.items():
+            _ask(arguments, checkpoint.load(progress_on).model, rows, name, options, progress_on)
     except KeyboardInterrupt:
         raise stopped(arguments, rows.told()) from None
-    console.print(report.table(rows.finished, questions))
+    _show(arguments, rows, console)
+
+
+def _arms(arguments: argparse.Namespace, settings: list[dict[str, Any]]) -> list[Any]:
+    """The rows that were asked for."""
+    from ..toyworld import evaluate, pareto_rows
+
+    if arguments.pareto:
+        return evaluate.chosen(pareto_rows.arms(arguments.retain_ratios), _methods(arguments), settings)
+    return evaluate.arms(arguments.retain_ratios, _methods(arguments), settings)
+
+
+def _ask(
+    arguments: argparse.Namespace, model: Any, rows: "_Rows", name: str, options: dict[str, Any], progress_on: Console
+) -> None:
+    """Count and time what is missing of the model of that name."""
+    of_model = _OfModel(rows, name)
+    if of_model.is_first:
+        with progress_bars(progress_on) as progress:
+            progress.add_task(f"timing {_PIECE} videos", total=None)
+            _say_how_long(model, rows.questions, rows.missing, min(arguments.repeats, arguments.videos), progress_on)
+    _count(arguments, model, of_model, options, progress_on)
+    _time(arguments, model, of_model, options, progress_on)
+
+
+def _show(arguments: argparse.Namespace, rows: "_Rows", console: Console) -> None:
+    """Print the table; write it and pictures of it where they were asked for."""
+    from ..toyworld import pareto_plot, pareto_report, plots, report
+
+    console.print(pareto_report.table(rows.finished) if arguments.pareto else rows.table())
     rows.write(last=True)
     if arguments.markdown:
-        write_text(arguments.markdown, report.to_markdown(rows.finished, questions, about))
+        text = (
+            pareto_report.to_markdown(rows.finished, rows.about)
+            if arguments.pareto
+            else report.to_markdown(rows.finished, rows.questions, rows.about)
+        )
+        write_text(arguments.markdown, text)
     if arguments.plot:
-        for path in plots.write_plots(rows.finished, Path(arguments.plot)):
+        folder = Path(arguments.plot)
+        if arguments.pareto:
+            written = [pareto_plot.write_plot(rows.finished, folder)]
+        else:
+            written = plots.write_plots(rows.finished, folder)
+        for path in written:
             console.print(f"wrote {path}")
 
 
@@ -67,56 +107,104 @@ class _Rows:
     """What was asked for, and what is known of it; saved as soon as there is more."""
 
     def __init__(
-        self, arguments: argparse.Namespace, arms: list[Any], about: dict[str, Any], saved: dict[str, Any]
+        self,
+        arguments: argparse.Namespace,
+        arms: list[Any],
+        models: list[str],
+        about: dict[str, Any],
+        saved: dict[str, Any],
     ) -> None:
         from ..toyworld.evaluate import Result
 
         self.arms = arms
-        self.made: dict[Any, Any] = {}  # methods by row, since making one traces the model
+        self.models = models
+        self.about = {**about, "models": models}
         self.questions: Any = None
         self._arguments = arguments
-        self._about = about
         # What the file has from before stays in it, whatever this run comes to.
-        self._known = {row.arm: row for row in map(Result.from_dict, saved.get("results", ()))}
+        self.known: dict[str, dict[Any, Any]] = {name: {} for name in models}
+        for content in saved.get("results", ()):
+            row = Result.from_dict(content)
+            self.known.setdefault(content["model"], {})[row.arm] = row
 
     @property
     def finished(self) -> list[Any]:
-        """Of the rows that were asked for, in their order."""
-        return [self._known[arm] for arm in self.arms if arm in self._known]
+        """Of the rows that were asked for, in their order, those that every model has, over all of them."""
+        from ..toyworld.seeds import over_models
+
+        asked = [self.known[name] for name in self.models]
+        return [over_models([own[arm] for own in asked]) for arm in self.arms if all(arm in own for own in asked)]
+
+    @property
+    def missing(self) -> list[Any]:
+        """Those that nobody counted yet, once for each model."""
+        return [arm for name in self.models for arm in self.arms if arm not in self.known[name]]
+
+    def write(self, last: bool = False) -> None:
+        """To the standard output only what comes ``last``."""
+        from ..toyworld import pareto_report, report
+
+        file = self._arguments.json
+        if file and (last or file != STANDARD_OUTPUT):
+            own = {name: self._in_order(rows) for name, rows in self.known.items()}
+            content = report.to_dict(self.finished, self.questions, self.about, own)
+            if last and self._arguments.pareto:
+                content["pareto"] = report.without_nan(pareto_report.to_list(self.finished))
+            write_text(file, json.dumps(content, indent=2) + "\n")
+
+    def _in_order(self, rows: dict[Any, Any]) -> list[Any]:
+        """What was asked for first."""
+        asked = [rows[arm] for arm in self.arms if arm in rows]
+        return asked + [row for arm, row in rows.items() if arm not in self.arms]
+
+    def table(self) -> Any:
+        """For people at a terminal."""
+        from ..toyworld import report
+
+        return report.table(self.finished, self.questions)
+
+    def told(self) -> str:
+        """What is there, for somebody who stopped it."""
+        there = [self.known[name][arm] for name in self.models for arm in self.arms if arm in self.known[name]]
+        if not there:
+            return ""
+        timed = min((len(row.ttft) for row in there if row.ttft), default=0)
+        times = f", timed on {counted(timed, 'video')}" if timed else ""
+        return f"{len(there)} of {counted(len(self.arms) * len(self.models), 'row')}{times}"
+
+
+class _OfModel:
+    """The rows of one model."""
+
+    def __init__(self, rows: _Rows, name: str) -> None:
+        self.made: dict[Any, Any] = {}  # methods by row, since making one traces the model
+        self.arms = rows.arms
+        self.questions = rows.questions
+        self.is_first = name == rows.models[0]
+        self._rows = rows
+        self._known = rows.known[name]
+        self.called = f"{name}: " if len(rows.models) > 1 else ""
 
     @property
     def missing(self) -> list[Any]:
         """Those that nobody counted yet."""
         return [arm for arm in self.arms if arm not in self._known]
 
+    @property
+    def times(self) -> dict[Any, tuple[float, ...]]:
+        """Seconds to the first token, as far as they are known."""
+        return {arm: self._known[arm].ttft for arm in self.arms}
+
     def add(self, row: Any) -> None:
         """One that is counted."""
         self._known[row.arm] = row
-        self.write()
+        self._rows.write()
 
     def add_times(self, seconds: dict[Any, tuple[float, ...]]) -> None:
         """Seconds to the first token by row, as far as they are known."""
         for arm, ttft in seconds.items():
             self._known[arm] = replace(self._known[arm], ttft=ttft)
-        self.write()
-
-    def write(self, last: bool = False) -> None:
-        """To the standard output only what comes ``last``."""
-        from ..toyworld import report
-
-        file = self._arguments.json
-        if file and (last or file != STANDARD_OUTPUT):
-            others = [row for arm, row in self._known.items() if arm not in self.arms]
-            content = report.to_dict([*self.finished, *others], self.questions, self._about)
-            write_text(file, json.dumps(content, indent=2) + "\n")
-
-    def told(self) -> str:
-        """What is there, for somebody who stopped it."""
-        if not self.finished:
-            return ""
-        timed = min((len(row.ttft) for row in self.finished if row.ttft), default=0)
-        times = f", timed on {counted(timed, 'video')}" if timed else ""
-        return f"{len(self.finished)} of {counted(len(self.arms), 'row')}{times}"
+        self._rows.write()
 
 
 def _draw(arguments: argparse.Namespace, progress_on: Console) -> Any:
@@ -135,35 +223,29 @@ def _draw(arguments: argparse.Namespace, progress_on: Console) -> Any:
 
 
 def _count(
-    arguments: argparse.Namespace, model: Any, questions: Any, rows: _Rows, options: dict[str, Any], console: Console
+    arguments: argparse.Namespace, model: Any, rows: _OfModel, options: dict[str, Any], console: Console
 ) -> None:
     """Right answers of every row that is missing."""
     from ..toyworld import evaluate, report
 
-    missing = rows.missing
     with progress_bars(console) as progress:
-        progress.add_task(f"timing {_PIECE} videos", total=None)
-        _say_how_long(model, questions, missing, min(arguments.repeats, arguments.videos), console)
-        for arm in missing:
+        for arm in rows.missing:
             ratio = "" if arm.retain_ratio is None else f", {arm.retain_ratio:.0%}"
-            task = progress.add_task(report.label(arm) + ratio, total=arguments.videos)
+            task = progress.add_task(rows.called + report.label(arm) + ratio, total=arguments.videos)
             answered = functools.partial(progress.advance, task)
             rows.made[arm] = evaluate.made(model, arm, options)
-            rows.add(evaluate.evaluate(model, questions, arm, options, answered, rows.made[arm]))
+            rows.add(evaluate.evaluate(model, rows.questions, arm, options, answered, rows.made[arm]))
 
 
-def _time(
-    arguments: argparse.Namespace, model: Any, questions: Any, rows: _Rows, options: dict[str, Any], console: Console
-) -> None:
+def _time(arguments: argparse.Namespace, model: Any, rows: _OfModel, options: dict[str, Any], console: Console) -> None:
     """The first tokens of the rows that can be called, of as many videos as were asked for."""
     from ..toyworld import evaluate, timing
 
-    videos = min(arguments.repeats, arguments.videos)
-    known = {row.arm: row.ttft for row in rows.finished}
+    videos, known = min(arguments.repeats, arguments.videos), rows.times
     if not videos or all(len(known[arm]) >= videos for arm in rows.arms if timing.can_be_called(arm)):
         return
     with progress_bars(console) as progress:
-        task = progress.add_task("first tokens: tracing", total=None)
+        task = progress.add_task(f"{rows.called}first tokens: tracing", total=None)
         called = [arm for arm in rows.arms if timing.can_be_called(arm)]
         made = {arm: rows.made.get(arm) or evaluate.made(model, arm, options) for arm in called}
         calls = {arm: timing.first_token(model, arm, made[arm]) for arm in called}
@@ -171,18 +253,21 @@ def _time(
         def save(seconds: dict[Any, tuple[float, ...]]) -> None:
             rows.add_times(seconds)
             done = min(map(len, seconds.values()))
-            progress.update(task, description="first tokens", total=videos, completed=done)
+            progress.update(task, description=f"{rows.called}first tokens", total=videos, completed=done)
 
-        timing.timed(calls, questions, known, videos, model.device, save)
+        timing.timed(calls, rows.questions, known, videos, model.device, save)
 
 
 def _require_layers(config: Any, arms: list[Any], options: dict[str, Any]) -> None:
     """Raise :class:`EarlyTomConfigError` for layers that the model does not have."""
     from ..toyworld.evaluate import options_of
     from ..toyworld.installed import inner_options
+    from ..toyworld.methods import UNCONFIGURED
 
     layers = config.text_config.num_hidden_layers
     for arm in arms:
+        if arm.method in UNCONFIGURED:
+            continue
         given = options_of(arm, options)
         require_layers(config, given)
         EarlyTomConfig.from_options({**inner_options(arm.method, layers), **given}).steps_inside(layers)
@@ -196,7 +281,6 @@ def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, 
         "videos": arguments.videos,
         "encoded": arguments.encoded,
         "noise": arguments.noise,
-        "model": arguments.model or "the one that comes along",
         "options": options,
     }
 

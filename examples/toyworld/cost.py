@@ -21,6 +21,8 @@ from earlytom_compile.shapes import ModelShape
 
 NEWLINE = 1
 """Rows that LLaVA-OneVision puts behind a video."""
+EMBEDDING = -1
+"""A place where frames merge: behind the patch embedding, before layer 0."""
 
 
 def of_report(shape: ModelShape, report: Mapping[str, Any], config: EarlyTomConfig) -> float:
@@ -32,9 +34,13 @@ def of_report(shape: ModelShape, report: Mapping[str, Any], config: EarlyTomConf
 
 def of_frames(shape: ModelShape, schedule: Sequence[int], merge_layers: Sequence[int]) -> float:
     """Vision encoder, projector, and the similarities by which frames merge, if any do; ``schedule``: frames at first,
-    and after each of the ``merge_layers``."""
+    and after each of the ``merge_layers``, of which EMBEDDING may be the first."""
     merging = sum(similarities(shape, frames) for frames in schedule[:-1])
-    return _layers(shape, tuple(schedule), tuple(merge_layers)) + merging
+    embedded = 0.0
+    if EMBEDDING in merge_layers:
+        embedded = 2.0 * shape.patch_embedding(schedule[0] - schedule[1])  # of those that no layer sees
+        schedule, merge_layers = schedule[1:], merge_layers[1:]
+    return _layers(shape, tuple(schedule), tuple(merge_layers)) + embedded + merging
 
 
 @functools.cache
@@ -76,6 +82,11 @@ def similarities(shape: ModelShape, frames: int) -> float:
 def importance(shape: ModelShape, frames: int) -> float:
     """Scores of one layer's attention, which nobody keeps."""
     return 2 * frames * shape.frame_tokens**2 * shape.vision_width
+
+
+def representatives(shape: ModelShape, frames: int) -> float:
+    """What ``plus`` selects by: every token beside every other, of at most 8 frames, which are one window."""
+    return 2.0 * (frames * shape.pooled_tokens) ** 2 * shape.llm_width
 
 
 @functools.cache

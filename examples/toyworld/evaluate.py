@@ -34,7 +34,7 @@ from earlytom_compile.toyworld.installed import (
     other_methods,
     own_options,
 )
-from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, method, taken
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, UNCONFIGURED, method, taken
 from earlytom_compile.toyworld.questions import CATEGORIES, Question, ask
 from earlytom_compile.toyworld.world import HELD_OUT, Video, read_sampled, rng_of, sample_video, write_mp4
 
@@ -97,8 +97,9 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """``right`` and ``asked``: bool [V, 5], by video and category; ``ttft``: seconds to the first token of the first
-    question about each of the first videos, as far as they were timed."""
+    """``right`` and ``asked``: bool [V, 5], by video and category, or how often, where several models were asked
+    (``seeds.py``); ``ttft``: seconds to the first token of the first question about each of the first videos, as far as
+    they were timed."""
 
     arm: Arm
     cost: Cost
@@ -116,8 +117,7 @@ class Result:
 
         NaN for fewer than two videos."""
         right, asked = self._columns(category)
-        there = asked.any(1)
-        return _interval(right[there].sum(1).tobytes(), asked[there].sum(1).tobytes())
+        return interval(right, asked)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Result":
@@ -130,6 +130,7 @@ class Result:
         """The same for some of the videos, bool [V]."""
         return replace(self, right=self.right[videos], asked=self.asked[videos])
 
+    @functools.cached_property  # a table is written after each of its rows
     def _answers(self) -> str:
         letters = np.where(self.asked, np.where(self.right, _RIGHT, _WRONG), _NO)
         return " ".join("".join(video) for video in letters)
@@ -150,15 +151,23 @@ class Result:
             "ttft": list(self.ttft),
             "accuracy": self.accuracy(),
             "interval": [low, high],
-            "answers": self._answers(),
+            "answers": self._answers,
             "categories": {c: {"accuracy": self.accuracy(c), "interval": list(self.interval(c))} for c in CATEGORIES},
         }
 
 
-@functools.lru_cache(maxsize=4096)
+def interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
+    """95 % confidence interval of the sum of ``right`` as a share of that of ``asked``, [V, ...] each: percentiles of a
+    bootstrap over the V videos in which something was asked. NaN for fewer than two of them."""
+    parts = [each.reshape(len(each), -1).sum(1, dtype=np.float64) for each in (right, asked)]
+    there = parts[1] > 0
+    return _interval(parts[0][there].tobytes(), parts[1][there].tobytes())
+
+
+@functools.lru_cache(maxsize=1 << 14)
 def _interval(right: bytes, asked: bytes) -> tuple[float, float]:
-    """Of int64 [V] each; a table is written after each of its rows, and a row's interval stays what it is."""
-    counts = np.frombuffer(right, np.int64), np.frombuffer(asked, np.int64)
+    """Of float64 [V] each; a table is written after each of its rows, and a row's interval stays what it is."""
+    counts = np.frombuffer(right), np.frombuffer(asked)
     if len(counts[0]) < 2:
         return float("nan"), float("nan")
     found = stats.bootstrap(
@@ -194,7 +203,14 @@ def arms(
     """
     names = METHODS if beginnings is None else (*METHODS, *other_methods())
     every = [Arm(name) for name in FIXED] + [Arm(name, ratio) for name in names for ratio in ratios]
-    known = (*FIXED, *names)
+    return chosen(every, beginnings, settings)
+
+
+def chosen(
+    every: Sequence[Arm], beginnings: tuple[str, ...] | None, settings: Sequence[Mapping[str, Any]] = ()
+) -> list[Arm]:
+    """Those of ``every`` row that :func:`arms` would choose, and raises as it does."""
+    known = tuple(dict.fromkeys(arm.method for arm in every))
     for beginning in beginnings or ():
         if beginning != EVERY and not any(_begins(name, beginning, known) for name in known):
             raise EarlyTomConfigError(
@@ -202,17 +218,17 @@ def arms(
             )
     if beginnings is None or EVERY in beginnings:
         beginnings = ("",)
-    chosen = [
+    found = [
         arm
         for arm in every
         if arm.method == ALL_TOKENS or any(_begins(arm.method, beginning, known) for beginning in beginnings)
     ]
     for options in settings:
-        if not any(taken(arm.method, options) == options for arm in chosen):
+        if not any(taken(arm.method, options) == options for arm in found):
             given = " ".join(f"{name}={value!r}" for name, value in options.items())
-            these = ", ".join(dict.fromkeys(arm.method for arm in chosen))
+            these = ", ".join(dict.fromkeys(arm.method for arm in found))
             raise EarlyTomConfigError(f"settings {given}: none of these takes all of it: {these}.")
-    return [row for arm in chosen for row in (arm, *_tried(arm, settings))]
+    return [row for arm in found for row in (arm, *_tried(arm, settings))]
 
 
 def _begins(name: str, beginning: str, known: Sequence[str]) -> bool:
@@ -223,7 +239,9 @@ def _begins(name: str, beginning: str, known: Sequence[str]) -> bool:
 
 
 def _tried(arm: Arm, settings: Sequence[Mapping[str, Any]]) -> list[Arm]:
-    """The same once more with each of the ``settings`` that it takes."""
+    """The same once more with each of the ``settings`` that it takes, unless it has some of its own."""
+    if arm.settings:
+        return []
     return [arm._replace(settings=tuple(s.items())) for s in settings if taken(arm.method, s) == s]
 
 
@@ -266,7 +284,8 @@ def _noisy(frames: np.ndarray, noise: float, rng: np.random.Generator) -> np.nda
 def options_of(arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
     """All that its method is made with; of ``options`` those that it takes and its settings do not replace."""
     own = own_options(arm.method) or {}
-    ratio = _ANY_RATIO if arm.retain_ratio is None else arm.retain_ratio
+    bounded = arm.retain_ratio is not None or arm.method in UNCONFIGURED
+    ratio = arm.retain_ratio if bounded else _ANY_RATIO
     return {"retain_ratio": ratio, **own, **taken(arm.method, {**options, **dict(arm.settings)})}
 
 
@@ -288,19 +307,16 @@ def evaluate(
     :func:`made` with ``options``."""
     compress = made(model, arm, options or {}) if compress is None else compress
     device = next(model.parameters()).device
-    right, asked = (np.zeros((len(questions.asked), len(CATEGORIES)), bool) for _ in range(2))
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     costs: list[Cost] = []
     for first in range(0, len(questions.asked), _AT_ONCE):
         chunk = questions.asked[first : first + _AT_ONCE]
         left = [compress(normalized(f.to(device))) for f in questions.frames[first : first + _AT_ONCE]]
-        words = _answers(model, compress, [compressed.tokens for compressed in left], chunk)
-        for video, (about, said) in enumerate(zip(chunk, words, strict=True), first):
-            for question, word in zip(about, said, strict=True):
-                column = CATEGORIES.index(question.category)
-                asked[video, column] = True
-                right[video, column] = word == IDS[question.answer]
+        inside = compress.model if isinstance(compress, Installed) and compress.steps else None
+        parts.append(right_answers(model, [compressed.tokens for compressed in left], chunk, inside))
         costs += [_cost(model, compress, each, about) for each, about in zip(left, chunk, strict=True)]
         advance(len(chunk))
+    right, asked = map(np.concatenate, zip(*parts, strict=True))
     tokens, layer_tokens, work, _ = np.mean(costs, axis=0).tolist()
     flops = np.average([each.flops for each in costs], weights=asked.sum(1)).item()
     return Result(arm, Cost(tokens, layer_tokens, work, flops), right, asked)
@@ -320,12 +336,33 @@ def _steps(compress: Compress) -> tuple[Step, ...]:
     return compress.steps if isinstance(compress, Installed) else ()
 
 
-def _answers(
-    model: Model, compress: Compress, videos: Sequence[torch.Tensor], asked: Sequence[Sequence[Question]]
+def right_answers(
+    model: Model, videos: Sequence[torch.Tensor], asked: Sequence[Sequence[Question]], inside: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which questions were asked and which answers are right, bool [V, 5] by video and category: (right, asked).
+
+    ``videos``: the tokens of each, [K, C]. ``inside``: the compiled model, where tokens leave inside the language
+    model.
+    """
+    right, there = (np.zeros((len(asked), len(CATEGORIES)), bool) for _ in range(2))
+    for video, (about, said) in enumerate(zip(asked, _words(model, videos, asked, inside), strict=True)):
+        for question, word in zip(about, said, strict=True):
+            column = CATEGORIES.index(question.category)
+            there[video, column] = True
+            right[video, column] = word == IDS[question.answer]
+    return right, there
+
+
+def _words(
+    model: Model, videos: Sequence[torch.Tensor], asked: Sequence[Sequence[Question]], inside: Any
 ) -> list[list[int]]:
     """The word said to each question about each video, by its id."""
-    if isinstance(compress, Installed) and _steps(compress):
-        return [generated(compress.model, tokens, about) for tokens, about in zip(videos, asked, strict=True)]
-    logits, _ = answer_logits(model, videos, rows_of(asked).to(videos[0].device))
-    words = iter(logits[::2].argmax(-1).tolist())  # every other one is behind the end of an answer
-    return [[next(words) for _ in about] for about in asked]
+    if inside is not None:
+        return [generated(inside, tokens, about) for tokens, about in zip(videos, asked, strict=True)]
+    said: list[list[int]] = []
+    for first in range(0, len(videos), _AT_ONCE):
+        chunk, about = videos[first : first + _AT_ONCE], asked[first : first + _AT_ONCE]
+        logits, _ = answer_logits(model, chunk, rows_of(about).to(chunk[0].device))
+        words = iter(logits[::2].argmax(-1).tolist())  # every other one is behind the end of an answer
+        said += [[next(words) for _ in questions] for questions in about]
+    return said

@@ -4,8 +4,9 @@
     compress(pixels)           # pixels [8, 3, 96, 96] of one video -> its tokens [K, C], and what they cost
 
 Rows of ``installed.py`` run the very code that users run: those named ``earlytom``, ``only reuse``, and other papers'
-methods. The others are written from its specification (``earlytom_compile.reference``) with hooks on the vision
-encoder, so that each part can be left out.
+methods. Those of ``baselines.py`` and ``merging.py`` are plain PyTorch, as fast as they can be called. The others are
+written from its specification (``earlytom_compile.reference``) with hooks on the vision encoder, so that each part can
+be left out.
 
 What a method costs is the work that it leaves of the vision encoder's layers. A layer's work is proportional to the
 places that it computes, since each of them is projected, looks at all places of its frame and goes through the MLP;
@@ -25,7 +26,8 @@ from torch.nn import functional as F
 from earlytom_compile import reference
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.shapes import ModelShape
-from earlytom_compile.toyworld import cost, installed
+from earlytom_compile.toyworld import baselines, cost, installed, merging
+from earlytom_compile.toyworld.baselines import BASELINES, baseline
 from earlytom_compile.toyworld.installed import (
     OF_SEGMENTS,
     OURS,
@@ -37,46 +39,59 @@ from earlytom_compile.toyworld.installed import (
     own_options,
     share,
 )
+from earlytom_compile.toyworld.merging import RUNS, Merging, by_paper, encoder_layers
 from earlytom_compile.toyworld.model import POOLED
+from earlytom_compile.toyworld.world import FRAMES
 
 ALL_TOKENS = "all tokens"
 NO_TOKENS = "no tokens"
 STAGE_1 = "only stage 1"
-SUBSAMPLING = "frame subsampling"
 METHODS = (
     *OURS,
     "only stage 2",
     "top-k without decoupling",
     "random tokens",
-    SUBSAMPLING,
-    "average pooling",
+    *BASELINES,
 )
 """Those with a ratio; how much the others take does not depend on one."""
+UNCONFIGURED = (*BASELINES, RUNS)
+"""Those that take options of their own, and none of :func:`earlytom_compile.compile`."""
+PLAIN = (STAGE_1, *UNCONFIGURED)
+"""Rows of plain PyTorch whose time says something (:class:`~earlytom_compile.toyworld.baselines.Plain`)."""
 _BY_HOOKS = (STAGE_1, "only stage 2", "top-k without decoupling", "random tokens")
+_TAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_BY_HOOKS, (*OF_SEGMENTS, "tau_merge")),
+    **dict.fromkeys(BASELINES, baselines.OPTIONS),
+    RUNS: merging.OPTIONS,
+}
 
 
 def taken(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``options`` that mean something to the method of that name; compile() refuses the others."""
-    takes = (*OF_SEGMENTS, "tau_merge") if name in _BY_HOOKS else installed.takes(name, options)
+    takes = _TAKES[name] if name in _TAKES else installed.takes(name, options)
     return {option: value for option, value in options.items() if option in takes}
 
 
-def method(name: str, model: Model, retain_ratio: float, **options: Any) -> Compress:
-    """The method of that name; ``options`` are those of :func:`earlytom_compile.compile`."""
+def method(name: str, model: Model, retain_ratio: float | None, **options: Any) -> Compress:
+    """The method of that name; ``options`` are those of :func:`earlytom_compile.compile`, or its own (UNCONFIGURED),
+    which may do without a ratio."""
+    if name in BASELINES:
+        return baseline(name, model, retain_ratio, **options)
+    if name == RUNS:
+        return merging.runs(model, options["tau_run"], retain_ratio)
     own = own_options(name)
     if own is not None:
         inner = inner_options(name, model.config.text_config.num_hidden_layers)
         return Installed(model, {"retain_ratio": retain_ratio, **own, **inner, **options})
     config = EarlyTomConfig.from_options({"retain_ratio": retain_ratio, **options})
+    if name == STAGE_1:
+        return Merging(model, by_paper(config, FRAMES), config.resolve_merge_layers(len(encoder_layers(model))))
     parts: dict[str, Callable[[Model, EarlyTomConfig, torch.Tensor], Compressed]] = {
         ALL_TOKENS: _all_tokens,
         NO_TOKENS: _no_tokens,
-        STAGE_1: _stage_1,
         "only stage 2": _stage_2,
         "top-k without decoupling": _top_k,
         "random tokens": _random,
-        SUBSAMPLING: _subsampling,
-        "average pooling": _average_pooling,
     }
     compress = parts[name]
     return torch.no_grad()(lambda pixels: compress(model, config, pixels))
@@ -125,7 +140,7 @@ def _merging(
     model: Model, config: EarlyTomConfig, frames: int, merge: bool
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
     """Hooks that merge frames, and note importance and features of the last merge layer, and every layer's frames."""
-    layers = _encoder_layers(model)
+    layers = encoder_layers(model)
     chosen = config.resolve_merge_layers(len(layers))
     seen: dict[str, torch.Tensor] = {}
     computed_frames: list[int] = []
@@ -162,12 +177,6 @@ def _merging(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _encoder_layers(model: Model) -> Any:
-    """The layers of the vision encoder; where they hang depends on the version of transformers."""
-    (layers,) = (m for name, m in model.model.vision_tower.named_modules() if name.endswith("encoder.layers"))
-    return layers
 
 
 def attention_received(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -211,8 +220,7 @@ def two_stages(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Co
         choice = cost.importance(shape, encoded.scored_frames) + cost.similarities(shape, len(encoded.tokens))
         return _selected(encoded, encoded.segments, config, len(pixels), choice)
     kept = reference.select_representatives(encoded.tokens, frames_in=len(pixels), retain_ratio=config.retain_ratio)
-    left = len(encoded.tokens)  # at most 8 frames: one window
-    choice = 2.0 * (left * shape.pooled_tokens) ** 2 * shape.llm_width
+    choice = cost.representatives(shape, len(encoded.tokens))
     return encoded.left(encoded.tokens[kept[:, 0], kept[:, 1]], len(pixels), choice)
 
 
@@ -241,26 +249,3 @@ def _random(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compr
     generator = torch.Generator().manual_seed(int(pixels.double().sum().item() * 1000) % 2**31)
     kept = torch.randperm(len(every.tokens), generator=generator)[: _budget(config, len(pixels))].sort().values
     return every._replace(tokens=every.tokens[kept])
-
-
-# --- Baselines --------------------------------------------------------------------------------------
-
-
-def middle_frames(config: EarlyTomConfig, pixels: torch.Tensor) -> torch.Tensor:
-    """As many evenly spaced frames as the budget has room for, at least one."""
-    count = max(1, round(_budget(config, len(pixels)) / POOLED**2))
-    middle = (torch.arange(count) + 0.5) * len(pixels) / count
-    return pixels[middle.long()]
-
-
-def _subsampling(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    return _every(encode(model, config, middle_frames(config, pixels), merge=False), len(pixels))
-
-
-def _average_pooling(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    """Means over 2 x 2 tokens of a frame, and over as many frames as the budget demands."""
-    every = _all_tokens(model, config, pixels)
-    side = POOLED // 2
-    times = max(1, round(_budget(config, len(pixels)) / side**2))
-    volume = every.tokens.view(len(pixels), POOLED, POOLED, -1).permute(3, 0, 1, 2)
-    return every._replace(tokens=F.adaptive_avg_pool3d(volume, (times, side, side)).flatten(1).T)

@@ -11,7 +11,7 @@ interval of too few videos, which is null in JSON)
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -21,18 +21,32 @@ from earlytom_compile.benchmarks import markdown
 from earlytom_compile.toyworld.evaluate import Arm, Questions, Result
 from earlytom_compile.toyworld.methods import ALL_TOKENS
 from earlytom_compile.toyworld.questions import CATEGORIES
+from earlytom_compile.toyworld.seeds import OverModels
 from earlytom_compile.words import counted
 
-_NOTHING = "–"
-HEADINGS = (
-    "method", "ratio", "tokens", "a layer", "encoder", "MFLOP", "TTFT ms", "accuracy (95% CI)", "of all tokens'",
-    *CATEGORIES,
-)  # fmt: skip
+NOTHING = "–"
+_SHOWN = ("method", "ratio", "tokens", "a layer", "encoder", "MFLOP", "TTFT ms", "accuracy (95% CI)")
+
+
+def headings(results: Sequence[Result]) -> tuple[str, ...]:
+    """Of the columns."""
+    return (*_SHOWN, *models_heading(results), "of all tokens'", *CATEGORIES)
+
+
+def models_heading(results: Sequence[Result]) -> tuple[str, ...]:
+    """Of a column for each model's own accuracy, where several were asked."""
+    return ("each model",) if results and isinstance(results[0], OverModels) else ()
+
+
+def each_text(result: Result) -> tuple[str, ...]:
+    """Its cell: ``97.3 96.9 97.1``."""
+    own = " ".join(_percent(one.accuracy()) for one in result.each) if isinstance(result, OverModels) else ""
+    return (own,) if own else ()
 
 
 def label(arm: Arm) -> str:
     """The method, and the options that this row alone has: ``only reuse, tau_reuse=0.06, full_layers=5,7``."""
-    values = ((name, ",".join(map(str, value)) if isinstance(value, tuple) else value) for name, value in arm.settings)
+    values = ((name, ",".join(map(str, x)) or "none" if isinstance(x, tuple) else x) for name, x in arm.settings)
     return ", ".join([arm.method, *(f"{name}={value}" for name, value in values)])
 
 
@@ -45,33 +59,42 @@ def rows(results: Sequence[Result], questions: Questions) -> list[tuple[str, ...
         cells.append(
             (
                 label(arm),
-                "" if arm.retain_ratio is None else f"{arm.retain_ratio:.0%}",
+                ratio_text(result),
                 f"{result.cost.tokens:.0f}",
                 f"{result.cost.layer_tokens:.1f}",
                 f"{result.cost.work:.1%}",
                 f"{result.cost.flops / 1e6:.0f}",
-                _milliseconds(result),
-                _with_interval(result),
+                milliseconds(result),
+                accuracy_text(result),
+                *each_text(result),
                 f"{result.accuracy() / full:.1%}" if full and arm.method != ALL_TOKENS else "",
                 *(_percent(result.accuracy(category)) for category in CATEGORIES),
             )
         )
     chance = questions.chance
-    guessing = ("guessing", *[""] * 6, _percent(questions.overall_chance), "")
+    beside = [""] * (1 + len(models_heading(results)))
+    guessing = ("guessing", *[""] * 6, _percent(questions.overall_chance), *beside)
     return [*cells, (*guessing, *(_percent(chance[category]) for category in CATEGORIES))]
 
 
-def _milliseconds(result: Result) -> str:
-    return f"{1e3 * statistics.median(result.ttft):.1f}" if result.ttft else _NOTHING
+def ratio_text(result: Result) -> str:
+    """A share of the tokens; nothing for a row without one."""
+    return "" if result.arm.retain_ratio is None else f"{result.arm.retain_ratio:.0%}"
+
+
+def milliseconds(result: Result) -> str:
+    """The median time to the first token."""
+    return f"{1e3 * statistics.median(result.ttft):.1f}" if result.ttft else NOTHING
 
 
 def _percent(share: float) -> str:
-    return _NOTHING if math.isnan(share) else f"{100 * share:.1f}"
+    return NOTHING if math.isnan(share) else f"{100 * share:.1f}"
 
 
-def _with_interval(result: Result) -> str:
+def accuracy_text(result: Result) -> str:
+    """In percent, with its interval: ``97.3 (96.7-97.9)``."""
     low, high = map(_percent, result.interval())
-    return f"{_percent(result.accuracy())} ({_NOTHING if low == _NOTHING else f'{low}-{high}'})"
+    return f"{_percent(result.accuracy())} ({NOTHING if low == NOTHING else f'{low}-{high}'})"
 
 
 def unseen_pairs(results: Sequence[Result], questions: Questions) -> dict[str, Any]:
@@ -89,7 +112,7 @@ def _parts(results: Sequence[Result], questions: Questions) -> dict[str, Result]
 
 def _unseen_text(results: Sequence[Result], questions: Questions) -> str:
     parts = [
-        f"{_with_interval(part)} in the {counted(len(part.asked), 'video')} {name}"
+        f"{accuracy_text(part)} in the {counted(len(part.asked), 'video')} {name}"
         if len(part.asked)
         else f"no video {name}"
         for name, part in _parts(results, questions).items()
@@ -100,7 +123,7 @@ def _unseen_text(results: Sequence[Result], questions: Questions) -> str:
 def table(results: Sequence[Result], questions: Questions) -> Table:
     """For people at a terminal."""
     drawn = Table(title=title(results), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, heading in enumerate(HEADINGS):
+    for index, heading in enumerate(headings(results)):
         drawn.add_column(heading, justify="right" if index else "left", overflow="fold")
     for cells in rows(results, questions):
         drawn.add_row(*cells)
@@ -110,24 +133,34 @@ def table(results: Sequence[Result], questions: Questions) -> Table:
 
 def to_markdown(results: Sequence[Result], questions: Questions, about: dict[str, Any]) -> str:
     """The command, where it ran, and the table."""
-    lines = markdown.heading(about) + markdown.table(title(results), HEADINGS, rows(results, questions))
+    lines = markdown.heading(about) + markdown.table(title(results), headings(results), rows(results, questions))
     return "\n".join([*lines, _unseen_text(results, questions)]) + "\n"
 
 
-def to_dict(results: Sequence[Result], questions: Questions, about: dict[str, Any]) -> dict[str, Any]:
-    """For JSON."""
+def to_dict(
+    results: Sequence[Result], questions: Questions, about: dict[str, Any], of_models: Mapping[str, Sequence[Result]]
+) -> dict[str, Any]:
+    """For JSON: ``results`` are rows over all models that were asked, ``of_models`` every row of each."""
     chance = {"overall": questions.overall_chance, **questions.chance}
-    unseen = unseen_pairs(results, questions)
-    rows = [result.to_dict() for result in results]
-    return {**about, **_without_nan({"chance": chance, "unseen pairs": unseen, "results": rows})}
+    unseen = unseen_pairs(results, questions) if results else {}
+    rows = [{"model": model, **result.to_dict()} for model, own in of_models.items() for result in own]
+    together = [_summary(result) for result in results if isinstance(result, OverModels)]
+    over = {"over models": together} if together else {}
+    return {**about, **without_nan({"chance": chance, "unseen pairs": unseen, **over, "results": rows})}
 
 
-def _without_nan(content: Any) -> Any:
-    """JSON has no NaN."""
+def _summary(result: OverModels) -> dict[str, Any]:
+    """Of a row over several models, without what stands with each of them."""
+    own = {name: value for name, value in result.to_dict().items() if name not in ("ttft", "answers")}
+    return {**own, "each model": [one.accuracy() for one in result.each]}
+
+
+def without_nan(content: Any) -> Any:
+    """The same with null in the place of NaN, which JSON does not have."""
     if isinstance(content, dict):
-        return {name: _without_nan(value) for name, value in content.items()}
+        return {name: without_nan(value) for name, value in content.items()}
     if isinstance(content, list):
-        return [_without_nan(value) for value in content]
+        return [without_nan(value) for value in content]
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
@@ -135,5 +168,6 @@ def title(results: Sequence[Result]) -> str:
     """How much was asked."""
     if not results:
         return ""
-    asked = results[0].asked
-    return f"{counted(int(asked.sum()), 'question')} about {counted(len(asked), 'video')}"
+    asked, models = results[0].asked > 0, results[0].asked.max()
+    of_models = f", each model of {models}" if isinstance(results[0], OverModels) else ""
+    return f"{counted(int(asked.sum()), 'question')} about {counted(len(asked), 'video')}{of_models}"

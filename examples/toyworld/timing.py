@@ -15,31 +15,31 @@ from typing import Any
 import torch
 
 from earlytom_compile.benchmarks.measure import timed as seconds_of
-from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.toyworld.answers import FIRST_TOKEN, normalized, prompt_ids
-from earlytom_compile.toyworld.evaluate import Arm, Questions, options_of
+from earlytom_compile.toyworld.baselines import Plain
+from earlytom_compile.toyworld.batches import BEFORE
+from earlytom_compile.toyworld.evaluate import Arm, Questions
 from earlytom_compile.toyworld.installed import Compress, Installed, Model, own_options
-from earlytom_compile.toyworld.methods import ALL_TOKENS, SUBSAMPLING, middle_frames
+from earlytom_compile.toyworld.methods import ALL_TOKENS, PLAIN
 from earlytom_compile.toyworld.model import POOLED
 from earlytom_compile.toyworld.questions import Question
 
 Call = Callable[[torch.Tensor, Question], torch.Tensor]
-"""From the pixels of a video, [8, 3, 96, 96], and a question about it to the prompt with the first new token."""
+"""From the pixels of a video, [8, 3, 96, 96], and a question about it to ids that end in the first new token."""
 _WARM_UP = 2  # calls of each: the first one traces the model
 
 
 def can_be_called(arm: Arm) -> bool:
-    """Whether ``generate`` runs it; what is written with hooks takes a time that says nothing."""
-    return arm.method in (ALL_TOKENS, SUBSAMPLING) or own_options(arm.method) is not None
+    """Whether its time says something; that of what is written from the specification does not."""
+    return arm.method in (ALL_TOKENS, *PLAIN) or own_options(arm.method) is not None
 
 
 def first_token(model: Model, arm: Arm, compress: Compress) -> Call:
     """``generate`` of one token, for an arm that :func:`can_be_called` and the method that was :func:`made` of it."""
     if isinstance(compress, Installed):
         return partial(_generate, compress.model)
-    if arm.method == SUBSAMPLING:
-        config = EarlyTomConfig.from_options(options_of(arm, {}))
-        return lambda pixels, question: _generate(model, middle_frames(config, pixels), question)
+    if isinstance(compress, Plain):
+        return lambda pixels, question: _generate_behind(model, compress.tokens(pixels), question)
     return partial(_generate, model)
 
 
@@ -48,6 +48,16 @@ def _generate(model: Any, pixels: torch.Tensor, question: Question) -> torch.Ten
     said: torch.Tensor = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=pixels[None], **FIRST_TOKEN
     )
+    return said
+
+
+def _generate_behind(model: Any, tokens: torch.Tensor, question: Question) -> torch.Tensor:
+    """The same with these tokens, [K, C], in the place of those that the model would make of pixels."""
+    words = model.get_input_embeddings()(torch.tensor(prompt_ids(question, 0), device=tokens.device))
+    before, behind = words[: len(BEFORE)], words[len(BEFORE) :]
+    prompt = torch.cat([before, tokens, model.model.image_newline[None], behind])[None]
+    there = torch.ones(prompt.shape[:2], dtype=torch.int64, device=tokens.device)
+    said: torch.Tensor = model.generate(inputs_embeds=prompt, attention_mask=there, **FIRST_TOKEN)
     return said
 
 

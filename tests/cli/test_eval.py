@@ -14,10 +14,13 @@ from earlytom_compile.cli import eval_toy as command
 from earlytom_compile.cli.main import main
 from earlytom_compile.methods import registry
 from earlytom_compile.methods.base import Method, Step
-from earlytom_compile.toyworld import evaluate, timing
+from earlytom_compile.toyworld import evaluate, pareto_rows, timing
+from earlytom_compile.toyworld.baselines import BASELINES, SUBSAMPLING
 from earlytom_compile.toyworld.evaluate import Arm, Cost, Result, arms
 from earlytom_compile.toyworld.installed import OURS, PLUS_MERGING, REUSE, other_methods
-from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, SUBSAMPLING
+from earlytom_compile.toyworld.merging import RUNS
+from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS
+from earlytom_compile.toyworld.model import WEIGHTS
 from earlytom_compile.toyworld.questions import CATEGORIES
 
 VIDEOS = 4
@@ -243,7 +246,7 @@ CALLS = VIDEOS * len(TIMED)
 @pytest.mark.parametrize("stop_at", cases((0,), (4,), (6,), (CALLS,), among=[(call,) for call in range(CALLS + 1)]))
 def test_wherever_timing_is_stopped_the_rest_is_timed_and_nothing_twice(stop_at, counted, tmp_path, capsys):
     file, whole, calls = tmp_path / "eval.json", stop_at // len(TIMED), CALLS
-    words = [*TOY, "--methods", "frame", "--retain-ratios", "0.25,0.1", "--json", str(file)]
+    words = [*TOY, "--methods", "frame s", "--retain-ratios", "0.25,0.1", "--json", str(file)]
     counted.stop_at_call = stop_at
     assert main(words) == (130 if stop_at < calls else 0)
     said = f"has 3 of 3 rows, timed on {whole} video{'s' if whole > 1 else ''};" if whole else "has 3 of 3 rows;"
@@ -260,21 +263,77 @@ def test_wherever_timing_is_stopped_the_rest_is_timed_and_nothing_twice(stop_at,
     assert all(asked[i] == asked[i - i % len(TIMED)] for i in range(len(asked)))
 
 
-def test_rows_that_run_no_installed_code_are_not_timed(counted, tmp_path, capsys):
+def test_rows_of_the_specification_are_not_timed(counted, tmp_path, capsys):
     file = tmp_path / "eval.json"
     words = [*TOY, "--retain-ratios", "0.1", "--json", str(file)]
-    assert main([*words, "--methods", "no tokens,random,average,earlytom paper"]) == 0
+    assert main([*words, "--methods", "no tokens,random,only stage 2,earlytom paper"]) == 0
     times = {row["method"]: len(row["ttft"]) for row in json.loads(file.read_text())["results"]}
     assert times == {
-        **dict.fromkeys(("no tokens", "random tokens", "average pooling"), 0),
+        **dict.fromkeys(("no tokens", "random tokens", "only stage 2"), 0),
         **dict.fromkeys((ALL_TOKENS, "earlytom paper", "earlytom paper, inner"), VIDEOS),
     }
     # More methods later: their videos are timed, and those of the others stay.
     before, counted.called = json.loads(file.read_text())["results"], []
-    assert main([*words, "--methods", "earlytom paper,frame", "--resume"]) == 0
+    assert main([*words, "--methods", "earlytom paper,frame s", "--resume"]) == 0
     after = {row["method"]: row["ttft"] for row in json.loads(file.read_text())["results"]}
     assert all(after[row["method"]] == row["ttft"] for row in before) and len(after[SUBSAMPLING]) == VIDEOS
     assert {arm for arm, _ in counted.called} == {Arm(SUBSAMPLING, 0.1)}
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Two folders with the same checkpoint."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.symlink_to(WEIGHTS, target_is_directory=True)
+    return [str(folder) for folder in folders]
+
+
+def test_each_model_is_asked_every_row_and_what_is_missing_alone_is_asked_again(counted, seeds, tmp_path, capsys):
+    file, rows = tmp_path / "eval.json", [Arm(ALL_TOKENS), Arm("random tokens", 0.1)]
+    words = [*TOY, "--retain-ratios", "0.1", "--methods", "random", "--json", str(file)]
+    first, second = ([*words, "--resume", "--model", seed] for seed in seeds)
+    assert main(first) == 0 and counted == rows
+    alone = json.loads(file.read_text())
+    assert [row["model"] for row in alone["results"]] == seeds[:1] * 2 and "over models" not in alone
+    assert "each model" not in capsys.readouterr().out
+    both = [*first, "--model", seeds[1]]
+    counted.stop_at = 3
+    assert main(both) == 130
+    assert "has 3 of 4 rows, timed on 4 videos;" in " ".join(capsys.readouterr().err.split())
+    counted.stop_at = None
+    assert main(both) == 0 and counted == [*rows, *rows]
+    assert "each model" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert found["results"][:2] == alone["results"] and found["models"] == seeds
+    assert [row["model"] for row in found["results"]] == [seeds[0]] * 2 + [seeds[1]] * 2
+    for mean, one, other in zip(found["over models"], found["results"], found["results"][2:], strict=False):
+        assert mean["each model"] == [one["accuracy"], other["accuracy"]] and "answers" not in mean
+        assert mean["accuracy"] == pytest.approx((one["accuracy"] + other["accuracy"]) / 2)
+    # What another model said stays in the file, and out of the table.
+    assert main(second) == 0 and len(counted) == 4 and "each model" not in capsys.readouterr().out
+    assert len(json.loads(file.read_text())["results"]) == 4
+
+
+def test_pareto_chooses_rows_and_says_what_nothing_beats(counted, tmp_path, capsys):
+    file, folder = tmp_path / "pareto.json", tmp_path / "plots"
+    words = [*TOY, "--pareto", "--methods", "frame,average,earlytom plus,random", "--json", str(file)]
+    assert main([*words, "--markdown", str(tmp_path / "pareto.md"), "--plot", str(folder)]) == 0
+    expected = [
+        arm
+        for arm in pareto_rows.arms()
+        if arm.method in (ALL_TOKENS, "random tokens", RUNS, *BASELINES) or arm.method.startswith("earlytom plus")
+    ]
+    assert counted == expected and {Arm("random tokens", ratio) for ratio in evaluate.RATIOS} <= {*counted}
+    content = json.loads(file.read_text())
+    assert list(map(evaluate.arm_of, content["pareto"])) == expected
+    # All cost the same operations here: the best of them are on that front.
+    best = max(row["accuracy"] for row in content["pareto"])
+    assert all(("MFLOP" in row["front"]) == (row["accuracy"] == best) for row in content["pareto"])
+    table = (tmp_path / "pareto.md").read_text()
+    assert "plus ahead at equal MFLOP" in table and "| frame subsampling, frames=3 |" in table
+    assert "frames in runs, tau_run=0.8" in capsys.readouterr().out
+    assert [path.name for path in folder.iterdir()] == ["pareto.png"]
 
 
 @pytest.mark.parametrize(
@@ -321,6 +380,10 @@ def test_rows_of_other_videos_or_options_are_refused(more, says, counted, tmp_pa
         (["--inner-layer", "4"], "inner_layer=4: the language model has layers 0 to 3"),
         (["--methods", "random", "--inner-layer", "2"], "inner_layer=2: none of these takes it"),
         (["--resume"], "--resume without --json FILE"),
+        (["--pareto", "--methods", "xyz"], "methods='xyz': no method begins so"),
+        (["--pareto", "--try", "frames=3"], "unknown option 'frames'"),
+        (["--model", "a", "--model", "b", "--model", "a"], "model='a' is given twice"),
+        (["--model", str(WEIGHTS), "--model", "/nowhere"], "/nowhere"),
     ],
 )
 def test_mistakes_are_found_first(more, says, counted, monkeypatch, capsys):

@@ -182,7 +182,7 @@ def test_what_was_not_asked_is_a_dash_and_one_is_not_many(questions):
     text = report.to_markdown([full], few, {"command": "c"})
     assert "nan" not in text and "3 questions about 3 videos" in text
     assert "100.0 (–) in the 1 video with an unseen pair, 100.0 (100.0-100.0) in the 2 videos without." in text
-    content = report.to_dict([full], few, {"torch": "2"})
+    content = report.to_dict([full], few, {"torch": "2"}, {"m": [full]})
     json.dumps(content, allow_nan=False)
     assert content["unseen pairs"]["with an unseen pair"] == {"videos": 1, "accuracy": 1.0, "interval": [None, None]}
     assert content["results"][0]["categories"]["needle"] == {"accuracy": None, "interval": [None, None]}

@@ -11,7 +11,7 @@ from oracle_reuse import ReusingEncoder
 from earlytom_compile import reference
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.errors import EarlyTomConfigError
-from earlytom_compile.toyworld import installed, methods
+from earlytom_compile.toyworld import installed, merging, methods
 from earlytom_compile.toyworld.answers import normalized
 from earlytom_compile.toyworld.checkpoint import build_model as build_tiny_model
 from earlytom_compile.toyworld.language import build_tokenizer
@@ -69,7 +69,7 @@ def test_the_installed_code_agrees_with_hooks_and_specification(shallow, videos,
 
 def reused(model, pixels, **options):
     """Tokens [8, 16, C] and the share of the layers' work, by the oracle's hooks on the tower's own layers."""
-    layers = methods._encoder_layers(model)
+    layers = merging.encoder_layers(model)
     encoder = ReusingEncoder(layers, pixels, SHAPE.patch, **options)
     with encoder.hooked():
         model.model.vision_tower(pixels)
@@ -214,7 +214,7 @@ def test_only_stage_1_keeps_every_token_of_the_frames_left(model):
 
 @torch.no_grad()
 def test_importance_is_the_attention_of_transformers(model, videos):
-    layer = methods._encoder_layers(model)[6]
+    layer = merging.encoder_layers(model)[6]
     hidden = model.model.vision_tower(videos[0], output_hidden_states=True).hidden_states[6]
     attention = layer.self_attn
     normed = layer.layer_norm1(hidden)

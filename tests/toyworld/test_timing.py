@@ -6,14 +6,16 @@ import pytest
 import torch
 
 import earlytom_compile
-from earlytom_compile.toyworld import timing
+from earlytom_compile.toyworld import report, timing
 from earlytom_compile.toyworld.answers import answer_logits, normalized
+from earlytom_compile.toyworld.baselines import AVERAGING, BASELINES, POOLING, SUBSAMPLING
 from earlytom_compile.toyworld.batches import rows_of
 from earlytom_compile.toyworld.checkpoint import build_model
 from earlytom_compile.toyworld.evaluate import Arm, arms, load_questions, made
 from earlytom_compile.toyworld.installed import REUSE
 from earlytom_compile.toyworld.language import build_tokenizer
-from earlytom_compile.toyworld.methods import ALL_TOKENS, SUBSAMPLING
+from earlytom_compile.toyworld.merging import RUNS
+from earlytom_compile.toyworld.methods import ALL_TOKENS, STAGE_1
 from earlytom_compile.toyworld.model import SHAPE
 
 
@@ -27,10 +29,19 @@ def questions():
     return load_questions("validation", first=3, videos=3)
 
 
-ROWS = (Arm(ALL_TOKENS), Arm("earlytom paper", 0.25), Arm(SUBSAMPLING, 0.25))
+ROWS = (
+    Arm(ALL_TOKENS),
+    Arm("earlytom paper", 0.25),
+    Arm(SUBSAMPLING, 0.25),
+    Arm(AVERAGING, None, (("frames", 3),)),
+    Arm(POOLING, None, (("grid", (3, 2, 4)),)),
+    Arm(RUNS, None, (("tau_run", 0.5),)),
+    Arm(RUNS, 0.1, (("tau_run", 0.5),)),
+    Arm(STAGE_1),
+)
 
 
-@pytest.mark.parametrize("arm", ROWS, ids=lambda arm: arm.method)
+@pytest.mark.parametrize("arm", ROWS, ids=report.label)
 @torch.no_grad()
 def test_the_first_token_is_the_rows_answer(model, questions, arm):
     compress = made(model, arm, {})
@@ -54,7 +65,7 @@ def test_a_compressed_row_is_called_compressed(model, questions):
 def test_only_what_generate_runs_is_timed():
     found = {arm.method for arm in arms((0.1,)) if timing.can_be_called(arm)}
     assert found == {
-        *(ALL_TOKENS, REUSE, SUBSAMPLING, "earlytom plus, merging"),
+        *(ALL_TOKENS, REUSE, STAGE_1, *BASELINES, "earlytom plus, merging"),
         *(f"earlytom {variant}{inner}" for variant in ("paper", "released", "plus") for inner in ("", ", inner")),
     }
 
