@@ -142,16 +142,18 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Everything above, for JSON; ``answers`` has a word for each video and a letter for each category: 1 right,
         0 wrong, - not asked."""
+        return {**self.summary(), "ttft": list(self.ttft), "answers": self._answers}
+
+    def summary(self) -> dict[str, Any]:
+        """The same without what there is of each video."""
         low, high = self.interval()
         return {
             "method": self.arm.method,
             "retain_ratio": self.arm.retain_ratio,
             "settings": dict(self.arm.settings),
             **self.cost._asdict(),
-            "ttft": list(self.ttft),
             "accuracy": self.accuracy(),
             "interval": [low, high],
-            "answers": self._answers,
             "categories": {c: {"accuracy": self.accuracy(c), "interval": list(self.interval(c))} for c in CATEGORIES},
         }
 

@@ -144,15 +144,13 @@ def to_dict(
     chance = {"overall": questions.overall_chance, **questions.chance}
     unseen = unseen_pairs(results, questions) if results else {}
     rows = [{"model": model, **result.to_dict()} for model, own in of_models.items() for result in own]
-    together = [_summary(result) for result in results if isinstance(result, OverModels)]
+    together = [
+        {**result.summary(), "each model": [one.accuracy() for one in result.each]}
+        for result in results
+        if isinstance(result, OverModels)
+    ]
     over = {"over models": together} if together else {}
     return {**about, **without_nan({"chance": chance, "unseen pairs": unseen, **over, "results": rows})}
-
-
-def _summary(result: OverModels) -> dict[str, Any]:
-    """Of a row over several models, without what stands with each of them."""
-    own = {name: value for name, value in result.to_dict().items() if name not in ("ttft", "answers")}
-    return {**own, "each model": [one.accuracy() for one in result.each]}
 
 
 def without_nan(content: Any) -> Any:
