@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,16 @@ from effort import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from earlytom_compile.cli.main import main
 from earlytom_compile.toyworld import evaluate, pareto_plot, pareto_report, pareto_rows, report, timing
 from earlytom_compile.toyworld.baselines import AVERAGING, BASELINES, POOLING, SUBSAMPLING
+from earlytom_compile.toyworld.checkpoint import build_model
 from earlytom_compile.toyworld.evaluate import Arm, Cost, Result
 from earlytom_compile.toyworld.installed import REUSE
+from earlytom_compile.toyworld.language import build_tokenizer
 from earlytom_compile.toyworld.merging import RUNS
 from earlytom_compile.toyworld.methods import ALL_TOKENS, STAGE_1, taken
+from earlytom_compile.toyworld.model import SHAPE, save
 from earlytom_compile.toyworld.pareto import ahead, flops_of, front, mixture, on_front, ttft_of
 from earlytom_compile.toyworld.pareto_rows import OF_PLUS, PAPER, PLUS
 from earlytom_compile.toyworld.seeds import OverModels, over_models
@@ -173,6 +178,23 @@ def test_each_row_is_told_from_the_others_by_what_its_method_takes():
 
 def arm_row(arm):
     return Result(arm, Cost(1, 1, 1, 1), ASKED, ASKED)
+
+
+def test_rows_of_two_models_are_counted_timed_and_drawn(tmp_path, capsys):
+    shape, tokenizer = replace(SHAPE, vision_layers=2, text_layers=1), build_tokenizer()
+    folders = [str(save(build_model(shape, tokenizer, seed=seed), tmp_path / str(seed))) for seed in (1, 2)]
+    models = [word for folder in folders for word in ("--model", folder)]
+    words = ["eval", "--toy", "--pareto", "--methods", "average pooling", "--videos", "3", "--repeats", "1"]
+    file, plots = tmp_path / "a.json", tmp_path / "plots"
+    assert main([*words, *models, "--device", "cpu", "--json", str(file), "--plot", str(plots)]) == 0
+    content = json.loads(file.read_text())
+    assert {row["model"] for row in content["results"]} == {*folders} and (plots / "pareto.png").exists()
+    assert len(content["results"]) == 2 * len(content["pareto"]) == 2 * len(content["over models"]) > 10
+    assert all(len(row["ttft"]) == 1 for row in content["results"])
+    flops = {row["flops"] for row in content["pareto"]}
+    assert len(flops) == len(content["pareto"])
+    cheapest = min(content["pareto"], key=lambda row: row["flops"])
+    assert "MFLOP" in cheapest["front"] and "each model" in capsys.readouterr().out
 
 
 # --- Table and picture ------------------------------------------------------------------------------
