@@ -36,10 +36,11 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Every method at every ratio, or what ``--pareto`` chooses, of every model."""
     try:
         from ..toyworld.model import WEIGHTS
+
+        arms = _arms(arguments, [read_settings(text) for text in arguments.try_])
     except ImportError as error:
         raise EarlyTomConfigError(f"{error}: pip install '.[toy]' in the repository brings what it needs.") from error
     progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
-    arms = _arms(arguments, [read_settings(text) for text in arguments.try_])
     _refuse_what_does_nothing(arguments, options, arms)
     models = {
         name or _OURS: open_checkpoint(str(name or WEIGHTS), device=arguments.device)
