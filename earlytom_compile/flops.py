@@ -39,7 +39,7 @@ Protocol = Literal["paper", "exact"]
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "exact")
 Variant = Literal["paper", "released", "plus"]
 _LEAST_BLOCK_FRAMES = 16  # of ``frame_similarity``
-_MOST_FRAMES_OF_A_WINDOW = 8  # among which ``plus`` looks for representatives
+_BLOCK = 8, 16  # most frames, and tokens of each, among which ``plus`` looks for representatives
 
 TABLE_ROUNDING = 0.05e12
 """The paper's numbers are rounded to 0.1 T: the true one is at most this far away."""
@@ -172,8 +172,8 @@ def _operators(
     selection; and the scores of the last merge layer's attention, which nobody keeps and importance needs again. A
     schedule of one number is one in which unchanged patches are reused and no frames merge.
 
-    ``plus`` selects by neither, but by the similarities of every pooled token with every other of its window; taking
-    the tokens one by one is sums and comparisons, without a product.
+    ``plus`` selects by neither, but by the similarities of every pooled token with every other of its block; taking the
+    tokens one by one is sums and comparisons, without a product.
     """
     if config.method != EARLYTOM:
         return _of_method(shape, round(schedule[0]), config, kept or 0)
@@ -181,10 +181,14 @@ def _operators(
     similarities = [2 * _pairs(frames, band) * values for frames in schedule]
     if config.selects_by_attention():
         return sum(similarities) + 2 * shape.attention_scores(scored, schedule[max(0, len(schedule) - 2)])
-    windows = -(-schedule[-1] // _MOST_FRAMES_OF_A_WINDOW)
-    size, larger = divmod(schedule[-1], windows)
-    squares = (windows - larger) * size**2 + larger * (size + 1) ** 2
-    return sum(similarities[:-1]) + 2 * squares * shape.pooled_tokens**2 * shape.llm_width
+    return sum(similarities[:-1]) + _of_blocks(shape, math.ceil(schedule[-1]))
+
+
+def _of_blocks(shape: ModelShape, frames: int) -> float:
+    """Products of ``select_representatives``: blocks are as large as the largest of them."""
+    numbers = [-(-whole // most) for whole, most in zip((frames, shape.pooled_tokens), _BLOCK, strict=True)]
+    frames_of_each, tokens_of_each = -(-frames // numbers[0]), -(-shape.pooled_tokens // numbers[1])
+    return 2 * math.prod(numbers) * (frames_of_each * tokens_of_each) ** 2 * shape.llm_width
 
 
 def _pairs(frames: float, band: int) -> float:

@@ -22,9 +22,11 @@ compared as such. Ties go to the lower index. Bad input raises EarlyTomConfigErr
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -61,10 +63,10 @@ __all__ = [
 VARIANTS = ("paper", "released")
 DEFAULT_MAX_WINDOW = 128  # the paper names none; with it, no frame is compared with more than 127 others
 RELEASED_MAX_WINDOW = 8  # the released code's default of its environment variable M
-
-WINDOW = 8  # most frames among which representatives are looked for together
+WINDOW, STRIP = 8, 16  # most frames, and tokens of each, among which representatives are looked for together
 FADING = 0.75  # of a token's likeness, what is left one merged frame further away
 TIE = 1e-3  # gains this close are equal: rounding must not choose among copies of a token
+
 
 Segment = tuple[int, int]  # first and last frame, both inclusive
 
@@ -444,11 +446,12 @@ def select_representatives(features: Tensor, *, frames_in: int, retain_ratio: fl
     frames_in: B, frames of the video before any merging.
     retain_ratio: r, the share of the B * P tokens to keep, in (0, 1].
 
-    The frames are cut into ceil(N / 8) windows, sizes differing by at most 1, longer first. The first n frames
-    together keep floor(K * n / N) tokens wherever a window ends, and each window keeps what brings the sum there. In
-    a window, the next token is always the one that raises the sum over all tokens of their likeness
-    (:func:`_likeness`) to the nearest kept one most; gains within ``TIE`` of the largest are as good, and of
-    these the lower index wins.
+    The frames are cut into ceil(N / 8) windows and the tokens of a frame into ceil(P / 16) strips, sizes differing by
+    at most 1, longer first; a window of a strip is a block. In a block, the next token is always the one that raises
+    the sum over its tokens of their likeness (:func:`_likeness`) to the nearest taken one most; gains within ``TIE`` of
+    the largest are as good, and of these the lower index wins. A block of m tokens takes at most ceil(2 K m / (N P)).
+    Of all that were taken, those K stay whose turn had the largest gain, counted in whole ``TIE`` (halves up); of equal
+    ones those of earlier turns, then of earlier blocks.
 
     Raises EarlyTomConfigError for a wrong shape or dtype, non-finite features, options out of range, or K > N * P.
     """
@@ -456,12 +459,15 @@ def select_representatives(features: Tensor, *, frames_in: int, retain_ratio: fl
     _check_budget_options(frames_in, retain_ratio)
     frames, tokens = features.shape[:2]
     total = _checked_total(frames, tokens, frames_in, retain_ratio)
-    kept: list[tuple[int, int]] = []
-    end = 0
-    for size in _near_equal(frames, math.ceil(frames / WINDOW)):
-        start, end = end, end + size
-        for place in _greedy_cover(_likeness(features[start:end]), total * end // frames - len(kept)):
-            kept.append((start + place // tokens, place % tokens))
+    turns = []
+    for number, (window, strip) in enumerate(itertools.product(_runs(frames, WINDOW), _runs(tokens, STRIP))):
+        block = [(frame, token) for frame in window for token in strip]
+        inside = [(frame - window.start) * tokens + token for frame, token in block]
+        likeness = _likeness(features[window.start : window.stop])[inside][:, inside]
+        limit = math.ceil(Fraction(2 * total * len(block), frames * tokens))
+        for turn, (gain, taken) in enumerate(_greedy_cover(likeness, limit)):
+            turns.append((-math.floor(gain / TIE + 0.5), turn, number, block[taken]))
+    kept = sorted(place for _, _, _, place in sorted(turns)[:total])
     return torch.tensor(kept, dtype=torch.int64, device=features.device)
 
 
@@ -485,23 +491,27 @@ def _likeness(window: Tensor) -> Tensor:
     return torch.stack(rows).cpu()
 
 
-def _greedy_cover(likeness: Tensor, count: int) -> list[int]:
-    """``count`` of n tokens, ascending: each adds most to what those before it cover."""
-    kept: list[int] = []
+def _greedy_cover(likeness: Tensor, limit: int) -> list[tuple[float, int]]:
+    """At most ``limit`` of n tokens, each adding most to what those before it cover: the largest gain before each turn,
+    and the token that is taken."""
+    turns: list[tuple[float, int]] = []
     nearest = torch.zeros(len(likeness), dtype=likeness.dtype)
-    for _ in range(count):
+    open_places = list(range(len(likeness)))
+    while open_places and len(turns) < limit:
         gains = (likeness - nearest[:, None]).clamp(min=0).sum(0).tolist()
-        open_places = [j for j in range(len(gains)) if j not in kept]
         best = max(gains[j] for j in open_places)
         chosen = min(j for j in open_places if gains[j] >= best - TIE)
-        kept.append(chosen)
+        turns.append((best, chosen))
+        open_places.remove(chosen)
         nearest = torch.maximum(nearest, likeness[:, chosen])
-    return sorted(kept)
+    return turns
 
 
-def _near_equal(whole: int, parts: int) -> list[int]:
-    """Sizes of ``parts`` parts, differing by at most 1, larger first."""
-    return [whole // parts + (part < whole % parts) for part in range(parts)]
+def _runs(whole: int, most: int) -> list[range]:
+    """As few consecutive parts of at most ``most`` as there can be, sizes differing by at most 1, larger first."""
+    number = math.ceil(whole / most)
+    sizes = [whole // number + (part < whole % number) for part in range(number)]
+    return [range(begin, end) for begin, end in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
 
 # --- Stage 3: merging inside the LLM --------------------------------------------------------------

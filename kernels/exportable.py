@@ -21,7 +21,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from earlytom_compile.kernels.frame_similarity import _fixed_point_bits, _fixed_point_tokens
 from earlytom_compile.kernels.plan_merge import float32, longest_segment
-from earlytom_compile.kernels.select_representatives import _FADING, _ROUNDING, _TIE, _WINDOW
+from earlytom_compile.kernels.select_representatives import (
+    FADING,
+    MOST_OF_SHARE,
+    ROUNDING,
+    STRIP,
+    TIE,
+    WINDOW,
+    near_equal,
+    whole_ties,
+)
 from earlytom_compile.kernels.select_tokens import keep_quota
 from earlytom_compile.kernels.window_attention import in_windows, runs_of
 
@@ -212,58 +221,81 @@ def select_tokens(
 
 
 def select_representatives(features: Tensor, counts: Tensor, budget: int, *, most: int) -> tuple[Tensor, Tensor]:
-    """All windows at once, each with room for ``_WINDOW`` frames. NaN and inf give tokens of NaN."""
+    """All blocks at once, each with room for ``WINDOW`` frames. NaN and inf give tokens of NaN."""
     frames, tokens, _ = features.shape
-    windows = (frames + _WINDOW - 1) // _WINDOW
+    windows = (frames + WINDOW - 1) // WINDOW
     # [W + 1]: of n frames each of W windows has n // W, and the first n % W one more.
     number = torch.arange(windows + 1, device=features.device)
     begins = number * (counts // windows) + torch.minimum(number, counts % windows)
-    frame = begins[:-1, None] + torch.arange(_WINDOW, device=features.device)
+    frame = begins[:-1, None] + torch.arange(WINDOW, device=features.device)
     there = (frame < begins[1:, None])[:, :, None].expand(-1, -1, tokens).flatten(1)  # bool [W, M]
-    x = features.index_select(0, frame.clamp_max(frames - 1).flatten()).float().view(windows, _WINDOW * tokens, -1)
-    taken = _cover(_standing_for(x, there, tokens), there, (budget * begins // counts).diff())
+    x = features.index_select(0, frame.clamp_max(frames - 1).flatten()).float().view(windows, WINDOW * tokens, -1)
+    inside, filled = (part.to(features.device) for part in _strips(tokens))
 
-    flat = (frame[:, :, None] * tokens + torch.arange(tokens, device=features.device)).flatten()
-    chosen = taken.flatten()
-    row = torch.where(chosen, chosen.cumsum(0) - 1, budget)
-    places = row.new_zeros((budget + 1,)).scatter(0, row, flat)[:budget]
+    similarity = _standing_for(*_apart(x, there), inside, tokens)
+    present = (there[:, inside] & filled).flatten(0, 1)  # bool [B, m]
+    limit = (MOST_OF_SHARE * budget * present.sum(1) - 1) // (counts * tokens) + 1
+    gain, turn = (part.flatten() for part in _cover(similarity, present, limit))
+    flat = (frame[:, :, None] * tokens + torch.arange(tokens, device=features.device)).flatten(1)[:, inside].flatten()
+    # By gain; of equal ones the earlier turn wins, then the earlier block.
+    order = turn.sort(stable=True).indices
+    order = order.index_select(0, gain.index_select(0, order).sort(descending=True, stable=True).indices)
+    places = flat.index_select(0, order[:budget]).sort().values
     kept = torch.stack((places // tokens, places % tokens), 1)
     selected = features.flatten(0, 1).index_select(0, places)
     return torch.where(x.isfinite().all(), selected, math.nan)[None], kept[None]
 
 
-def _standing_for(x: Tensor, there: Tensor, tokens: int) -> Tensor:
-    """float32 [W, M, M], from the M tokens of each window float32 [W, M, D], of which some are ``there``: how well each
-    (row) stands for each (column)."""
+def _strips(tokens: int) -> tuple[Tensor, Tensor]:
+    """int64 [S, m], bool [S, m]: the places of each strip among those of a window, and whether there is one."""
+    strips = near_equal(tokens, STRIP)
+    width = strips[0][1]
+    token = torch.tensor([begin for begin, _ in strips])[:, None, None] + torch.arange(width)
+    filled = (token < torch.tensor([end for _, end in strips])[:, None, None]).expand(-1, WINDOW, -1)
+    place = torch.arange(WINDOW)[:, None] * tokens + token.clamp_max(tokens - 1)
+    return place.flatten(1), filled.flatten(1)
+
+
+def _apart(x: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [W, M, D], [W, M], from the M tokens of each window float32 [W, M, D], of which some are ``there``: the
+    direction in which each lies from the mean, and how far, as a multiple of the average."""
     number = there.sum(1, keepdim=True)
     away = x - torch.where(there[:, :, None], x, 0.0).sum(1, keepdim=True) / number[:, :, None]
     length = torch.linalg.vector_norm(away, dim=2)
-    length = torch.where(there & (length > _ROUNDING * torch.linalg.vector_norm(x, dim=2)), length, 0.0)
+    length = torch.where(there & (length > ROUNDING * torch.linalg.vector_norm(x, dim=2)), length, 0.0)
     direction = torch.where(length[:, :, None] > 0, away / length[:, :, None], 0.0)
+    return direction, torch.where(length > 0, length / (length.sum(1, keepdim=True) / number), 0.0)
+
+
+def _standing_for(direction: Tensor, weight: Tensor, inside: Tensor, tokens: int) -> Tensor:
+    """float32 [B, m, m]: how well each token of a block (row) stands for each (column)."""
+    direction, weight = direction[:, inside].flatten(0, 1), weight[:, inside].flatten(0, 1)
     cosine = (direction @ direction.transpose(1, 2)).clamp_min(0)
-    frame = torch.arange(_WINDOW, device=x.device).repeat_interleave(tokens)
-    weight = torch.where(length > 0, length / (length.sum(1, keepdim=True) / number), 0.0)
-    return cosine * _FADING ** (frame[:, None] - frame).abs() * weight[:, None, :]
+    frame = inside[0] // tokens
+    return cosine * FADING ** (frame[:, None] - frame).abs() * weight[:, None, :]
 
 
-def _cover(similarity: Tensor, there: Tensor, quota: Tensor) -> Tensor:
-    """bool [W, M]: the tokens taken from similarity [W, M, M], of each window as many as its ``quota`` int64 [W]."""
-    end = quota.amax()
+def _cover(similarity: Tensor, present: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [B, m] twice: the largest gain before the turn in which a token is taken, in whole ``TIE``, -1 for those
+    that are not, and that turn; of each block no more than its ``limit`` int64 [B] are taken."""
+    end, token = limit.amax(), torch.arange(present.shape[1], device=present.device)
 
-    def goes_on(turn: Tensor, covered: Tensor, free: Tensor) -> Tensor:
+    def goes_on(turn: Tensor, *state: Tensor) -> Tensor:
         return turn < end
 
-    def step(turn: Tensor, covered: Tensor, free: Tensor) -> tuple[Tensor, ...]:
+    def step(turn: Tensor, covered: Tensor, free: Tensor, gains: Tensor, turns: Tensor) -> tuple[Tensor, ...]:
         gain = (similarity - covered[:, None, :]).clamp_min(0).sum(2)
         gain = torch.where(free, gain, -1.0)
-        best = (gain >= gain.amax(1, keepdim=True) - _TIE).int().argmax(1)[:, None]  # the first of those that tie
+        largest = gain.amax(1, keepdim=True)
+        best = (gain >= largest - TIE).int().argmax(1)[:, None]  # the first of those that tie
         row = similarity.gather(1, best[:, :, None].expand(-1, 1, similarity.shape[2]))[:, 0]
-        wants = (turn < quota)[:, None]
-        covered = torch.where(wants, torch.maximum(covered, row), covered)
-        return turn + 1, covered, free & ~(wants & (torch.arange(free.shape[1], device=free.device) == best))
+        now = free & (turn < limit)[:, None] & (token == best)
+        gains = torch.where(now, whole_ties(largest), gains)
+        return turn + 1, torch.maximum(covered, row), free & ~now, gains, torch.where(now, turn, turns)
 
-    start = torch.zeros_like(end), torch.zeros_like(similarity[:, 0]), there.clone()
-    return there & ~while_loop(goes_on, step, start)[2]
+    nothing = torch.full_like(present, -1, dtype=torch.int64)
+    start = torch.zeros_like(end), torch.zeros_like(similarity[:, 0]), present.clone(), nothing, nothing.clone()
+    return while_loop(goes_on, step, start)[3:]
 
 
 FORMS: dict[str, Callable[..., Any]] = {

@@ -12,36 +12,51 @@ that whatever differs from the rest gets a token of its own, and what repeats ge
 more than one near it, and a token stands less for another the more frames lie between them: what moves keeps tokens at
 several times.
 
-Every device computes the native body; there is no Triton provider yet.
+Tokens are compared within blocks of at most eight frames times sixteen tokens of each. Blocks know nothing of one
+another, so they are all computed at once and each fits into the registers of a GPU's processor; but they compete for
+the budget, by what each next token would add: where nothing changes few tokens stay, and where much does many.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
-_WINDOW = 8
-"""Most frames compared with one another: the work grows with the frames, and not with their square."""
-_FADING = 0.75
-"""Of a token's likeness, what is left one merged frame further away."""
-_ROUNDING = 1e-5
+from earlytom_compile.kernels.providers import Provider, provide
+
+WINDOW = 8
+"""Most frames of a block."""
+STRIP = 16
+"""Most tokens of a block in each of its frames."""
+FADING = 0.75
+"""Of a token's likeness, what is left one frame further away."""
+ROUNDING = 1e-5
 """A token this close to the mean, as a share of its own length, is the mean."""
-_TIE = 1e-3
+TIE = 1e-3
 """Gains this close are equal, in units of one average token that is represented fully: among copies of a token,
 rounding, which differs between devices and compilers, must not choose."""
+MOST_OF_SHARE = 2
+"""A block keeps at most so many times what it would keep of a budget spread evenly: a bound on the steps of a block."""
 
 
 @torch.library.custom_op("earlytom::select_representatives", mutates_args=())
 def select_representatives(features: Tensor, counts: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """Every video keeps the ``budget`` tokens that represent it best, each video computed by itself.
 
-    A video's n frames are cut into ceil(n / 8) windows, their sizes differing by at most 1, larger first. The window
-    of frames [b, e) keeps floor(budget e / n) - floor(budget b / n) tokens: again and again the token j not kept yet
-    with the largest gain sum_i max(0, S_ij - c_i), where c_i is the largest S_ik of the tokens k kept so far (0 at
-    first) and S_ij says how well j stands for i: with x_i less the mean of the window's tokens, |x_i| / mean |x| *
-    max(0, cos(x_i, x_j)) * 0.75^(frames between them). Of gains within 0.001 of the largest, the lower index wins.
+    A video's n frames are cut into ceil(n / 8) windows and the P tokens of a frame into ceil(P / 16) strips of raster
+    order, sizes differing by at most 1, larger first. A block is a window of a strip. With x_i less the mean of all
+    tokens of the window, token j of a block stands for token i of it by S_ij = |x_i| / mean |x| * max(0, cos(x_i,
+    x_j)) * 0.75^(frames between them), where mean |x| is that of the window.
+
+    A block takes one token after another: of those left, the j with the largest gain sum_i max(0, S_ij - c_i), where
+    c_i is the largest S_ik of the tokens k taken so far (0 at first); of gains within 0.001 of the largest the lowest
+    index wins. It takes at most twice its even share, ceil(2 budget m / (n P)) of its m tokens. Of what all blocks
+    take, the ``budget`` ones stay before which the largest gain was largest, in whole 0.001 (rounded, halves up); of
+    equal ones the earlier taken of its block, then the one of the earlier block.
 
     Args:
-        features: [N, P, D], any floating dtype and strides; the merged frames of all videos, in order, as they
-            leave projector and pooling.
+        features: [N, P, D], any floating dtype and strides; the frames of all videos, in order, as they leave
+            projector and pooling.
         counts: int64 [V], frames of each video, at least 1, N in total.
         budget: tokens each video keeps, at least 1.
 
@@ -52,13 +67,14 @@ def select_representatives(features: Tensor, counts: Tensor, budget: int) -> tup
 
     Raises:
         ValueError: shapes or dtypes that do not match, NaN or inf in the features as float32, counts that do not
-            add up, or a video with fewer than ``budget`` tokens.
+            add up, or a video with fewer than ``budget`` tokens. On CUDA, where nothing waits for the values, NaN or
+            inf give tokens of NaN, and counts that mean nothing give kept places of -1.
     """
-    _check(features, counts)
+    check_shapes(features, counts)
     lengths = _read_lengths(features, counts)
     tokens = features.shape[1]
     for frames in lengths:
-        _check_budget(budget, frames, tokens)
+        check_budget(budget, frames, tokens)
     places = torch.stack([_representatives(video, budget) for video in features.split(lengths)])
     kept = torch.stack([places // tokens, places % tokens], dim=2)
     selected = [video[frame, token] for video, (frame, token) in zip(features.split(lengths), kept.mT, strict=True)]
@@ -67,13 +83,14 @@ def select_representatives(features: Tensor, counts: Tensor, budget: int) -> tup
 
 @select_representatives.register_fake
 def _(features: Tensor, counts: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    _check(features, counts)
+    check_shapes(features, counts)
     videos = counts.shape[0]
     kept = counts.new_empty((videos, budget, 2), device=features.device)
     return features.new_empty((videos, budget, features.shape[2])), kept
 
 
-def _check(features: Tensor, counts: Tensor) -> None:
+def check_shapes(features: Tensor, counts: Tensor) -> None:
+    """Raises ValueError for shapes and dtypes that do not match."""
     if features.dim() != 3 or not features.is_floating_point():
         raise ValueError(
             f"earlytom::select_representatives: features must be a float tensor [frames, tokens, channels], got "
@@ -102,7 +119,8 @@ def _read_lengths(features: Tensor, counts: Tensor) -> list[int]:
     return lengths
 
 
-def _check_budget(budget: int, frames: int, tokens: int) -> None:
+def check_budget(budget: int, frames: int, tokens: int) -> None:
+    """Raises ValueError where a video of so many frames and tokens cannot fill the budget."""
     if not 1 <= budget <= frames * tokens:
         raise ValueError(
             f"earlytom::select_representatives: budget={budget}, but a video has {frames} frames of {tokens} tokens; "
@@ -113,51 +131,92 @@ def _check_budget(budget: int, frames: int, tokens: int) -> None:
 def _representatives(video: Tensor, budget: int) -> Tensor:
     """int64 [budget]: places among the n P tokens of one video [n, P, D], ascending."""
     frames, tokens = video.shape[:2]
-    kept = []
-    for begin, end in _windows(frames):
-        quota = budget * end // frames - budget * begin // frames
-        if quota > 0:
-            similarity = _similarity(video[begin:end])
-            kept.append(begin * tokens + _cover(similarity, quota))
-    return torch.cat(kept)
+    place, there = _blocks(frames, tokens)
+    limit = (MOST_OF_SHARE * budget * there.sum(1) - 1) // (frames * tokens) + 1
+    turns = int(limit.max())
+    place, there, limit = (part.to(video.device) for part in (place, there, limit))
+    gain, taken = _cover(_similarity(video, place, there), there, limit, turns)
+    # In the order of turns, then blocks: what comes first wins where gains are equal.
+    order = whole_ties(gain).flatten().sort(descending=True, stable=True).indices[:budget]
+    chosen: Tensor = place.expand(len(gain), -1, -1).gather(2, taken[:, :, None]).flatten()[order].sort().values
+    return chosen
 
 
-def _windows(frames: int) -> list[tuple[int, int]]:
-    """[begin, end) of each window."""
-    number = -(-frames // _WINDOW)
-    size, larger = divmod(frames, number)
-    ends = [size * (window + 1) + min(window + 1, larger) for window in range(number)]
+def whole_ties(gain: Tensor) -> Tensor:
+    """int64: gains in whole ``TIE``, by which blocks compete."""
+    return (gain / TIE + 0.5).floor().long()
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(frames: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """int64 [B, M], bool [B, M]: the places among ``frames * tokens`` in each block, and whether there is one."""
+    blocks = [
+        [frame * tokens + token for frame in range(*window) for token in range(*strip)]
+        for window in near_equal(frames, WINDOW)
+        for strip in near_equal(tokens, STRIP)
+    ]
+    longest = max(map(len, blocks))
+    place = torch.tensor([block + [0] * (longest - len(block)) for block in blocks])
+    return place, torch.tensor([[True] * len(block) + [False] * (longest - len(block)) for block in blocks])
+
+
+def near_equal(whole: int, most: int) -> list[tuple[int, int]]:
+    """[begin, end) of as few parts of at most ``most`` as there can be, larger ones first."""
+    number = -(-whole // most)
+    size, larger = divmod(whole, number)
+    ends = [size * (part + 1) + min(part + 1, larger) for part in range(number)]
     return list(zip([0, *ends], ends, strict=False))
 
 
-def _similarity(window: Tensor) -> Tensor:
-    """float32 [n, n], from the n = m P tokens of m frames [m, P, D]: how well each (row) stands for each (column).
+def _similarity(video: Tensor, place: Tensor, there: Tensor) -> Tensor:
+    """float32 [B, M, M]: how well each token of a block (row) stands for each (column); 0 where there is none.
 
     Without the mean, which all tokens share, every cosine is close to 1. Nothing stands for a token equal to the mean.
     """
+    tokens = video.shape[1]
+    directions, weights = zip(*(_apart(video[begin:end]) for begin, end in near_equal(len(video), WINDOW)), strict=True)
+    direction, weight = torch.cat(directions)[place], torch.cat(weights)[place].masked_fill(~there, 0)
+    with torch.autocast(video.device.type, enabled=False):  # it would make the product one of bfloat16
+        cosine = (direction @ direction.mT).clamp_min_(0)
+    frame = place // tokens
+    fading = FADING ** (frame[:, :, None] - frame[:, None]).abs()
+    return cosine * fading * weight[:, None]
+
+
+def _apart(window: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [n, D], [n], from the n = m P tokens of m frames [m, P, D]: the direction in which each lies from the
+    mean, and how far, as a multiple of the average."""
     x = window.flatten(0, 1).float()
     away = x - x.mean(0)
     length = torch.linalg.vector_norm(away, dim=1)
-    length = torch.where(length > _ROUNDING * torch.linalg.vector_norm(x, dim=1), length, 0.0)
+    length = torch.where(length > ROUNDING * torch.linalg.vector_norm(x, dim=1), length, 0.0)
     direction = torch.where(length[:, None] > 0, away / length[:, None], 0.0)
-    with torch.autocast(window.device.type, enabled=False):  # it would make the product one of bfloat16
-        cosine = (direction @ direction.T).clamp_min_(0)
-    frame = torch.arange(window.shape[0], device=window.device).repeat_interleave(window.shape[1])
-    fading = _FADING ** (frame[:, None] - frame).abs()
-    weight = torch.where(length > 0, length / length.mean(), 0.0)
-    return cosine * fading * weight
+    return direction, torch.where(length > 0, length / length.mean(), 0.0)
 
 
-def _cover(similarity: Tensor, quota: int) -> Tensor:
-    """int64 [quota], ascending: the tokens taken from [n, n]; the host waits for none of them."""
-    covered = similarity.new_zeros(similarity.shape[0])
-    taken = torch.zeros_like(covered, dtype=torch.bool)
-    order = []
-    for _ in range(quota):
-        gain = (similarity - covered).clamp_min_(0).sum(1).masked_fill_(taken, -1)
-        # argmax over flags: the first of those that tie. Its result stays a tensor, since a number would be waited for.
-        best = (gain >= gain.max() - _TIE).int().argmax(0, keepdim=True)
-        covered = torch.maximum(covered, similarity.index_select(0, best)[0])
-        taken.index_fill_(0, best, True)
-        order.append(best)
-    return torch.cat(order).sort().values
+def _cover(similarity: Tensor, there: Tensor, limit: Tensor, turns: int) -> tuple[Tensor, Tensor]:
+    """float32 [turns, B], int64 [turns, B]: the largest gain in each block before each turn, -1 behind its ``limit``
+    [B], and the token that is taken then."""
+    covered = torch.zeros_like(similarity[:, 0])
+    free, block = there.clone(), torch.arange(len(there), device=there.device)
+    gains, taken = [], []
+    for turn in range(turns):
+        gain = (similarity - covered[:, None]).clamp_min_(0).sum(2).masked_fill_(~free, -1)
+        most = gain.amax(1)
+        best = (gain >= most[:, None] - TIE).int().argmax(1)  # of flags: the first of those that tie
+        covered = torch.maximum(covered, similarity[block, best])
+        free[block, best] = False
+        gains.append(most.masked_fill(turn >= limit, -1))
+        taken.append(best)
+    return torch.stack(gains), torch.stack(taken)
+
+
+def _triton_supports(features: Tensor, counts: Tensor, budget: int) -> bool:
+    return (
+        features.dim() == 3
+        and features.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and features.device == counts.device
+    )
+
+
+provide(select_representatives, Provider("triton", ".triton_select_representatives", supports=_triton_supports))

@@ -159,14 +159,15 @@ def keep_row(row: list[int], video_token: int, before: int, quotas: list[int]) -
     return positions
 
 
-def window_shares(frames: int, budget: int) -> list[tuple[range, int]]:
-    """(frames, tokens to keep) of each window of one video in which representatives are looked for."""
-    shares, kept = [], 0
-    for window in np.array_split(np.arange(frames), math.ceil(frames / 8)):
-        share = int(budget * (int(window[-1]) + 1) // frames) - kept
-        shares.append((range(int(window[0]), int(window[-1]) + 1), share))
-        kept += share
-    return shares
+def blocks(frames: int, tokens: int) -> list[tuple[range, list[int]]]:
+    """(frames, places) of each block of one video in which representatives are looked for together."""
+    windows = np.array_split(np.arange(frames), math.ceil(frames / 8))
+    strips = np.array_split(np.arange(tokens), math.ceil(tokens / 16))
+    return [
+        (range(int(window[0]), int(window[-1]) + 1), (window[:, None] * tokens + strip).ravel().tolist())
+        for window in windows
+        for strip in strips
+    ]
 
 
 def likeness(window: np.ndarray) -> np.ndarray:
@@ -183,23 +184,39 @@ def likeness(window: np.ndarray) -> np.ndarray:
     return alike
 
 
-def may_be_chosen(alike: np.ndarray, kept: set[int], tie: float, rounding: float) -> bool:
-    """Whether taking the token of largest gain again and again can end with ``kept``.
+def last_gain(alike: np.ndarray, kept: set[int], tie: float, rounding: float) -> float:
+    """Of taking the token of largest gain again and again: the largest gain before the last turn, if that can end with
+    ``kept`` (infinite if nothing is kept); NaN if it cannot.
 
     Gains within ``tie`` of the largest are equal and the lowest index of them wins. A gain that is nearer to that
     border than ``rounding`` may lie on either side, so all that such gains allow is tried.
     """
 
-    def go_on(taken: list[int], covered: np.ndarray) -> bool:
+    def go_on(taken: list[int], covered: np.ndarray, last: float) -> float:
         if len(taken) == len(kept):
-            return True
-        gains = [(j, float(np.maximum(0, alike[:, j] - covered).sum())) for j in range(len(alike)) if j not in taken]
-        border = max(gain for _, gain in gains) - tie
-        surely = next(j for j, gain in gains if gain >= border + rounding)
-        possible = [j for j, gain in gains if j <= surely and gain >= border - rounding]
-        return any(j in kept and go_on([*taken, j], np.maximum(covered, alike[:, j])) for j in possible)
+            return last
+        gains = gains_of(alike, taken, covered)
+        most = max(gains.values())
+        surely = next(j for j, gain in gains.items() if gain >= most - tie + rounding)
+        for j, gain in gains.items():
+            if j in kept and j <= surely and gain >= most - tie - rounding:
+                found = go_on([*taken, j], np.maximum(covered, alike[:, j]), most)
+                if not math.isnan(found):
+                    return found
+        return math.nan
 
-    return go_on([], np.zeros(len(alike)))
+    return go_on([], np.zeros(len(alike)), math.inf)
+
+
+def next_gain(alike: np.ndarray, kept: set[int]) -> float:
+    """The largest gain of one more token."""
+    covered = alike[:, sorted(kept)].max(1, initial=0.0)
+    return max(gains_of(alike, sorted(kept), covered).values(), default=-math.inf)
+
+
+def gains_of(alike: np.ndarray, taken: list[int], covered: np.ndarray) -> dict[int, float]:
+    """What each of the other tokens would add."""
+    return {j: float(np.maximum(0, alike[:, j] - covered).sum()) for j in range(len(alike)) if j not in taken}
 
 
 Table = list[list[int]]

@@ -1,3 +1,7 @@
+import math
+from fractions import Fraction
+
+import numpy as np
 import plain_python
 import pytest
 import torch
@@ -6,7 +10,7 @@ from hypothesis import strategies as st
 from op_inputs import DTYPES, laid_out, layouts, native_dtypes, operator_settings, ops, per_video, seeds
 from rounding import gamma
 
-from earlytom_compile.kernels.select_representatives import _TIE, _windows
+from earlytom_compile.kernels.select_representatives import MOST_OF_SHARE, TIE, WINDOW, near_equal
 from earlytom_compile.reference import select_representatives
 
 
@@ -31,7 +35,7 @@ def videos(draw):
     """features, counts."""
     counts = draw(st.lists(st.integers(1, 18), min_size=1, max_size=3))
     noise = draw(st.sampled_from([0.0, 0.1, 1.0]))
-    sizes = sum(counts), draw(st.integers(1, 7)), draw(st.integers(1, 5))
+    sizes = sum(counts), draw(st.sampled_from([1, 2, 3, 5, 7, 17])), draw(st.integers(1, 5))
     features = tokens_of_few_kinds(draw(seeds), *sizes, draw(st.integers(1, 6)), noise)
     return features.to(draw(native_dtypes)), counts
 
@@ -46,6 +50,11 @@ def test_takes_the_token_that_adds_most_by_the_rules_read_literally(video, share
     features, counts = video
     budget = budget_of(features, counts, share)
     tokens, kept = ops.select_representatives(laid_out(features, layout), torch.tensor(counts), budget)
+    check(features, counts, budget, tokens, kept)
+
+
+def check(features, counts, budget, tokens, kept):
+    """Shapes, order and the choice itself."""
     assert tokens.shape == (len(counts), budget, features.shape[2]) and tokens.dtype == features.dtype
     assert kept.shape == (len(counts), budget, 2) and kept.dtype == torch.int64
     for index, rows in enumerate(per_video(counts)):
@@ -53,12 +62,27 @@ def test_takes_the_token_that_adds_most_by_the_rules_read_literally(video, share
         assert torch.equal(tokens[index], features[rows][frame, token])
         places = (frame * features.shape[1] + token).tolist()
         assert places == sorted(set(places))
-        for window, share_of_it in plain_python.window_shares(counts[index], budget):
-            inside = slice(window.start * features.shape[1], window.stop * features.shape[1])
-            chosen = {place - inside.start for place in places if inside.start <= place < inside.stop}
-            assert len(chosen) == share_of_it
-            alike = plain_python.likeness(features[rows][window.start : window.stop].float().numpy())
-            assert plain_python.may_be_chosen(alike, chosen, _TIE, rounding_of_gains(len(alike), features.shape[2]))
+        check_blocks(features[rows].float().numpy(), set(places), budget)
+
+
+def check_blocks(video, places, budget):
+    """Every block keeps what adds most, and no other block's next token would have added more."""
+    (frames, tokens), channels = video.shape[:2], video.shape[2]
+    last, following = [], []
+    for window, block in plain_python.blocks(frames, tokens):
+        first = window.start * tokens
+        inside = [place - first for place in block]
+        alike = plain_python.likeness(video[window.start : window.stop])[np.ix_(inside, inside)]
+        kept = {number for number, place in enumerate(block) if place in places}
+        rounding = rounding_of_gains(len(window) * tokens, channels)
+        gain = plain_python.last_gain(alike, kept, TIE, rounding)
+        assert not math.isnan(gain)
+        last.append(gain)
+        limit = min(len(block), math.ceil(Fraction(MOST_OF_SHARE * budget * len(block), frames * tokens)))
+        assert len(kept) <= limit
+        if len(kept) < limit:
+            following.append(plain_python.next_gain(alike, kept) - rounding)
+    assert min(last) >= max(following, default=-math.inf) - TIE - rounding_of_gains(min(frames, 8) * tokens, channels)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -94,7 +118,7 @@ def test_is_the_same_in_twenty_runs():
     [(1, [1]), (7, [7]), (8, [8]), (9, [5, 4]), (16, [8, 8]), (17, [6, 6, 5]), (25, [7, 6, 6, 6]), (32, [8] * 4)],
 )
 def test_windows_are_near_equal_and_follow_one_another(frames, sizes):
-    windows = _windows(frames)
+    windows = near_equal(frames, WINDOW)
     assert [end - begin for begin, end in windows] == sizes
     assert [frame for begin, end in windows for frame in range(begin, end)] == list(range(frames))
 
@@ -132,11 +156,13 @@ def test_what_is_far_from_the_mean_counts_more():
     assert kept[0].tolist() == [[0, 3]]
 
 
-def test_equal_tokens_keep_the_lower_index_in_every_window():
+def test_equal_tokens_keep_the_lower_index_in_blocks_that_take_turns():
     features = torch.full((9, 4, 3), 0.1)
     _, kept = ops.select_representatives(features, torch.tensor([9]), 7)
-    # Windows of 5 and 4 frames keep 3 and 4.
-    assert kept[0].tolist() == [[0, 0], [0, 1], [0, 2], [5, 0], [5, 1], [5, 2], [5, 3]]
+    # Windows of 5 and 4 frames; the first one begins.
+    assert kept[0].tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [5, 0], [5, 1], [5, 2]]
+    _, kept = ops.select_representatives(torch.full((2, 33, 3), 0.1), torch.tensor([2]), 4)
+    assert kept[0].tolist() == [[0, 0], [0, 1], [0, 11], [0, 22]]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -157,10 +183,11 @@ def test_autocast_changes_nothing():
     assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
-def test_a_budget_below_one_token_a_window_leaves_windows_empty():
-    features = torch.randn(24, 2, 3)
+def test_a_budget_below_one_token_a_block_goes_to_what_differs():
+    features = torch.zeros(24, 2, 3)
+    features[8:16, 1, 0] = 1.0
     _, kept = ops.select_representatives(features, torch.tensor([24]), 2)
-    assert (kept[0, :, 0] // 8).tolist() == [1, 2]
+    assert kept[0].tolist() == [[11, 0], [11, 1]]  # the one nearest to all eight frames, of either kind
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

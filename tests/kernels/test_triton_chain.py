@@ -26,19 +26,12 @@ def on_device(provider):
 Providers = type("Providers", (), {name: on_device(provider) for name, provider in providers._TABLE.items()})
 
 
-NATIVE_EVERYWHERE = {"select_representatives"}
-"""Operators of frames that nobody computes faster yet."""
-
-
-def test_every_other_operator_that_touches_frames_has_a_provider():
-    assert not NATIVE_EVERYWHERE & providers._TABLE.keys()
-    features, counts = torch.empty(2, 3, 4), torch.empty(1, dtype=torch.int64)
-    assert providers.provider_of("select_representatives", "cuda", features, counts, 1) == providers.NATIVE
+def test_every_operator_that_touches_frames_has_a_provider():
     assert {provider.name for provider in providers._TABLE.values()} == {"triton"}
     assert providers._TABLE.keys() == {
         "attention_received", "dynamic_frames", "frame_similarity", "merge_frames", "pack_places", "plan_merge",
-        "plan_reuse", "return_places", "reuse_attention", "select_tokens", "select_tokens_released", "spread_places",
-        "take_places",
+        "plan_reuse", "return_places", "reuse_attention", "select_representatives", "select_tokens",
+        "select_tokens_released", "spread_places", "take_places",
     }  # fmt: skip
 
 

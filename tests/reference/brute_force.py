@@ -101,33 +101,41 @@ def runs(tokens, count):
 
 
 def represent(features, frames_in, retain_ratio):
-    """Frames into runs of at most 8; in each, again and again the token that adds most."""
+    """Frames into runs of at most 8, places into runs of at most 16; in each block of these, again and again the token
+    that adds most; of all, those that added most."""
     tokens = len(features[0])
     total = max(1, round(retain_ratio * frames_in * tokens))
-    kept = []
+    turns = []
     for window in runs(len(features), -(-len(features) // 8)):
-        places = [(t, j) for t in window for j in range(tokens)]
-        share = total * (window[-1] + 1) // len(features) - total * window[0] // len(features)
-        mean = [math.fsum(c) / len(places) for c in zip(*(features[t][j] for t, j in places), strict=True)]
-        apart = {(t, j): [x - m for x, m in zip(features[t][j], mean, strict=True)] for t, j in places}
-        length = {(t, j): math.hypot(*apart[t, j]) for t, j in places}
-        length = {(t, j): x if x > 1e-5 * math.hypot(*features[t][j]) else 0.0 for (t, j), x in length.items()}
-        average = math.fsum(length.values()) / len(places)
-        alike = {
-            (a, b): max(0.0, cosine(apart[a], apart[b])) * 0.75 ** abs(a[0] - b[0]) * length[a] / average
-            if length[a] > 0 and length[b] > 0
-            else 0.0
-            for a in places
-            for b in places
-        }
-        covered, chosen = dict.fromkeys(places, 0.0), []
-        while len(chosen) < share:
-            gains = {b: math.fsum(max(0.0, alike[a, b] - covered[a]) for a in places) for b in places}
-            most = max(gains[b] for b in places if b not in chosen)
-            chosen.append(next(b for b in places if b not in chosen and gains[b] >= most - 1e-3))
-            covered = {a: max(covered[a], alike[a, chosen[-1]]) for a in places}
-        kept += [[t, j] for t, j in sorted(chosen)]
-    return kept
+        alike = likeness_in(features, window)
+        for strip in runs(tokens, -(-tokens // 16)):
+            block = [(t, j) for t in window for j in strip]
+            covered, chosen = dict.fromkeys(block, 0.0), []
+            while len(chosen) < len(block) and len(chosen) * len(features) * tokens < 2 * total * len(block):
+                gains = {b: math.fsum(max(0.0, alike[a, b] - covered[a]) for a in block) for b in block}
+                most = max(gains[b] for b in block if b not in chosen)
+                turns.append((-math.floor(most / 1e-3 + 0.5), len(chosen), window[0], strip[0]))
+                chosen.append(next(b for b in block if b not in chosen and gains[b] >= most - 1e-3))
+                turns[-1] += chosen[-1]
+                covered = {a: max(covered[a], alike[a, chosen[-1]]) for a in block}
+    return sorted([t, j] for *_, t, j in sorted(turns)[:total])
+
+
+def likeness_in(features, window):
+    """``{(a, b): how well token b stands for token a}`` of the frames in ``window``, which have one mean."""
+    places = [(t, j) for t in window for j in range(len(features[0]))]
+    mean = [math.fsum(c) / len(places) for c in zip(*(features[t][j] for t, j in places), strict=True)]
+    apart = {(t, j): [x - m for x, m in zip(features[t][j], mean, strict=True)] for t, j in places}
+    length = {(t, j): math.hypot(*apart[t, j]) for t, j in places}
+    length = {(t, j): x if x > 1e-5 * math.hypot(*features[t][j]) else 0.0 for (t, j), x in length.items()}
+    average = math.fsum(length.values()) / len(places)
+    return {
+        (a, b): max(0.0, cosine(apart[a], apart[b])) * 0.75 ** abs(a[0] - b[0]) * length[a] / average
+        if length[a] > 0 and length[b] > 0
+        else 0.0
+        for a in places
+        for b in places
+    }
 
 
 def merge_inner(hidden, scores, image_start, image_length, drop_ratio):

@@ -22,7 +22,7 @@ def videos(draw):
     frames_in = draw(st.integers(1, 20))
     retain_ratio = draw(st.one_of(st.sampled_from([0.05, 0.1, 0.25, 1.0]), st.floats(0.01, 1.0)))
     frames = draw(st.integers(math.ceil(retain_ratio * frames_in), frames_in))
-    shape = (frames, draw(st.integers(1, 4)), draw(st.integers(1, 3)))
+    shape = (frames, draw(st.sampled_from([1, 2, 3, 4, 17, 19])), draw(st.integers(1, 3)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     most = draw(st.sampled_from([1, 3, 100]))
     features = torch.randint(-most, most + 1, shape, generator=generator).to(draw(st.sampled_from(DTYPES)))
@@ -53,11 +53,20 @@ def test_a_shift_and_a_scale_common_to_all_tokens_change_nothing():
     assert torch.equal(select_representatives(features, **options), select_representatives(moved, **options))
 
 
-def test_every_window_of_eight_frames_keeps_its_share():
-    features = torch.randn(20, 5, 3, generator=torch.Generator().manual_seed(2))
-    kept = select_representatives(features, frames_in=20, retain_ratio=0.25)[:, 0]
-    # 25 tokens of windows with 7, 7 and 6 frames: floor(25 * 7 / 20) = 8, floor(25 * 14 / 20) = 17.
-    assert [int(((kept >= a) & (kept < b)).sum()) for a, b in ((0, 7), (7, 14), (14, 20))] == [8, 9, 8]
+def test_what_does_not_change_leaves_its_tokens_to_what_does():
+    features = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(2)).repeat(16, 1, 1)
+    features[8:] = torch.randn(8, 16, 32, generator=torch.Generator().manual_seed(3))
+    kept = select_representatives(features, frames_in=16, retain_ratio=0.1)
+    assert {token for frame, token in kept.tolist() if frame < 8} == set(range(16))  # all that is there to see
+    kept = select_representatives(features, frames_in=16, retain_ratio=0.5)
+    assert int((kept[:, 0] < 8).sum()) <= 48 and len(kept) == 128
+
+
+def test_no_block_keeps_more_than_twice_its_even_share():
+    features = torch.zeros(8, 48, 4)
+    features[:, :16] = torch.randn(8, 16, 4, generator=torch.Generator().manual_seed(4))
+    kept = select_representatives(features, frames_in=8, retain_ratio=0.1)
+    assert len(kept) == 38 and int((kept[:, 1] < 16).sum()) == 26  # ceil(2 * 38 / 3)
 
 
 def test_equal_tokens_keep_the_lower_index():
