@@ -132,7 +132,7 @@ def _representatives(video: Tensor, budget: int) -> Tensor:
     """int64 [budget]: places among the n P tokens of one video [n, P, D], ascending."""
     frames, tokens = video.shape[:2]
     place, there = _blocks(frames, tokens)
-    limit = (MOST_OF_SHARE * budget * there.sum(1) - 1) // (frames * tokens) + 1
+    limit = ((MOST_OF_SHARE * budget * there.sum(1) - 1) // (frames * tokens) + 1).clamp_max(budget)
     turns = int(limit.max())
     place, there, limit = (part.to(video.device) for part in (place, there, limit))
     gain, taken = _cover(_similarity(video, place, there), there, limit, turns)
@@ -198,14 +198,14 @@ def _cover(similarity: Tensor, there: Tensor, limit: Tensor, turns: int) -> tupl
     """float32 [turns, B], int64 [turns, B]: the largest gain in each block before each turn, -1 behind its ``limit``
     [B], and the token that is taken then."""
     covered = torch.zeros_like(similarity[:, 0])
-    free, block = there.clone(), torch.arange(len(there), device=there.device)
-    gains, taken = [], []
+    gone, block = ~there, torch.arange(len(there), device=there.device)
+    gains, taken, more = [], [], torch.empty_like(similarity)
     for turn in range(turns):
-        gain = (similarity - covered[:, None]).clamp_min_(0).sum(2).masked_fill_(~free, -1)
+        gain = torch.sub(similarity, covered[:, None], out=more).clamp_min_(0).sum(2).masked_fill_(gone, -1)
         most = gain.amax(1)
         best = (gain >= most[:, None] - TIE).int().argmax(1)  # of flags: the first of those that tie
         covered = torch.maximum(covered, similarity[block, best])
-        free[block, best] = False
+        gone.scatter_(1, best[:, None], True)
         gains.append(most.masked_fill(turn >= limit, -1))
         taken.append(best)
     return torch.stack(gains), torch.stack(taken)

@@ -78,7 +78,7 @@ def _turns(features: Tensor, counts: Tensor, budget: int) -> tuple[Tensor, Tenso
     slots = (total + (WINDOW - 1) * videos) // WINDOW
     of_video = triton.cdiv(total, WINDOW)  # windows of a video, if it is the only one
     # The limit of a block of a video with one window; others have a smaller share of the budget.
-    turns = min(WINDOW * width, -(-MOST_OF_SHARE * budget * width // tokens))
+    turns = min(WINDOW * width, -(-MOST_OF_SHARE * budget * width // tokens), budget)
     mean = features.new_empty((slots, channels), dtype=torch.float32)
     length = features.new_empty((total, tokens), dtype=torch.float32)
     gain = counts.new_full((videos, turns, of_video * len(strips)), -1, dtype=torch.int32)

@@ -17,9 +17,10 @@ from earlytom_compile.reference import select_representatives
 def rounding_of_gains(tokens, channels):
     """Of a float32 gain: a sum of likenesses, which come to no more than ``tokens`` in all.
 
-    A likeness is a sum of C products over the root of two more, times a length as a multiple of the mean of all.
+    A likeness is a sum of C products over the root of two more, times a length as a multiple of the mean of all. Sums
+    over tokens are made of sums of halves.
     """
-    return tokens * gamma(2 * channels + 2 * tokens + 8)
+    return tokens * gamma(2 * channels + 2 * math.ceil(math.log2(tokens)) + 9)
 
 
 def tokens_of_few_kinds(seed, frames, tokens, channels, kinds, noise):
