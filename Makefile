@@ -87,12 +87,12 @@ gpu: $(if $(GPU_PYTHON),,.venv/.installed-test)
 gpu-page:
 	$(PYTHON) benchmarks/gpu.py $(OUT) --page
 
-# mypy finds modules where files lie, and benchmarks/, kernels/, passes/ and examples/toyworld/ do not lie where they
-# are installed: .linked/ has the package as it is installed.
+# mypy finds modules where files lie, and benchmarks/, kernels/, passes/ and the folders of examples/ do not lie where
+# they are installed: .linked/ has the package as it is installed.
 types: .venv/.installed-test
 	rm -rf .linked
 	mkdir -p .linked/earlytom_compile
-	ln -s $(addprefix $(CURDIR)/,earlytom_compile/* benchmarks kernels passes examples/toyworld) .linked/earlytom_compile
+	ln -s $(addprefix $(CURDIR)/,earlytom_compile/* benchmarks kernels passes examples/toyworld examples/photoworld) .linked/earlytom_compile
 	cd .linked && ../.venv/bin/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p earlytom_compile
 
 .venv/.installed: pyproject.toml | .venv/bin/python

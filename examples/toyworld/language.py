@@ -3,6 +3,8 @@
 <|im_start|> user <video> what color is the ring ? <|im_end|> <|im_start|> assistant  ->  red <|im_end|>
 """
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,9 +29,9 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_start|> assistant{% endif -%}"""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """Words between spaces, in lower case; punctuation stands alone."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
