@@ -1,4 +1,5 @@
-"""The operators by which unchanged patches are reused, on inputs of a real size: what benchmarks and checks call.
+"""The operators of ``variant="plus"``, by which unchanged patches are reused and tokens selected, on inputs of a real
+size: what benchmarks and checks call.
 
 made = reuse_inputs(32, Shape(), torch.bfloat16)      # pixels before a still camera, and what comes of them
 for case in reuse_cases(32, Shape(), torch.bfloat16, "cuda"):
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from earlytom_compile.benchmarks.operators import Case, Shape, Target
+from earlytom_compile.benchmarks.operators import RETAIN_RATIO, Case, Shape, Target
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.kernels.pack_places import pack_places, return_places, spread_places, take_places
 from earlytom_compile.kernels.plan_reuse import plan_reuse
 from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.kernels.reuse_attention import reuse_attention
+from earlytom_compile.kernels.select_representatives import select_representatives
 
 CHANGING = 0.2
 """Share of the patches that change from one frame to the next."""
@@ -30,9 +32,12 @@ SHARE_OF_SDPA = 1.2
 """What packed attention may take of a forward of all, in shares of the queries."""
 A_HUNDREDTH = Target("median_us", 600.0, "<= 600 us")
 """Of the encoder of LLaVA-OneVision on an H200, with 32 frames."""
+OF_THE_FIRST_TOKEN = Target("median_us", 400.0, "<= 400 us")
+"""A hundredth of the time to the first token of LLaVA-OneVision-7B on an H200 with 32 frames, by its operations."""
+_TARGETS = {"plan_reuse": A_HUNDREDTH, "select_representatives": OF_THE_FIRST_TOKEN}
 _NATIVE = {
     "plan_reuse": plan_reuse, "pack_places": pack_places, "take_places": take_places, "return_places": return_places,
-    "spread_places": spread_places, "reuse_attention": reuse_attention,
+    "spread_places": spread_places, "reuse_attention": reuse_attention, "select_representatives": select_representatives,
 }  # fmt: skip
 
 
@@ -64,6 +69,9 @@ def reuse_inputs(frames: int, shape: Shape, dtype: torch.dtype) -> ReuseInputs:
     arguments["reuse_attention"] = (*heads, rows, offsets), {"scale": width**-0.5}
     arguments["return_places"] = (hidden, packed + torch.randn(packed.shape).to(dtype), index, rows), {}
     arguments["spread_places"] = (heads[0], rows), {}
+    features = torch.randn(frames, shape.pooled, shape.features).to(dtype)
+    budget = {"budget": EarlyTomConfig(retain_ratio=RETAIN_RATIO).token_budget(frames, shape.pooled)}
+    arguments["select_representatives"] = (features, torch.tensor([frames])), budget
     expected = {
         name: getattr(torch.ops.earlytom, name)(*given, **options) for name, (given, options) in arguments.items()
     }
@@ -96,8 +104,8 @@ def reuse_cases(frames: int, shape: Shape, dtype: torch.dtype, device: str) -> I
             facts["target"] = Target("times_sdpa", limit, f"<= {limit:.2f} x sdpa")
             facts["bytes"] = 0
             facts["flops"] = 4 * given[0].numel() * shape.tokens
-        if name == "plan_reuse":
-            facts["target"] = A_HUNDREDTH
+        if name in _TARGETS:
+            facts["target"] = _TARGETS[name]
         yield Case(name, inputs, arms, expected, provider_of(name, device, *inputs, **options), **facts)
 
 

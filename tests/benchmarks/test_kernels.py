@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from earlytom_compile.benchmarks import formulas, kernels
 
-REUSE = {"plan_reuse", "pack_places", "take_places", "reuse_attention", "return_places", "spread_places"}
+OF_PLUS = {
+    "plan_reuse", "pack_places", "take_places", "reuse_attention", "return_places", "spread_places",
+    "select_representatives",
+}  # fmt: skip
 OPS = {
     "frame_similarity", "merge_frames", "attention_received", "plan_merge", "dynamic_frames", "select_tokens",
     "plan_merge + select_tokens",
-} | REUSE  # fmt: skip
+} | OF_PLUS  # fmt: skip
 LATENCY_BOUND = {"plan_merge", "dynamic_frames", "plan_merge + select_tokens", "pack_places"}
 MORE_ARMS = {"attention_received": {"sdpa"}, "select_tokens": {"host", "auto"}, "reuse_attention": {"sdpa"}}
 
@@ -34,7 +37,7 @@ def test_measures_every_operator_and_finds_that_the_arms_agree(tmp_path, monkeyp
         assert {row["op"] for row in rows} == OPS
         for op in OPS:
             arms = {row["arm"]: row for row in rows if row["op"] == op}
-            assert arms.keys() == {"earlytom", "native" if op in REUSE else "naive"} | MORE_ARMS.get(op, set())
+            assert arms.keys() == {"earlytom", "native" if op in OF_PLUS else "naive"} | MORE_ARMS.get(op, set())
             assert arms["earlytom"]["provider"] == "native"
         assert all(row["median_us"] > 0 for row in rows)
         assert all(row["error"] <= 1e-4 for row in rows if row["arm"] != "sdpa")
