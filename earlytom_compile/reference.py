@@ -64,6 +64,7 @@ VARIANTS = ("paper", "released")
 DEFAULT_MAX_WINDOW = 128  # the paper names none; with it, no frame is compared with more than 127 others
 RELEASED_MAX_WINDOW = 8  # the released code's default of its environment variable M
 WINDOW, STRIP = 8, 16  # most frames, and tokens of each, among which representatives are looked for together
+POWER = 0.75  # of a token's distance from the mean, with which it counts
 FADING = 0.75  # of a token's likeness, what is left one merged frame further away
 TIE = 1e-3  # gains this close are equal: rounding must not choose among copies of a token
 
@@ -475,8 +476,8 @@ def _likeness(window: Tensor) -> Tensor:
     """``[m, P, D]`` -> float64 ``[m P, m P]``: how well the token of the column stands for that of the row.
 
     The cosine of their differences from the mean token, negative ones 0; times FADING for every frame between them;
-    times the length of the row's difference, as a multiple of the average one. A difference below 1e-5 of the token
-    itself is rounding and counts as none.
+    times the length of the row's difference, as a multiple of the average one, to the power of POWER. A difference
+    below 1e-5 of the token itself is rounding and counts as none.
     """
     tokens = window.flatten(0, 1).float().double()
     apart = tokens - tokens.mean(0)
@@ -487,7 +488,7 @@ def _likeness(window: Tensor) -> Tensor:
     for i, row in enumerate(apart):
         cosines = _cosine(row.expand_as(apart), apart).clamp(min=0)
         faded = cosines * FADING ** (frame - frame[i]).abs()
-        rows.append(faded * lengths[i] / lengths.mean() if lengths[i] > 0 else torch.zeros_like(faded))
+        rows.append(faded * (lengths[i] / lengths.mean()) ** POWER if lengths[i] > 0 else torch.zeros_like(faded))
     return torch.stack(rows).cpu()
 
 

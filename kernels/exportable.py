@@ -24,6 +24,7 @@ from earlytom_compile.kernels.plan_merge import float32, longest_segment
 from earlytom_compile.kernels.select_representatives import (
     FADING,
     MOST_OF_SHARE,
+    POWER,
     ROUNDING,
     STRIP,
     TIE,
@@ -258,13 +259,13 @@ def _strips(tokens: int) -> tuple[Tensor, Tensor]:
 
 def _apart(x: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [W, M, D], [W, M], from the M tokens of each window float32 [W, M, D], of which some are ``there``: the
-    direction in which each lies from the mean, and how far, as a multiple of the average."""
+    direction in which each lies from the mean, and how much it counts."""
     number = there.sum(1, keepdim=True)
     away = x - torch.where(there[:, :, None], x, 0.0).sum(1, keepdim=True) / number[:, :, None]
     length = torch.linalg.vector_norm(away, dim=2)
     length = torch.where(there & (length > ROUNDING * torch.linalg.vector_norm(x, dim=2)), length, 0.0)
     direction = torch.where(length[:, :, None] > 0, away / length[:, :, None], 0.0)
-    return direction, torch.where(length > 0, length / (length.sum(1, keepdim=True) / number), 0.0)
+    return direction, torch.where(length > 0, (length / (length.sum(1, keepdim=True) / number)) ** POWER, 0.0)
 
 
 def _standing_for(direction: Tensor, weight: Tensor, inside: Tensor, tokens: int) -> Tensor:

@@ -28,6 +28,9 @@ WINDOW = 8
 """Most frames of a block."""
 STRIP = 16
 """Most tokens of a block in each of its frames."""
+POWER = 0.75
+"""Of a token's distance from the mean, with which it counts: with 1, what stands out leaves little of the background,
+with 0, much of it (docs/accuracy.md)."""
 FADING = 0.75
 """Of a token's likeness, what is left one frame further away."""
 ROUNDING = 1e-5
@@ -45,8 +48,8 @@ def select_representatives(features: Tensor, counts: Tensor, budget: int) -> tup
 
     A video's n frames are cut into ceil(n / 8) windows and the P tokens of a frame into ceil(P / 16) strips of raster
     order, sizes differing by at most 1, larger first. A block is a window of a strip. With x_i less the mean of all
-    tokens of the window, token j of a block stands for token i of it by S_ij = |x_i| / mean |x| * max(0, cos(x_i,
-    x_j)) * 0.75^(frames between them), where mean |x| is that of the window.
+    tokens of the window, and |x| the mean length of these, token j of a block stands for token i of it by
+    S_ij = (|x_i| / |x|)^0.75 * max(0, cos(x_i, x_j)) * 0.75^(frames between them).
 
     A block takes one token after another: of those left, the j with the largest gain sum_i max(0, S_ij - c_i), where
     c_i is the largest S_ik of the tokens k taken so far (0 at first); of gains within 0.001 of the largest the lowest
@@ -185,13 +188,13 @@ def _similarity(video: Tensor, place: Tensor, there: Tensor) -> Tensor:
 
 def _apart(window: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [n, D], [n], from the n = m P tokens of m frames [m, P, D]: the direction in which each lies from the
-    mean, and how far, as a multiple of the average."""
+    mean, and how much it counts."""
     x = window.flatten(0, 1).float()
     away = x - x.mean(0)
     length = torch.linalg.vector_norm(away, dim=1)
     length = torch.where(length > ROUNDING * torch.linalg.vector_norm(x, dim=1), length, 0.0)
     direction = torch.where(length[:, None] > 0, away / length[:, None], 0.0)
-    return direction, torch.where(length > 0, length / length.mean(), 0.0)
+    return direction, torch.where(length > 0, (length / length.mean()) ** POWER, 0.0)
 
 
 def _cover(similarity: Tensor, there: Tensor, limit: Tensor, turns: int) -> tuple[Tensor, Tensor]:

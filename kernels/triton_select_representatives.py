@@ -26,6 +26,7 @@ from torch import Tensor
 from earlytom_compile.kernels.select_representatives import (
     FADING,
     MOST_OF_SHARE,
+    POWER,
     ROUNDING,
     STRIP,
     TIE,
@@ -37,6 +38,7 @@ from earlytom_compile.kernels.select_representatives import (
 
 _WINDOW = tl.constexpr(WINDOW)
 _LOG2_OF_FADING = tl.constexpr(math.log2(FADING))
+_POWER = tl.constexpr(POWER)
 _ROUNDING = tl.constexpr(ROUNDING)
 _TIE = tl.constexpr(TIE)
 _ROWS = 32  # tokens of a window that are added at a time
@@ -230,7 +232,7 @@ def _cover(
         rows = features + address
         cosine = _cosines(rows, channel_stride, mean + slot.to(tl.int64) * channels, far, channels, CHANNELS, BLOCK)
         fading = tl.exp2(tl.abs(frame[:, None] - frame[None, :]).to(tl.float32) * _LOG2_OF_FADING)
-        weight = tl.where(far > 0.0, far / average, 0.0)
+        weight = tl.where(far > 0.0, tl.exp2(tl.log2(far / average) * _POWER), 0.0)
         likeness = cosine * fading * weight[:, None]
 
         size = frames * (end - _part(strip, tokens, STRIPS))

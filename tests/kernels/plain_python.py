@@ -180,7 +180,7 @@ def likeness(window: np.ndarray) -> np.ndarray:
     for i, j in np.ndindex(alike.shape):
         if lengths[i] > 0 and lengths[j] > 0:
             between = abs(i // window.shape[1] - j // window.shape[1])
-            alike[i, j] = max(0.0, cosine(apart[i], apart[j])) * 0.75**between * lengths[i] / lengths.mean()
+            alike[i, j] = max(0.0, cosine(apart[i], apart[j])) * 0.75**between * (lengths[i] / lengths.mean()) ** 0.75
     return alike
 
 

@@ -130,7 +130,7 @@ def likeness_in(features, window):
     length = {(t, j): x if x > 1e-5 * math.hypot(*features[t][j]) else 0.0 for (t, j), x in length.items()}
     average = math.fsum(length.values()) / len(places)
     return {
-        (a, b): max(0.0, cosine(apart[a], apart[b])) * 0.75 ** abs(a[0] - b[0]) * length[a] / average
+        (a, b): max(0.0, cosine(apart[a], apart[b])) * 0.75 ** abs(a[0] - b[0]) * (length[a] / average) ** 0.75
         if length[a] > 0 and length[b] > 0
         else 0.0
         for a in places
