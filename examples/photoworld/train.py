@@ -3,8 +3,8 @@
     python -m earlytom_compile.photoworld.pool cache --clips 1400 --videos 100
     ACCELERATE_MIXED_PRECISION=bf16 python -m earlytom_compile.photoworld.train --pool cache --output runs/0
 
-Phases: the projector learns to say what each video token shows and where it is; then, with the projector too, the
-language model learns what is where, and last everything that is asked. Most batches keep only some of the video tokens,
+Phases: the projector learns to say what each video token shows and where it is; then it and the language model learn
+what is where, then what moves, and last everything that is asked. Most batches keep only some of the video tokens,
 drawn by lot, in half of them with better odds for those that show a thing; in half of them those that are left keep
 their positions, in the others they are numbered anew. A step costs what it keeps, and a model that has only ever seen
 whole videos would say more about that than about compression.
@@ -59,9 +59,10 @@ class Phase(toy.Phase):
 
 
 PHASES = (
-    Phase("tokens", 1500, 64, 2e-3),
+    Phase("tokens", 1000, 48, 2e-3),
     Phase("binding", 600, 16, 4e-3, (1, 0.5, 0.5, 0, 0.5, 1, 4, 0.5), drop=1.0, most=0.2),
-    Phase("together", 4000, 16, 4e-3, (1, 2, 1, 1.5, 1, 1, 1, 1.5), drop=0.92),
+    Phase("motion", 1000, 16, 4e-3, (1, 4, 0.5, 1, 1, 1, 2, 1), drop=1.0, most=0.3),
+    Phase("together", 3000, 16, 3e-3, (1, 3, 1, 1.5, 1.5, 1, 1, 1.5), drop=0.92),
 )
 
 
