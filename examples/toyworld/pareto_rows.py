@@ -48,6 +48,11 @@ _SETTINGS_OF_MERGING: tuple[Settings, ...] = (
     (("merge_layers", (1,)),),
     (("merge_layers", (3, 6)),),
 )
+# Half of the language model's layers get a ratio r, the other half 0.4 r: 0.7 r on average, which is what rows without
+# merging inside are compared at.
+_HALFWAY: Settings = (("inner_layer", 2), ("inner_drop_ratio", 0.6))
+_MEAN_OF_HALFWAY = 0.7
+_CHEAPER_ENCODERS: tuple[Settings, ...] = ((), (("full_layers", (7,)),), (("full_layers", ()),))
 _TAU_RUNS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 _GRIDS = ((2, 2, 2), (3, 2, 2), (4, 2, 2), (5, 2, 2), (4, 3, 2), (4, 2, 4), (4, 4, 3), (8, 2, 4))
 """Of all frames, time, height and width; the best of all shapes for 8, 12, 16, 20, 24, 32, 48 and 64 tokens."""
@@ -58,14 +63,22 @@ _GRIDS_OF_FEWER_FRAMES: dict[int, tuple[tuple[int, int, int], ...]] = {
     6: ((3, 2, 4), (6, 2, 4)),
     7: ((4, 4, 2), (7, 4, 2)),
 }
-"""The same of so many frames, the others left out; of means of frames none is worth it."""
+"""The same of so many frames, the others left out. Means of frames, worse than frames left out wherever both were
+tried, go without blocks."""
 
 
 def arms(ratios: Sequence[float] = RATIOS) -> list[Arm]:
     """All of them, all tokens first; ``ratios`` are those of every method."""
     every = [arm for arm in evaluate.arms(tuple(ratios), (evaluate.EVERY,)) if arm.method not in BASELINES]
     more = [Arm(name, ratio) for name, ratio in product((PLUS, PLUS + INNER), MORE_RATIOS)]
-    return list(dict.fromkeys([*every, *more, *_tried(), *_runs(), *_baselines()]))
+    return list(dict.fromkeys([*every, *more, *_halfway((*ratios, *MORE_RATIOS)), *_tried(), *_runs(), *_baselines()]))
+
+
+def _halfway(ratios: Sequence[float]) -> Iterator[Arm]:
+    """``plus`` with as many tokens a layer of the language model as each ratio means, more before its middle."""
+    for encoder, ratio in product(_CHEAPER_ENCODERS, ratios):
+        if ratio <= _MEAN_OF_HALFWAY:
+            yield Arm(PLUS + INNER, round(ratio / _MEAN_OF_HALFWAY, 3), (*encoder, *_HALFWAY))
 
 
 def _tried() -> Iterator[Arm]:
