@@ -151,10 +151,17 @@ class LlavaShape(ModelShape):
     """A LLaVA-OneVision: a SigLIP encoder, a projector of two matrices, 2x2 pooling, a Qwen2."""
 
     image_size: int
+    prefix: int = 0
+    """Tokens of a frame in front of its patches, a class token, which leave no further than the encoder."""
 
     @property
     def frame_tokens(self) -> int:
-        """S: patch tokens of a frame inside the encoder."""
+        """S: tokens of a frame inside the encoder."""
+        return self.prefix + self.patches
+
+    @property
+    def patches(self) -> int:
+        """Of a frame: what is embedded, and what leaves the encoder."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -171,13 +178,17 @@ class LlavaShape(ModelShape):
         """A newline."""
         return 1
 
+    def patch_embedding(self, frames: float) -> float:
+        """Of all patches of so many frames; what stands in front of them is learned."""
+        return frames * self.patches * PIXEL_CHANNELS * self.patch_size**2 * self.vision_width
+
     def projector(self, frames: Sequence[float]) -> float:
         """Two matrices for each patch that leaves the encoder."""
-        return frames[-1] * self.frame_tokens * self.llm_width * (self.vision_width + self.llm_width)
+        return frames[-1] * self.patches * self.llm_width * (self.vision_width + self.llm_width)
 
     def projector_moves(self, frames: float) -> float:
         """Patches in and out: pooling comes behind."""
-        return frames * self.frame_tokens * (self.vision_width + self.llm_width)
+        return frames * self.patches * (self.vision_width + self.llm_width)
 
     @classmethod
     def of_config(cls, config: Any) -> "LlavaShape":
@@ -195,9 +206,11 @@ class LlavaShape(ModelShape):
             vision_layers=vision.num_hidden_layers,
             vision_width=vision.hidden_size,
             vision_heads=vision.num_attention_heads,
-            vision_mlp=vision.intermediate_size,
+            vision_mlp=_mlp_width(vision),
             image_size=vision.image_size,
             patch_size=vision.patch_size,
+            # "default" is to drop the class token.
+            prefix=int(getattr(config, "vision_feature_select_strategy", "full") == "default"),
             llm_layers=text.num_hidden_layers,
             llm_width=text.hidden_size,
             llm_heads=text.num_attention_heads,
@@ -206,6 +219,12 @@ class LlavaShape(ModelShape):
             vocab=text.vocab_size,
             tied_embeddings=bool(config.tie_word_embeddings),
         )
+
+
+def _mlp_width(vision: Any) -> int:
+    """Channels inside the MLP of an encoder; DINOv2 says how many times its width."""
+    width = getattr(vision, "intermediate_size", None)
+    return int(vision.hidden_size * vision.mlp_ratio) if width is None else width
 
 
 def _eq_8(tokens: float, width: int, mlp: int, *, places: float) -> float:

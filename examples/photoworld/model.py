@@ -27,7 +27,7 @@ from earlytom_compile.photoworld.world import FRAMES
 from earlytom_compile.toyworld.language import CHAT_TEMPLATE
 
 PATCH = 14
-VISION_WIDTH, TEXT_WIDTH, TEXT_LAYERS = 384, 128, 5
+VISION_WIDTH, VISION_LAYERS, TEXT_WIDTH, TEXT_LAYERS = 384, 12, 128, 5
 VIDEO_TOKENS = FRAMES * CELLS**2
 """Video tokens of a video, the newline behind them not counted."""
 WEIGHTS = Path(__file__).parent / "weights"
@@ -43,7 +43,7 @@ def dinov2() -> Any:
     return pretrained.dinov2_small(SIZE)
 
 
-def build_model(seed: int, *, vision_layers: int = 12, text_layers: int = TEXT_LAYERS) -> Model:
+def build_model(seed: int, *, vision_layers: int = VISION_LAYERS, text_layers: int = TEXT_LAYERS) -> Model:
     """The model with random weights, in float32."""
     tokenizer = build_tokenizer()
     vision = Dinov2Config(

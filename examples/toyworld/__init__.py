@@ -13,6 +13,7 @@ installed.py  those that run the code that users run: EarlyTom, and other papers
 baselines.py  fewer frames, and means of frames and of tokens
 merging.py    frames that merge inside the encoder: stage 1 of EarlyTom, and runs
 cost.py       operations of a whole prefill
+worlds.py     what differs between this world and others that are asked about
 evaluate.py   accuracy by method, ratio and category
 timing.py     the time to the first token, all methods in turn
 seeds.py      one row of several models

@@ -7,7 +7,7 @@ Where tokens leave inside the language model, which of them depends on the quest
 with a row of its batch for each question about a video.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,26 +78,28 @@ def _mask(lengths: torch.Tensor, question: torch.Tensor, dtype: torch.dtype) -> 
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
-def prompt_ids(question: Question, placeholders: int) -> list[int]:
-    """The prompt of one question, with so many placeholders for the video."""
-    words = [IDS[word] for word in question.text.split()]
-    return [*(IDS[word] for word in BEFORE), *[_VIDEO] * placeholders, *words, *(IDS[word] for word in AFTER)]
+def prompt_ids(question: Question, placeholders: int, ids: Mapping[str, int] = IDS) -> list[int]:
+    """The prompt of one question, with so many placeholders for the video; ``ids``: those of the world's words."""
+    words = [ids[word] for word in question.text.split()]
+    return [*(ids[word] for word in BEFORE), *[_VIDEO] * placeholders, *words, *(ids[word] for word in AFTER)]
 
 
 def prompt_length(question: Question, video_tokens: int) -> int:
     """Positions of the prompt: the video's tokens, a newline behind them, and the words."""
-    return len(prompt_ids(question, video_tokens + 1))
+    return len(BEFORE) + video_tokens + 1 + len(question.text.split()) + len(AFTER)
 
 
 @torch.no_grad()
-def generated(compiled: Any, tokens: torch.Tensor, asked: Sequence[Question]) -> list[int]:
+def generated(
+    compiled: Any, tokens: torch.Tensor, asked: Sequence[Question], ids_of: Mapping[str, int] = IDS
+) -> list[int]:
     """The word that greedy ``generate`` says first to each question, by its id.
 
     ``compiled``: the model after :func:`earlytom_compile.compile`; ``tokens``: those of the video, [K, C], without the
     newline.
     """
     rows = torch.cat([tokens, compiled.model.image_newline[None]])
-    prompts = [prompt_ids(question, 1) for question in asked]
+    prompts = [prompt_ids(question, 1, ids_of) for question in asked]
     longest = max(map(len, prompts))
     ids = torch.tensor([[_PAD] * (longest - len(prompt)) + prompt for prompt in prompts], device=tokens.device)
     said = compiled.generate(

@@ -7,9 +7,12 @@
 
     pixels [8, 3, 96, 96] --frames--> [n, 3, 96, 96] --encoder--> tokens [n, 4, 4, C] --grid--> [t * h * w, C]
 
+(numbers of the toy world; another model has others)
+
 With a ratio in their place, each comes as near to its number of tokens as whole frames and blocks allow.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -20,16 +23,14 @@ from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.shapes import ModelShape
 from earlytom_compile.toyworld import cost
 from earlytom_compile.toyworld.installed import Compressed, Model
-from earlytom_compile.toyworld.model import POOLED
-from earlytom_compile.toyworld.world import FRAMES
 
 SUBSAMPLING = "frame subsampling"
 AVERAGING = "frame averaging"
 POOLING = "average pooling"
 BASELINES = (SUBSAMPLING, AVERAGING, POOLING)
 OPTIONS = ("frames", "grid")
-_SIDE = POOLED // 2
-"""Blocks of a frame in each direction, where a ratio decides how many there are."""
+Grid = tuple[int, int, int]
+"""Time, height, width."""
 
 
 class Plain(ABC):
@@ -50,22 +51,36 @@ class Plain(ABC):
 
 
 class Baseline(Plain):
-    """``frames`` of a video, ``averaged`` or taken, and means over blocks of their tokens, of which there are as many
-    as ``grid`` (time, height, width) says; None: every token stays."""
+    """That of a name: ``frames`` of a video, averaged or taken, and means over blocks of their tokens, of which there
+    are as many as ``grid`` says. What is None, the ratio decides, if it means something to that name."""
 
-    def __init__(self, model: Model, frames: int, averaged: bool, grid: tuple[int, int, int] | None) -> None:
+    def __init__(
+        self, name: str, model: Model, retain_ratio: float | None, frames: int | None, grid: Grid | None
+    ) -> None:
         super().__init__(model)
-        self.frames, self._averaged, self.grid = frames, averaged, grid
+        self._name, self._ratio, self._frames, self._grid = name, retain_ratio or 1.0, frames, grid
+
+    def sizes(self, frames_in: int) -> tuple[int, Grid | None]:
+        """How many frames of so many and which blocks; None: every token stays."""
+        of_frame, frames, grid = self.shape.pooled_tokens, self._frames, self._grid
+        budget = EarlyTomConfig(retain_ratio=self._ratio).token_budget(frames_in, of_frame)
+        if self._name == POOLING and grid is None:
+            side = math.isqrt(of_frame) // 2
+            grid = (max(1, round(budget / side**2)), side, side)
+        if frames is None:
+            frames = frames_in if self._name == POOLING else max(1, round(budget / of_frame))
+        return frames, grid
 
     @torch.no_grad()
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        fewer = averaged_frames if self._averaged else middle_frames
-        rows = all_tokens(self.model, fewer(pixels, self.frames))
-        return rows.flatten(0, 1) if self.grid is None else pooled(rows, self.grid)
+        frames, grid = self.sizes(len(pixels))
+        fewer = averaged_frames if self._name == AVERAGING else middle_frames
+        rows = all_tokens(self.model, fewer(pixels, frames))
+        return rows.flatten(0, 1) if grid is None else pooled(rows, grid)
 
     def __call__(self, pixels: torch.Tensor) -> Compressed:
-        flops = cost.of_frames(self.shape, (self.frames,), ())
-        return Compressed(self.tokens(pixels), self.frames / len(pixels), flops)
+        frames, _ = self.sizes(len(pixels))
+        return Compressed(self.tokens(pixels), frames / len(pixels), cost.of_frames(self.shape, (frames,), ()))
 
 
 def baseline(
@@ -73,15 +88,10 @@ def baseline(
     model: Model,
     retain_ratio: float | None = None,
     frames: int | None = None,
-    grid: tuple[int, int, int] | None = None,
+    grid: Grid | None = None,
 ) -> Baseline:
     """The baseline of that name; what is not given, ``retain_ratio`` decides."""
-    budget = EarlyTomConfig(retain_ratio=retain_ratio or 1.0).token_budget(FRAMES, POOLED**2)
-    if name == POOLING and grid is None:
-        grid = (max(1, round(budget / _SIDE**2)), _SIDE, _SIDE)
-    if frames is None:
-        frames = FRAMES if name == POOLING else max(1, round(budget / POOLED**2))
-    return Baseline(model, frames, name == AVERAGING, grid)
+    return Baseline(name, model, retain_ratio, frames, grid)
 
 
 def all_tokens(model: Model, pixels: torch.Tensor) -> torch.Tensor:
@@ -107,7 +117,8 @@ def averaged_frames(pixels: torch.Tensor, count: int) -> torch.Tensor:
     return torch.stack([part.mean(0) for part in pixels.tensor_split(count)])
 
 
-def pooled(tokens: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+def pooled(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Means over blocks of the tokens [n, P, C], row by row [t * h * w, C]; blocks that do not divide them overlap."""
-    volume = tokens.unflatten(1, (POOLED, POOLED)).permute(3, 0, 1, 2)
+    side = math.isqrt(tokens.shape[1])
+    volume = tokens.unflatten(1, (side, side)).permute(3, 0, 1, 2)
     return F.adaptive_avg_pool3d(volume, grid).flatten(1).T

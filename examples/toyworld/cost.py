@@ -85,8 +85,11 @@ def importance(shape: ModelShape, frames: int) -> float:
 
 
 def representatives(shape: ModelShape, frames: int) -> float:
-    """What ``plus`` selects by: every token beside every other, of at most 8 frames, which are one window."""
-    return 2.0 * (frames * shape.pooled_tokens) ** 2 * shape.llm_width
+    """What ``plus`` selects by: every token beside every other of its block."""
+    every = Reuse(frames * shape.frame_tokens)  # with reuse no frames merge: all that is counted is the selection
+    return count(
+        shape, protocol="exact", frames_schedule=(frames,), llm_tokens=0, variant="plus", reuse=every
+    ).operators
 
 
 @functools.cache

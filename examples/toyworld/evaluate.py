@@ -9,10 +9,8 @@ is at most one question of each category.
 """
 
 import functools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +21,7 @@ from earlytom_compile.errors import EarlyTomConfigError
 from earlytom_compile.methods.base import Step
 from earlytom_compile.shapes import ModelShape
 from earlytom_compile.toyworld import cost
-from earlytom_compile.toyworld.answers import answer_logits, generated, normalized, prompt_length
-from earlytom_compile.toyworld.batches import IDS, rows_of
+from earlytom_compile.toyworld.answers import generated, normalized, prompt_length
 from earlytom_compile.toyworld.installed import (
     REUSE,
     Compress,
@@ -35,8 +32,9 @@ from earlytom_compile.toyworld.installed import (
     own_options,
 )
 from earlytom_compile.toyworld.methods import ALL_TOKENS, METHODS, NO_TOKENS, STAGE_1, UNCONFIGURED, method, taken
-from earlytom_compile.toyworld.questions import CATEGORIES, Question, ask
-from earlytom_compile.toyworld.world import HELD_OUT, Video, read_sampled, rng_of, sample_video, write_mp4
+from earlytom_compile.toyworld.questions import Question
+from earlytom_compile.toyworld.world import rng_of
+from earlytom_compile.toyworld.worlds import TOY, World
 
 RATIOS = (0.25, 0.20, 0.15, 0.10)
 FIXED = (ALL_TOKENS, NO_TOKENS, STAGE_1, REUSE)
@@ -44,6 +42,7 @@ FIXED = (ALL_TOKENS, NO_TOKENS, STAGE_1, REUSE)
 EVERY = "all"
 """In the place of a method's beginning: those that are compared anyhow, and other papers' methods."""
 _AT_ONCE = 50
+_TOKENS_AT_ONCE = 6400  # what 50 videos of the toy world come to; a mask needs the square of a row
 _ANY_RATIO = 0.1  # of methods without a ratio; it bounds how far frames may merge
 _RIGHT, _WRONG, _NO = "1", "0", "-"
 _CONFIDENCE = 0.95
@@ -61,22 +60,26 @@ class Arm(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """Videos as the model sees them, uint8 [V, 8, 96, 96, 3], what is asked about each, and which of them, bool [V],
+    """Videos as the model sees them, uint8 [V, F, H, W, 3], what is asked about each, and which of them, bool [V],
     show a pair of colour and shape that no training video does."""
 
     frames: torch.Tensor
     asked: list[list[Question]]
     held_out: np.ndarray
+    world: World = TOY
 
     def first(self, videos: int) -> "Questions":
         """The same for so many videos."""
-        return Questions(self.frames[:videos], self.asked[:videos], self.held_out[:videos])
+        return replace(self, frames=self.frames[:videos], asked=self.asked[:videos], held_out=self.held_out[:videos])
 
     @property
     def chance(self) -> dict[str, float]:
         """Share of right answers by guessing among the choices, by category; NaN where nothing is asked."""
         every = [question for questions in self.asked for question in questions]
-        return {c: float(np.mean([q.chance for q in every if q.category == c] or [np.nan])) for c in CATEGORIES}
+        return {
+            category: float(np.mean([q.chance for q in every if q.category == category] or [np.nan]))
+            for category in self.world.categories
+        }
 
     @property
     def overall_chance(self) -> float:
@@ -97,15 +100,16 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """``right`` and ``asked``: bool [V, 5], by video and category, or how often, where several models were asked
+    """``right`` and ``asked``: bool [V, C], by video and category, or how often, where several models were asked
     (``seeds.py``); ``ttft``: seconds to the first token of the first question about each of the first videos, as far as
-    they were timed."""
+    they were timed; ``categories``: names of the C columns."""
 
     arm: Arm
     cost: Cost
     right: np.ndarray
     asked: np.ndarray
     ttft: tuple[float, ...] = ()
+    categories: tuple[str, ...] = TOY.categories
 
     def accuracy(self, category: str | None = None) -> float:
         """Share of right answers; overall, every question counts once. NaN where nothing was asked."""
@@ -124,7 +128,8 @@ class Result:
         """The result that :meth:`to_dict` made a dictionary of."""
         answers = np.array([list(video) for video in content["answers"].split()])
         means = Cost(*(content[name] for name in Cost._fields))
-        return cls(arm_of(content), means, answers == _RIGHT, answers != _NO, tuple(content["ttft"]))
+        categories = tuple(content["categories"])
+        return cls(arm_of(content), means, answers == _RIGHT, answers != _NO, tuple(content["ttft"]), categories)
 
     def of(self, videos: np.ndarray) -> "Result":
         """The same for some of the videos, bool [V]."""
@@ -136,7 +141,7 @@ class Result:
         return " ".join("".join(video) for video in letters)
 
     def _columns(self, category: str | None) -> tuple[np.ndarray, np.ndarray]:
-        chosen = slice(None) if category is None else [CATEGORIES.index(category)]
+        chosen = slice(None) if category is None else [self.categories.index(category)]
         return self.right[:, chosen], self.asked[:, chosen]
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,14 +159,17 @@ class Result:
             **self.cost._asdict(),
             "accuracy": self.accuracy(),
             "interval": [low, high],
-            "categories": {c: {"accuracy": self.accuracy(c), "interval": list(self.interval(c))} for c in CATEGORIES},
+            "categories": {
+                category: {"accuracy": self.accuracy(category), "interval": list(self.interval(category))}
+                for category in self.categories
+            },
         }
 
 
 def interval(right: np.ndarray, asked: np.ndarray) -> tuple[float, float]:
     """95 % confidence interval of the sum of ``right`` as a share of that of ``asked``, [V, ...] each: percentiles of a
     bootstrap over the V videos in which something was asked. NaN for fewer than two of them."""
-    parts = [each.reshape(len(each), -1).sum(1, dtype=np.float64) for each in (right, asked)]
+    parts = [each.sum(tuple(range(1, each.ndim)), dtype=np.float64) for each in (right, asked)]
     there = parts[1] > 0
     return _interval(parts[0][there].tobytes(), parts[1][there].tobytes())
 
@@ -195,15 +203,18 @@ def arms(
     ratios: tuple[float, ...] = RATIOS,
     beginnings: tuple[str, ...] | None = None,
     settings: Sequence[Mapping[str, Any]] = (),
+    world: World = TOY,
 ) -> list[Arm]:
     """What is compared, all tokens first.
 
     ``beginnings``: beside all tokens only methods whose names begin so; a whole name is the beginning of that method
     and its forms alone (``fastv`` not of ``fastvid``), and ``"all"`` that of every one; None: all but other papers'.
     ``settings``: options that each of those methods that take all of them is tried with once more. Raises
-    :class:`EarlyTomConfigError` for a beginning that no name has, and for settings that no method takes.
+    :class:`EarlyTomConfigError` for a beginning that no name has, and for settings that no method takes. Methods that
+    the ``world`` says are unreadable are none of them.
     """
     names = METHODS if beginnings is None else (*METHODS, *other_methods())
+    names = tuple(name for name in names if name not in world.unreadable)
     every = [Arm(name) for name in FIXED] + [Arm(name, ratio) for name in names for ratio in ratios]
     return chosen(every, beginnings, settings)
 
@@ -255,27 +266,25 @@ def load_questions(
     *,
     encoded: bool = False,
     noise: float = 0.0,
+    world: World = TOY,
 ) -> Questions:
     """Videos ``first`` to ``first + videos - 1`` of ``split``, and one question of each category about each.
 
     ``encoded``: frames as they come out of an H.264 file. ``noise``: standard deviation of what is added to each pixel
-    of each frame, in the model's units, in which black is -1 and white 1.
+    of each frame, in the model's units, in which black is -1 and white 1. Raises :class:`EarlyTomConfigError` where
+    ``encoded`` means nothing to the ``world``.
     """
+    if encoded and world.encoded is None:
+        raise EarlyTomConfigError(f"encoded=True: frames of the world {world.name} come out of a file anyhow.")
     frames, asked, held_out = [], [], []
     for seed in range(first, first + videos):
-        video = sample_video(split, seed)
-        drawn = _through_mp4(video) if encoded else video.frames()
+        video = world.sample_video(split, seed)
+        drawn = world.encoded(video) if encoded and world.encoded else video.frames()
         frames.append(torch.from_numpy(_noisy(drawn, noise, rng_of(split, seed, stream=4)) if noise else drawn))
-        asked.append(list(ask(video, rng_of(split, seed, stream=3)).values()))
-        held_out.append(any(thing.pair in HELD_OUT for thing in video.things))
+        asked.append(list(world.ask(video, rng_of(split, seed, stream=3)).values()))
+        held_out.append(world.shows_held_out(video))
         advance()
-    return Questions(torch.stack(frames), asked, np.array(held_out))
-
-
-def _through_mp4(video: Video) -> np.ndarray:
-    with tempfile.TemporaryDirectory(prefix="earlytom-eval-") as folder:
-        write_mp4(video, Path(folder) / "video.mp4")
-        return read_sampled(Path(folder) / "video.mp4")
+    return Questions(torch.stack(frames), asked, np.array(held_out), world)
 
 
 def _noisy(frames: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
@@ -315,13 +324,14 @@ def evaluate(
         chunk = questions.asked[first : first + _AT_ONCE]
         left = [compress(normalized(f.to(device))) for f in questions.frames[first : first + _AT_ONCE]]
         inside = compress.model if isinstance(compress, Installed) and compress.steps else None
-        parts.append(right_answers(model, [compressed.tokens for compressed in left], chunk, inside))
+        parts.append(right_answers(model, [each.tokens for each in left], chunk, inside, questions.world))
         costs += [_cost(model, compress, each, about) for each, about in zip(left, chunk, strict=True)]
         advance(len(chunk))
     right, asked = map(np.concatenate, zip(*parts, strict=True))
     tokens, layer_tokens, work, _ = np.mean(costs, axis=0).tolist()
     flops = np.average([each.flops for each in costs], weights=asked.sum(1)).item()
-    return Result(arm, Cost(tokens, layer_tokens, work, flops), right, asked)
+    means = Cost(tokens, layer_tokens, work, flops)
+    return Result(arm, means, right, asked, categories=questions.world.categories)
 
 
 def _cost(model: Model, compress: Compress, left: Compressed, asked: Sequence[Question]) -> Cost:
@@ -339,32 +349,38 @@ def _steps(compress: Compress) -> tuple[Step, ...]:
 
 
 def right_answers(
-    model: Model, videos: Sequence[torch.Tensor], asked: Sequence[Sequence[Question]], inside: Any = None
+    model: Model,
+    videos: Sequence[torch.Tensor],
+    asked: Sequence[Sequence[Question]],
+    inside: Any = None,
+    world: World = TOY,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which questions were asked and which answers are right, bool [V, 5] by video and category: (right, asked).
+    """Which answers are right and which questions were asked, bool [V, C] each, by video and category.
 
     ``videos``: the tokens of each, [K, C]. ``inside``: the compiled model, where tokens leave inside the language
     model.
     """
-    right, there = (np.zeros((len(asked), len(CATEGORIES)), bool) for _ in range(2))
-    for video, (about, said) in enumerate(zip(asked, _words(model, videos, asked, inside), strict=True)):
+    right, there = (np.zeros((len(asked), len(world.categories)), bool) for _ in range(2))
+    for video, (about, said) in enumerate(zip(asked, _words(model, videos, asked, inside, world), strict=True)):
         for question, word in zip(about, said, strict=True):
-            column = CATEGORIES.index(question.category)
+            column = world.categories.index(question.category)
             there[video, column] = True
-            right[video, column] = word == IDS[question.answer]
+            right[video, column] = word == world.ids[question.answer]
     return right, there
 
 
 def _words(
-    model: Model, videos: Sequence[torch.Tensor], asked: Sequence[Sequence[Question]], inside: Any
+    model: Model, videos: Sequence[torch.Tensor], asked: Sequence[Sequence[Question]], inside: Any, world: World
 ) -> list[list[int]]:
     """The word said to each question about each video, by its id."""
     if inside is not None:
-        return [generated(inside, tokens, about) for tokens, about in zip(videos, asked, strict=True)]
+        return [generated(inside, tokens, about, world.ids) for tokens, about in zip(videos, asked, strict=True)]
     said: list[list[int]] = []
-    for first in range(0, len(videos), _AT_ONCE):
-        chunk, about = videos[first : first + _AT_ONCE], asked[first : first + _AT_ONCE]
-        logits, _ = answer_logits(model, chunk, rows_of(about).to(chunk[0].device))
+    longest = max(1, *map(len, videos))
+    at_once = max(1, min(_AT_ONCE, _TOKENS_AT_ONCE // longest))
+    for first in range(0, len(videos), at_once):
+        chunk, about = videos[first : first + at_once], asked[first : first + at_once]
+        logits, _ = world.answer_logits(model, chunk, world.rows_of(about).to(chunk[0].device))
         words = iter(logits[::2].argmax(-1).tolist())  # every other one is behind the end of an answer
         said += [[next(words) for _ in questions] for questions in about]
     return said

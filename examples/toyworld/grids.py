@@ -5,7 +5,8 @@
     fewer frames       frames  grid   tokens  right
     frame subsampling       4  4,2,2      16   79.4
 
-For each number of frames and each number of tokens, the best of all shapes. ``pareto.py`` has what was chosen by this.
+For each number of frames and each number of tokens, the best of all shapes. ``pareto_rows.py`` has what was chosen by
+this.
 """
 
 import argparse

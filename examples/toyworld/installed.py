@@ -1,7 +1,7 @@
 """Rows of the comparison that run the very code that users run: EarlyTom's variants, and the methods of other papers.
 
 compress = Installed(model, {"retain_ratio": 0.1, "method": "visionzip"})
-compress(pixels)           # pixels [8, 3, 96, 96] of one video -> its tokens [K, C], and what they cost
+compress(pixels)           # pixels [F, 3, H, W] of one video -> its tokens [K, C], and what they cost
 
 earlytom paper             as the options say
 earlytom paper, inner      the same with ``inner_layer``: video tokens merge once more inside the language model
@@ -36,7 +36,7 @@ class Compressed(NamedTuple):
 
 
 Compress = Callable[[torch.Tensor], Compressed]
-"""Takes the pixels of one video, [8, 3, 96, 96]."""
+"""Takes the pixels of one video, [F, 3, H, W]."""
 Model: TypeAlias = LlavaOnevisionForConditionalGeneration
 
 INNER = ", inner"

@@ -1,6 +1,6 @@
 """Frames that merge inside the vision encoder, by hooks on it and by operators that are as fast as the installed ones.
 
-    Merging(model, by_paper(config, 8), (1, 6))                # stage 1 of ``paper``: "only stage 1"
+    Merging(model, by_paper(config), (1, 6))                   # stage 1 of ``paper``: "only stage 1"
     runs(model, 0.8)                                           # "frames in runs"
     runs(model, 0.8, 0.1)                                      # the same, and the selection of ``plus`` behind it
 
@@ -28,8 +28,6 @@ from earlytom_compile.kernels.select_representatives import select_representativ
 from earlytom_compile.toyworld import cost
 from earlytom_compile.toyworld.baselines import Plain
 from earlytom_compile.toyworld.installed import Compressed, Model, share
-from earlytom_compile.toyworld.model import POOLED
-from earlytom_compile.toyworld.world import FRAMES
 
 RUNS = "frames in runs"
 OPTIONS = ("tau_run",)
@@ -46,8 +44,7 @@ class Merging(Plain):
     def __init__(self, model: Model, rule: Rule, places: tuple[int, ...], retain_ratio: float | None = None) -> None:
         super().__init__(model)
         self._rule, self._places = rule, places
-        # Never more than there is: runs know nothing of a budget.
-        self._budget = retain_ratio and EarlyTomConfig(retain_ratio=retain_ratio).token_budget(FRAMES, POOLED**2)
+        self._ratio = retain_ratio
         self._left: list[int] = []
         self._stands_for = torch.ones(0)
         self._hooked: Any = twin_of(model)
@@ -67,10 +64,13 @@ class Merging(Plain):
         self._left, self._stands_for = [], pixels.new_ones(len(pixels))
         inner = self._hooked.model
         hidden = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+        if self.model.config.vision_feature_select_strategy == "default":
+            hidden = hidden[:, 1:]  # without the class token
         rows: torch.Tensor = inner.apply_pooling(inner.multi_modal_projector(hidden))
-        if self._budget is None:
+        if self._ratio is None:
             return rows.flatten(0, 1)
-        budget = min(self._budget, rows.shape[0] * rows.shape[1])
+        budget = EarlyTomConfig(retain_ratio=self._ratio).token_budget(len(pixels), rows.shape[1])
+        budget = min(budget, rows.shape[0] * rows.shape[1])  # runs know nothing of a budget
         return select_representatives(rows, torch.tensor([len(rows)], device=rows.device), budget)[0][0]
 
     def __call__(self, pixels: torch.Tensor) -> Compressed:
@@ -78,7 +78,7 @@ class Merging(Plain):
         behind = [sum(layer > place for place in self._places) for layer in range(len(self._layers))]
         work = share([schedule[merges] for merges in behind], len(pixels))
         flops = cost.of_frames(self.shape, schedule, self._places)
-        if self._budget is not None:
+        if self._ratio is not None:
             flops += cost.representatives(self.shape, schedule[-1])
         return Compressed(kept, work, flops)
 
@@ -120,8 +120,8 @@ def _runs(worst: list[list[float]], tau_run: float) -> list[int]:
     return run_of
 
 
-def by_paper(config: EarlyTomConfig, frames: int) -> Rule:
-    """Stage 1 of ``paper``, with the operators that are installed, for a video of so many ``frames``."""
+def by_paper(config: EarlyTomConfig) -> Rule:
+    """Stage 1 of ``paper``, with the operators that are installed."""
     tau_merge = math.nan if config.tau_merge == "segment" else config.tau_merge
 
     def rule(hidden: torch.Tensor, stands_for: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,21 +134,28 @@ def by_paper(config: EarlyTomConfig, frames: int) -> Rule:
             alpha=config.alpha,
             max_window=config.window(),
             tau_merge=tau_merge,
-            min_frames=config.min_frames(frames),
+            min_frames=config.min_frames(len(stands_for)),  # all of the video, since they stay as they are
         )
         (merged,) = merge_frames([hidden], source, weight, int(left))
-        return merged, stands_for  # the paper's weights do not ask for it
+        return merged, stands_for  # the paper's weights do not ask for them
 
     return rule
 
 
 def encoder_layers(model: Model) -> Any:
-    """The layers of the vision encoder; where they hang depends on the version of transformers."""
-    (layers,) = (m for name, m in model.model.vision_tower.named_modules() if name.endswith("encoder.layers"))
+    """The layers of the vision encoder; where they hang depends on the version of transformers, and DINOv2 has another
+    name for them."""
+    names = ("encoder.layers", "encoder.layer")
+    (layers,) = (m for name, m in model.model.vision_tower.named_modules() if name.endswith(names))
     return layers
 
 
 def _embeddings(model: Model) -> Any:
     """What makes patches of pixels, and adds their positions."""
-    (module,) = (m for name, m in model.model.vision_tower.named_modules() if name.endswith("embeddings"))
+    (module,) = (m for name, m in model.model.vision_tower.named_modules() if _last(name) == "embeddings")
     return module
+
+
+def _last(name: str) -> str:
+    """``vision_model.embeddings`` -> ``embeddings``, which ``embeddings.patch_embeddings`` is not."""
+    return name.rpartition(".")[2]

@@ -1,7 +1,7 @@
 """Ways to fewer video tokens: EarlyTom as installed, parts of it, and trivial baselines.
 
     compress = method("earlytom paper", model, retain_ratio=0.1)
-    compress(pixels)           # pixels [8, 3, 96, 96] of one video -> its tokens [K, C], and what they cost
+    compress(pixels)           # pixels [F, 3, H, W] of one video -> its tokens [K, C], and what they cost
 
 Rows of ``installed.py`` run the very code that users run: those named ``earlytom``, ``only reuse``, and other papers'
 methods. Those of ``baselines.py`` and ``merging.py`` are plain PyTorch, as fast as they can be called. The others are
@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,17 +41,16 @@ from earlytom_compile.toyworld.installed import (
     share,
 )
 from earlytom_compile.toyworld.merging import RUNS, Merging, by_paper, encoder_layers
-from earlytom_compile.toyworld.model import POOLED
-from earlytom_compile.toyworld.world import FRAMES
 
 ALL_TOKENS = "all tokens"
 NO_TOKENS = "no tokens"
 STAGE_1 = "only stage 1"
+RANDOM = "random tokens"
 METHODS = (
     *OURS,
     "only stage 2",
     "top-k without decoupling",
-    "random tokens",
+    RANDOM,
     *BASELINES,
 )
 """Those with a ratio; how much the others take does not depend on one."""
@@ -58,7 +58,7 @@ UNCONFIGURED = (*BASELINES, RUNS)
 """Those that take options of their own, and none of :func:`earlytom_compile.compile`."""
 PLAIN = (STAGE_1, *UNCONFIGURED)
 """Rows of plain PyTorch whose time says something (:class:`~earlytom_compile.toyworld.baselines.Plain`)."""
-_BY_HOOKS = (STAGE_1, "only stage 2", "top-k without decoupling", "random tokens")
+_BY_HOOKS = (STAGE_1, "only stage 2", "top-k without decoupling", RANDOM)
 _TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_BY_HOOKS, (*OF_SEGMENTS, "tau_merge")),
     **dict.fromkeys(BASELINES, baselines.OPTIONS),
@@ -84,14 +84,14 @@ def method(name: str, model: Model, retain_ratio: float | None, **options: Any) 
         inner = inner_options(name, model.config.text_config.num_hidden_layers)
         return Installed(model, {"retain_ratio": retain_ratio, **own, **inner, **options})
     config = EarlyTomConfig.from_options({"retain_ratio": retain_ratio, **options})
-    if name == STAGE_1:
-        return Merging(model, by_paper(config, FRAMES), config.resolve_merge_layers(len(encoder_layers(model))))
+    if name in (STAGE_1, RANDOM):
+        stage_1 = Merging(model, by_paper(config), config.resolve_merge_layers(len(encoder_layers(model))))
+        return stage_1 if name == STAGE_1 else partial(_random, stage_1, config)
     parts: dict[str, Callable[[Model, EarlyTomConfig, torch.Tensor], Compressed]] = {
         ALL_TOKENS: _all_tokens,
         NO_TOKENS: _no_tokens,
         "only stage 2": _stage_2,
         "top-k without decoupling": _top_k,
-        "random tokens": _random,
     }
     compress = parts[name]
     return torch.no_grad()(lambda pixels: compress(model, config, pixels))
@@ -125,7 +125,8 @@ def encode(model: Model, config: EarlyTomConfig, pixels: torch.Tensor, *, merge:
     tokens = model.model.apply_pooling(model.model.multi_modal_projector(hidden))
     side = math.isqrt(seen["importance"].shape[1])
     grid = seen["importance"].view(-1, 1, side, side)
-    importance = F.interpolate(grid, size=(POOLED, POOLED), mode="bilinear").flatten(1)
+    pooled = math.isqrt(tokens.shape[1])
+    importance = F.interpolate(grid, size=(pooled, pooled), mode="bilinear").flatten(1)
     segments = reference.segment_frames(
         seen["features"], variant=config.merge_variant(), tau_seg=config.tau_seg, alpha=config.alpha
     )
@@ -187,24 +188,13 @@ def attention_received(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (query @ key.transpose(-1, -2) * attention.scale).softmax(-1).mean((1, 2))
 
 
-def _budget(config: EarlyTomConfig, frames: int) -> int:
-    return config.token_budget(frames, POOLED**2)
-
-
-def _every(encoded: Encoded, frames: int) -> Compressed:
-    return encoded.left(encoded.tokens.flatten(0, 1), frames)
-
-
 def _all_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    return _every(encode(model, config, pixels, merge=False), len(pixels))
+    flops = cost.of_frames(ModelShape.from_config(model.config), (len(pixels),), ())
+    return Compressed(baselines.all_tokens(model, pixels).flatten(0, 1), 1.0, flops)
 
 
 def _no_tokens(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
     return Compressed(model.model.image_newline[None][:0], 0.0, 0.0)
-
-
-def _stage_1(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    return _every(encode(model, config, pixels), len(pixels))
 
 
 def _stage_2(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
@@ -243,9 +233,9 @@ def _selected(
     return encoded.left(encoded.tokens[kept[:, 0], kept[:, 1]], frames, choice)
 
 
-def _random(model: Model, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
-    every = _stage_1(model, config, pixels)
+def _random(stage_1: Merging, config: EarlyTomConfig, pixels: torch.Tensor) -> Compressed:
+    every, budget = stage_1(pixels), config.token_budget(len(pixels), stage_1.shape.pooled_tokens)
     # Random for every video, and the same in every run: the sum of its pixels is the seed.
     generator = torch.Generator().manual_seed(int(pixels.double().sum().item() * 1000) % 2**31)
-    kept = torch.randperm(len(every.tokens), generator=generator)[: _budget(config, len(pixels))].sort().values
+    kept = torch.randperm(len(every.tokens), generator=generator)[:budget].sort().values
     return every._replace(tokens=every.tokens[kept])

@@ -14,7 +14,6 @@ from earlytom_compile.benchmarks.colours import MARKERS, PALE, STRONG
 from earlytom_compile.toyworld.evaluate import Result
 from earlytom_compile.toyworld.installed import INNER, own_options
 from earlytom_compile.toyworld.methods import ALL_TOKENS
-from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.toyworld.report import label, title
 
 _ACCURACY = "right answers (95 % interval)"
@@ -100,9 +99,10 @@ def _ratio_figure(plt: Any, results: Sequence[Result], styles: dict[str, _Style]
 
 
 def _category_figure(plt: Any, results: Sequence[Result], styles: dict[str, _Style]) -> Any:
-    size = (16, max(3.2, _height(styles) - 1.3))
-    figure, grid = plt.subplots(1, len(CATEGORIES), figsize=size, sharey=True, layout="constrained")
-    for axes, category in zip(grid, CATEGORIES, strict=True):
+    categories = results[0].categories
+    size = (3.2 * len(categories), max(3.2, _height(styles) - 1.3))
+    figure, grid = plt.subplots(1, len(categories), figsize=size, sharey=True, layout="constrained")
+    for axes, category in zip(grid, categories, strict=True):
         _draw_ratios(axes, results, category, styles)
         axes.set(title=category)
         axes.grid(alpha=0.3)

@@ -20,7 +20,6 @@ from rich.table import Table
 from earlytom_compile.benchmarks import markdown
 from earlytom_compile.toyworld.evaluate import Arm, Questions, Result
 from earlytom_compile.toyworld.methods import ALL_TOKENS
-from earlytom_compile.toyworld.questions import CATEGORIES
 from earlytom_compile.toyworld.seeds import OverModels
 from earlytom_compile.words import counted
 
@@ -28,9 +27,9 @@ NOTHING = "–"
 _SHOWN = ("method", "ratio", "tokens", "a layer", "encoder", "MFLOP", "TTFT ms", "accuracy (95% CI)")
 
 
-def headings(results: Sequence[Result]) -> tuple[str, ...]:
+def headings(results: Sequence[Result], questions: Questions) -> tuple[str, ...]:
     """Of the columns."""
-    return (*_SHOWN, *models_heading(results), "of all tokens'", *CATEGORIES)
+    return (*_SHOWN, *models_heading(results), "of all tokens'", *questions.world.categories)
 
 
 def models_heading(results: Sequence[Result]) -> tuple[str, ...]:
@@ -68,13 +67,13 @@ def rows(results: Sequence[Result], questions: Questions) -> list[tuple[str, ...
                 accuracy_text(result),
                 *each_text(result),
                 f"{result.accuracy() / full:.1%}" if full and arm.method != ALL_TOKENS else "",
-                *(_percent(result.accuracy(category)) for category in CATEGORIES),
+                *(_percent(result.accuracy(category)) for category in questions.world.categories),
             )
         )
     chance = questions.chance
     beside = [""] * (1 + len(models_heading(results)))
     guessing = ("guessing", *[""] * 6, _percent(questions.overall_chance), *beside)
-    return [*cells, (*guessing, *(_percent(chance[category]) for category in CATEGORIES))]
+    return [*cells, (*guessing, *(_percent(chance[category]) for category in questions.world.categories))]
 
 
 def ratio_text(result: Result) -> str:
@@ -123,7 +122,7 @@ def _unseen_text(results: Sequence[Result], questions: Questions) -> str:
 def table(results: Sequence[Result], questions: Questions) -> Table:
     """For people at a terminal."""
     drawn = Table(title=title(results), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, heading in enumerate(headings(results)):
+    for index, heading in enumerate(headings(results, questions)):
         drawn.add_column(heading, justify="right" if index else "left", overflow="fold")
     for cells in rows(results, questions):
         drawn.add_row(*cells)
@@ -133,7 +132,9 @@ def table(results: Sequence[Result], questions: Questions) -> Table:
 
 def to_markdown(results: Sequence[Result], questions: Questions, about: dict[str, Any]) -> str:
     """The command, where it ran, and the table."""
-    lines = markdown.heading(about) + markdown.table(title(results), headings(results), rows(results, questions))
+    lines = markdown.heading(about) + markdown.table(
+        title(results), headings(results, questions), rows(results, questions)
+    )
     return "\n".join([*lines, _unseen_text(results, questions)]) + "\n"
 
 

@@ -17,7 +17,7 @@ from earlytom_compile.toyworld.evaluate import Cost, Result
 
 @dataclass(frozen=True)
 class OverModels(Result):
-    """``right`` and ``asked`` are how many models were right and how many were asked, int [V, 5]; costs are means, and
+    """``right`` and ``asked`` are how many models were right and how many were asked, int [V, C]; costs are means, and
     ``ttft`` are the times of all of them. ``each``: what it is made of."""
 
     each: tuple[Result, ...] = ()
@@ -35,5 +35,6 @@ def over_models(results: Sequence[Result]) -> Result:
         np.stack([result.right for result in results]).sum(0, dtype=np.int64),
         np.stack([result.asked for result in results]).sum(0, dtype=np.int64),
         tuple(seconds for result in results for seconds in result.ttft),
+        first.categories,
         tuple(results),
     )

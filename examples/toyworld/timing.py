@@ -15,17 +15,18 @@ from typing import Any
 import torch
 
 from earlytom_compile.benchmarks.measure import timed as seconds_of
+from earlytom_compile.shapes import ModelShape
 from earlytom_compile.toyworld.answers import FIRST_TOKEN, normalized, prompt_ids
 from earlytom_compile.toyworld.baselines import Plain
 from earlytom_compile.toyworld.batches import BEFORE
 from earlytom_compile.toyworld.evaluate import Arm, Questions
 from earlytom_compile.toyworld.installed import Compress, Installed, Model, own_options
 from earlytom_compile.toyworld.methods import ALL_TOKENS, PLAIN
-from earlytom_compile.toyworld.model import POOLED
 from earlytom_compile.toyworld.questions import Question
+from earlytom_compile.toyworld.worlds import TOY, World
 
 Call = Callable[[torch.Tensor, Question], torch.Tensor]
-"""From the pixels of a video, [8, 3, 96, 96], and a question about it to ids that end in the first new token."""
+"""From the pixels of a video, [F, 3, H, W], and a question about it to ids that end in the first new token."""
 _WARM_UP = 2  # calls of each: the first one traces the model
 
 
@@ -34,26 +35,27 @@ def can_be_called(arm: Arm) -> bool:
     return arm.method in (ALL_TOKENS, *PLAIN) or own_options(arm.method) is not None
 
 
-def first_token(model: Model, arm: Arm, compress: Compress) -> Call:
+def first_token(model: Model, arm: Arm, compress: Compress, world: World = TOY) -> Call:
     """``generate`` of one token, for an arm that :func:`can_be_called` and the method that was :func:`made` of it."""
     if isinstance(compress, Installed):
-        return partial(_generate, compress.model)
+        return partial(_generate, compress.model, world)
     if isinstance(compress, Plain):
-        return lambda pixels, question: _generate_behind(model, compress.tokens(pixels), question)
-    return partial(_generate, model)
+        return lambda pixels, question: _generate_behind(model, world, compress.tokens(pixels), question)
+    return partial(_generate, model, world)
 
 
-def _generate(model: Any, pixels: torch.Tensor, question: Question) -> torch.Tensor:
-    ids = torch.tensor([prompt_ids(question, len(pixels) * POOLED**2 + 1)], device=pixels.device)
+def _generate(model: Any, world: World, pixels: torch.Tensor, question: Question) -> torch.Tensor:
+    tokens = len(pixels) * ModelShape.from_config(model.config).pooled_tokens
+    ids = torch.tensor([prompt_ids(question, tokens + 1, world.ids)], device=pixels.device)
     said: torch.Tensor = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=pixels[None], **FIRST_TOKEN
     )
     return said
 
 
-def _generate_behind(model: Any, tokens: torch.Tensor, question: Question) -> torch.Tensor:
+def _generate_behind(model: Any, world: World, tokens: torch.Tensor, question: Question) -> torch.Tensor:
     """The same with these tokens, [K, C], in the place of those that the model would make of pixels."""
-    words = model.get_input_embeddings()(torch.tensor(prompt_ids(question, 0), device=tokens.device))
+    words = model.get_input_embeddings()(torch.tensor(prompt_ids(question, 0, world.ids), device=tokens.device))
     before, behind = words[: len(BEFORE)], words[len(BEFORE) :]
     prompt = torch.cat([before, tokens, model.model.image_newline[None], behind])[None]
     there = torch.ones(prompt.shape[:2], dtype=torch.int64, device=tokens.device)

@@ -51,7 +51,7 @@ def counted(monkeypatch):
         asked = np.array([[c in {q.category for q in asked} for c in CATEGORIES] for asked in questions.asked])
         return Result(arm, Cost(13.0, 11.5, 0.5, 4e8), asked & (rng.random(asked.shape) < 0.7), asked)
 
-    def first_token(model, arm, compress):
+    def first_token(model, arm, compress, world):
         def call(pixels, question):
             if warm_up[arm] < timing._WARM_UP:
                 warm_up[arm] += 1
@@ -231,7 +231,7 @@ def test_a_row_comes_back_as_it_was(seed, videos):
     settings = (("tau_reuse", 0.06), ("full_layers", (5, 7)))[: rng.integers(3)]
     arm = Arm("only reuse", 0.1 if rng.integers(2) else None, settings)
     row = Result(arm, Cost(12.5, 11.0, 0.4, 3e8), asked & (rng.random(asked.shape) < 0.5), asked, (0.5, 0.25))
-    again = Result.from_dict(json.loads(json.dumps({**row.to_dict(), "interval": None, "categories": None})))
+    again = Result.from_dict(json.loads(json.dumps({**row.to_dict(), "interval": None})))
     assert (again.arm, again.cost, again.ttft) == (row.arm, row.cost, row.ttft)
     assert np.array_equal(again.right, row.right) and np.array_equal(again.asked, row.asked)
 

@@ -105,9 +105,8 @@ def test_each_is_the_models_own_features_of_other_frames_and_then_means(model, p
 @pytest.mark.parametrize("ratio, frames, times", [(0.25, 2, 8), (0.15, 1, 5), (0.1, 1, 3), (1.0, 8, 32)])
 def test_a_ratio_decides_what_is_not_given(model, ratio, frames, times):
     made = {name: baseline(name, model, ratio) for name in BASELINES}
-    assert {name: one.frames for name, one in made.items()} == {SUBSAMPLING: frames, AVERAGING: frames, POOLING: 8}
-    assert {name: one.grid for name, one in made.items()} == {
-        SUBSAMPLING: None, AVERAGING: None, POOLING: (times, 2, 2),
+    assert {name: one.sizes(8) for name, one in made.items()} == {
+        SUBSAMPLING: (frames, None), AVERAGING: (frames, None), POOLING: (8, (times, 2, 2)),
     }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_a_part_of_the_videos_is_counted_by_itself():
     assert part.accuracy() == pytest.approx(2 / 10) and part.accuracy("appearance") == pytest.approx(1 / 2)
 
 
-def test_a_model_that_always_says_one_word_is_right_where_that_is_the_answer(model, questions, monkeypatch):
+def test_a_model_that_always_says_one_word_is_right_where_that_is_the_answer(model, questions):
     said = questions.asked[0][0].answer
 
     def only(model, videos, rows):
@@ -102,8 +102,8 @@ def test_a_model_that_always_says_one_word_is_right_where_that_is_the_answer(mod
         logits[:, IDS[said]] = 1e9
         return logits, labels
 
-    monkeypatch.setattr("earlytom_compile.toyworld.evaluate.answer_logits", only)
-    found = evaluate(model, questions, Arm(ALL_TOKENS))
+    always = replace(questions, world=replace(questions.world, answer_logits=only))
+    found = evaluate(model, always, Arm(ALL_TOKENS))
     expected = [[q.answer == said for q in asked] for asked in questions.asked]
     assert found.right.sum() == sum(map(sum, expected)) > 0
     assert found.asked.sum() == sum(map(len, expected))
@@ -167,6 +167,11 @@ def test_a_category_nobody_asked_about_has_no_interval():
     asked[:, 0] = True
     assert np.isnan(result_of(asked, asked).interval("needle")).all()
     assert np.isnan(result_of(asked, asked).accuracy("needle")) and result_of(asked, asked).accuracy() == 1
+
+
+def test_no_videos_have_no_interval():
+    none = np.zeros((0, 5), bool)
+    assert np.isnan(result_of(none, none).interval()).all() and np.isnan(result_of(none, none).accuracy())
 
 
 def test_what_was_not_asked_is_a_dash_and_one_is_not_many(questions):
