@@ -4,8 +4,8 @@ transformers            eager, all tokens
 inductor                torch.compile, all tokens
 earlytom r              earlytom_compile.compile(model), generate()
 earlytom r (backend)    torch.compile(model, backend="earlytom"), forward()
-earlytom reuse r        as earlytom r, variant="plus": unchanged patches are reused where the others merge frames
-earlytom merging r      the other way round: with reuse=False, where the options let the others reuse patches
+earlytom merging r      as earlytom r with reuse=False: frames merge where the others reuse unchanged patches
+earlytom reuse r        the other way round: variant="plus" with reuse, where the options let the others merge frames
 subsampling r           inductor, every 1/r-th frame
 average pooling r       inductor, means of 1/r neighbouring frames
 visionzip r, ...        as earlytom r, method="visionzip" and so on: those of other papers, where they are asked for
@@ -39,7 +39,6 @@ _OF_REUSE, _OF_MERGING = ("tau_reuse", "full_layers", "encode_ratio"), ("merge_l
 """Options that have an effect where unchanged patches are reused, and where frames merge instead."""
 _OF_INNER = ("inner_layer", "inner_drop_ratio")
 _REUSE = "reuse"
-"""Of unchanged patches, which the towers of Qwen cannot."""
 EVERY = "all"
 """In the place of an arm's beginning: those that are measured anyhow, and other papers' methods."""
 
@@ -73,8 +72,8 @@ def make_arms(
         chosen = {**options, "retain_ratio": ratio}
         yield _in_place(model, inputs, chosen)
         yield _backend(model, inputs, chosen)
-        name, others = _other_way(chosen)
-        if name != _REUSE or not is_qwen(model.config):
+        if _has_another_way(options, model.config):
+            name, others = _other_way(chosen)
             yield replace(_in_place(model, inputs, others), name=f"earlytom {name} {ratio:g}")
     for ratio in ratios:
         few = max(1, round(ratio * frames))
@@ -121,12 +120,18 @@ def arm_names(
     ratios: Sequence[float], options: dict[str, Any], methods: Sequence[str] = (), config: Any = None
 ) -> list[str]:
     """Names of :func:`make_arms`, before there is a model; ``config`` is its configuration."""
-    names, other = ["transformers", "inductor"], _other_way(options)[0]
+    names = ["transformers", "inductor"]
+    other = [_other_way(options)[0]] if _has_another_way(options, config) else []
     for ratio in ratios:
         names += [f"earlytom {ratio:g}", f"earlytom {ratio:g} (backend)"]
-        names += [f"earlytom {other} {ratio:g}"] if other != _REUSE or not is_qwen(config) else []
+        names += [f"earlytom {way} {ratio:g}" for way in other]
     names += [f"{name} {ratio:g}" for ratio in ratios for name in ("subsampling", "average pooling")]
     return names + [f"{method} {ratio:g}" for method in methods for ratio in ratios]
+
+
+def _has_another_way(options: dict[str, Any], config: Any) -> bool:
+    """The towers of Qwen reuse no patches: frames merge with any variant, unless ``reuse=True`` says otherwise."""
+    return bool(options.get("reuse")) or not is_qwen(config)
 
 
 def _other_way(options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

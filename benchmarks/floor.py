@@ -63,7 +63,7 @@ def work_of(
     schedules: Sequence[Sequence[int]],
     prompt: int | Mapping[int, int],
     merge_layers: Sequence[int] | None = None,
-    variant: Variant = "paper",
+    variant: Variant | None = "paper",
     method: str = EARLYTOM,
     kept: Sequence[int] = (),
     steps: Sequence[Step] = (),

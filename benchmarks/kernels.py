@@ -113,7 +113,7 @@ def measure_prefill(name: str, device: str, dtype: torch.dtype, repeats: int, lo
     frames = shape_of(name).frames
     model: Any = random_model(config_of(name), device=device, dtype=dtype)
     inputs = make_inputs(model, frames=frames)
-    earlytom_compile.compile(model, retain_ratio=RETAIN_RATIO, lowering=lowering, strict=True)
+    earlytom_compile.compile(model, retain_ratio=RETAIN_RATIO, variant="paper", lowering=lowering, strict=True)
 
     def first_token() -> object:
         return model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)

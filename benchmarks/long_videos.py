@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", default="cpu-small", metavar="NAME", help="random weights in this shape")
     parser.add_argument("--frames", default="8,16,32,64,128,256,512,768", help="comma-separated (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each (%(default)s)")
-    parser.add_argument("--variant", default="paper", choices=("paper", "released", "plus"))
+    parser.add_argument("--variant", default="plus", choices=("paper", "released", "plus"))
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)

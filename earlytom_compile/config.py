@@ -1,7 +1,7 @@
 """Every option in one frozen dataclass, checked the moment it is built.
 
->>> EarlyTomConfig.from_options({"retain_ratio": 0.1, "variant": "paper"})
-EarlyTomConfig(retain_ratio=0.1, variant='paper', ...)
+>>> EarlyTomConfig.from_options({"retain_ratio": 0.1})
+EarlyTomConfig(retain_ratio=0.1, variant='plus', ...)
 >>> EarlyTomConfig.from_options({"retain": 0.1})
 EarlyTomConfigError: unknown option 'retain'; did you mean 'retain_ratio'? Valid options: ...
 """
@@ -13,7 +13,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import EarlyTomConfigError
 from .methods.base import Step
@@ -42,6 +42,9 @@ OF_EARLYTOM = (
     "static_selection",
 )
 """Options that have no effect with another ``method``."""
+Variant = Literal["paper", "released", "plus"]
+_OF_SEGMENTS = ("tau_seg", "alpha", "max_window")
+"""What says which frames are of one segment: to merge them, and to select by attention."""
 NOT_EXPORTED = (
     "method", "encode_ratio", "lowering", "mode", "compile_llm", "static_selection", "inner_layer", "inner_drop_ratio",
     "strict",
@@ -62,13 +65,14 @@ class EarlyTomConfig:
 
     retain_ratio: float = 0.2
     """r in (0, 1]: share of the video tokens that reach the language model (Eq. 5)."""
-    variant: Literal["paper", "released", "plus"] = "paper"
-    """``"paper"``: Eq. 1-7, exactly K tokens a video. ``"released"``: what the authors' code computes. ``"plus"``:
-    patches that did not change are not computed again, in the place of merging frames, and K tokens stay that represent
-    all others, whatever attention they receive."""
+    variant: Variant | None = None
+    """``"plus"``: patches that did not change are not computed again, in the place of merging frames, and K tokens stay
+    that represent all others, whatever attention they receive. ``"paper"``: Eq. 1-7, exactly K tokens a video.
+    ``"released"``: what the authors' code computes. Left out, it is ``"plus"``, with a ``preset`` ``"paper"``, which
+    the preset's numbers are for, and with another ``method`` None."""
     reuse: bool | None = None
     """Compute a patch once, and again only when its pixels change, instead of merging frames (docs/reuse.md), with any
-    method; None: under ``variant="plus"``."""
+    method; None: under ``variant="plus"`` alone."""
     tau_reuse: float = 0.06
     """Largest change of a patch's normalised pixels, beside the video's own noise, that does not count: the largest
     difference of the means of its quarters, or a third of the mean absolute difference (docs/reuse.md)."""
@@ -101,8 +105,8 @@ class EarlyTomConfig:
     of 128 positions and more; with ``torch.compile`` the language model is part of the graph in any case."""
     static_selection: Literal["auto", "device", "host"] = "auto"
     """Where static frames' tokens are selected on a GPU: ``"host"`` is the CPU, meanwhile; ``"auto"`` is what a
-    measurement at the first call says. The result is the same; on the CPU all three are. Without effect under
-    ``variant="plus"``, which selects on the device."""
+    measurement at the first call says. The result is the same; on the CPU all three are. Not for ``variant="plus"``,
+    which selects on the device."""
     method: str = "earlytom"
     """``"earlytom"``, of which ``variant`` is a form, or the method of another paper in its place, such as
     ``"visionzip"`` (docs/methods.md)."""
@@ -115,13 +119,16 @@ class EarlyTomConfig:
     strict: bool = False
     """Raise :class:`EarlyTomCompileError` where a call would otherwise run uncompressed with a warning."""
     preset: str | None = None
-    """A row of Table 8, such as ``"videomme"`` or ``"videomme-0.5b"``, its layers scaled to the depth; explicit
-    options win over it."""
-    _preset_layers = False  # no option: whether merge_layers are those of Table 8, which are meant for 26 layers
+    """A row of Table 8, such as ``"videomme"`` or ``"videomme-0.5b"``, its layers scaled to the depth, with
+    ``variant="paper"``; explicit options win over it."""
+    # No options, but where some are from:
+    _preset_layers = False  # whether merge_layers are those of Table 8, which are meant for 26 layers
+    _default_variant = False  # whether nobody chose it
 
     def __post_init__(self) -> None:
         _require_number("retain_ratio", self.retain_ratio, 0 < _float(self.retain_ratio) <= 1, "in (0, 1]")
-        _require_choice("variant", self.variant, ("paper", "released", "plus"))
+        if self.variant is not None:
+            _require_choice("variant", self.variant, get_args(Variant))
         _require_number("tau_seg", self.tau_seg, not math.isnan(_float(self.tau_seg)), "a number such as 0.6")
         _require_number("alpha", self.alpha, 0 < _float(self.alpha) <= 1, "in (0, 1]")
         if self.tau_merge != "segment":
@@ -146,7 +153,11 @@ class EarlyTomConfig:
                     object.__setattr__(self, name, value)
                 object.__setattr__(self, "_preset_layers", True)
         self._check_method()
+        if self.variant is None and self.method == EARLYTOM:
+            object.__setattr__(self, "variant", variant_of({"preset": self.preset}))
+            object.__setattr__(self, "_default_variant", True)
         self._check_reuse()
+        self._check_default()
         self._check_inner()
 
     def _check_method(self) -> None:
@@ -192,23 +203,59 @@ class EarlyTomConfig:
                     f"tau_reuse={self.tau_reuse!r} with encode_ratio={ratio!r}: a budget finds a threshold of its own. "
                     "Leave one of them out."
                 )
-        without_effect = ["tau_merge"] if self.reuses() else ["tau_reuse", "full_layers", "encode_ratio"]
-        if self.reuses() and self.variant == "plus":
-            without_effect.append("merge_layers")  # by which the others select
+        if self.reuses():
+            self._check_merging()
+        else:
+            self._check_no_reuse()
+
+    def _check_merging(self) -> None:
+        """Raise for options of merging where patches are reused instead."""
+        plus = self.variant == "plus"
+        by_default = plus and self._default_variant
+        of_selection: tuple[str, ...] = ("merge_layers",) if plus else ()  # by which the others select
+        of_selection += _OF_SEGMENTS if by_default else ()  # who says these means "paper", perhaps
+        given = self._given(("tau_merge", *of_selection))
+        if not given:
+            return
+        name, cure = given[0], f"Leave {given[0]} out, or merge frames instead with reuse=False."
+        why = "no frames merge where unchanged patches are reused"
+        on = "reuse=True" if self.reuse else 'variant="plus", which reuses patches'
+        if by_default and name in of_selection and self.reuse:
+            why += ', and the default, variant="plus", selects tokens by other means'
+            cure = f'Leave {name} out, say variant="paper", or merge frames instead with reuse=False.'
+        elif by_default and not self.reuse:
+            on = 'variant="plus", the default, which reuses patches'
+            cure = (
+                f'Leave {name} out, or merge frames instead: by the paper with variant="paper", or before the default '
+                "selects with reuse=False."
+            )
+        raise EarlyTomConfigError(f"{name}={getattr(self, name)!r} with {on}: {why}. {cure}")
+
+    def _check_no_reuse(self) -> None:
+        """Raise for options of reuse where there is none."""
+        given = self._given(("tau_reuse", "full_layers", "encode_ratio"))
+        if not given:
+            return
+        name, off = given[0], f"with {self.chosen()} unless asked for"
+        if self.reuse is False:
+            off = "with reuse=False"
+        elif self._default_variant:  # "plus" would reuse
+            off = f"with preset={self.preset!r}, which is for variant='paper', unless asked for"
+        raise EarlyTomConfigError(
+            f"{name}={getattr(self, name)!r} without reuse, which is off {off}: it would have no effect. Leave {name} "
+            "out, or say reuse=True."
+        )
+
+    def _given(self, names: Sequence[str]) -> list[str]:
+        """Those of ``names`` that are neither at their default nor at what the preset says."""
         row = {} if self.preset is None else preset_row(self.preset, self.retain_ratio)
-        not_given = {name: (getattr(type(self), name), row.get(name)) for name in without_effect}
-        given = [name for name in without_effect if getattr(self, name) not in not_given[name]]
-        if given:
-            name, value = given[0], getattr(self, given[0])
-            if self.reuses():
-                on = "reuse=True" if self.reuse else 'variant="plus", which reuses patches'
-                raise EarlyTomConfigError(
-                    f"{name}={value!r} with {on}: no frames merge where unchanged patches are reused. Leave {name} "
-                    "out, or merge frames instead with reuse=False."
-                )
+        return [name for name in names if getattr(self, name) not in (getattr(type(self), name), row.get(name))]
+
+    def _check_default(self) -> None:
+        if self._default_variant and self.variant == "plus" and self.static_selection != "auto":
             raise EarlyTomConfigError(
-                f"{name}={value!r} without reuse, which is off with {self.chosen()} unless asked for: it would have no "
-                f"effect. Leave {name} out, or say reuse=True."
+                f'static_selection={self.static_selection!r} with variant="plus", the default, which selects on the '
+                'device: it would have no effect. Leave static_selection out, or say variant="paper".'
             )
 
     @classmethod
@@ -320,7 +367,7 @@ class EarlyTomConfig:
         return self.inner_layer is not None or (method is not None and method.inside is not None)
 
     def merge_variant(self) -> Literal["paper", "released"]:
-        """The rules by which frames merge (algorithm.md, stage 1): ``plus`` changes only which tokens stay."""
+        """The rules by which frames merge (algorithm.md, stage 1), if any do: ``plus`` has none of its own."""
         return "released" if self.variant == "released" else "paper"
 
     def keeps_exactly(self) -> bool:
@@ -350,6 +397,15 @@ class EarlyTomConfig:
     def similarity_band(self, frames: int) -> int:
         """How many frames back similarities are needed: no segment is longer than its window."""
         return max(1, min(self.window(), frames) - 1)
+
+
+def variant_of(options: Mapping[str, Any]) -> Any:
+    """The ``variant`` among ``options``, or what it is where they leave it out."""
+    if options.get("variant") is not None:
+        return options["variant"]
+    if options.get("method") not in (None, EARLYTOM):
+        return None
+    return "plus" if options.get("preset") is None else "paper"
 
 
 def unknown_option(name: object, valid: Sequence[str]) -> EarlyTomConfigError:

@@ -43,7 +43,8 @@ class ModelShape:
         """Encoder layers after which frames merge; None: those of a call that does not say. Raises
         :class:`EarlyTomConfigError` for one that does not exist."""
         chosen = None if merge_layers is None else tuple(merge_layers)
-        return EarlyTomConfig(merge_layers=chosen).resolve_merge_layers(self.vision_layers, self.full_layers)
+        config = EarlyTomConfig(variant="paper", merge_layers=chosen)
+        return config.resolve_merge_layers(self.vision_layers, self.full_layers)
 
     @staticmethod
     def from_config(config: Any) -> "ModelShape":

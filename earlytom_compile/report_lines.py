@@ -95,11 +95,13 @@ def _describe_video(video: Mapping[str, Any]) -> str:
 
 def _describe_options(config: EarlyTomConfig) -> str:
     """What a reader looks for first, and whatever else somebody has chosen."""
+    default = EarlyTomConfig()
     always = ("retain_ratio", "variant" if config.method == EARLYTOM else "method")
     chosen = [
         f"{option.name}={value!r}"
         for option in fields(config)
-        if (value := getattr(config, option.name)) != option.default or option.name in always
+        if (value := getattr(config, option.name)) not in (option.default, getattr(default, option.name))
+        or option.name in always
     ]
     return ", ".join(chosen) + ", the others at their defaults"
 

@@ -16,7 +16,7 @@ from earlytom_compile.integrations.video import read_video
 
 def main(checkpoint: str, video: str, *questions: str) -> None:
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint).eval()
-    earlytom_compile.compile(model, retain_ratio=0.1, variant="plus")
+    earlytom_compile.compile(model, retain_ratio=0.1)
 
     processor = load_processor(checkpoint)
     talk = conversation(questions[0])  # the video, then the first question

@@ -16,7 +16,7 @@ from earlytom_compile.integrations.video import read_video
 
 def main(checkpoint: str, video: str, question: str) -> None:
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint).eval()
-    fast = torch.compile(model, backend="earlytom", options={"retain_ratio": 0.1, "variant": "plus"})
+    fast = torch.compile(model, backend="earlytom", options={"retain_ratio": 0.1})
 
     processor = load_processor(checkpoint)
     prompt = processor.apply_chat_template(conversation(question), add_generation_prompt=True)

@@ -17,7 +17,7 @@ from earlytom_compile.integrations.video import read_video
 
 def main(checkpoint: str, video: str, question: str) -> None:
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint).eval()
-    earlytom_compile.compile(model, retain_ratio=0.1, variant="plus")  # the one line
+    earlytom_compile.compile(model, retain_ratio=0.1)  # the one line
 
     # transformers' own processor, or a stand-in with the same calls where torchvision is missing
     processor = load_processor(checkpoint)

@@ -18,7 +18,7 @@ def main(checkpoint: str, video: str, question: str) -> None:
     tokenizer, model, image_processor, _ = load_pretrained_model(
         checkpoint, None, "llava_qwen", device_map="auto", torch_dtype="bfloat16", attn_implementation="sdpa"
     )
-    earlytom_compile.compile(model.eval(), retain_ratio=0.1, variant="plus")  # the one line
+    earlytom_compile.compile(model.eval(), retain_ratio=0.1)  # the one line
 
     frames = image_processor.preprocess(list(read_video(video).pixels), return_tensors="pt")["pixel_values"]
     conversation = conv_templates["qwen_1_5"].copy()

@@ -56,7 +56,7 @@ def processor_of(checkpoint: str, model_type: str) -> Any:
 
 def main(checkpoint: str, host: str, port: int) -> None:
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto", device_map="auto").eval()
-    earlytom_compile.compile(model, retain_ratio=0.1, variant="plus")
+    earlytom_compile.compile(model, retain_ratio=0.1)
     processor = processor_of(checkpoint, model.config.model_type)
 
     models, state = ModelManager(), GenerationState()

@@ -82,8 +82,9 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     about = _about(arguments, options)
     rows = _resumed(arguments, about, settings)
     progress_on, console = Console(stderr=True), output_console(arguments)
-    checkpoint = open_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=options)
-    require_toolchain(checkpoint.device, options)
+    first = {**options, **asdict(settings[0])}
+    checkpoint = open_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=first)
+    require_toolchain(checkpoint.device, first)
     _look_at_videos(questions, arguments.frames, progress_on)
     loaded = checkpoint.load(progress_on)
     about["environment"] = environment(loaded.device)
@@ -130,7 +131,7 @@ class Asker:
     def __init__(
         self, loaded: Loaded, settings: Sequence[Setting], options: dict[str, Any], *, max_new_tokens: int
     ) -> None:
-        config = EarlyTomConfig.from_options(options)
+        config = EarlyTomConfig.from_options({**options, **asdict(settings[0])})
         compiled = config.lowering != "eager"
         self._loaded = loaded
         self._max_new_tokens = max_new_tokens

@@ -58,7 +58,8 @@ def add_eval(parser: CommandParser) -> None:
         "--variant",
         default=argparse.SUPPRESS,
         choices=("paper", "released", "plus"),
-        help="with --toy: the same as --methods 'earlytom VARIANT'; with --tasks: EarlyTom's (paper)",
+        help="with --toy: the same as --methods 'earlytom VARIANT'; with --tasks: EarlyTom's (plus; "
+        "paper where one of the tasks takes its settings from Table 8)",
     )
     parser.add_argument(
         "--pareto",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import EarlyTomConfigError
+from ..methods.registry import EARLYTOM
 from ..presets import PRESET_RATIOS
 from .options import given_options
 
@@ -65,6 +66,17 @@ def plan(
         Evaluation(task, ratio, _options(task, ratio, options, half_billion)) for ratio in ratios for task in tasks
     ]
     return [*(Evaluation(task, None, {}) for task in tasks), *compressed]
+
+
+def with_variant(tasks: Sequence[str], ratios: Sequence[float], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` with the one variant of a whole table, where nobody chose it: the paper's if a task takes a row of
+    Table 8, which is for it. Otherwise it is left to be the default."""
+    ours = options.get("method", EARLYTOM) == EARLYTOM and options.get("variant") is None
+    if "preset" in options:
+        rows = options["preset"] is not None
+    else:
+        rows = any(preset_of(task, ratio, half_billion=False) for task in tasks for ratio in ratios)
+    return {**options, "variant": "paper"} if ours and rows else dict(options)
 
 
 def preset_of(task: str, ratio: float, *, half_billion: bool) -> str | None:

@@ -23,7 +23,7 @@ from ..errors import EarlyTomConfigError, EarlyTomError
 from ..shapes import ModelShape
 from ..words import counted
 from .eval_model import Subject, look_at_checkpoint, read_model_args
-from .eval_plan import Evaluation, plan
+from .eval_plan import Evaluation, plan, with_variant
 from .eval_report import Cell, Report
 from .eval_score import questions_of, score_of
 from .harness import Harness, require_lmms_eval
@@ -41,6 +41,7 @@ def execute(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     _refuse_to_overwrite(arguments)
     version = require_lmms_eval()
     progress_on, console = Console(stderr=True), output_console(arguments, width=_FILE_WIDTH)
+    options = with_variant(arguments.tasks, arguments.retain_ratios, options)
     subject = look_at_checkpoint(arguments.model, device=arguments.device, dtype=arguments.dtype, options=options)
     evaluations = plan(arguments.tasks, arguments.retain_ratios, options, half_billion=subject.half_billion)
     about = {**environment(subject.device), "lmms-eval": version, **_asked(arguments, options)}

@@ -197,7 +197,7 @@ def _findings(comparison: Comparison, config: EarlyTomConfig) -> str:
 def _chosen_by(config: EarlyTomConfig) -> str:
     method = method_named(config.method)
     if method is None:
-        return _CHOSEN_BY[config.variant]
+        return _CHOSEN_BY[str(config.variant)]
     if method.keep is None:
         return f"all of them, since method {method.name} leaves tokens out inside the language model only"
     return f"those that method {method.name} keeps"

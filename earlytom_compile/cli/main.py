@@ -176,7 +176,7 @@ def _add_demo(parser: CommandParser) -> None:
     parser.add_rare("--frames", type=int, default=8, metavar="N", help="frames taken from the video (%(default)s)")
     add_max_new_tokens(parser, 16)
     add_repeats(parser, default=3)
-    add_config_flags(parser, retain_ratio=0.1, variant="plus", lowering="eager")
+    add_config_flags(parser, retain_ratio=0.1, lowering="eager")
 
 
 def _add_run(parser: CommandParser) -> None:

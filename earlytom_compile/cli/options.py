@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..config import OF_EARLYTOM, EarlyTomConfig, unknown_option
+from ..config import EarlyTomConfig, unknown_option
 from ..errors import EarlyTomConfigError
 from ..methods.registry import EARLYTOM
 from .parser import CommandParser
@@ -29,7 +29,7 @@ COMMON = ("retain_ratio", "variant", "method")
 
 def add_config_flags(parser: CommandParser, *, leave_out: Sequence[str] = (), **defaults: Any) -> None:
     """One flag for each field of :class:`EarlyTomConfig`; ``defaults`` replace those of its fields."""
-    hints, meanings = typing.get_type_hints(EarlyTomConfig), _field_docstrings()
+    hints, meanings, built = typing.get_type_hints(EarlyTomConfig), _field_docstrings(), EarlyTomConfig()
     fields = [field for field in dataclasses.fields(EarlyTomConfig) if field.name not in leave_out]
     group: Any = parser
     if any(field.name in COMMON for field in fields):  # else --help would show the title and nothing below it
@@ -38,7 +38,7 @@ def add_config_flags(parser: CommandParser, *, leave_out: Sequence[str] = (), **
         )
     for field in fields:
         name, hint = field.name, hints[field.name]
-        text = f"{meanings[name]} (default: {defaults.get(name, field.default)})".replace("%", "%%")
+        text = f"{meanings[name]} (default: {defaults.get(name, getattr(built, name))})".replace("%", "%%")
         settings: dict[str, Any] = {
             "dest": name,
             "default": defaults.get(name, argparse.SUPPRESS),
@@ -53,18 +53,18 @@ def add_config_flags(parser: CommandParser, *, leave_out: Sequence[str] = (), **
             group.add_argument(flag, **settings)
         else:
             parser.add_rare(flag, to=group, **settings)
+    parser.set_defaults(variant_open="variant" in leave_out)
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that were on the command line, checked; raises :class:`EarlyTomConfigError`.
 
-    Also where one of them could do nothing beside the others.
+    Also where one of them could do nothing beside the others. A command that chooses a variant, or several, itself
+    checks its choice: here it is enough that there is one with which the options mean something.
     """
     names = [field.name for field in dataclasses.fields(EarlyTomConfig)]
     options = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    if options.get("method", EARLYTOM) != EARLYTOM:  # a command's own default variant is for nobody else
-        options = {name: x for name, x in options.items() if name not in OF_EARLYTOM or name in arguments.given}
-    config = EarlyTomConfig.from_options(options)
+    config = _of_any_variant(options) if _is_open(arguments, options) else EarlyTomConfig.from_options(options)
     if config.mode is not None and config.lowering == "eager":
         raise EarlyTomConfigError(f"mode={config.mode!r} with lowering='eager': nothing is compiled; leave one out.")
     if options.get("compile_llm") and config.lowering == "eager":
@@ -75,6 +75,20 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
             "one out."
         )
     return options
+
+
+def _is_open(arguments: argparse.Namespace, options: Mapping[str, Any]) -> bool:
+    """Whether the command chooses a variant later."""
+    ours = options.get("method", EARLYTOM) == EARLYTOM and "variant" not in options
+    return ours and getattr(arguments, "variant_open", False)
+
+
+def _of_any_variant(options: Mapping[str, Any]) -> EarlyTomConfig:
+    """With the first variant that takes them."""
+    try:
+        return EarlyTomConfig.from_options({**options, "variant": "plus"})
+    except EarlyTomConfigError:
+        return EarlyTomConfig.from_options({**options, "variant": "paper"})
 
 
 def read_settings(text: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import variant_of
 from ..errors import EarlyTomConfigError
 from ..integrations.placement import hooks_on
 from ..integrations.tracing import prepare_deepstack, prepare_transformers
@@ -42,7 +43,7 @@ class QwenVL(Family):
 
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Frames merge under ``"plus"``, too: pixels are no pictures of which unchanged patches could be told."""
-        merges = given.get("variant") == "plus" and given.get("reuse") is None
+        merges = variant_of(given) == "plus" and given.get("reuse") is None
         return {**given, "reuse": False} if merges else dict(given)
 
     def encoder_layers(self, config: Any) -> int | None:

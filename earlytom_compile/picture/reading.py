@@ -201,7 +201,7 @@ def selection_word(observation: Observation) -> str:
 def options_in_force(observation: Observation) -> list[tuple[str, str]]:
     """Those that decide what is computed, by name, as they were resolved."""
     config = observation.config
-    first = ("variant", config.variant) if config.method == EARLYTOM else ("method", config.method)
+    first = ("variant", str(config.variant)) if config.method == EARLYTOM else ("method", config.method)
     always = [first, ("retain_ratio", f"{config.retain_ratio:g}")]
     if config.reuses():
         budget = config.encode_ratio

@@ -54,7 +54,7 @@ def _before(
     shape: ModelShape,
     schedule: tuple[int, ...],
     merge_layers: tuple[int, ...],
-    variant: Variant,
+    variant: Variant | None,
     method: tuple[str, int] | None,
     reuse: Reuse | None,
 ) -> float:

@@ -33,7 +33,7 @@ def shown(video: Video) -> torch.Tensor:
 def kept_tokens(model: Model, video: Video, retain_ratio: float) -> dict[str, Kept]:
     """By variant, and for all tokens."""
     pixels = normalized(torch.from_numpy(video.frames()))
-    encoded = encode(model, EarlyTomConfig(retain_ratio=retain_ratio), pixels, merge=False)
+    encoded = encode(model, EarlyTomConfig(retain_ratio=retain_ratio, variant="paper"), pixels, merge=False)
     pairs = shown(video)
     every = torch.ones_like(pairs).nonzero()
     return {name: _kept(pairs, rows) for name, rows in (("all tokens", every), *_selections(encoded, retain_ratio))}

@@ -85,7 +85,7 @@ class Merging(Plain):
 
 def runs(model: Model, tau_run: float, retain_ratio: float | None = None) -> Merging:
     """Runs merge behind the patch embedding, and where ``paper`` merges frames."""
-    layers = EarlyTomConfig().resolve_merge_layers(len(encoder_layers(model)))
+    layers = EarlyTomConfig(variant="paper").resolve_merge_layers(len(encoder_layers(model)))
     return Merging(model, by_worst_token(tau_run), (EMBEDDING, *layers), retain_ratio)
 
 

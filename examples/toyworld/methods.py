@@ -83,7 +83,7 @@ def method(name: str, model: Model, retain_ratio: float | None, **options: Any) 
     if own is not None:
         inner = inner_options(name, model.config.text_config.num_hidden_layers)
         return Installed(model, {"retain_ratio": retain_ratio, **own, **inner, **options})
-    config = EarlyTomConfig.from_options({"retain_ratio": retain_ratio, **options})
+    config = EarlyTomConfig.from_options({"retain_ratio": retain_ratio, "variant": "paper", **options})
     if name in (STAGE_1, RANDOM):
         stage_1 = Merging(model, by_paper(config), config.resolve_merge_layers(len(encoder_layers(model))))
         return stage_1 if name == STAGE_1 else partial(_random, stage_1, config)
@@ -228,7 +228,7 @@ def _selected(
         segments,
         frames_in=frames,
         retain_ratio=config.retain_ratio,
-        variant=config.variant,
+        variant=str(config.variant),
     )
     return encoded.left(encoded.tokens[kept[:, 0], kept[:, 1]], frames, choice)
 
