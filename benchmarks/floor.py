@@ -19,7 +19,8 @@ from itertools import pairwise
 from typing import Any
 
 from earlytom_compile.benchmarks.model_parts import LLM, TOKENS, VISION, weight_bytes
-from earlytom_compile.flops import Reuse, Variant, count
+from earlytom_compile.config import Variant
+from earlytom_compile.flops import Reuse, count
 from earlytom_compile.flops_inside import layer_lengths, operations_inside
 from earlytom_compile.methods.base import Step
 from earlytom_compile.methods.registry import EARLYTOM

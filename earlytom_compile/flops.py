@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from .config import EarlyTomConfig
+from .config import EarlyTomConfig, Variant
 from .errors import EarlyTomConfigError
 from .methods.base import Sizes
 from .methods.registry import EARLYTOM, method_named
@@ -37,7 +37,6 @@ from .shapes import ModelShape
 
 Protocol = Literal["paper", "exact"]
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "exact")
-Variant = Literal["paper", "released", "plus"]
 _LEAST_BLOCK_FRAMES = 16  # of ``frame_similarity``
 _BLOCK = 8, 16  # most frames, and tokens of each, among which ``plus`` looks for representatives
 

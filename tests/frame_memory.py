@@ -57,7 +57,9 @@ def _main(name: str, frames: int, places_at_once: int) -> None:
 
     frame_chunks.PLACES_AT_ONCE = {"cpu": places_at_once}
     model, (short, video) = _model_and_videos(name, 8, frames)
-    earlytom_compile.compile(model, merge_layers=(1, 2), retain_ratio=0.05, lowering="eager", compile_llm=False)
+    earlytom_compile.compile(
+        model, variant="paper", merge_layers=(1, 2), retain_ratio=0.05, lowering="eager", compile_llm=False
+    )
     earlytom_compile.encode_videos(model, **short)
     gc.collect()
     RESET.write_text("5", encoding="ascii")

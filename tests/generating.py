@@ -13,7 +13,7 @@ from earlytom_compile.integrations import video_encoder, vision_path
 from earlytom_compile.integrations.caches import cache_name
 from earlytom_compile.stages import CompressedGraph
 
-OPTIONS = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
+OPTIONS = {"variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 NEW = 6
 LAYOUTS = {
     "one": {},

@@ -27,7 +27,13 @@ from torch import Tensor
 
 import earlytom_compile
 
-OPTIONS: dict[str, Any] = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
+OPTIONS: dict[str, Any] = {
+    "variant": "paper",
+    "merge_layers": (0, 2),
+    "reuse": False,
+    "tau_seg": 0.3,
+    "retain_ratio": 0.2,
+}
 VARIANTS = ("paper", "released", "plus")
 WAYS_TO_REUSE: dict[str, dict[str, Any]] = {
     "plus": {"variant": "plus", "reuse": None, "merge_layers": None},

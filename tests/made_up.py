@@ -15,7 +15,7 @@ OPS = torch.ops.earlytom
 def observation(frames, grid=(4, 4), *, seed=0, cuts=3, layers=(1, 6), sinks=1, **options):
     """Of ``frames`` frames of ``grid`` tokens, with ``cuts`` jumps."""
     generator = torch.Generator().manual_seed(seed)
-    config = EarlyTomConfig(**options)
+    config = EarlyTomConfig(**{"variant": "paper", **options})
     tokens = grid[0] * grid[1]
     hidden = _walk(frames, tokens, cuts, generator)
     importance = torch.rand(frames, tokens, generator=generator) + 0.2

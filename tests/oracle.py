@@ -30,7 +30,7 @@ class Options:
     """The options of ``EarlyTomConfig`` that change what is computed, by the same names."""
 
     retain_ratio: float
-    variant: str
+    variant: str = "plus"
     merge_layers: Sequence[int] | None = None
     tau_seg: float = 0.6
     alpha: float = 0.9
@@ -183,7 +183,7 @@ def _compress_video(model, pixels: Tensor, options: Options) -> CompressedVideo:
     layers = layers_in_use(model)
     merge_layers = options.merge_layers
     if merge_layers is None:
-        merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
+        merge_layers = EarlyTomConfig(variant="paper").resolve_merge_layers(len(layers))
     if not merge_layers or not all(0 <= index < len(layers) for index in merge_layers):
         raise ValueError(f"merge_layers={merge_layers}: the encoder uses layers 0 to {len(layers) - 1}")
     encoder = encoder_of(layers, merge_layers, pixels, model.config.vision_config.patch_size, options)

@@ -65,7 +65,7 @@ def compressed_video(model, pixels: Tensor, **options) -> LlavaVideo:
     layers = _layers(model)
     merge_layers = chosen.merge_layers
     if merge_layers is None:
-        merge_layers = EarlyTomConfig().resolve_merge_layers(len(layers))
+        merge_layers = EarlyTomConfig(variant="paper").resolve_merge_layers(len(layers))
     patch = model.get_vision_tower().config.patch_size
     encoder = encoder_of(layers, merge_layers, pixels, patch, chosen)
     with encoder.hooked():

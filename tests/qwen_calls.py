@@ -17,7 +17,7 @@ from torch.torch_version import TorchVersion
 
 from earlytom_compile import report
 
-OPTIONS = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
+OPTIONS = {"variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 """Behind layers that attend within windows, in Qwen2.5-VL; between and behind those of DeepStack, in Qwen3-VL."""
 EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
 """No frame merges, no token goes."""

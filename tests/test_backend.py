@@ -26,7 +26,7 @@ from earlytom_compile.integrations.caches import cache_of
 from earlytom_compile.kernels.providers import _TABLE
 
 _LOWER = stages.lower
-MERGE = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3}
+MERGE = {"variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3}
 
 
 def compress(model, **options):
@@ -264,7 +264,7 @@ def test_any_retain_ratio(model, compressed, retain_ratio):
 
 def test_default_options_and_merge_layers(model, one_trace):
     compiled = one_trace.through(partial(backend.earlytom, options={"lowering": "eager"}))
-    layers = earlytom_compile.EarlyTomConfig().resolve_merge_layers(4)
+    layers = earlytom_compile.EarlyTomConfig(variant="paper").resolve_merge_layers(4)
     assert_equals_oracle(model, compiled, video_inputs(model, 16), merge_layers=layers, tau_seg=0.6)
 
 

@@ -75,7 +75,7 @@ def assert_equals_oracle(model, inputs, logits, steps, **options):
 )  # fmt: skip
 def test_logits_equal_the_oracle(model, logits_of, layout, variant):
     inputs = video_inputs(model, 8, **LAYOUTS[layout])
-    logits = logits_of(inputs, variant=variant, **INNER)
+    logits = logits_of(inputs, **{**INNER, "variant": variant})
     (step,) = report(model).to_dict()["inside"]
     assert step == {"layer": 2, "prompt": logits.shape[1]}
     assert_equals_oracle(model, inputs, logits, [MEAN], variant=variant)

@@ -1,5 +1,6 @@
 """Options: what is allowed, what the defaults become, and Table 8."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -73,7 +74,8 @@ def test_unknown_option_lists_the_valid_ones():
 
 
 def test_numpy_numbers_are_numbers():
-    config = EarlyTomConfig(retain_ratio=np.float32(0.25), merge_layers=np.array([3, 1]), max_window=np.int64(4))
+    numbers = {"retain_ratio": np.float32(0.25), "merge_layers": np.array([3, 1]), "max_window": np.int64(4)}
+    config = EarlyTomConfig(variant="paper", **numbers)
     assert config.merge_layers == (1, 3) and config.token_budget(8, 4) == 8
 
 
@@ -82,12 +84,14 @@ def test_numpy_numbers_are_numbers():
     [(1, ()), (2, (0,)), (12, (2, 9, 10)), (26, (6, 21, 23)), (27, (6, 21, 23)), (52, (13, 43, 47))],
 )
 def test_default_merge_layers(layers, expected):
-    assert EarlyTomConfig().resolve_merge_layers(layers) == expected
+    assert EarlyTomConfig(variant="paper").resolve_merge_layers(layers) == expected
+    assert EarlyTomConfig(reuse=False).resolve_merge_layers(layers) == expected
+    assert EarlyTomConfig().resolve_merge_layers(layers) == (), "patches are reused instead"
 
 
 @pytest.mark.parametrize("layers", range(1, 60))
 def test_default_merge_layers_are_distinct_and_before_the_last(layers):
-    chosen = EarlyTomConfig().resolve_merge_layers(layers)
+    chosen = EarlyTomConfig(variant="paper").resolve_merge_layers(layers)
     assert list(chosen) == sorted(set(chosen)) and all(0 <= layer < layers - 1 for layer in chosen)
 
 
@@ -142,7 +146,10 @@ def test_budget_and_floor():
     assert EarlyTomConfig(variant="released").min_frames(32) == 1
     assert EarlyTomConfig(variant="plus", retain_ratio=0.1).min_frames(32) == 4
     assert EarlyTomConfig(variant="released").window() == 8 and EarlyTomConfig().window() == 128
-    assert EarlyTomConfig().similarity_band(32) == 31 and EarlyTomConfig(max_window=4).similarity_band(32) == 3
+    assert (
+        EarlyTomConfig().similarity_band(32) == 31
+        and EarlyTomConfig(reuse=False, max_window=4).similarity_band(32) == 3
+    )
     assert [EarlyTomConfig().similarity_band(frames) for frames in (1, 2, 128, 129, 768)] == [1, 1, 127, 127, 127]
 
 
@@ -155,6 +162,86 @@ def test_what_a_variant_means(variant, merges_as, exactly, by_attention):
     assert config.merge_variant() == merges_as
     assert (config.keeps_exactly(), config.selects_by_attention()) == (exactly, by_attention)
     assert config.window() == EarlyTomConfig(variant=merges_as).window()
+
+
+# --- The default -----------------------------------------------------------------------------------
+
+
+def both_ways(options):
+    """The config of ``options`` by both ways to make one."""
+    return EarlyTomConfig.from_options(options), EarlyTomConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": None}, {"retain_ratio": 0.1}, {"lowering": "eager", "mode": None}])
+def test_plus_is_the_default(options):
+    for config in both_ways(options):
+        assert config.variant == "plus" and config.reuses() and config.keeps_exactly()
+        assert not config.selects_by_attention() and config.resolve_full_layers(26) == (23, 24, 25)
+        assert config == EarlyTomConfig.from_options({**options, "variant": "plus"})
+        assert dataclasses.replace(config) == config
+
+
+@pytest.mark.parametrize("more", [{}, {"reuse": True}, {"tau_seg": 0.5}, {"merge_layers": (3,)}])
+def test_a_preset_is_of_the_paper(more):
+    preset = {"preset": "videomme", "retain_ratio": 0.1, **more}
+    assert EarlyTomConfig.from_options(preset) == EarlyTomConfig.from_options({**preset, "variant": "paper"})
+    assert EarlyTomConfig(**preset) == EarlyTomConfig(**preset, variant="paper")
+    for config in both_ways(preset):
+        assert (
+            config.variant == "paper" and config.selects_by_attention() and config.reuses() is bool(more.get("reuse"))
+        )
+    for variant in ("released", "plus"):
+        for config in both_ways({"preset": "videomme", "retain_ratio": 0.1, "variant": variant}):
+            assert config.variant == variant and config.reuses() is (variant == "plus")
+
+
+@pytest.mark.parametrize("method", ["visionzip", "fastv", "holitom"])
+def test_other_methods_have_no_variant_and_reuse_nothing_unless_asked(method):
+    for config in both_ways({"method": method}):
+        assert config.variant is None and not config.reuses() and config.keeps_exactly()
+        assert dataclasses.replace(config, lowering="eager").method == method
+        assert EarlyTomConfig(**dataclasses.asdict(config)) == config
+    assert all(config.reuses() for config in both_ways({"method": method, "reuse": True}))
+
+
+@pytest.mark.parametrize(
+    "option", [{"tau_seg": 0.4}, {"alpha": 0.5}, {"max_window": 4}, {"tau_merge": 0.8}, {"merge_layers": (1, 2)}]
+)
+def test_who_never_chose_a_variant_is_told_of_the_papers(option):
+    ((name, value),) = option.items()
+    given = re.escape(f"{name}={value!r}")
+    for make in (EarlyTomConfig.from_options, lambda options: EarlyTomConfig(**options)):
+        says = f'^{given} with variant="plus", the default, which reuses patches: no frames merge'
+        says += '.*variant="paper".*reuse=False'
+        with pytest.raises(EarlyTomConfigError, match=says):
+            make(option)
+        assert getattr(make({"variant": "paper", **option}), name) == value
+        assert make({"reuse": False, **option}).variant == "plus"
+        with pytest.raises(EarlyTomConfigError, match=f"^{given} with reuse=True: no frames merge.*reuse=False"):
+            make({"reuse": True, **option})
+        if name != "tau_merge":  # with which nothing merges under "paper", either
+            with pytest.raises(EarlyTomConfigError, match='the default, variant="plus", .* say variant="paper"'):
+                make({"reuse": True, **option})
+            assert make({"reuse": True, "variant": "paper", **option}).reuses()
+
+
+def test_the_default_selects_on_the_device():
+    for reuse in (None, False):
+        with pytest.raises(EarlyTomConfigError, match='^static_selection=.*"plus", the default.*say variant="paper"'):
+            EarlyTomConfig(static_selection="host", reuse=reuse)
+    assert EarlyTomConfig(static_selection="host", variant="paper").static_selection == "host"
+
+
+def test_options_of_reuse_with_a_preset_are_told_why_it_is_off():
+    preset = {"preset": "videomme", "retain_ratio": 0.1}
+    message = (
+        "^tau_reuse=0.1 without reuse, which is off with preset='videomme', which is for variant='paper',.*reuse=True"
+    )
+    with pytest.raises(EarlyTomConfigError, match=message):
+        EarlyTomConfig.from_options({**preset, "tau_reuse": 0.1})
+    assert EarlyTomConfig.from_options({**preset, "tau_reuse": 0.1, "reuse": True}).variant == "paper"
+    with pytest.raises(EarlyTomConfigError, match="^tau_reuse=0.1 without reuse, which is off with reuse=False"):
+        EarlyTomConfig(reuse=False, tau_reuse=0.1)
 
 
 # --- Reuse of unchanged patches -------------------------------------------------------------------
@@ -173,7 +260,10 @@ def test_who_reuses_patches_merges_no_frames(variant, reuse):
 @pytest.mark.parametrize(
     "option", [{"tau_reuse": 0.1}, {"full_layers": ()}, {"full_layers": (1,)}, {"encode_ratio": 1}]
 )
-@pytest.mark.parametrize("given", [{}, {"variant": "released"}, {"variant": "plus", "reuse": False}])
+@pytest.mark.parametrize(
+    "given",
+    [{"variant": "paper"}, {"variant": "released"}, {"variant": "plus", "reuse": False}, {"reuse": False}],
+)
 def test_options_of_reuse_without_it_are_refused(given, option):
     ((name, value),) = option.items()
     for make in (EarlyTomConfig.from_options, lambda options: EarlyTomConfig(**options)):
@@ -300,6 +390,7 @@ def test_no_frames_merge_with_another_method(reuse):
     config = EarlyTomConfig(method="visionzip", reuse=reuse)
     assert config.resolve_merge_layers(26) == () and config.keeps_exactly() and config.reuses() is bool(reuse)
     assert config.selects_by_attention() and config.selects_by_keys() and config.scored_layer(26) == 25
+    assert config.variant is None, "a variant is one of EarlyTom"
     assert not EarlyTomConfig().selects_by_keys() and not EarlyTomConfig(variant="plus").selects_by_attention()
 
 
@@ -343,6 +434,7 @@ def test_a_method_that_keeps_nothing_behind_the_encoder_leaves_all_of_it(ratio, 
     ("options", "first"),
     [
         ({"variant": "plus"}, "variant"),
+        ({"variant": "paper"}, "variant"),
         ({"variant": "released"}, "variant"),
         ({"merge_layers": (1, 2)}, "merge_layers"),
         ({"tau_seg": 0.5}, "tau_seg"),

@@ -282,7 +282,7 @@ def test_inference_mode_and_none_share_a_graph(modes):
 
 # --- Whole models ---------------------------------------------------------------------------------
 
-MERGE = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
+MERGE = {"variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError
 from earlytom_compile.integrations.export import package
 
 FRAMES, SIZE = 10, 24
-PAPER = {"retain_ratio": 0.2, "merge_layers": (0, 1)}
+PAPER = {"variant": "paper", "retain_ratio": 0.2, "merge_layers": (0, 1)}
 
 
 def videos(frames=FRAMES, size=SIZE):

@@ -19,13 +19,13 @@ from earlytom_compile.frame_chunks import ChunkedRun
 from earlytom_compile.passes.find_frame_runs import Share
 
 FRAMES, PLACES = 50, 36
-OPTIONS = {"merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2, "compile_llm": False}
+OPTIONS = {"variant": "paper", "merge_layers": (0, 2), "tau_seg": 0.3, "retain_ratio": 0.2, "compile_llm": False}
 WAYS = {
     "paper": {"variant": "paper"},
     "released": {"variant": "released"},
     "plus": {"variant": "plus", "merge_layers": None, "full_layers": (3, 4, 5)},
     "a budget": {"reuse": True, "encode_ratio": 0.4},
-    "another method": {"method": "visionzip", "merge_layers": None, "tau_seg": None},
+    "another method": {"method": "visionzip", "variant": None, "merge_layers": None, "tau_seg": None},
 }
 
 

@@ -169,7 +169,7 @@ def test_a_video_too_short_to_merge(one_trace, model, frames, variant):
 
 def test_observing_leaves_the_model_as_it_was_and_tells_what_its_calls_do(model):
     inputs = video_inputs(model, 12, videos_per_row=(2,))
-    chosen = {"merge_layers": LAYERS, "retain_ratio": 0.2, "tau_seg": 0.3, "lowering": "eager"}
+    chosen = {"merge_layers": LAYERS, "variant": "paper", "retain_ratio": 0.2, "tau_seg": 0.3, "lowering": "eager"}
     earlytom_compile.compile(model, **chosen)
     try:
         model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
@@ -200,7 +200,7 @@ def test_what_cannot_be_observed_is_said(model):
 def test_errors_of_the_rewrite_are_raised_at_the_call(one_trace, model, monkeypatch):
     clip = video(12, SIZE, generator=torch.Generator().manual_seed(0))
     with pytest.raises(EarlyTomConfigError, match="layer 9 does not exist"):
-        seen(one_trace, model, clip, {"merge_layers": (9,)})
+        seen(one_trace, model, clip, {"variant": "paper", "merge_layers": (9,)})
 
     def refuse(state):
         raise observing.NotApplicable("it has no encoder", "Pass a video")

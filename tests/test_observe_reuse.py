@@ -31,7 +31,7 @@ def one_trace():
 
 
 def seen(one_trace, model, pixels, given):
-    observer = Observer(EarlyTomConfig(variant="plus", **given))
+    observer = Observer(EarlyTomConfig(**given))
     return observer.watch(one_trace.through(observer.backend), family_of(model), model, Video(pixels))
 
 
@@ -71,5 +71,5 @@ def test_a_moving_camera_leaves_all_to_be_computed_and_the_words_say_why(model):
 
 def test_where_frames_merge_nothing_is_said_about_reuse(model):
     pixels = video(FRAMES, IMAGE, generator=torch.Generator().manual_seed(0))
-    (found,) = observe(model, pixels[None], merge_layers=(0,))
+    (found,) = observe(model, pixels[None], variant="paper", merge_layers=(0,))
     assert found.reuse is None and found.merges

@@ -12,7 +12,14 @@ import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 24}
-OPTIONS = {"retain_ratio": 0.2, "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "lowering": "eager"}
+OPTIONS = {
+    "variant": "paper",
+    "retain_ratio": 0.2,
+    "merge_layers": (0, 2),
+    "reuse": False,
+    "tau_seg": 0.3,
+    "lowering": "eager",
+}
 TOWERS = {
     "SigLIP with a pooling head": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES, patch_size=4)),
     "CLIP with a class token": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, patch_size=4)),

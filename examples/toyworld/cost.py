@@ -12,8 +12,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.flops import Reuse, Variant, count, reuse_of
+from earlytom_compile.config import EarlyTomConfig, Variant
+from earlytom_compile.flops import Reuse, count, reuse_of
 from earlytom_compile.flops_inside import lengths_inside, operations_inside, rows_left
 from earlytom_compile.methods.base import Step
 from earlytom_compile.methods.registry import EARLYTOM

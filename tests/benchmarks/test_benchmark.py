@@ -36,7 +36,7 @@ from earlytom_compile.benchmarks.results import Workload, tables, to_dict, to_ma
 from earlytom_compile.benchmarks.workload import make_inputs, make_video, random_model
 from earlytom_compile.shapes import config_of
 
-EAGER = {"lowering": "eager", "merge_layers": (0, 1), "tau_seg": 0.3}
+EAGER = {"variant": "paper", "lowering": "eager", "merge_layers": (0, 1), "tau_seg": 0.3}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from earlytom_compile.benchmarks.load import (
 from earlytom_compile.benchmarks.load_results import Load, load_table, load_to_dict, load_to_markdown, write_load_plots
 from earlytom_compile.cli.main import main
 
-EAGER = {"lowering": "eager", "merge_layers": (0, 1), "tau_seg": 0.3}
+EAGER = {"variant": "paper", "lowering": "eager", "merge_layers": (0, 1), "tau_seg": 0.3}
 
 
 class FakeServer:

@@ -53,7 +53,11 @@ def profile(device, lowering):
     torch._dynamo.reset()
     model = tiny_llava_onevision(vision_layers=VISION_LAYERS, text_layers=TEXT_LAYERS).to(device)
     inputs = make_inputs(model, frames=8, batch=ROWS, redundancy=0.7)
-    arms = list(make_arms(model, inputs, (0.25,), {"lowering": lowering, "merge_layers": (0,), "tau_seg": 0.3}))[:4]
+    arms = list(
+        make_arms(
+            model, inputs, (0.25,), {"lowering": lowering, "variant": "paper", "merge_layers": (0,), "tau_seg": 0.3}
+        )
+    )[:4]
     with torch.inference_mode():
         for _ in range(2):
             for arm in arms:

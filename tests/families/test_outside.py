@@ -332,7 +332,7 @@ def test_rows_that_would_need_padding_need_a_mask(model):
 
 
 def test_layers_that_are_not_there_are_named_at_the_first_call_where_no_config_tells(model):
-    earlytom_compile.compile(model, lowering="eager", merge_layers=(9,))
+    earlytom_compile.compile(model, lowering="eager", variant="paper", merge_layers=(9,))
     with pytest.raises(EarlyTomConfigError, match="layer 9 does not exist"):
         model.generate(prompt(4), video=clips(4)[0][None])
 

@@ -12,7 +12,7 @@ from tiny_qwen import Clip, qwen_inputs, tiny_qwen
 import earlytom_compile
 from earlytom_compile import EarlyTomCompileError, EarlyTomConfigError, EarlyTomFallbackWarning
 
-OPTIONS = {"merge_layers": (0, 1), "lowering": "eager", "retain_ratio": 0.3}
+OPTIONS = {"variant": "paper", "merge_layers": (0, 1), "lowering": "eager", "retain_ratio": 0.3}
 
 
 @pytest.fixture
@@ -72,18 +72,20 @@ def test_hooks_on_layers_inside_run_and_count(model, inputs):
 
 def test_frames_merge_under_plus_and_no_patch_is_reused(model, inputs):
     plain = new_tokens(model, inputs)
-    earlytom_compile.compile(model, **OPTIONS, variant="plus", strict=True)
+    options = {name: value for name, value in OPTIONS.items() if name != "variant"}
+    earlytom_compile.compile(model, **options, strict=True)  # "plus" is the default
     merged = new_tokens(model, inputs)
     assert "reuse=False" in str(earlytom_compile.report(model))
-    earlytom_compile.compile(model, **OPTIONS, variant="plus", reuse=False, strict=True)
-    assert torch.equal(new_tokens(model, inputs), merged) and not torch.equal(merged, plain)
+    for more in ({"variant": "plus"}, {"reuse": False}):
+        earlytom_compile.compile(model, **options, **more, strict=True)
+        assert torch.equal(new_tokens(model, inputs), merged)
+    assert not torch.equal(merged, plain)
     (observed,) = earlytom_compile.observe(
         earlytom_compile.restore(model),
         inputs["pixel_values_videos"],
         {"video_grid_thw": inputs["video_grid_thw"]},
-        variant="plus",
     )
-    assert observed.merges
+    assert observed.merges and observed.config.variant == "plus"
     asked = {"lowering": "eager", "retain_ratio": 0.3, "reuse": True}
     earlytom_compile.compile(model, **asked)
     with pytest.warns(EarlyTomFallbackWarning, match="unknown which of them did not change.*reuse=False"):

@@ -33,7 +33,13 @@ from earlytom_compile import EarlyTomFallbackWarning, report
 from earlytom_compile.families.llava import Llava
 from earlytom_compile.methods.base import Step
 
-OPTIONS: dict[str, Any] = {"merge_layers": (0, 1), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.3}
+OPTIONS: dict[str, Any] = {
+    "variant": "paper",
+    "merge_layers": (0, 1),
+    "reuse": False,
+    "tau_seg": 0.3,
+    "retain_ratio": 0.3,
+}
 SPECIFIED = {"variant": "paper", **OPTIONS}
 ADAPTED = (
     r".*(vision_tower|video_tower).*\.(q_proj|v_proj|fc1|mlp\.0)"

@@ -15,7 +15,7 @@ import earlytom_compile
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-OPTIONS = {"merge_layers": (0, 1), "tau_seg": 0.3, "retain_ratio": 0.3}
+OPTIONS = {"variant": "paper", "merge_layers": (0, 1), "tau_seg": 0.3, "retain_ratio": 0.3}
 TOWER = r".*vision_tower.*\.(q_proj|v_proj|fc1)"
 PROJECTOR = r".*multi_modal_projector\.linear_\d"
 LANGUAGE_MODEL = r".*language_model.*\.(q_proj|v_proj|down_proj)"

@@ -16,7 +16,14 @@ from earlytom_compile.toyworld.model import VIDEO_TOKENS, WEIGHTS
 
 TASKS = ("image-text-to-text", "any-to-any")
 PLUS = {"variant": "plus", "retain_ratio": 0.1, "lowering": "eager"}
-NOTHING_LOST = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0, "reuse": False, "lowering": "eager"}
+NOTHING_LOST = {
+    "variant": "paper",
+    "retain_ratio": 1.0,
+    "tau_seg": -1.0,
+    "tau_merge": 1.0,
+    "reuse": False,
+    "lowering": "eager",
+}
 NEW = {"max_new_tokens": 8, "do_sample": False}
 # Many a token may come next, and a small difference leads elsewhere.
 DRAWN = {"min_new_tokens": 40, "max_new_tokens": 40, "do_sample": True, "temperature": 3.0, "top_k": 0}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import earlytom_compile
 
-OPTIONS = {"merge_layers": (0, 1), "tau_seg": 0.3, "retain_ratio": 0.3}
-NOTHING_MERGES = {"merge_layers": (0, 1), "retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
+OPTIONS = {"variant": "paper", "merge_layers": (0, 1), "tau_seg": 0.3, "retain_ratio": 0.3}
+NOTHING_MERGES = {"variant": "paper", "merge_layers": (0, 1), "retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
 
 
 def tiny():

@@ -22,7 +22,7 @@ LAYERS, SIDE, PATCH = 4, 26, 4  # 2 pixels of each side belong to no patch
 GRID = SIDE // PATCH
 PLACES = GRID**2
 FRAMES = 6
-PLUS = {"variant": "plus", "retain_ratio": 0.25}
+PLUS = {"retain_ratio": 0.25}  # the default
 BY_ATTENTION = [{"variant": variant, "reuse": True, "merge_layers": (0, 2)} for variant in ("paper", "released")]
 WAYS = {"plus": PLUS, **{f"{way['variant']} and reuse": {**PLUS, **way} for way in BY_ATTENTION}}
 

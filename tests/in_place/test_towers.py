@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, Dinov2Config, Dinov2WithRegistersConf
 
 import earlytom_compile
 
-OPTIONS = {"tau_seg": 0.3, "retain_ratio": 0.3}
+OPTIONS = {"variant": "paper", "tau_seg": 0.3, "retain_ratio": 0.3}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 24, "patch_size": 4}
 CLIP = CLIPVisionConfig(**SIZES, intermediate_size=64)
 TOWERS = {

@@ -17,7 +17,7 @@ from earlytom_compile.integrations import prefill
 from earlytom_compile.kernels import all_ops  # noqa: F401  (registers torch.ops.earlytom)
 
 VARIANTS = ("paper", "released", "plus")
-OPTIONS = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3}
+OPTIONS = {"variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 TESTS = Path(__file__).resolve().parents[1]
 FILE = TESTS.parent / "build" / "onevision_rows.safetensors"
-OPTIONS = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
+OPTIONS = {"variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.3, "retain_ratio": 0.2}
 VARIANTS = ("paper", "released", "plus")
 
 # What transformers calls a part of the model, and LLaVA.

@@ -21,7 +21,7 @@ from earlytom_compile.methods.base import Step
 
 TEXT, VIDEO, IMAGE = "text", "video", "image"
 ONE, SEVERAL = [[TEXT, VIDEO, TEXT]], [[TEXT, VIDEO, VIDEO, TEXT], [VIDEO, TEXT, IMAGE]]
-PLAIN = {"merge_layers": None, "reuse": None, "tau_seg": 0.6}
+PLAIN = {"variant": None, "merge_layers": None, "reuse": None, "tau_seg": 0.6}
 """Nothing of what belongs to EarlyTom's own method."""
 RULES = {
     "dycoke": lambda tokens, importance, budget: test_dycoke.by_the_rules(tokens, budget),

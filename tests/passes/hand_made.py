@@ -162,7 +162,9 @@ def rewrite(model: nn.Module, example: tuple[Tensor, ...], compile=None, **optio
     states = []
 
     def backend(graph_module, example_inputs):
-        config = EarlyTomConfig.from_options({"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.0, **options})
+        config = EarlyTomConfig.from_options(
+            {"variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.0, **options}
+        )
         state = Rewrite(graph_module, config, features_only=model.switches.tail == "features")
         states.append(run_passes(state))
         return graph_module.forward

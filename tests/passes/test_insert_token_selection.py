@@ -32,7 +32,7 @@ def nodes_of(state, name):
     return [node for node in state.graph_module.graph.nodes if str(node.target) == f"earlytom.{name}.default"]
 
 
-METHOD = {"method": "visionzip", "merge_layers": None, "tau_seg": None, "retain_ratio": 0.3}
+METHOD = {"variant": None, "method": "visionzip", "merge_layers": None, "tau_seg": None, "retain_ratio": 0.3}
 
 
 def test_another_method_reads_what_it_asks_for_and_nothing_merges(rewritten):

@@ -88,7 +88,14 @@ def expected_logits(model, ids, rows):
 
 
 def compress(model, **options):
-    options = {"lowering": "eager", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.0, **options}
+    options = {
+        "lowering": "eager",
+        "variant": "paper",
+        "merge_layers": (0, 2),
+        "reuse": False,
+        "tau_seg": 0.0,
+        **options,
+    }
     return torch.compile(model, backend="earlytom", options=options, dynamic=options.pop("dynamic", None))
 
 

@@ -22,7 +22,7 @@ R = 0.3
 def compiled(tower, **options):
     """(the tower, compiled as the in-place spelling compiles it; the graphs it got)."""
     graphs = []
-    merging = {"merge_layers": (0, 2), "reuse": False, "tau_seg": 0.0, "lowering": "eager"}
+    merging = {"variant": "paper", "merge_layers": (0, 2), "reuse": False, "tau_seg": 0.0, "lowering": "eager"}
     config = EarlyTomConfig.from_options({**merging, **options})
 
     def backend(graph_module, example_inputs):
@@ -277,7 +277,7 @@ def test_a_resampler_leaves_importance_without_a_map():
     check(tower, variant="plus")
 
 
-METHOD = {"merge_layers": None, "tau_seg": None, "retain_ratio": R, "method": "mine"}
+METHOD = {"variant": None, "merge_layers": None, "tau_seg": None, "retain_ratio": R, "method": "mine"}
 ASKS = {
     "the attention that each token receives": {"importance": True},
     "the key of each token": {"keys": True},

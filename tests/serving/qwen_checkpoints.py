@@ -24,7 +24,7 @@ from earlytom_compile.shapes import shape_of
 NEW = 24
 SHAPES = {"qwen2_5_vl": "cpu-tiny-qwen2.5", "qwen3_vl": "cpu-tiny-qwen3"}
 """Of four vision layers."""
-OPTIONS = {"retain_ratio": 0.2, "merge_layers": [0, 2], "lowering": "eager"}
+OPTIONS = {"variant": "paper", "retain_ratio": 0.2, "merge_layers": [0, 2], "lowering": "eager"}
 EVERYTHING = {"retain_ratio": 1.0, "tau_seg": -1.0, "tau_merge": 1.0}
 """No frame merges, no token goes."""
 

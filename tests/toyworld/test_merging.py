@@ -95,7 +95,7 @@ def by_hand(model, pixels, tau, layers):
 
 @pytest.mark.parametrize("tau", [0.99, 0.6, -1.0])
 def test_runs_merge_behind_the_embedding_and_where_the_paper_merges(model, videos, tau):
-    layers = EarlyTomConfig().resolve_merge_layers(4)
+    layers = EarlyTomConfig(variant="paper").resolve_merge_layers(4)
     compress = runs(model, tau)
     for pixels in videos:
         expected, computed = by_hand(model, pixels, tau, layers)
@@ -134,7 +134,7 @@ def test_operations_of_runs_are_what_torch_counts(model, videos, ratio):
 @pytest.mark.parametrize("options", [{}, {"tau_seg": 0.9}, {"tau_merge": 0.97}, {"merge_layers": (0, 2)}])
 def test_stage_1_by_operators_is_that_of_the_specification(model, videos, options):
     compress = methods.method(methods.STAGE_1, model, 0.1, **options)
-    config = EarlyTomConfig(retain_ratio=0.1, **options)
+    config = EarlyTomConfig(retain_ratio=0.1, variant="paper", **options)
     assert isinstance(compress, Merging)
     for pixels in videos:
         with torch.no_grad():

@@ -190,7 +190,7 @@ def test_random_tokens_differ_by_video_and_not_by_run(model, videos):
 
 
 def test_top_k_takes_the_most_attended_of_every_frame(model, videos):
-    config = EarlyTomConfig(retain_ratio=0.25)
+    config = EarlyTomConfig(retain_ratio=0.25, variant="paper")
     with torch.no_grad():
         encoded = methods.encode(model, config, videos[0])
     frames = len(encoded.tokens)
