@@ -336,6 +336,7 @@ def _add_flops(parser: CommandParser) -> None:
     parser.add_rare(
         "--prompt-length", type=int, default=32, metavar="N", help="words beside the video, if exact (%(default)s)"
     )
+    parser.set_defaults(variant_open=True)  # each row has its own
     # None of the three is an option of the other methods in the table, which names like EarlyTomConfig's would make it.
     parser.add_rare(
         "--encode-ratio",

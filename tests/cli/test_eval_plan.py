@@ -3,7 +3,7 @@
 import pytest
 
 from earlytom_compile import EarlyTomConfigError
-from earlytom_compile.cli.eval_plan import plan, preset_of
+from earlytom_compile.cli.eval_plan import plan, preset_of, with_variant
 from earlytom_compile.config import EarlyTomConfig
 from earlytom_compile.presets import PRESETS
 
@@ -60,6 +60,28 @@ def test_what_the_user_says_wins():
 
 
 @pytest.mark.parametrize(
+    "tasks, ratios, options, variant",
+    [
+        (["mlvu_dev"], (0.25, 0.1), {}, "plus"),
+        (["mlvu_dev", "mvbench"], (0.25, 0.1), {}, "paper"),  # one table, one variant
+        (["mvbench"], (0.3,), {}, "plus"),  # no such row
+        (["mvbench"], (0.3, 0.1), {}, "paper"),
+        (["mvbench"], (0.1,), {"tau_seg": 0.5}, "paper"),
+        (["mvbench"], (0.1,), {"preset": None}, "plus"),
+        (["mlvu_dev"], (0.1,), {"preset": "videomme"}, "paper"),
+        (["mvbench", "mlvu_dev"], (0.1,), {"variant": "plus"}, "plus"),
+        (["mlvu_dev"], (0.1,), {"variant": "released"}, "released"),
+        (["mlvu_dev"], (0.1,), {"method": "visionzip"}, None),
+    ],
+)
+def test_a_table_has_one_variant_the_papers_where_table_8_has_settings(tasks, ratios, options, variant):
+    options = with_variant(tasks, ratios, options)
+    made = [each for each in plan(tasks, ratios, options, half_billion=False) if each.retain_ratio is not None]
+    found = [EarlyTomConfig.from_options({**each.options, "retain_ratio": each.retain_ratio}) for each in made]
+    assert found and {config.variant for config in found} == {variant}
+
+
+@pytest.mark.parametrize(
     "tasks, ratios, options, says",
     [
         (["a", "b", "a"], (0.1,), {}, "tasks: a is there twice"),
@@ -67,6 +89,7 @@ def test_what_the_user_says_wins():
         (["a"], (0.3,), {"preset": "videomme"}, "Table 8 has rows for 0.25"),
         (["a"], (0.1,), {"mode": "max-autotune", "lowering": "eager"}, "nothing is compiled"),
         (["a"], (0.1,), {"variant": "plus", "static_selection": "host"}, "static_selection='host'"),
+        (["a"], (0.1,), {"tau_seg": 0.5}, 'tau_seg=0.5 with variant="plus", the default'),
     ],
 )
 def test_mistakes(tasks, ratios, options, says):

@@ -52,6 +52,6 @@ def test_an_example(name, questions, model, checkpoint, clip, tmp_path, monkeypa
     monkeypatch.setattr(video, "read_video", noted)
     runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](str(folder), str(clip), *questions)
 
-    assert compiled[0] == {"retain_ratio": 0.1, "variant": "plus"}
+    assert compiled[0] == {"retain_ratio": 0.1}
     assert [frames.pixels.shape for frames in taken] == [(5, 48, 48, 3)]  # resized as they are read
     assert capsys.readouterr().out

@@ -188,6 +188,7 @@ def test_work_and_memory_count_what_is_left_inside_the_language_model(tmp_path, 
     size = TinySize(image=96, patch=16, vision_layers=2, vision_width=32, text_layers=2, text_width=64)
     loaded = load_checkpoint(str(write_checkpoint(tmp_path, size)), device="cpu")
     options = {"retain_ratio": 0.5, "inner_layer": 1, "inner_drop_ratio": 0.75, "lowering": "eager", "strict": True}
+    options["variant"] = "paper"
     model = earlytom_compile.compile(loaded.model, **options)
     inputs = prepare_inputs(loaded, clip, "What?", frames=FRAMES, progress_on=Console(quiet=True))
     output = model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)

@@ -11,7 +11,8 @@ import torch
         (["-o", "none/video.pt2"], "output='none/video.pt2': there is no folder 'none'"),
         (["-o", "video.pt2", "--variant", "released"], "variant='released' cannot be exported"),
         (["-o", "video.pt2", "--variant", "plus", "--tau-merge", "0.5"], "no frames merge where unchanged patches"),
-        (["-o", "video.pt2", "--merge-layers", "9"], "layer 9 does not exist"),
+        (["-o", "video.pt2", "--merge-layers", "9"], 'with variant="plus", the default, which reuses patches'),
+        (["-o", "video.pt2", "--variant", "paper", "--merge-layers", "9"], "layer 9 does not exist"),
     ],
 )
 def test_refuses_what_it_cannot_do(earlytom, checkpoint, tmp_path, monkeypatch, words, said):

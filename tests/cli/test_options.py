@@ -36,7 +36,6 @@ def test_every_field_is_a_flag_with_its_meaning(command, capsys):
     "flags, message",
     [
         (["--mode", "max-autotune", "--lowering", "eager"], "nothing is compiled"),
-        (["--static-selection", "host", "--variant", "plus"], "selects on the device"),
         (["--lowering", "eager", "--compile-llm"], "nothing is compiled"),
     ],
 )
@@ -46,17 +45,37 @@ def test_options_that_would_do_nothing_beside_others_are_refused(flags, message,
     assert options_of(*flags[:2]) and options_of(*flags[2:])  # each alone has its use
 
 
+@pytest.mark.parametrize("variant", [[], ["--variant", "plus"]])
+def test_where_static_frames_are_selected_is_nothing_to_plus(variant, capsys):
+    assert main(["explain", "--static-selection", "host", *variant]) == 2
+    assert "selects on the device" in capsys.readouterr().err
+    assert options_of("--static-selection", "host", "--variant", "paper") and options_of(*variant) is not None
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "explain", "bench", "export"])
+def test_plus_is_the_default_of_every_command(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help-all"])
+    text = " ".join(capsys.readouterr().out.split())
+    _, _, said = text.rpartition("--variant {paper,released,plus}")  # behind the usage
+    assert "(default: plus)" in said.partition(" --")[0]
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [
         (["--retain-ratio", "0.1"], {"retain_ratio": 0.1}),
         (["--variant", "released"], {"variant": "released"}),
         (["--variant", "plus"], {"variant": "plus"}),
-        (["--merge-layers", "6,21,23"], {"merge_layers": (6, 21, 23)}),
+        (["--variant", "paper", "--merge-layers", "6,21,23"], {"variant": "paper", "merge_layers": (6, 21, 23)}),
         (["--merge-layers", "none"], {"merge_layers": None}),
-        (["--max-window", "8", "--alpha", "1"], {"max_window": 8, "alpha": 1.0}),
+        (["--no-reuse", "--max-window", "8", "--alpha", "1"], {"reuse": False, "max_window": 8, "alpha": 1.0}),
         (["--tau-merge", "segment"], {"tau_merge": "segment"}),
-        (["--tau-merge", "0.8", "--tau-seg", "-0.5"], {"tau_merge": 0.8, "tau_seg": -0.5}),
+        (
+            ["--variant", "paper", "--tau-merge", "0.8", "--tau-seg", "-0.5"],
+            {"variant": "paper", "tau_merge": 0.8, "tau_seg": -0.5},
+        ),
+        (["--encode-ratio", "0.35"], {"encode_ratio": 0.35}),
         (["--variant", "plus", "--full-layers", ""], {"variant": "plus", "full_layers": ()}),
         (["--reuse", "--full-layers", "5,7"], {"reuse": True, "full_layers": (5, 7)}),
         (["--reuse", "--full-layers", "none"], {"reuse": True, "full_layers": None}),
@@ -76,7 +95,7 @@ def test_values_arrive_as_the_config_wants_them(flags, expected):
     assert options_of(*flags) == expected
 
 
-@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"static_selection": "host"}])
+@pytest.mark.parametrize("options", [{"mode": "reduce-overhead"}, {"variant": "paper", "static_selection": "host"}])
 def test_options_that_a_device_has_no_use_for_are_refused_there(options):
     require_effect(options, "cuda")
     with pytest.raises(EarlyTomConfigError, match="on cpu: .*leave it out"):
@@ -101,7 +120,8 @@ def test_an_explicit_flag_wins_over_the_preset():
         (["--reuse", "--tau-reuse", "low"], "tau_reuse='low'"),
         (["--reuse", "--full-layers", "last"], "full_layers='last'"),
         (["--reuse", "--encode-ratio", "0"], "encode_ratio=0.0"),
-        (["--encode-ratio", "0.5"], "encode_ratio=0.5 without reuse"),
+        (["--variant", "paper", "--encode-ratio", "0.5"], "encode_ratio=0.5 without reuse"),
+        (["--tau-seg", "0.4"], 'tau_seg=0.4 with variant="plus", the default, which reuses patches'),
         (["--no-reuse", "--variant", "plus", "--tau-reuse", "0.1"], "tau_reuse=0.1 without reuse"),
         (["--variant", "plus", "--tau-merge", "0.8"], 'tau_merge=0.8 with variant="plus"'),
         (["--reuse", "--encode-ratio", "0.5", "--tau-reuse", "0.1"], "tau_reuse=0.1 with encode_ratio=0.5"),

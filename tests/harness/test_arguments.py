@@ -32,6 +32,7 @@ VALUES = {
 """Option -> what lmms-eval hands over, or a text, and what it means."""
 BESIDE = {
     **{name: {"reuse": True} for name in ("tau_reuse", "full_layers", "encode_ratio")},
+    **{name: {"variant": "paper"} for name in ("merge_layers", "tau_seg", "alpha", "max_window", "tau_merge")},
     "inner_drop_ratio": {"inner_layer": 18},
 }
 """Option -> those without which it would have no effect."""
@@ -53,6 +54,11 @@ def test_each_option_reaches_the_compiler_as_it_is_meant(name):
 def test_defaults_are_those_of_the_project_but_for_strict():
     read = read_arguments({"pretrained": "x"})
     assert (read.retain_ratio, read.options) == (EarlyTomConfig.retain_ratio, {"strict": True})
+    assert EarlyTomConfig.from_options(read.options).variant == "plus"
+    assert (
+        EarlyTomConfig.from_options(read_arguments({"pretrained": "x", "preset": "videomme"}).options).variant
+        == "paper"
+    )
     assert (read.device, read.dtype, read.max_frames, read.batch_size) == ("auto", "auto", None, 1)
 
 
@@ -67,8 +73,8 @@ def test_the_full_model_by_the_same_command(full):
 
 @pytest.mark.parametrize("spelled", ["6,21,23", "'6,21,23'", '"6,21,23"', "[6, 21, 23]", "(6,21,23)", (6, 21, 23)])
 def test_layers_may_be_written_as_a_shell_leaves_them(spelled):
-    assert read_options({"merge_layers": spelled})[1]["merge_layers"] == (6, 21, 23)
-    assert read_options({"merge_layers": 6})[1]["merge_layers"] == (6,)
+    assert read_options({"variant": "paper", "merge_layers": spelled})[1]["merge_layers"] == (6, 21, 23)
+    assert read_options({"variant": "paper", "merge_layers": 6})[1]["merge_layers"] == (6,)
     assert read_options({"variant": "plus", "full_layers": spelled})[1]["full_layers"] == (6, 21, 23)
     assert read_options({"variant": "plus", "full_layers": 6})[1]["full_layers"] == (6,)
 
@@ -94,7 +100,8 @@ def test_numbers_that_come_as_text(given, meant):
         ({"retain_ratio": "all"}, "retain_ratio='all': .* or full"),
         ({"preset": "videomme", "retain_ratio": 0.3}, "Table 8 has rows for 0.25, 0.2, 0.15, 0.1"),
         ({"lowering": "eager", "mode": "default"}, "nothing is compiled; leave one out"),
-        ({"encode_ratio": 0.5}, r"encode_ratio=0.5 without reuse, .*reuse=True"),
+        ({"merge_layers": 3}, r"merge_layers=\(3,\) with .*the default, .*variant=.paper"),
+        ({"variant": "paper", "encode_ratio": 0.5}, r"encode_ratio=0.5 without reuse, .*reuse=True"),
         ({"variant": "plus", "merge_layers": 3}, r"merge_layers=\(3,\) with variant=.plus.*reuse=False"),
         ({"reuse": "yes"}, "reuse='yes': must be True, False or None"),
         ({"dtype": "int8"}, "dtype='int8': must be one of 'auto', 'float32'"),
