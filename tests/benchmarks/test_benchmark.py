@@ -69,7 +69,7 @@ LOOKS = {"scenes of 4": {}, "scenes of 8": {"scene_frames": 8}, "noise": {"redun
 def merged():
     """Numbers of frames, layer by layer, for each of LOOKS; one compilation serves them all."""
     model = random_model(config_of("cpu-small"), device="cpu", dtype=torch.float32)
-    compressed = earlytom_compile.compile(model, retain_ratio=0.1, lowering="eager")
+    compressed = earlytom_compile.compile(model, retain_ratio=0.1, variant="paper", lowering="eager")
     found = {}
     for name, look in LOOKS.items():
         earlytom_compile.encode_videos(compressed, make_inputs(model, frames=16, **look)["pixel_values_videos"])

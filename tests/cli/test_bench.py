@@ -66,7 +66,7 @@ def test_bench_prints_and_writes_the_arms_it_is_asked_for(compiler, checkpoint, 
     (seconds,) = re.findall(r"(\d+) s in all", printed)
     assert content["seconds"] - 1 <= int(seconds) <= content["seconds"] + 3, "the file is written a moment before"
     names = [result["name"] for result in workload["results"]]
-    assert names == ["transformers", "earlytom 0.25", "earlytom 0.25 (backend)", "earlytom reuse 0.25"]
+    assert names == ["transformers", "earlytom 0.25", "earlytom 0.25 (backend)", "earlytom merging 0.25"]
     text = Path(files["markdown"]).read_text()
     assert all(f"| {name} |" in text and name in printed for name in names)
     assert all(len(result["ttft"]) == 2 and min(result["ttft"]) > 0 for result in workload["results"])
@@ -95,7 +95,23 @@ def test_other_papers_methods_beside_earlytom(plain_too, monkeypatch, tmp_path, 
     checkpoint, file = str(write_checkpoint(tmp_path / "tiny", size)), tmp_path / "bench.json"
     arms = "transformers,earlytom 0.25,visionzip 0.25,fastv 0.25"
     words = ["bench", "--model", checkpoint, "--frames", "8", "--repeats", "1", "--decode-tokens", "1", "--arms", arms]
-    assert main([*words, "--lowering", "eager", "--retain-ratios", "0.25", "--strict", "--json", str(file)]) == 0
+    assert (
+        main(
+            [
+                *words,
+                "--lowering",
+                "eager",
+                "--variant",
+                "paper",
+                "--retain-ratios",
+                "0.25",
+                "--strict",
+                "--json",
+                str(file),
+            ]
+        )
+        == 0
+    )
     (workload,) = json.loads(file.read_text())["workloads"]
     found = {result["name"]: result for result in workload["results"]}
     ours = ["earlytom 0.25", *(["earlytom 0.25 (backend)"] if plain_too else [])]

@@ -15,7 +15,7 @@ from earlytom_compile.integrations.video import read_video
 from earlytom_compile.toyworld.model import VIDEO_TOKENS, WEIGHTS
 
 TASKS = ("image-text-to-text", "any-to-any")
-PLUS = {"variant": "plus", "retain_ratio": 0.1, "lowering": "eager"}
+PLUS = {"retain_ratio": 0.1, "lowering": "eager"}  # the default
 NOTHING_LOST = {
     "variant": "paper",
     "retain_ratio": 1.0,

@@ -32,8 +32,8 @@ def questions(recorded):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("earlytom paper", {"retain_ratio": 0.1}),
-        ("earlytom plus", {"retain_ratio": 0.1, "variant": "plus"}),
+        ("earlytom paper", {"retain_ratio": 0.1, "variant": "paper"}),
+        ("earlytom plus", {"retain_ratio": 0.1}),
         ("visionzip", {"retain_ratio": 0.25, "method": "visionzip"}),
     ],
 )

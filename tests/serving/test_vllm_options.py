@@ -31,10 +31,12 @@ class TestServer:
 
     @given(ratios)
     def test_takes_options(self, ratio):
-        assert of_server({"earlytom": {"retain_ratio": ratio, "merge_layers": [1, 2]}}) == {
+        assert of_server({"earlytom": {"retain_ratio": ratio, "full_layers": [1, 2]}}) == {
             "retain_ratio": ratio,
-            "merge_layers": [1, 2],
+            "full_layers": [1, 2],
         }
+        merging = {"variant": "paper", "merge_layers": [1, 2]}
+        assert of_server({"earlytom": merging}) == dict(sorted(merging.items()))
 
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -43,6 +45,7 @@ class TestServer:
             (0.1, "must be a mapping"),
             ({"retain": 0.1}, "did you mean 'retain_ratio'"),
             ({"retain_ratio": 1.5}, "must be in"),
+            ({"merge_layers": [1, 2]}, '"plus", the default, which reuses patches.*variant="paper"'),
             ({"variant": "released"}, "depends on the content.*variant='paper' or 'plus'"),
             ({"inner_layer": 18}, "one length of prompt for all layers"),
             ({"method": "pyramiddrop"}, "one length of prompt for all layers"),
@@ -66,7 +69,7 @@ class TestRequest:
 
     def test_that_say_the_same_have_one_order(self):
         """vLLM's hash tells orders apart."""
-        server = of_server({"earlytom": {"tau_seg": 0.5, "retain_ratio": 0.1}})
+        server = of_server({"earlytom": {"variant": "paper", "tau_seg": 0.5, "retain_ratio": 0.1}})
         one = of_request(server, {"earlytom": {"tau_merge": 0.8, "alpha": 0.7}})
         other = of_request(server, {"earlytom": {"alpha": 0.7, "tau_merge": 0.8, "retain_ratio": 0.1}})
         assert list(one.items()) == list(other.items())
@@ -107,8 +110,10 @@ class TestConfig:
         assert config_of({"lowering": "whole"}, LlavaOnevision(), eager=True).lowering == "whole"
 
     def test_has_the_defaults_of_the_family(self):
-        assert config_of({"variant": "plus"}, LlavaOnevision(), eager=True).reuses()
-        assert not config_of({"variant": "plus"}, Qwen2_5_VL(), eager=True).reuses()
+        for options in ({}, {"variant": "plus"}):
+            ours, qwens = (config_of(options, family(), eager=True) for family in (LlavaOnevision, Qwen2_5_VL))
+            assert (ours.variant, ours.reuses()) == ("plus", True)
+            assert (qwens.variant, qwens.reuses()) == ("plus", False)
 
 
 @given(st.none() | st.dictionaries(st.sampled_from(OF_REQUESTS), ratios))

@@ -81,7 +81,7 @@ def test_all_tokens_are_those_that_vllm_plans(planning, plain, frames):
 
 
 def test_hash_tells_options_apart(planning, plain):
-    chosen = [{}, {"earlytom": {"retain_ratio": 0.25}}, {"earlytom": False}, {"earlytom": {"tau_seg": 0.5}}]
+    chosen = [{}, {"earlytom": {"retain_ratio": 0.25}}, {"earlytom": False}, {"earlytom": {"tau_reuse": 0.5}}]
     hashes = [planned(planning, 8, **options)["mm_hashes"]["video"][0] for options in chosen]
     hashes.append(planned(plain, 8)["mm_hashes"]["video"][0])
     assert len(set(hashes)) == len(hashes)
@@ -101,7 +101,7 @@ def test_profile_counts_what_stays(planning, plain):
 
 
 def test_its_own_options_reach_no_processor_of_transformers(toy, recwarn):
-    options = {"retain_ratio": 0.1, "merge_layers": [1, 2]}
+    options = {"retain_ratio": 0.1, "full_layers": [1, 2]}
     prepared = planned(processor(toy, mm_processor_kwargs={"earlytom": options, "do_rescale": False}), 8)
     assert float(prepared["mm_kwargs"]["video"][0]["pixel_values_videos"].data.max()) > 1  # not rescaled
     assert not [each for each in recwarn if "earlytom" in str(each.message)]

@@ -131,7 +131,7 @@ class TestRefuses:
     def test_layers_that_do_not_exist(self, path):
         (video,) = path.videos({"pixel_values_videos": clip(8)[None]})
         with pytest.raises((EarlyTomConfigError, EarlyTomCompileError), match="layer 40 does not exist"):
-            path.encode(video, {"merge_layers": [40]})
+            path.encode(video, {"full_layers": [40]})
 
     def test_rows_that_are_not_compressed(self, checkpoint):
         """Never uncompressed rows: vLLM would cut them to the planned number without a word."""

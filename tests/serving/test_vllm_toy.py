@@ -68,7 +68,7 @@ def plain(toy):
 
 
 class TestAnswers:
-    @pytest.mark.parametrize("options", [{"retain_ratio": 0.1}, {"retain_ratio": 0.25, "variant": "plus"}], ids=str)
+    @pytest.mark.parametrize("options", [{"retain_ratio": 0.1}, {"retain_ratio": 0.25, "variant": "paper"}], ids=str)
     def test_are_those_of_transformers(self, toy, compressing, questions, options):
         if options == {"retain_ratio": 0.1}:
             answers = compressing.ask([request(*pair) for pair in questions], tokens=2)
@@ -81,7 +81,8 @@ class TestAnswers:
 
     def test_with_all_tokens_are_those_without_the_plugin(self, toy, plain, questions):
         asked = [request(*pair) for pair in questions]
-        with Engine(model=str(toy), mm_processor_kwargs={"earlytom": {"retain_ratio": 1.0, "merge_layers": []}}) as all:
+        whole = {"retain_ratio": 1.0, "variant": "paper", "merge_layers": []}
+        with Engine(model=str(toy), mm_processor_kwargs={"earlytom": whole}) as all:
             answers = all.ask(asked, tokens=2)
         without = plain.ask(asked, tokens=2)
         assert words(answers) == words(without)
@@ -287,7 +288,7 @@ class TestEngine:
 
     def test_that_cannot_compress_does_not_start(self, toy):
         with pytest.raises(EngineFailed, match="merge_layers=.*layer 40 does not exist"):
-            Engine(model=str(toy), mm_processor_kwargs={"earlytom": {"merge_layers": [40]}})
+            Engine(model=str(toy), mm_processor_kwargs={"earlytom": {"variant": "paper", "merge_layers": [40]}})
 
     def test_two_ways_of_pruning_do_not_start(self, toy):
         with pytest.raises(EngineFailed, match="--video-pruning-rate 0.5 together with .* one of them"):
