@@ -294,7 +294,9 @@ def _noisy(frames: np.ndarray, noise: float, rng: np.random.Generator) -> np.nda
 
 def options_of(arm: Arm, options: Mapping[str, Any]) -> dict[str, Any]:
     """All that its method is made with; of ``options`` those that it takes and its settings do not replace."""
-    own = own_options(arm.method) or {}
+    own = own_options(arm.method)
+    if own is None:
+        own = {} if arm.method in UNCONFIGURED else {"variant": "paper"}  # whose parts they are
     bounded = arm.retain_ratio is not None or arm.method in UNCONFIGURED
     ratio = arm.retain_ratio if bounded else _ANY_RATIO
     return {"retain_ratio": ratio, **own, **taken(arm.method, {**options, **dict(arm.settings)})}

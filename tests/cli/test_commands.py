@@ -71,7 +71,7 @@ def test_demo_without_a_compiler_says_so(monkeypatch):
 def test_run_compare(earlytom, checkpoint, clip):
     status, output, _ = earlytom(
         "run", "--model", checkpoint, "--video", clip, "--prompt", "What is it?", "--frames", FRAMES,
-        "--retain-ratio", 0.1, "--max-new-tokens", 2, "--compare", "--repeats", 1, *EAGER,
+        "--retain-ratio", 0.1, "--max-new-tokens", 2, "--compare", "--repeats", 1, "--variant", "paper", *EAGER,
     )  # fmt: skip
     assert status == 0
     assert_compared(output)
@@ -173,7 +173,7 @@ def test_mistakes_exit_with_2_and_one_line(earlytom, checkpoint, clip, tmp_path)
         "fewer than the 500 asked for": run(checkpoint, clip, "--frames", 500),
         "max_new_tokens=0": run(checkpoint, clip, "--max-new-tokens", 0),
         "--device fpga": run(checkpoint, clip, "--device", "fpga"),
-        "layer 9 does not exist": run(checkpoint, clip, "--merge-layers", "1,9"),
+        "layer 9 does not exist": run(checkpoint, clip, "--no-reuse", "--merge-layers", "1,9"),
     }
     for message, (status, _, errors) in cases.items():
         assert status == 2, message

@@ -195,7 +195,8 @@ def test_an_error_ends_the_command_and_leaves_what_is_finished(stand_in, words, 
 def test_a_preset_or_a_setting_that_is_given_is_taken(stand_in, words, earlytom):
     assert earlytom(*words, "--preset", "videomme-0.5b", "--tau-seg", "0.4", "--lowering", "staged")[0] == 0
     (options,) = {tuple(sorted(options.items())) for _, ratio, options, _ in stand_in.asked if ratio}
-    assert dict(options) == {"preset": "videomme-0.5b", "tau_seg": 0.4, "lowering": "staged", "strict": True}
+    of_table_8 = {"preset": "videomme-0.5b", "variant": "paper", "tau_seg": 0.4}
+    assert dict(options) == {**of_table_8, "lowering": "staged", "strict": True}
 
 
 def test_json_to_the_standard_output_is_json_alone(stand_in, words, earlytom):

@@ -53,14 +53,21 @@ def test_run_compare_shows_the_answers_that_were_compared(earlytom, checkpoint, 
     assert (">same<" in page) == agree and (">differs<" in page) != agree
 
 
-@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_explain_draws_without_a_question(earlytom, checkpoint, clip, tmp_path, own):
+@pytest.mark.parametrize(
+    "own, variant, part",
+    [
+        (True, [], "What was computed"),
+        (True, ["--variant", "paper"], "Frames, segments and merges"),
+        pytest.param(False, [], "What was computed", marks=pytest.mark.long),
+    ],
+)
+def test_explain_draws_without_a_question(earlytom, checkpoint, clip, tmp_path, own, variant, part):
     html = tmp_path / "a.html"
     which = ("--model", checkpoint, "--video", clip) if own else ()
-    status, output, _ = earlytom("explain", *which, "--frames", 8, *EAGER, "--html", html)
+    status, output, _ = earlytom("explain", *which, *variant, "--frames", 8, *EAGER, "--html", html)
     page = html.read_text(encoding="utf-8")
     assert status == 0 and "vision encoder" in output
-    assert "Questions and answers" not in page and "Frames, segments and merges" in page
+    assert "Questions and answers" not in page and part in page
     assert (">clip.mp4<" in page) == own and ("a clip made on the spot" in page) != own
 
 

@@ -159,7 +159,9 @@ def test_an_empty_answer_is_said_to_be_empty(earlytom, checkpoint, clip, monkeyp
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--repeats", "0", "--compare"], "repeats=0"),
         (["--repeats", "3"], "repeats=3 without --compare"),
-        (["--merge-layers", "1,9"], "layer 9 does not exist"),
+        (["--no-reuse", "--merge-layers", "1,9"], "layer 9 does not exist"),
+        (["--full-layers", "1,9"], "layer 9 does not exist"),
+        (["--merge-layers", "1,2"], "the default, which reuses patches"),
         (["--retain-ratio", "2"], "retain_ratio=2.0"),
         (["--json", "/proc/nothing/run.json"], "json='/proc/nothing/run.json': there is no folder '/proc/nothing'"),
         (["--json", "."], "that is a folder"),
@@ -290,6 +292,6 @@ def test_a_layer_behind_the_one_that_is_used_does_not_exist(tmp_path):
     folder = write_checkpoint(tmp_path / "deep", TinySize(48, 8, 4, 64, 1, 64))
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, "vision_feature_layer": -2}))
-    open_checkpoint(str(folder), options={"merge_layers": (2,)})
+    open_checkpoint(str(folder), options={"full_layers": (2,)})
     with pytest.raises(loading.EarlyTomConfigError, match="layer 3 does not exist"):
-        open_checkpoint(str(folder), options={"merge_layers": (3,)})
+        open_checkpoint(str(folder), options={"full_layers": (3,)})

@@ -137,7 +137,7 @@ def options_of(*words):
 
 
 def test_a_command_takes_a_method_and_its_own_default_variant_gives_way():
-    assert options_of("demo")["variant"] == "plus"
+    assert EarlyTomConfig.from_options(options_of("demo")).variant == "plus"
     taken = options_of("demo", "--method", "visionzip")
     assert taken == {"retain_ratio": 0.1, "lowering": "eager", "method": "visionzip"}
     with pytest.raises(EarlyTomConfigError, match="variant='plus' with method='visionzip'"):
