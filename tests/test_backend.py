@@ -140,7 +140,7 @@ def test_several_videos_and_their_features(model, compressed, monkeypatch, rows,
     inputs = video_inputs(model, 16, **ROWS[rows])
     compiled = compressed(variant=variant, lowering=lowering)
     output, expected = assert_equals_oracle(model, compiled, inputs, variant=variant)
-    videos = compressed_videos(model, inputs, retain_ratio=0.2, variant=variant, **MERGE)
+    videos = compressed_videos(model, inputs, retain_ratio=0.2, **{**MERGE, "variant": variant})
     features = returned_features(output, "video")
     torch.testing.assert_close(features, torch.cat([v.features for v in videos]), atol=1e-4, rtol=1e-4)
     if hasattr(output, "video_outputs"):
@@ -157,7 +157,7 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(place, variant, lowering):
     model = tiny_llava_onevision(vision_layers=4, text_layers=1)
     inputs = video_inputs(model, 16)
     with torch.no_grad():
-        expected = compressed_forward(model, inputs, retain_ratio=0.2, variant=variant, **MERGE)
+        expected = compressed_forward(model, inputs, retain_ratio=0.2, **{**MERGE, "variant": variant})
         compiled = compress(model.cuda(), **options)
         logits = compiled(**{name: x.cuda() for name, x in inputs.items()}).logits
     torch.testing.assert_close(logits.cpu(), expected.logits, atol=1e-3, rtol=1e-3)
@@ -175,7 +175,7 @@ def test_representatives_on_a_gpu_are_those_on_the_cpu(lowering):
     model = tiny_llava_onevision(vision_layers=4, text_layers=1)
     inputs = video_inputs(model, 16)
     with torch.no_grad():
-        expected = compressed_forward(model, inputs, retain_ratio=0.2, variant="plus", **MERGE)
+        expected = compressed_forward(model, inputs, retain_ratio=0.2, **{**MERGE, "variant": "plus"})
         compiled = compress(model.cuda(), **options)
         logits = compiled(**{name: x.cuda() for name, x in inputs.items()}).logits
     torch.testing.assert_close(logits.cpu(), expected.logits, atol=1e-3, rtol=1e-3)
@@ -263,7 +263,7 @@ def test_any_retain_ratio(model, compressed, retain_ratio):
 
 
 def test_default_options_and_merge_layers(model, one_trace):
-    compiled = one_trace.through(partial(backend.earlytom, options={"lowering": "eager"}))
+    compiled = one_trace.through(partial(backend.earlytom, options={"lowering": "eager", "variant": "paper"}))
     layers = earlytom_compile.EarlyTomConfig(variant="paper").resolve_merge_layers(4)
     assert_equals_oracle(model, compiled, video_inputs(model, 16), merge_layers=layers, tau_seg=0.6)
 
@@ -405,7 +405,7 @@ def test_rows_with_different_numbers_of_videos(model, compressed, videos, varian
     inputs = video_inputs(model, 8, videos_per_row=videos)
     with torch.no_grad():
         logits = compressed(variant=variant)(**inputs).logits
-    expected = compressed_forward(model, inputs, retain_ratio=0.2, variant=variant, **MERGE)
+    expected = compressed_forward(model, inputs, retain_ratio=0.2, **{**MERGE, "variant": variant})
     seen = expected.cut_attention_mask.bool()
     torch.testing.assert_close(logits[seen], expected.logits[seen], atol=1e-4, rtol=1e-4)
 
@@ -453,7 +453,7 @@ def test_a_graph_break_behind_the_encoder(model):
         output = compress(model)(**inputs)
         expected = model(**inputs).logits
         if output.logits.shape != expected.shape:  # transformers 5.17 encodes the video in the graph behind the break
-            expected = compressed_forward(model, inputs, retain_ratio=0.2, variant="paper", **MERGE).logits
+            expected = compressed_forward(model, inputs, retain_ratio=0.2, **MERGE).logits
     assert any("a graph break inside the vision path" in str(w.message) for w in caught)
     torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
 

@@ -122,7 +122,7 @@ def test_rows_that_keep_different_numbers_have_a_reason(model, logits_of):
         logits = logits_of(inputs, **{**INNER, "strict": False})
     assert logits.shape[1] == inputs["input_ids"].shape[1]
     with pytest.raises(EarlyTomCompileError, match="rows of the batch keep different numbers"):
-        logits_of(video_inputs(model, 8), variant="released", **INNER)
+        logits_of(video_inputs(model, 8), **{**INNER, "variant": "released"})
 
 
 def test_a_layer_that_does_not_exist(model, logits_of):

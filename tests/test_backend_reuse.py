@@ -19,7 +19,7 @@ from earlytom_compile.reference import plan_reuse
 LAYERS, SIDE, PATCH = 4, 26, 4  # 2 pixels of each side belong to no patch
 GRID = SIDE // PATCH
 PLACES = GRID**2
-REUSE = {"variant": "plus", "retain_ratio": 0.25}
+REUSE = {"retain_ratio": 0.25}  # the default
 BY_ATTENTION = [{"variant": variant, "reuse": True, "merge_layers": (0, 2)} for variant in ("paper", "released")]
 WAYS = {"plus": REUSE, **{f"{way['variant']} and reuse": {**REUSE, **way} for way in BY_ATTENTION}}
 EVERYTHING = {"variant": "plus", "retain_ratio": 1.0}

@@ -309,7 +309,7 @@ def fake_graphs(device):
 
 @pytest.mark.parametrize("variant, videos", [("paper", 5), ("released", 3), ("plus", 3)])
 def test_videos_through_graphs_are_what_they_are_without(model, one_trace, variant, videos):
-    device, options, frames, kept = FakeGraphs(), {"variant": variant, **MERGE}, set(), []
+    device, options, frames, kept = FakeGraphs(), {**MERGE, "variant": variant}, set(), []
     inputs = [video_inputs(model, 16, seed=seed, scenes=1 + seed % 4) for seed in range(videos)]
     compiled = one_trace.through(partial(earlytom, options={"mode": "reduce-overhead", **options}))
     with fake_graphs(device), torch.no_grad():
@@ -380,7 +380,7 @@ def test_generate_replays_the_encoder_and_the_prompt(model):
         parts = " ".join(graph["part"] for graph in report(model).to_dict()["cuda_graphs"])
         earlytom_compile.restore(model)
     assert "vision_tower" in parts and "rotary_emb" in parts
-    expected = compressed_generate(model, inputs, 4, variant="paper", **MERGE)
+    expected = compressed_generate(model, inputs, 4, **MERGE)
     for output in outputs:
         assert torch.equal(output[:, inputs["input_ids"].shape[1] :], expected)
 
@@ -394,7 +394,7 @@ def test_a_static_cache_is_written_to_and_not_captured(model):
         reasons = " ".join(report(model).to_dict()["reasons"])
         earlytom_compile.restore(model)
     assert "layers.0.input_layernorm and 2 more: it writes to its inputs" in reasons
-    expected = compressed_generate(model, inputs, 4, variant="paper", **MERGE)
+    expected = compressed_generate(model, inputs, 4, **MERGE)
     for output in outputs:
         assert torch.equal(output[:, inputs["input_ids"].shape[1] :], expected)
 
@@ -473,7 +473,7 @@ def test_graphs_on_a_gpu_give_the_logits_of_the_cpu(spelling):
     model = tiny_llava_onevision(vision_layers=5, text_layers=3)
     videos = [video_inputs(model, 20, seed=seed, scenes=1 + seed % 4) for seed in range(8)]
     with torch.no_grad():
-        expected = [compressed_forward(model, inputs, variant="paper", **MERGE).logits for inputs in videos]
+        expected = [compressed_forward(model, inputs, **MERGE).logits for inputs in videos]
         options = {"mode": "reduce-overhead", **MERGE}
         if spelling == "torch.compile":
             compiled = torch.compile(model.cuda(), backend="earlytom", options=options, dynamic=False)

@@ -155,9 +155,8 @@ def test_exact_is_torchs_count_of_the_compressed_model(tiny, retain_ratio):
 
     def counting(graph_module, example_inputs):
         # A counter around the call would keep Dynamo from compiling it.
-        compiled = earlytom(
-            graph_module, example_inputs, options={"lowering": "eager", "retain_ratio": retain_ratio, "strict": True}
-        )
+        options = {"variant": "paper", "lowering": "eager", "retain_ratio": retain_ratio, "strict": True}
+        compiled = earlytom(graph_module, example_inputs, options=options)
 
         def run(*args):
             with counter() as counted:

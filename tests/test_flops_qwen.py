@@ -253,7 +253,7 @@ def test_exact_is_torchs_count_of_the_compressed_tower(name, monkeypatch):
 
     monkeypatch.setattr(observing, "_Recorder", Counting)
     pixels, grids = inputs["pixel_values_videos"], {"video_grid_thw": inputs["video_grid_thw"]}
-    (seen,) = observing.observe(model, pixels, grids, merge_layers=(0, 2), retain_ratio=0.3)
+    (seen,) = observing.observe(model, pixels, grids, variant="paper", merge_layers=(0, 2), retain_ratio=0.3)
     assert seen.frame_counts[0] == 12 > seen.frame_counts[-1]
     expected = exact(shape, seen.frame_counts, 100, merge_layers=(0, 2))
     assert expected.encoder + expected.projector == counts[0]  # torch does not look into our operators

@@ -91,7 +91,7 @@ def test_exact_is_torchs_count_of_the_compressed_model(options):
 
     def counting(graph_module, example_inputs):
         # A counter around the call would keep Dynamo from compiling it.
-        given = {"lowering": "eager", "variant": "plus", "retain_ratio": 0.3, "strict": True, **options}
+        given = {"lowering": "eager", "retain_ratio": 0.3, "strict": True, **options}
         compiled = earlytom(graph_module, example_inputs, options=given)
 
         def run(*args):

@@ -48,7 +48,7 @@ def test_the_rows_are_those_of_the_model_itself(model, frames):
 
 def test_layers_that_are_not_used_cannot_merge(model):
     with pytest.raises(EarlyTomConfigError, match="layer 4 does not exist"):
-        earlytom_compile.compile(model, merge_layers=(0, 4))
+        earlytom_compile.compile(model, variant="paper", merge_layers=(0, 4))
 
 
 def test_a_video_of_another_size_is_named(model):

@@ -54,10 +54,10 @@ def rows(model, inputs):
 
 def check_rows(model, reference, inputs):
     """The compressed video of ``model`` is that of ``reference``, and not what it would be without adapters."""
-    (expected,) = compressed_videos(reference, inputs, variant="paper", **OPTIONS)
+    (expected,) = compressed_videos(reference, inputs, **OPTIONS)
     got = rows(model, inputs)
     torch.testing.assert_close(got, expected.features, atol=2e-5, rtol=1e-4)
-    (plain,) = compressed_videos(tiny(), inputs, variant="paper", **OPTIONS)
+    (plain,) = compressed_videos(tiny(), inputs, **OPTIONS)
     assert plain.features.shape != got.shape or (plain.features - got).abs().max() > 0.01
     assert earlytom_compile.report(model).to_dict()["videos"][0]["frames"][-1] < 8
 
@@ -172,7 +172,7 @@ def test_torch_compile_of_the_wrapper():
     wrapped = adapted(lora(EVERYWHERE))
     reference, inputs = merged(wrapped), video_inputs(wrapped.get_base_model(), 8)
     fast = torch.compile(wrapped, backend="earlytom", options={"lowering": "eager", **OPTIONS})
-    expected = compressed_forward(reference, inputs, variant="paper", **OPTIONS)
+    expected = compressed_forward(reference, inputs, **OPTIONS)
     with torch.no_grad():
         torch.testing.assert_close(fast(**inputs).logits, expected.logits, atol=1e-4, rtol=1e-4)
 

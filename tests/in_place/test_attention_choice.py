@@ -134,7 +134,7 @@ def test_an_attention_changed_later_is_seen(wanted):
 
 def test_observing_a_tower_in_flash_attention(wanted):
     inputs = wanted[0]
-    (oracle,) = compressed_videos(tiny("sdpa"), inputs, variant="paper", **OPTIONS)
+    (oracle,) = compressed_videos(tiny("sdpa"), inputs, **OPTIONS)
     (observed,) = earlytom_compile.observe(tiny("flash_attention_2"), inputs["pixel_values_videos"], **OPTIONS)
     width = observed.grid[1]
     assert [[frame, row * width + column] for frame, row, column in observed.kept] == oracle.kept.tolist()

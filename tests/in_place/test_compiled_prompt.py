@@ -266,7 +266,7 @@ def test_rows_of_one_batch_size_compile_for_all(model, monkeypatch, padded, indu
             assert graphs_compiled() == before_any + 1, f"{rows} rows, {after} tokens at the end: compiled again"
             if after == 9:
                 with torch.no_grad():
-                    expected = compressed_generate(model, inputs, 2, variant="paper", **OPTIONS)
+                    expected = compressed_generate(model, inputs, 2, **OPTIONS)
                 assert torch.equal(got, expected)
     leave_pieces_as_they_are(monkeypatch)
     other = video_inputs(model, 12, videos_per_row=(1, 1), before=2 if padded else (1, 2))

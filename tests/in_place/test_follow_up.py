@@ -80,7 +80,7 @@ def test_many_questions_about_one_video_in_one_batch(model):
 @torch.no_grad()
 def test_forward_takes_encoded_videos(model):
     inputs = video_inputs(model, 12)
-    expected = compressed_forward(model, inputs, variant="paper", **OPTIONS).logits
+    expected = compressed_forward(model, inputs, **OPTIONS).logits
     encoded = earlytom_compile.encode_videos(compiled(model), inputs.pop("pixel_values_videos"))
     logits = model(**with_one_placeholder(model, inputs), pixel_values_videos=encoded).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

@@ -102,7 +102,7 @@ def test_prompts_of_other_lengths_do_not_recompile(unshared):
 def test_many_frame_counts_stay_compressed(unshared):
     """More lengths than Dynamo's recompile limit, among them the one that has a compiled function of its own."""
     inputs = {frames: video_inputs(unshared, frames, scenes=1) for frames in (1, 4, 7)}
-    expected = {frames: compressed_forward(unshared, x, variant="paper", **OPTIONS) for frames, x in inputs.items()}
+    expected = {frames: compressed_forward(unshared, x, **OPTIONS) for frames, x in inputs.items()}
     compiled(unshared)
     with torch._dynamo.config.patch(recompile_limit=2):
         for frames, x in inputs.items():
@@ -367,7 +367,7 @@ def test_forward_in_place_equals_the_oracle(model):
     with torch.no_grad():
         logits = compiled(model)(**inputs).logits
         earlytom_compile.restore(model)
-        expected = compressed_forward(model, inputs, variant="paper", **OPTIONS)
+        expected = compressed_forward(model, inputs, **OPTIONS)
     mask = expected.cut_attention_mask.bool()
     torch.testing.assert_close(logits[mask], expected.logits[mask], atol=1e-4, rtol=1e-4)
 
@@ -376,7 +376,7 @@ def test_position_ids_given_close_the_gap_in_place(model):
     inputs = video_inputs(model, 12, videos_per_row=(1, 2), before=(2, 4))
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        expected = compressed_forward(model, {**inputs, "position_ids": positions}, variant="paper", **OPTIONS)
+        expected = compressed_forward(model, {**inputs, "position_ids": positions}, **OPTIONS)
         logits = compiled(model)(**inputs, position_ids=positions).logits
     mask = expected.cut_attention_mask.bool()
     torch.testing.assert_close(logits[mask], expected.logits[mask], atol=1e-4, rtol=1e-4)

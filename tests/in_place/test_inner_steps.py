@@ -179,7 +179,7 @@ def test_logits_of_forward(model, inner, padding):
         inputs = _padded_on_the_right(inputs, padding["right_padding"])
     with torch.no_grad():
         logits = inner(**inputs).logits
-    expected = reduced_rows(model, inputs, variant="paper", steps=[MEAN], **{**OPTIONS, "retain_ratio": 0.5})
+    expected = reduced_rows(model, inputs, steps=[MEAN], **{**OPTIONS, "retain_ratio": 0.5})
     for row, rows in enumerate(expected):
         places = slice(-len(rows), None) if "left_padding" in padding else slice(0, len(rows))
         torch.testing.assert_close(logits[row, places], rows, atol=1e-4, rtol=1e-4)

@@ -43,7 +43,7 @@ def wanted(inputs):
 
 def oracle_logits(model, inputs):
     earlytom_compile.restore(model)
-    return compressed_forward(model, inputs, variant="paper", **OPTIONS).logits
+    return compressed_forward(model, inputs, **OPTIONS).logits
 
 
 def mlp(model, layer=1):
@@ -115,7 +115,7 @@ def test_images_and_observations_of_an_offloaded_model(inputs):
     model = tiny()
     cpu_offload(model, torch.device("cpu"))
     assert torch.equal(new_tokens(compiled(model), with_image), wanted)
-    (oracle,) = compressed_videos(tiny(), inputs, variant="paper", **OPTIONS)
+    (oracle,) = compressed_videos(tiny(), inputs, **OPTIONS)
     (observed,) = earlytom_compile.observe(model, inputs["pixel_values_videos"], **OPTIONS)
     width = observed.grid[1]
     assert [[frame, row * width + column] for frame, row, column in observed.kept] == oracle.kept.tolist()

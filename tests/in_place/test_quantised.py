@@ -114,7 +114,7 @@ def test_quantised_after_compile():
     check(model, inputs)
     tokens = new_tokens(compiled(model), inputs)
     earlytom_compile.restore(model)
-    assert torch.equal(tokens, compressed_generate(model, inputs, tokens.shape[1], variant="paper", **OPTIONS))
+    assert torch.equal(tokens, compressed_generate(model, inputs, tokens.shape[1], **OPTIONS))
 
 
 @pytest.mark.long
@@ -244,7 +244,7 @@ def test_opaque_linears(how):
     model = packed(how)
     inputs = video_inputs(model, 8)
     check(model, inputs)
-    tokens = compressed_generate(model, inputs, 3, variant="paper", **OPTIONS)
+    tokens = compressed_generate(model, inputs, 3, **OPTIONS)
     assert torch.equal(new_tokens(compiled(model), inputs, max_new_tokens=3), tokens)
 
 

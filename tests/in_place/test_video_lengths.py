@@ -37,7 +37,7 @@ def expected_features(model, frames, variant, retain_ratio, seed=0):
     earlytom_compile.restore(model)
     with torch.no_grad():
         (video,) = compressed_videos(
-            model, video_inputs(model, frames, seed=seed), variant=variant, retain_ratio=retain_ratio, **OPTIONS
+            model, video_inputs(model, frames, seed=seed), retain_ratio=retain_ratio, **{**OPTIONS, "variant": variant}
         )
     return video
 
@@ -45,7 +45,7 @@ def expected_features(model, frames, variant, retain_ratio, seed=0):
 @pytest.mark.parametrize("variant", cases(("released",), among=[(variant,) for variant in VARIANTS]))
 def test_one_graph_serves_every_length(model, variant):
     lengths = (9, 2, 3, 4, 5, 16, 33, 7)
-    compiled(model, variant=variant, retain_ratio=0.3, **OPTIONS)
+    compiled(model, retain_ratio=0.3, **{**OPTIONS, "variant": variant})
     got = {frames: features(model, frames, seed=frames) for frames in lengths}
     assert graphs_compiled() == 1 and report(model).to_dict()["graphs"] == 1
     for frames, (rows, counts) in got.items():
@@ -81,7 +81,7 @@ def test_pieces_serve_every_length(model, monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_inductor_serves_every_length(variant):
     model = tiny_llava_onevision(vision_layers=4, text_layers=1)
-    compiled(model, variant=variant, retain_ratio=0.3, lowering="staged", **OPTIONS)
+    compiled(model, retain_ratio=0.3, lowering="staged", **{**OPTIONS, "variant": variant})
     got = {frames: features(model, frames, seed=frames)[0] for frames in (9, 2, 16, 5)}
     assert report(model).to_dict()["graphs"] == 1
     for frames, rows in got.items():

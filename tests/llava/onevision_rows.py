@@ -51,7 +51,7 @@ def write(file: Path) -> None:
     pixels = video(8, 54, scenes=3, generator=torch.Generator().manual_seed(1))
     ids = torch.tensor([[5, 6, 7, -200, 9, 11]])
     for variant in VARIANTS:
-        earlytom_compile.compile(model, lowering="eager", strict=True, variant=variant, **OPTIONS)
+        earlytom_compile.compile(model, lowering="eager", strict=True, **{**OPTIONS, "variant": variant})
         (rows,) = earlytom_compile.encode_videos(model, pixels[None])
         prompt = torch.where(ids == -200, model.config.video_token_id, ids)
         logits = model(input_ids=prompt, pixel_values_videos=[rows]).logits[0, -1]

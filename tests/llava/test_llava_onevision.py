@@ -24,7 +24,7 @@ def test_rows_and_logits_are_those_of_transformers(written, variant):
     model = tiny_llava(newline="one_token", pool="bilinear", merge="spatial_unpad")
     weights = {name.removeprefix("weights."): each for name, each in written.items() if name.startswith("weights.")}
     model.load_state_dict(weights)
-    earlytom_compile.compile(model, lowering="eager", strict=True, variant=variant, **OPTIONS)
+    earlytom_compile.compile(model, lowering="eager", strict=True, **{**OPTIONS, "variant": variant})
     (rows,) = earlytom_compile.encode_videos(model, [written["pixels"]])
     torch.testing.assert_close(rows, written[f"rows.{variant}"], **CLOSE)
     with torch.no_grad():

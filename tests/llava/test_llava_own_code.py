@@ -205,5 +205,5 @@ def test_fewer_videos_than_placeholders_are_llavas_own_rule(model):
 
 
 def test_observe(model):
-    (observed,) = earlytom_compile.observe(model, [clip(model)], **OPTIONS, variant="paper")
+    (observed,) = earlytom_compile.observe(model, [clip(model)], **OPTIONS)
     assert observed.grid == (13, 13) and observed.frame_counts[0] == 6
