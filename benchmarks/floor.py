@@ -64,7 +64,7 @@ def work_of(
     schedules: Sequence[Sequence[int]],
     prompt: int | Mapping[int, int],
     merge_layers: Sequence[int] | None = None,
-    variant: Variant | None = "paper",
+    variant: Variant | None = None,
     method: str = EARLYTOM,
     kept: Sequence[int] = (),
     steps: Sequence[Step] = (),

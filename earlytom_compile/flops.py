@@ -82,7 +82,7 @@ def count(
     llm_tokens: int | Mapping[int, int],
     merge_layers: Sequence[int] | None = None,
     lm_head_positions: int = 1,
-    variant: Variant | None = "paper",
+    variant: Variant | None = None,
     method: str = EARLYTOM,
     kept: int | None = None,
     reuse: Reuse | None = None,
@@ -98,7 +98,7 @@ def count(
         merge_layers: 0-based encoder layers after which frames merge; None = the default for the depth.
         lm_head_positions: positions that get logits: 1 in ``generate``, all of them in a plain ``forward``.
         variant: that of ``EarlyTomConfig``, by which the operators are counted: ``"plus"`` selects by others.
-            None with another ``method``.
+            None: ``"paper"``, and with another ``method`` none at all.
         method: likewise; with another than ``"earlytom"`` no frames merge, and ``keep`` has operators of its own.
         kept: K, tokens that a ``method`` keeps of the video behind the encoder; only the work of keeping depends on it.
         reuse: what is computed where unchanged patches are not computed again; then no frames merge.
@@ -109,7 +109,7 @@ def count(
     """
     if protocol not in PROTOCOLS:
         raise EarlyTomConfigError(f"protocol={protocol!r}: must be one of {', '.join(map(repr, PROTOCOLS))}.")
-    config = EarlyTomConfig(variant=variant if method == EARLYTOM else None, method=method)
+    config = EarlyTomConfig(variant=variant or ("paper" if method == EARLYTOM else None), method=method)
     merges = shape.merges(merge_layers)
     if method == EARLYTOM:
         kept = None  # what its operators do follows from the schedule

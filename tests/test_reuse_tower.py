@@ -25,7 +25,7 @@ TOWERS = {
     "CLIP with a class token": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, intermediate_size=64)),
     "DINOv2 with scaled residuals": lambda: Dinov2Model(Dinov2Config(**SIZES, layerscale_value=0.7)),
 }
-OPTIONS = {"reuse": True, "lowering": "eager", "strict": True}
+OPTIONS = {"variant": "paper", "reuse": True, "lowering": "eager", "strict": True}
 
 
 def made(name):

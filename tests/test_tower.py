@@ -44,7 +44,7 @@ def expected(tower, pixels, **options):
     """(hidden [N, S, D], importance [N, S], frames after each merge)."""
     layers = next(m.layers for m in tower.modules() if isinstance(getattr(m, "layers", None), torch.nn.ModuleList))
     kept = {name: value for name, value in {**OPTIONS, **options}.items() if name != "lowering"}
-    encoder = MergingEncoder(layers, kept["merge_layers"], len(pixels), Options(variant="paper", **kept))
+    encoder = MergingEncoder(layers, kept["merge_layers"], len(pixels), Options(**kept))
     with encoder.hooked():
         hidden = tower(pixels).last_hidden_state
     return hidden, encoder.importance, encoder.frames_after
@@ -124,6 +124,7 @@ def test_bad_input():
     with pytest.raises(EarlyTomConfigError, match="retain_ratio"):
         earlytom_compile.compile_tower(torch.nn.Linear(1, 1), retain_ratio=2)
     encode = earlytom_compile.compile_tower(torch.nn.Linear(1, 1))
+    assert encode.config.variant == "plus"
     for bad in (torch.zeros(3, 4, 4), torch.zeros(0, 3, 4, 4), [1]):
         with pytest.raises(EarlyTomConfigError, match="frames, channels, height, width"):
             encode(bad)
