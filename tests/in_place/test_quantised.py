@@ -40,10 +40,10 @@ def check(model, inputs, *, lowering="eager", assert_close=assert_same, **option
     got = rows(compiled(model, lowering=lowering, **options), inputs)
     frames = earlytom_compile.report(model).to_dict()["videos"][0]["frames"]
     earlytom_compile.restore(model)
-    (expected,) = compressed_videos(model, inputs, variant="paper", **options)
+    (expected,) = compressed_videos(model, inputs, **options)
     assert frames[1:] == expected.frames_after and frames[-1] < 8
     assert_close(got, expected.features)
-    (plain,) = compressed_videos(tiny(), inputs, variant="paper", **options)
+    (plain,) = compressed_videos(tiny(), inputs, **options)
     assert plain.features.shape != got.shape or (plain.features - got).abs().max() > 1e-3
 
 
@@ -134,7 +134,7 @@ def test_layers_that_differ_in_their_weights_alone_are_compiled_apart():
     options = {**OPTIONS, "merge_layers": (0,)}
     got = rows(compiled(model, lowering="staged", **options), inputs)
     earlytom_compile.restore(model)
-    (expected,) = compressed_videos(model, inputs, variant="paper", **options)
+    (expected,) = compressed_videos(model, inputs, **options)
     torch.testing.assert_close(got, expected.features, atol=2e-5, rtol=1e-4)
 
 
