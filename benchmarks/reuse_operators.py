@@ -37,7 +37,8 @@ OF_THE_FIRST_TOKEN = Target("median_us", 400.0, "<= 400 us")
 _TARGETS = {"plan_reuse": A_HUNDREDTH, "select_representatives": OF_THE_FIRST_TOKEN}
 _NATIVE = {
     "plan_reuse": plan_reuse, "pack_places": pack_places, "take_places": take_places, "return_places": return_places,
-    "spread_places": spread_places, "reuse_attention": reuse_attention, "select_representatives": select_representatives,
+    "spread_places": spread_places, "reuse_attention": reuse_attention,
+    "select_representatives": select_representatives,
 }  # fmt: skip
 
 
