@@ -360,7 +360,8 @@ def test_half_precision_runs(dtype):
         ({"retain": 0.1}, "did you mean 'retain_ratio'"),
         ({"retain_ratio": 0}, r"retain_ratio=0: must be in \(0, 1\]"),
         ({"retain_ratio": 1.5}, r"\(0, 1\]"),
-        ({"merge_layers": (1, 6)}, "layer 6 does not exist; the vision encoder has layers 0 to 3"),
+        ({"merge_layers": (1, 2)}, 'with variant="plus", the default, which reuses patches'),
+        ({"variant": "paper", "merge_layers": (1, 6)}, "layer 6 does not exist; the vision encoder has layers 0 to 3"),
     ],
 )
 def test_bad_options_raise_our_own_error(model, one_trace, options, message):

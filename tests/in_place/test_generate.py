@@ -417,7 +417,8 @@ def test_state_dict_is_untouched(model):
     [
         ({"retian_ratio": 0.1}, "did you mean 'retain_ratio'"),
         ({"retain_ratio": 0.0}, r"\(0, 1\]"),
-        ({"merge_layers": (2, 4)}, "layer 4 does not exist; the vision encoder has layers 0 to 3"),
+        ({"merge_layers": (0, 2)}, 'with variant="plus", the default, which reuses patches'),
+        ({"variant": "paper", "merge_layers": (2, 4)}, "layer 4 does not exist; the vision encoder has layers 0 to 3"),
     ],
 )
 def test_bad_options_raise_at_compile_time_and_change_nothing(model, options, message):
