@@ -141,14 +141,14 @@ def test_says_what_it_takes_and_gives(program):
         ({"method": "visionzip"}, r"method='visionzip' can be no part of a program. Leave it out"),
         ({"variant": "plus", "encode_ratio": 0.5}, r"encode_ratio=0.5 can be no part of a program"),
         ({"lowering": "eager"}, r"lowering='eager' can be no part"),
-        ({"static_selection": "host"}, r"static_selection='host' can be no part"),
+        ({"variant": "paper", "static_selection": "host"}, r"static_selection='host' can be no part"),
         ({"mode": "reduce-overhead"}, r"mode='reduce-overhead' can be no part"),
         ({"inner_layer": 1}, r"inner_layer=1 can be no part"),
         ({"retain": 0.1}, r"unknown option 'retain'; did you mean 'retain_ratio'"),
         ({"frames": 0}, r"frames=0: must be a whole number of pictures, at least 1"),
         ({"frames": 2.5}, r"frames=2.5: must be a whole number"),
         ({"frame_size": (48, 48)}, r"48x48 for LLaVA-OneVision: it takes 24x24"),
-        ({"merge_layers": (7,)}, r"merge_layers=\(7,\): layer 7 does not exist"),
+        ({"variant": "paper", "merge_layers": (7,)}, r"merge_layers=\(7,\): layer 7 does not exist"),
     ],
 )
 def test_refuses_what_a_program_cannot_be(model, options, said):
