@@ -127,7 +127,9 @@ def test_each_method_takes_what_means_something_to_it(names, reuse, takes):
     for name in names:
         found = methods.taken(name, {**EVERY, **reuse})
         assert found == {option: value for option, value in {**EVERY, **reuse}.items() if option in takes}
-        EarlyTomConfig.from_options({**(installed.own_options(name) or {}), **found})  # refuses what has no effect
+        EarlyTomConfig.from_options(
+            {**(installed.own_options(name) or {"variant": "paper"}), **found}
+        )  # refuses what has no effect
 
 
 @pytest.mark.long  # compiles twice; the ratio and the variant reach it in the test above
