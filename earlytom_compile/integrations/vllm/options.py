@@ -63,7 +63,8 @@ def of_request(server: Options | None, mm_processor_kwargs: Mapping[str, Any]) -
         )
     for name in own:
         if own[name] != server.get(name) and name not in OF_REQUESTS:
-            check(own)  # an option that does not exist at all says so
+            # An option that does not exist at all says so; with "paper", those of merging have a meaning.
+            check(own if "method" in own else {"variant": "paper", **own})
             raise EarlyTomConfigError(
                 f"{name}={own[name]!r} in a request: its server decides that, since another graph would have to be "
                 f"compiled while all requests wait. A request may choose {', '.join(OF_REQUESTS)}; give {name} to the "
