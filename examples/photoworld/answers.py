@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from earlytom_compile.photoworld.language import AFTER, BEFORE, END, IDS
 from earlytom_compile.photoworld.model import VIDEO_TOKENS, Model
 from earlytom_compile.photoworld.questions import CATEGORIES
+from earlytom_compile.toyworld.answers import kept_positions, mask_of_questions
 from earlytom_compile.toyworld.batches import IGNORED, Rows
 from earlytom_compile.toyworld.questions import Question
 
-_PREFIX, _NOT_THERE = -2, -3  # beside the numbers of the questions
 _FILLS = (0, 0, -1, IGNORED, 0)  # behind the end of a row, in the order of Rows
 
 
@@ -65,31 +65,15 @@ def answer_logits(
     prefix = pad_sequence(prefixes, batch_first=True)
     positions, ends = torch.arange(prefix.shape[1], device=device).expand(len(videos), -1), lengths
     if places is not None:
-        positions = pad_sequence([_kept_positions(len(before), at) for at in places], batch_first=True)
+        positions = pad_sequence([kept_positions(len(before), at, VIDEO_TOKENS) for at in places], batch_first=True)
         ends = torch.full_like(lengths, len(before) + VIDEO_TOKENS + 1)
     # That of the scores, or softmax would run in float32 on a copy of them.
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else prefix.dtype
     hidden = inner.language_model(
         inputs_embeds=torch.cat([prefix, embed(rows.ids)], 1),
-        attention_mask=_mask(lengths, rows.question, dtype)[:, None],
+        attention_mask=mask_of_questions(lengths, rows.question, dtype)[:, None],
         position_ids=torch.cat([positions, ends[:, None] + rows.position], 1),
         use_cache=False,
     ).last_hidden_state[:, prefix.shape[1] :]
     labelled = rows.labels != IGNORED
     return model.lm_head(hidden[labelled]), rows.labels[labelled]
-
-
-def _kept_positions(before: int, places: torch.Tensor) -> torch.Tensor:
-    """Of the words in front, the tokens of a video, and the newline behind all its places."""
-    first, last = places.new_tensor([*range(before)]), places.new_tensor([before + VIDEO_TOKENS])
-    return torch.cat([first, before + places, last])
-
-
-def _mask(lengths: torch.Tensor, question: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[V, S, S], to be added to the scores: 0 where a position (row) sees another (column), else the least number."""
-    index = torch.arange(int(lengths.max()), device=question.device)
-    prefix = torch.where(index < lengths[:, None], _PREFIX, _NOT_THERE)
-    group = torch.cat([prefix, question], 1)
-    causal = torch.ones(group.shape[1], group.shape[1], dtype=torch.bool, device=question.device).tril()
-    sees = causal & ((group[:, :, None] == group[:, None, :]) | (group == _PREFIX)[:, None, :])
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)

@@ -16,8 +16,8 @@ from earlytom_compile.photoworld.answers import rows_of
 from earlytom_compile.photoworld.clips import compose
 from earlytom_compile.photoworld.pool import Pool
 from earlytom_compile.photoworld.questions import all_questions
-from earlytom_compile.toyworld.batches import Batch, Cells, Rows
-from earlytom_compile.toyworld.questions import Question, draw
+from earlytom_compile.toyworld.batches import Batch, Cells, Rows, pick
+from earlytom_compile.toyworld.questions import Question
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def question_batch(
         place = kept_places(rng, pool.labels["color"][frames].reshape(-1) > 0, kept)
         features.append(pool.tokens(frames, place))
         places.append(torch.from_numpy(place))
-        asked.append(_pick(all_questions(story), weights, questions, rng))
+        asked.append(pick(all_questions(story), weights, questions, rng))
     return QuestionBatch(torch.from_numpy(np.stack(features)), torch.stack(places), rows_of(asked))
 
 
@@ -88,17 +88,3 @@ def whole_batch(pool: Pool, numbers: Sequence[int], asked: Sequence[Sequence[Que
     features = [pool.tokens(np.arange(pool.first[n], pool.first[n + 1]), None) for n in numbers]
     places = torch.arange(len(features[0])).expand(len(features), -1)
     return QuestionBatch(torch.from_numpy(np.stack(features)), places, rows_of(asked))
-
-
-def _pick(
-    questions: list[Question], weights: Mapping[str, float], count: int, rng: np.random.Generator
-) -> list[Question]:
-    """Draws a category, then a question of it, without putting back."""
-    left = {c: [q for q in questions if q.category == c] for c in weights if weights[c] > 0}
-    picked: list[Question] = []
-    while len(picked) < count and (categories := [c for c in left if left[c]]):
-        chances = np.array([weights[c] for c in categories])
-        category = categories[rng.choice(len(categories), p=chances / chances.sum())]
-        picked.append(draw(left[category], rng))
-        left[category].remove(picked[-1])
-    return picked

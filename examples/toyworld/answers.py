@@ -50,11 +50,11 @@ def answer_logits(
     positions = torch.arange(prefix.shape[1], device=device).expand(len(videos), -1)
     ends = lengths
     if places is not None:
-        positions = pad_sequence([_kept_positions(len(before), at) for at in places], batch_first=True)
+        positions = pad_sequence([kept_positions(len(before), at, VIDEO_TOKENS) for at in places], batch_first=True)
         ends = torch.full_like(lengths, len(before) + VIDEO_TOKENS + 1)
     hidden = inner.language_model(
         inputs_embeds=torch.cat([prefix, embed(rows.ids)], 1),
-        attention_mask=_mask(lengths, rows.question, prefix.dtype)[:, None],
+        attention_mask=mask_of_questions(lengths, rows.question, prefix.dtype)[:, None],
         position_ids=torch.cat([positions, ends[:, None] + rows.position], 1),
         use_cache=False,
     ).last_hidden_state[:, prefix.shape[1] :]
@@ -62,13 +62,13 @@ def answer_logits(
     return model.lm_head(hidden[labelled]), rows.labels[labelled]
 
 
-def _kept_positions(before: int, places: torch.Tensor) -> torch.Tensor:
+def kept_positions(before: int, places: torch.Tensor, video_tokens: int) -> torch.Tensor:
     """Of the words in front, the tokens of a video, and the newline behind all its places."""
-    first, last = places.new_tensor([*range(before)]), places.new_tensor([before + VIDEO_TOKENS])
+    first, last = places.new_tensor([*range(before)]), places.new_tensor([before + video_tokens])
     return torch.cat([first, before + places, last])
 
 
-def _mask(lengths: torch.Tensor, question: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def mask_of_questions(lengths: torch.Tensor, question: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[V, S, S], to be added to the scores: 0 where a position (row) sees another (column), else the least number."""
     index = torch.arange(int(lengths.max()), device=question.device)
     prefix = torch.where(index < lengths[:, None], _PREFIX, _NOT_THERE)

@@ -135,7 +135,7 @@ def question_batch(
                 frames.append(frame)
             where.append(known[key])
         index.append(where)
-        asked.append(_pick(all_questions(video), weights, count, rng_of(split, seed, stream=2)))
+        asked.append(pick(all_questions(video), weights, count, rng_of(split, seed, stream=2)))
     return QuestionBatch(torch.from_numpy(np.stack(frames)), torch.tensor(index), rows_of(asked))
 
 
@@ -145,7 +145,7 @@ def rows_of(asked: Sequence[Sequence[Question]]) -> Rows:
     return Rows(*(_padded(column, fill) for column, fill in zip(zip(*rows, strict=True), _FILLS, strict=True)))
 
 
-def _pick(
+def pick(
     questions: list[Question], weights: Mapping[str, float], count: int, rng: np.random.Generator
 ) -> list[Question]:
     """Draws a category, then a question of it, without putting back."""

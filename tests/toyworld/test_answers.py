@@ -87,18 +87,18 @@ def test_a_question_does_not_see_the_one_before(model, videos):
     assert not torch.allclose(behind[:2], other[:2], atol=1e-5)
 
 
-def test_what_generate_says_to_many_questions_is_what_the_rows_say(model, videos):
-    """Where nothing happens inside the language model, both ways to ask are one; the model is random, and its answers
-    differ by question."""
+def test_what_generate_says_to_many_questions_is_what_the_rows_say():
+    """Where nothing happens inside the language model, both ways to ask are one, and answers differ by question."""
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(WEIGHTS).eval()
     compress = Installed(model, {"retain_ratio": 0.5})
     said = []
-    for video in videos:
+    for video in (sample_video("test", seed) for seed in range(3)):
         asked = all_questions(video)
         tokens = compress(normalized(torch.from_numpy(video.frames()))).tokens
         logits, _ = answer_logits(model, [tokens], rows_of([asked]))
         assert generated(compress.model, tokens, asked) == logits[::2].argmax(-1).tolist()
         said += logits[::2].argmax(-1).tolist()
-    assert len(set(said)) > 2
+    assert len(set(said)) > 5
 
 
 def test_generate_answers_with_tokens_left_out_inside_as_it_does_from_pixels(processor, videos):
