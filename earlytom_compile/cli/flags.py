@@ -77,7 +77,7 @@ def add_json(parser: CommandParser, what: str, *, alone: bool = False) -> None:
 
 
 def add_resume(parser: CommandParser, what: str) -> None:
-    """Going on with what ``--json`` has; ``what`` is not done again."""
+    """Going on with what ``--json`` has; ``what`` says of it what is done."""
     parser.add_argument("--resume", action="store_true", help=f"go on where Ctrl-C stopped: {what}")
 
 

@@ -275,7 +275,7 @@ def _add_bench(parser: CommandParser) -> None:
         "the methods of other papers too (default: all but those)",
     )
     add_json(parser, "every single number, after every round")
-    add_resume(parser, "what is in the file of --json is not measured again")
+    add_resume(parser, "only what --json lacks")
     parser.add_rare("--batch", type=int, default=1, metavar="N", help="prompts, one video each (%(default)s)")
     parser.add_rare("--prompt-length", type=int, default=32, metavar="N", help="words beside the video (%(default)s)")
     parser.add_rare(

@@ -283,7 +283,7 @@ def test_another_method_takes_the_place_of_the_first(shared, registered):
     assert not torch.equal(first, second)
     assert torch.equal(new_tokens(compiled(shared), inputs), first)
     plain = new_tokens(compiled(shared, method="earlytom"), inputs)
-    assert "select_tokens" in report(shared).to_dict()["inserted"] and not torch.equal(plain, first)
+    assert "select_representatives" in report(shared).to_dict()["inserted"] and not torch.equal(plain, first)
 
 
 def test_what_a_method_does_wrong_reaches_the_caller(shared, registered):
