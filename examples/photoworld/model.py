@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config
+from transformers import Dinov2Config, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from earlytom_compile.benchmarks import pretrained
 from earlytom_compile.errors import EarlyTomConfigError
@@ -24,6 +24,7 @@ from earlytom_compile.photoworld.drawing import SIZE
 from earlytom_compile.photoworld.language import build_tokenizer
 from earlytom_compile.photoworld.story import CELLS
 from earlytom_compile.photoworld.world import FRAMES
+from earlytom_compile.toyworld.checkpoint import random_model
 from earlytom_compile.toyworld.language import CHAT_TEMPLATE
 
 PATCH = 14
@@ -45,7 +46,6 @@ def dinov2() -> Any:
 
 def build_model(seed: int, *, vision_layers: int = VISION_LAYERS, text_layers: int = TEXT_LAYERS) -> Model:
     """The model with random weights, in float32."""
-    tokenizer = build_tokenizer()
     vision = Dinov2Config(
         hidden_size=VISION_WIDTH,
         num_hidden_layers=vision_layers,
@@ -53,32 +53,7 @@ def build_model(seed: int, *, vision_layers: int = VISION_LAYERS, text_layers: i
         image_size=SIZE,
         patch_size=PATCH,
     )
-    text = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=text_layers,
-        num_attention_heads=TEXT_WIDTH // 32,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        initializer_range=0.08,  # the usual 0.02 is for models ten times as wide
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    ids = tokenizer.get_vocab()
-    config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=ids["<image>"],
-        video_token_index=ids["<video>"],
-        image_grid_pinpoints=[[SIZE, SIZE], [SIZE, 2 * SIZE]],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlavaOnevisionForConditionalGeneration(config).eval()
+    return random_model(vision, build_tokenizer(), TEXT_WIDTH, text_layers, seed)
 
 
 @torch.no_grad()

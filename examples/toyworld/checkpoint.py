@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -81,12 +82,19 @@ def build_model(
         patch_size=size.patch,
         vision_use_head=False,
     )
+    return random_model(vision, tokenizer, size.text_width, size.text_layers, seed)
+
+
+def random_model(
+    vision: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, text_width: int, text_layers: int, seed: int
+) -> LlavaOnevisionForConditionalGeneration:
+    """A small Qwen2 behind any vision encoder, whose last layer it takes, without a class token."""
     text = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=size.text_width,
-        intermediate_size=4 * size.text_width,
-        num_hidden_layers=size.text_layers,
-        num_attention_heads=size.text_width // 32,
+        hidden_size=text_width,
+        intermediate_size=4 * text_width,
+        num_hidden_layers=text_layers,
+        num_attention_heads=text_width // 32,
         num_key_value_heads=2,
         max_position_embeddings=32768,
         initializer_range=0.08,  # the usual 0.02 is for models ten times as wide
@@ -95,14 +103,15 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     ids = tokenizer.get_vocab()
+    image: int = vision.image_size
     config = LlavaOnevisionConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=ids["<image>"],
         video_token_index=ids["<video>"],
-        image_grid_pinpoints=[[size.image, size.image], [size.image, 2 * size.image]],
+        image_grid_pinpoints=[[image, image], [image, 2 * image]],
         vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
+        vision_feature_select_strategy="full" if isinstance(vision, SiglipVisionConfig) else "default",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
