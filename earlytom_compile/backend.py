@@ -62,7 +62,7 @@ def compile_graph(
     state = Rewrite(graph_module, config, features_only, frames_only, example_inputs)
     try:
         with progress(f"finding the video in a graph of {len(graph_module.graph.nodes)} operations"):
-            run_passes(state)
+            state = run_passes(state)
         _describe(state, record)
         return lower_compressed(state, original, example_inputs, record, kinds)
     except NotApplicable as found:
@@ -120,6 +120,9 @@ def _new_record(config: EarlyTomConfig, cause: str) -> GraphRecord:
 def _describe(state: Rewrite, record: GraphRecord) -> None:
     path = state.path
     assert path is not None
+    record.config = state.config
+    if state.not_reusable:
+        record.note(f"patches, so that frames merge: {state.not_reusable}")
     record.encoder = path.encoder.name
     record.layers = len(path.encoder.blocks)
     record.merge_layers = state.config.resolve_merge_layers(record.layers, path.encoder.full_layers)

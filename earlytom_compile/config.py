@@ -45,6 +45,8 @@ OF_EARLYTOM = (
 Variant = Literal["paper", "released", "plus"]
 _OF_SEGMENTS = ("tau_seg", "alpha", "max_window")
 """What says which frames are of one segment: to merge them, and to select by attention."""
+_OF_REUSE = ("tau_reuse", "full_layers", "encode_ratio")
+"""What says which patches are computed again."""
 NOT_EXPORTED = (
     "method", "encode_ratio", "lowering", "mode", "compile_llm", "static_selection", "inner_layer", "inner_drop_ratio",
     "strict",
@@ -72,7 +74,7 @@ class EarlyTomConfig:
     the preset's numbers are for, and with another ``method`` None."""
     reuse: bool | None = None
     """Compute a patch once, and again only when its pixels change, instead of merging frames (docs/reuse.md), with any
-    method; None: under ``variant="plus"`` alone."""
+    method; None: under ``variant="plus"`` alone, if the encoder allows it; otherwise frames merge, with a warning."""
     tau_reuse: float = 0.06
     """Largest change of a patch's normalised pixels, beside the video's own noise, that does not count: the largest
     difference of the means of its quarters, or a third of the mean absolute difference (docs/reuse.md)."""
@@ -233,7 +235,7 @@ class EarlyTomConfig:
 
     def _check_no_reuse(self) -> None:
         """Raise for options of reuse where there is none."""
-        given = self._given(("tau_reuse", "full_layers", "encode_ratio"))
+        given = self._given(_OF_REUSE)
         if not given:
             return
         name, off = given[0], f"with {self.chosen()} unless asked for"
@@ -325,6 +327,15 @@ class EarlyTomConfig:
     def reuses(self) -> bool:
         """Whether unchanged patches are not computed again, and no frames merge."""
         return self.variant == "plus" if self.reuse is None else self.reuse
+
+    def merging_instead(self) -> "EarlyTomConfig | None":
+        """The same with frames that merge, for an encoder whose patches cannot be reused; None where none are, or where
+        reuse or an option of it was asked for by name."""
+        if not self.reuses() or self.reuse is not None or self._given(_OF_REUSE):
+            return None
+        merging = copy.copy(self)
+        object.__setattr__(merging, "reuse", False)
+        return merging
 
     def place_budget(self, frames: int, places: int, prefix: int = 0) -> int:
         """T, places of a video of F frames with S places each that are computed: ``encode_ratio`` of them, at least one

@@ -18,7 +18,7 @@ class EarlyTomCompileError(EarlyTomError, RuntimeError):
 
 
 class EarlyTomFallbackWarning(UserWarning):
-    """A call runs without compression; the message names the reason and the cure."""
+    """A call runs without compression, or with less than was asked for; the message names the reason and the cure."""
 
 
 class EarlyTomVideoWarning(UserWarning):

@@ -77,7 +77,7 @@ def _describe_layers(content: Mapping[str, Any], config: EarlyTomConfig | None) 
     """What happens in the layers of the vision encoder."""
     if config is not None and config.method != EARLYTOM and not config.reuses():
         return "no frames merge"
-    if config is None or not config.reuses():
+    if config is None or not config.reuses() or content["merge_layers"]:
         return f"merges after {', '.join(map(str, content['merge_layers'])) or 'none'}"
     full = ", ".join(map(str, content["full_layers"]))
     return f"reuses patches but in layers {full}" if full else "reuses patches in all of them"

@@ -20,7 +20,7 @@ from earlytom_compile.passes.find_video_boundary import VideoPath
 from earlytom_compile.passes.find_vision_encoder import GraphView
 from earlytom_compile.passes.patterns import CASTS, MOVES, argument, peel, shape_of
 from earlytom_compile.passes.probe import Probe, Unknown
-from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.reasons import NotReusable
 from earlytom_compile.passes.token_map import rearranges
 
 _MOST_PREFIX_TOKENS = 16
@@ -36,18 +36,17 @@ class PatchGrid:
 
 
 def find_patch_grid(view: GraphView, path: VideoPath, probe: Probe) -> PatchGrid:
-    """The grid of the path's encoder; :class:`NotApplicable` if its places are made of pixels in another way."""
+    """The grid of the path's encoder; :class:`NotReusable` if its places are made of pixels in another way."""
     first = path.encoder.blocks[0].input
     for found, certain in _candidates(view, path, first):
         works = _try_out(found, path.pixels, first, probe)
         if works or (works is None and certain):
             return found
     shape = "x".join(map(str, shape_of(path.pixels) or ()))
-    raise NotApplicable(
+    raise NotReusable(
         f"the {shape_of(first)[1]} places of the vision encoder {path.encoder.name} are not made "  # type: ignore[index]
         f"of one patch of the pixels {shape} each and of nothing else, in raster order, so that it is unknown which of "
         "them did not change",
-        "Merge frames instead: reuse=False",
     )
 
 

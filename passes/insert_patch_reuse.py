@@ -32,7 +32,7 @@ from earlytom_compile.passes.find_video_boundary import VideoPath
 from earlytom_compile.passes.find_vision_encoder import Block, Encoder, GraphView
 from earlytom_compile.passes.opaque_operators import read_instead
 from earlytom_compile.passes.patterns import insert, shape_of, value_of
-from earlytom_compile.passes.reasons import NotApplicable, describe
+from earlytom_compile.passes.reasons import NotReusable, describe
 from earlytom_compile.passes.retarget_axes import ResizedAxis
 from earlytom_compile.passes.video_sizes import HINT, VideoSizes, likely_size
 
@@ -103,10 +103,9 @@ def insert_patch_reuse(
     blocks = path.encoder.blocks
     full = config.resolve_full_layers(len(blocks))
     if windows := [layer for layer, block in enumerate(blocks) if block.windows and layer not in full]:
-        raise NotApplicable(
+        raise NotReusable(
             f"attention stays in windows of a frame in layer {windows[0]} of the vision encoder {path.encoder.name}, "
             "and the places that changed are packed without them",
-            "Merge frames instead: reuse=False",
         )
     flow = Dataflow(graph)
     with graph.inserting_before(blocks[0].input.next):
@@ -230,10 +229,9 @@ def _attend(places: ReusedPlaces, attention: Node) -> None:
     query, key, value = attention.args[:3]
     shapes = [tuple(map(str, (shape_of(operand) or ())[:3])) for operand in (query, key, value)]
     if len(set(shapes)) > 1 or shape_of(query)[3] != shape_of(key)[3]:  # type: ignore[index]
-        raise NotApplicable(
+        raise NotReusable(
             f"attention in the vision encoder has queries {shape_of(query)}, keys {shape_of(key)} and values "
             f"{shape_of(value)}; patches are reused only where all have the same heads and tokens",
-            "Merge frames instead: reuse=False",
         )
     scale = attention.kwargs.get("scale")
     attention.target = torch.ops.earlytom.reuse_attention.default
@@ -253,10 +251,9 @@ def _gather_operands(graph: Graph, view: GraphView, places: ReusedPlaces, hidden
             if read in known or tokens not in dims:
                 continue
             if frames in dims and not frames.size.is_(1):
-                raise NotApplicable(
+                raise NotReusable(
                     f"{describe(node)} reads {describe(read)}, which differs from frame to frame, in a layer that "
                     "reuses patches",
-                    "Merge frames instead: reuse=False",
                 )
             if read not in gathered:
                 gathered[read] = _by_place(graph, places, read, dims.index(tokens))
@@ -277,10 +274,9 @@ def _hand_out(graph: Graph, places: ReusedPlaces, region: Sequence[Node]) -> Non
     for node in region:
         readers = [user for user in node.users if user not in inside and not _is_size(user)]
         if readers and node not in {*places._packed_from, *places._distinct_of}:
-            raise NotApplicable(
+            raise NotReusable(
                 f"{describe(readers[0])} reads {describe(node)}, which lies inside a layer of the vision encoder whose "
                 "patches are reused",
-                "Merge frames instead: reuse=False",
             )
         if readers:
             whole = places.whole(graph, node)

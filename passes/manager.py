@@ -8,8 +8,10 @@ A pass raises :class:`NotApplicable` with a reason and a cure where it meets som
 caller then throws the half-rewritten copy away.
 """
 
+import copy
 import logging
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from earlytom_compile.config import EarlyTomConfig
-from earlytom_compile.errors import EarlyTomError
+from earlytom_compile.errors import EarlyTomError, EarlyTomFallbackWarning
 from earlytom_compile.kernels.providers import provider_of
 from earlytom_compile.methods.registry import EARLYTOM
 from earlytom_compile.passes.canonicalize_attention import canonicalize_attention
@@ -56,7 +58,7 @@ from earlytom_compile.passes.insert_token_selection import SelectedTokens, inser
 from earlytom_compile.passes.opaque_operators import mark_position_wise, read_instead, weights_of
 from earlytom_compile.passes.patterns import insert, memory_of, op_name, shape_of, value_of
 from earlytom_compile.passes.probe import Probe
-from earlytom_compile.passes.reasons import NotApplicable
+from earlytom_compile.passes.reasons import NotApplicable, NotReusable
 from earlytom_compile.passes.retarget_axes import ResizedAxis, retarget_axes
 from earlytom_compile.passes.run_on_fakes import run_on_fake_tensors
 from earlytom_compile.passes.token_map import TokenMap, find_token_map
@@ -100,6 +102,12 @@ class Rewrite:
     inner: InnerSteps | None = None
     axes: list[ResizedAxis] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    not_reusable: str = ""
+    """Why frames merge although patches were to be reused."""
+
+    def anew(self, config: EarlyTomConfig) -> "Rewrite":
+        """As it was before any pass ran, but for the graph, and with other options."""
+        return Rewrite(self.graph_module, config, self.features_only, self.frames_only, self.example_inputs)
 
     @property
     def boundary(self) -> Boundary | None:
@@ -374,7 +382,30 @@ PASSES: tuple[tuple[str, Callable[[Rewrite], None]], ...] = (
 
 
 def run_passes(state: Rewrite) -> Rewrite:
-    """Run all passes on ``state.graph_module``, which is edited in place; raises NotApplicable."""
+    """Run all passes on ``state.graph_module``, which is edited in place; raises NotApplicable.
+
+    Where patches cannot be reused and nobody asked for it by name, frames merge, with a warning, and the ``config`` of
+    what is returned says so.
+    """
+    config = state.config.merging_instead()
+    if config is None:
+        return _run_all(state)
+    untouched = copy.deepcopy(state.graph_module.graph)
+    try:
+        return _run_all(state)
+    except NotReusable as found:
+        state.graph_module.graph = untouched
+        merged = _run_all(state.anew(config))
+        merged.not_reusable = found.reason
+        warnings.warn(
+            f"frames merge, since patches cannot be reused: {found.reason}. Say reuse=False to choose this.",
+            EarlyTomFallbackWarning,
+            stacklevel=2,
+        )
+        return merged
+
+
+def _run_all(state: Rewrite) -> Rewrite:
     for index, (name, run) in enumerate(PASSES):
         start = time.perf_counter()
         try:

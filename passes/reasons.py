@@ -33,6 +33,13 @@ class NothingToCompress(NotApplicable):
     """A graph without anything that could be a video, such as a step of decoding: no loss, and no news."""
 
 
+class NotReusable(NotApplicable):
+    """Patches of this encoder cannot be reused, but its frames may merge."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "Merge frames instead: reuse=False")
+
+
 def describe(node: Node) -> str:
     """Names a node for a reader: ``torch.nn.functional.softmax (weights_3) in model.layers.3.self_attn``."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]

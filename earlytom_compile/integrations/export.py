@@ -126,7 +126,7 @@ def _traced(model: nn.Module, family: Family, config: EarlyTomConfig, video: Vid
     def backend(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         state = Rewrite(graph_module, config, features_only=True, example_inputs=inputs)
         try:
-            run_passes(state)
+            state = run_passes(state)
             paths.append(_VideoPath(state, inputs, pixels, model, family.keeps_places))
         except NotApplicable as found:
             return raising(EarlyTomCompileError(f"nothing to export: {found.reason}. {found.cure}."))

@@ -188,7 +188,7 @@ class Observer:
         """For ``torch.compile``; errors are raised at the call, since Dynamo would wrap them in one of its own."""
         state = Rewrite(graph_module, self._config, features_only=True, example_inputs=example_inputs)
         try:
-            run_passes(state)
+            state = run_passes(state)
         except NotApplicable as found:
             return _raising(EarlyTomCompileError(f"nothing to observe: {found.reason}. {found.cure}."))
         except EarlyTomConfigError as error:

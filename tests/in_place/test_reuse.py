@@ -421,7 +421,7 @@ def test_bad_options_raise_at_compile_time_and_change_nothing(model, options, me
 
 
 @torch.no_grad()
-def test_a_model_that_smooths_its_pixels_runs_uncompressed_and_says_so(monkeypatch):
+def test_a_model_that_smooths_its_pixels_merges_frames_and_says_so(monkeypatch):
     """A place is then made of other pixels than those of its patch, and reuse would be wrong without a word."""
     leave_pieces_as_they_are(monkeypatch)
     model = tiny()
@@ -433,6 +433,14 @@ def test_a_model_that_smooths_its_pixels_runs_uncompressed_and_says_so(monkeypat
     )
     inputs = inputs_of(model)
     logits = model(**inputs).logits
-    compiled(model, strict=False)
-    with pytest.warns(EarlyTomFallbackWarning, match="not made of one patch .* reuse=False"):
+    compiled(model, strict=False, reuse=True)
+    with pytest.warns(EarlyTomFallbackWarning, match="^running without .*not made of one patch .* reuse=False"):
         torch.testing.assert_close(model(**inputs).logits, logits)
+    compiled(model, reuse=False)
+    merged = model(**inputs).logits
+    compiled(model)  # strict=True: it is compressed
+    with pytest.warns(EarlyTomFallbackWarning, match="^frames merge, .*not made of one patch .* reuse=False"):
+        assert torch.equal(model(**inputs).logits, merged)
+    assert merged.shape[1] < logits.shape[1]
+    said = str(earlytom_compile.report(model))
+    assert "merges after" in said and "patches, so that frames merge: the" in said

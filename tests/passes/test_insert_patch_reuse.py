@@ -15,7 +15,7 @@ from spelled_towers import PATCH, SIDE, Layer, Tower
 from test_spelled_towers import SPELLINGS
 from torch._dynamo.exc import BackendCompilerFailed
 
-from earlytom_compile import EarlyTomConfig, EarlyTomFallbackWarning
+from earlytom_compile import EarlyTomCompileError, EarlyTomConfig, EarlyTomFallbackWarning
 from earlytom_compile.backend import compile_graph
 from earlytom_compile.passes.find_patch_grid import PatchGrid
 from earlytom_compile.passes.probe import Probe, Unknown
@@ -126,7 +126,7 @@ def test_attention_in_windows_is_left_alone():
     with pytest.warns(EarlyTomFallbackWarning, match=r"stays in windows of a frame in layer 0.*reuse=False"):
         run = torch.compile(
             tower,
-            backend=partial(compile_graph, config=EarlyTomConfig(variant="plus", lowering="eager"), features_only=True),
+            backend=partial(compile_graph, config=EarlyTomConfig(reuse=True, lowering="eager"), features_only=True),
         )
         with torch.no_grad():
             torch.testing.assert_close(run(pixels), tower(pixels))
@@ -269,7 +269,7 @@ class CountingTower(Tower):
 def test_must_not_fire_where_a_place_is_made_of_other_pixels(tower):
     with pytest.warns(EarlyTomFallbackWarning, match=r"16 places .* not made of one patch .* reuse=False"):
         graphs = []
-        config = EarlyTomConfig(variant="plus", lowering="eager")
+        config = EarlyTomConfig(reuse=True, lowering="eager")
 
         def backend(graph_module, example_inputs):
             graphs.append(compile_graph(graph_module, example_inputs, config, features_only=True))
@@ -286,7 +286,33 @@ def test_must_not_fire_where_a_place_is_made_of_other_pixels(tower):
 def test_must_not_fire_with_grouped_heads():
     model = VideoModel(attention="grouped")
     with pytest.raises(BackendCompilerFailed, match=r"queries \(8, 2, 16, 8\), keys \(8, 1, 16, 8\).*reuse=False"):
-        rewrite(model, model.example(), **REUSE)
+        rewrite(model, model.example(), **{**REUSE, "reuse": True})
+
+
+@pytest.mark.parametrize("tower", [partial(Tower, **SPELLINGS["windows"]), OverlappingTower, CountingTower])
+def test_frames_merge_where_the_default_cannot_reuse(tower):
+    """As with reuse=False, found in analysis (pixels) and half way through the rewrite (windows)."""
+    model, pixels, graphs = tower(), pixels_of(6), []
+
+    def rows(**options):
+        def backend(graph_module, example_inputs):
+            config = EarlyTomConfig(lowering="eager", strict=True, **options)
+            graphs.append(compile_graph(graph_module, example_inputs, config, features_only=True))
+            return graphs[-1]
+
+        torch._dynamo.reset()
+        with torch.no_grad():
+            return torch.compile(model, backend=backend, fullgraph=True)(pixels)
+
+    chosen = rows(reuse=False)
+    with pytest.warns(EarlyTomFallbackWarning, match="^frames merge, since patches cannot be reused: .*reuse=False"):
+        assert torch.equal(rows(), chosen)
+    by_choice, by_default = (graph.record for graph in graphs)
+    assert by_default.inserted == by_choice.inserted and "merge_frames" in by_choice.inserted
+    assert by_default.merge_layers == by_choice.merge_layers and not by_default.config.reuses()
+    for asked in ({"reuse": True}, {"full_layers": (2,)}):
+        with pytest.raises(EarlyTomCompileError, match="not compressed: .*Merge frames instead: reuse=False"):
+            rows(**asked)
 
 
 @pytest.mark.parametrize(("tower", "found"), [(Tower, True), (ReorderedTower, False), (NormedTower, False)])
