@@ -90,13 +90,13 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
         load(tmp_path, tower)
 
 
-def alone(model, tokens, places, question):
-    """What the language model says behind one prompt."""
+def alone(model, tokens, places, question, end=VIDEO_TOKENS):
+    """What the language model says behind one prompt; ``end``: the position of the newline behind the video."""
     words = model.get_input_embeddings()
     ids = torch.tensor([IDS[word] for word in (*question.text.split(), *AFTER)])
     before = words(torch.tensor([IDS[word] for word in BEFORE]))
     row = torch.cat([before, tokens, model.model.image_newline[None], words(ids)])
-    behind = torch.arange(VIDEO_TOKENS, VIDEO_TOKENS + 1 + len(ids))
+    behind = torch.arange(end, end + 1 + len(ids))
     positions = [torch.arange(len(before)), len(before) + places, len(before) + behind]
     hidden = model.model.language_model(
         inputs_embeds=row[None], position_ids=torch.cat(positions)[None]
