@@ -42,7 +42,7 @@ QUESTIONS_OF_EACH = 12
 CHECK_EVERY = 250  # steps
 SAVE_EVERY = 100  # steps
 _CHECK_AT_ONCE = 10
-_FAVOUR = 8.0
+_FAVOUR, _FAVOUR_THINGS = 8.0, 100.0
 _FEWEST_TOKENS = 0.08
 _WHOLE_VIDEOS = 1 / 4  # of a phase's videos a batch, where these keep all tokens
 _WARM_UP = 50  # steps
@@ -52,17 +52,19 @@ _LAST_RATE = 0.05  # of the highest
 @dataclass(frozen=True)
 class Phase(toy.Phase):
     """``weights`` of the categories of questions, in the order of CATEGORIES; None: labels of tokens, and ``videos``
-    counts frames. ``drop`` is the share of batches that lose tokens; they keep ``most`` of them at most.
+    counts frames. ``drop`` is the share of batches that lose tokens; they keep ``most`` of them at most. With
+    ``things`` these are nearly all that show a thing, at their own positions: what happens when is learned sooner.
     """
 
     most: float = 0.5
+    things: bool = False
 
 
 PHASES = (
     Phase("tokens", 1000, 48, 2e-3),
-    Phase("binding", 600, 16, 4e-3, (1, 0.5, 0.5, 0, 0.5, 1, 4, 0.5), drop=1.0, most=0.2),
-    Phase("motion", 1000, 16, 4e-3, (1, 4, 0.5, 1, 1, 1, 2, 1), drop=1.0, most=0.3),
-    Phase("together", 3000, 16, 3e-3, (1, 3, 1, 1.5, 1.5, 1, 1, 1.5), drop=0.92),
+    Phase("binding", 600, 16, 4e-3, (1, 0.5, 0.5, 0, 0.5, 1, 4, 0.5), drop=1.0, most=0.16, things=True),
+    Phase("motion", 3000, 16, 4e-3, (0.5, 4, 0.5, 2, 0.7, 0.5, 0.5, 3), drop=1.0, most=0.16, things=True),
+    Phase("together", 1200, 16, 3e-3, (1, 3, 1, 1.5, 1.5, 1, 1, 1.5), drop=0.9, most=0.4),
 )
 
 
@@ -225,10 +227,11 @@ def _losses(
     if drop < phase.drop:
         # As many batches between 10 % and 20 % as between 20 % and 40 %.
         share = math.exp(rng.uniform(math.log(_FEWEST_TOKENS), math.log(phase.most)))
-        kept, videos = Kept(round(share * VIDEO_TOKENS), _FAVOUR if favour < 0.5 else 1.0), phase.videos
+        often = _FAVOUR_THINGS if phase.things else _FAVOUR if favour < 0.5 else 1.0
+        kept, videos = Kept(round(share * VIDEO_TOKENS), often), phase.videos
     weights = dict(zip(CATEGORIES, phase.weights, strict=True))
     batch = batches.question_batch(pool, rng, videos, weights, kept, QUESTIONS_OF_EACH).to(accelerator.device)
-    losses = trainee(batch, keep_positions < 0.5)
+    losses = trainee(batch, phase.things or keep_positions < 0.5)
     return losses
 
 

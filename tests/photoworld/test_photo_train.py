@@ -20,6 +20,7 @@ EVENLY = (1.0,) * len(CATEGORIES)
 PHASES = (
     Phase("tokens", 2, 4, 1e-3),
     Phase("some", 2, 2, 1e-3, EVENLY, drop=1.0, most=0.1),
+    Phase("things", 1, 2, 1e-3, EVENLY, drop=1.0, most=0.1, things=True),
     Phase("whole", 1, 1, 1e-3, EVENLY, drop=0.0),
 )
 
@@ -67,7 +68,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(pools, tmp_path, monkey
     losses = [[line for line in history(tmp_path / name) if "clips" not in line] for name in ("whole", "stopped")]
     assert losses[0] == losses[1]
     checks = [line["validation"] for line in losses[0] if "validation" in line]
-    assert len(checks) == 2 and set(checks[0]) == {"overall", *CATEGORIES}
+    assert len(checks) == 3 and set(checks[0]) == {"overall", *CATEGORIES}
 
 
 def test_a_checkpoint_has_all_weights_but_the_encoders(tmp_path):
