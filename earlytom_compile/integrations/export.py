@@ -79,7 +79,7 @@ def export(
             program = torch.export.export(path, (pixels,), strict=False)
         except Exception as error:  # whatever torch meets in a model's operators
             raise EarlyTomCompileError(f"torch.export cannot take the video path: {_first_line(error)}") from error
-    program.graph_module.meta[_META] = _metadata(model, program, config, frames)
+    program.graph_module.meta[_META] = _metadata(model, program, path.config, frames)
     return program
 
 
@@ -152,6 +152,7 @@ class _VideoPath(nn.Module):
         self, state: Rewrite, inputs: Sequence[Any], pixels: Tensor, model: nn.Module, keeps_places: bool
     ) -> None:
         super().__init__()
+        self.config = state.config  # with what was done in the place of what cannot be
         assert state.path is not None and state.selected is not None and state.video is not None
         self._forms = [_InForms(state.graph_module, int(state.path.frames))]  # in a list: it is no module of this one
         self._shape, self._tokens, self._keeps_places = pixels.shape, state.path.tokens, keeps_places

@@ -4,10 +4,10 @@
     ACCELERATE_MIXED_PRECISION=bf16 python -m earlytom_compile.photoworld.train --pool cache --output runs/0
 
 Phases: the projector learns to say what each video token shows and where it is; then it and the language model learn
-what is where, then what moves, and last everything that is asked. Most batches keep only some of the video tokens,
-drawn by lot, in half of them with better odds for those that show a thing; in half of them those that are left keep
-their positions, in the others they are numbered anew. A step costs what it keeps, and a model that has only ever seen
-whole videos would say more about that than about compression.
+what is where and then what happens when, from nearly all tokens that show a thing and few others, at their own
+positions; last everything that is asked, from tokens drawn by lot, in half of the batches with better odds for those
+that show a thing, in half of them numbered anew. A step costs what it keeps, and a model that has only ever seen whole
+videos would say more about that than about compression.
 
 A run that finds its own state in ``--output`` continues there. At the end the folder holds ``checkpoint`` and
 ``history.jsonl``.
