@@ -76,13 +76,14 @@ def test_every_package_of_the_source_is_in_the_wheel(wheel):
         assert file.relative_to(ROOT).as_posix() in names
 
 
-def test_the_toy_world_is_in_the_wheel_with_its_weights(wheel):
+@pytest.mark.parametrize("world", ["toyworld", "photoworld"])
+def test_a_world_is_in_the_wheel_with_its_weights(wheel, world):
     names = set(zipfile.ZipFile(wheel).namelist())
-    folder = ROOT / "examples" / "toyworld"
+    folder = ROOT / "examples" / world
     files = [*folder.glob("*.py"), *(folder / "weights").iterdir()]
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {file.name for file in files}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {file.name for file in files}
     for file in files:
-        assert f"earlytom_compile/toyworld/{file.relative_to(folder).as_posix()}" in names
+        assert f"earlytom_compile/{world}/{file.relative_to(folder).as_posix()}" in names
     assert sum(file.stat().st_size for file in (folder / "weights").iterdir()) < 10_000_000
 
 

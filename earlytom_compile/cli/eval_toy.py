@@ -76,8 +76,6 @@ class _Opened(NamedTuple):
 
 def _opened(world: Any, name: str | None, device: str) -> _Opened:
     """That of ``name``, or the one that comes along with the world."""
-    if name is None and not world.weights.is_dir():
-        raise EarlyTomConfigError(f"world={world.name!r}: no trained checkpoint comes along; name one with --model.")
     folder = str(name or world.weights)
     if world.load is None:
         checkpoint = open_checkpoint(folder, device=device)

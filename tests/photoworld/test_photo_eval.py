@@ -195,15 +195,13 @@ def test_pareto_has_its_own_rows(folder, tmp_path):
 @pytest.mark.parametrize(
     "more, says",
     [
-        ([], "world='photo': no trained checkpoint comes along; name one with --model"),
         (["--model", "/nowhere"], "/nowhere"),
         (["--methods", "only stage 2"], "methods='only stage 2': no method begins so"),
         (["--encoded"], "frames of the world photo come out of a file anyhow"),
     ],
 )
-def test_mistakes_are_named(more, says, folder, monkeypatch, capsys, tmp_path):
+def test_mistakes_are_named(more, says, folder, capsys):
     if "--encoded" in more:
         more = [*more, "--model", folder, "--methods", "frame s"]
-    monkeypatch.setattr(photo, "WEIGHTS", tmp_path / "nowhere")
     assert main([*COMMAND, *more]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
