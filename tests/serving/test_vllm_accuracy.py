@@ -11,7 +11,8 @@ pytest.importorskip("vllm.config", reason="vLLM is not installed: make test-vllm
 
 from earlytom_compile.toyworld.answers import prompt_ids
 from earlytom_compile.toyworld.batches import IDS
-from earlytom_compile.toyworld.evaluate import CATEGORIES, Result, load_questions
+from earlytom_compile.toyworld.evaluate import Result, load_questions
+from earlytom_compile.toyworld.questions import CATEGORIES
 
 RECORDED = Path(__file__).parents[2] / "docs/accuracy/methods.json"
 AT_ONCE = 500
