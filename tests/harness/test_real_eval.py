@@ -108,7 +108,7 @@ def test_the_table_has_the_accuracies_of_eval_toy(variant, batch, run, tasks, tm
 def test_a_group_is_the_mean_of_its_tasks_and_resume_goes_on(run):
     status, first, _, err = run("both", "--retain-ratios", "0.1")
     assert status == 0, err
-    of_tasks = [counted_by_the_toy("earlytom paper", 0.1), counted_by_the_toy("earlytom paper", 0.1, VIDEOS, 2)]
+    of_tasks = [counted_by_the_toy("earlytom plus", 0.1), counted_by_the_toy("earlytom plus", 0.1, VIDEOS, 2)]
     full, compressed = first["evaluations"]
     assert compressed["percent"] == pytest.approx(sum(of_tasks) / 2)
     assert compressed["score"]["subtasks"] == ["late", "toyworld"] and "mean of 2 tasks" in " ".join(first["notes"])
