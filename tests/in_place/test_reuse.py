@@ -1,6 +1,7 @@
 """``compile(model)`` where unchanged patches are reused keeps every promise that it keeps where frames merge."""
 
 import copy
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -444,3 +445,10 @@ def test_a_model_that_smooths_its_pixels_merges_frames_and_says_so(monkeypatch):
     assert merged.shape[1] < logits.shape[1]
     said = str(earlytom_compile.report(model))
     assert "merges after" in said and "patches, so that frames merge: the" in said
+    earlytom_compile.restore(model)
+    with pytest.warns(EarlyTomFallbackWarning, match="^frames merge"):
+        (seen,) = earlytom_compile.observe(model, inputs["pixel_values_videos"], **PLUS)
+    assert seen.merges and seen.reuse is None and not seen.config.reuses()
+    with pytest.warns(EarlyTomFallbackWarning, match="^frames merge"):
+        program = earlytom_compile.export(model, frames=FRAMES, **PLUS)
+    assert json.loads(program.graph_module.meta["earlytom"]["options"])["reuse"] is False
